@@ -1,0 +1,77 @@
+"""Labels at any size and of any integer dtype: the index rule, the range check, and the flag that a GPU sets instead of raising."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+_NO_BAD_LABEL = torch.iinfo(torch.int64).min
+
+
+def nearest_index(size: int, out: int, device: torch.device) -> Tensor:
+    """[out] int64: the source index that F.interpolate(mode="nearest") reads for each output index; the same float32 arithmetic."""
+    scale = torch.tensor(size, dtype=torch.float32) / torch.tensor(out, dtype=torch.float32)
+    index = (torch.arange(out, dtype=torch.float32) * scale).floor().long().clamp_(max=size - 1)
+    return index.to(device)
+
+
+def resize_nearest(labels: Tensor, height: int, width: int) -> Tensor:
+    """[B, H, W] -> [B, height, width] by the nearest rule; the input itself where the sizes agree. Small: labels are 1/D of the features."""
+    if labels.shape[-2:] == (height, width):
+        return labels
+    rows = nearest_index(labels.shape[-2], height, labels.device)
+    cols = nearest_index(labels.shape[-1], width, labels.device)
+    return labels[..., rows[:, None], cols]
+
+
+@functools.cache
+def label_flag(device: torch.device) -> Tensor:
+    """[] int64 on `device`: the largest bad label seen since the last `check_labels`, or the smallest int64."""
+    return torch.full((), _NO_BAD_LABEL, dtype=torch.int64, device=device)
+
+
+def check_range(labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor | None]:
+    """Which labels count, and on a GPU whether any is bad.
+
+    labels: [B, H, W] int64. Returns the mask of labelled pixels and, on a GPU, a [] bool tensor (the caller turns its loss into NaN).
+    On the CPU a label outside [0, num_classes) that is not ignore_index raises ValueError with its value and first pixel.
+    """
+    labelled = labels != ignore_index
+    bad = labelled & ((labels < 0) | (labels >= num_classes))
+    if labels.device.type != "cpu":
+        any_bad = bad.any()
+        worst = torch.where(bad, labels, _NO_BAD_LABEL).amax() if labels.numel() else label_flag(labels.device)
+        label_flag(labels.device).copy_(torch.maximum(label_flag(labels.device), worst))
+        return labelled & ~bad, any_bad
+    if bad.any():
+        b, i, j = (int(v) for v in bad.nonzero()[0])
+        raise ValueError(bad_label_message(int(labels[b, i, j]), (b, i, j), num_classes, ignore_index))
+    return labelled, None
+
+
+def bad_label_message(value: int, pixel: tuple[int, int, int], num_classes: int, ignore_index: int) -> str:
+    """One wording for every backend."""
+    return (
+        f"label {value} at pixel (image {pixel[0]}, row {pixel[1]}, column {pixel[2]}) is outside [0, {num_classes}) and is not "
+        f"ignore_index={ignore_index}; map unknown classes to ignore_index before the loss"
+    )
+
+
+def check_labels() -> None:
+    """Raise ValueError if an op has met a bad label on a GPU since the last call. One host sync; call it where you log.
+
+    On the CPU the ops raise by themselves.
+    """
+    if not torch.cuda.is_available():
+        return
+    for index in range(torch.cuda.device_count()):
+        flag = label_flag(torch.device("cuda", index))
+        value = int(flag)
+        if value != _NO_BAD_LABEL:
+            flag.fill_(_NO_BAD_LABEL)
+            raise ValueError(
+                f"label {value} on cuda:{index} is outside [0, num_classes) and is not ignore_index: the loss of that step is NaN; "
+                "map unknown classes to ignore_index before the loss"
+            )

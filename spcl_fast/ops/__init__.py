@@ -1,0 +1,18 @@
+"""The ops: checks, autograd and the pick of a backend. Pure functions, no state, no files."""
+
+from ..backends.labels import check_labels
+from .class_moments import ClassMoments, agreement_labels, class_moments
+from .prototype_contrastive_loss import prototype_contrastive_loss
+from .upsampled_cross_entropy import upsampled_cross_entropy
+from .upsampled_prediction import Prediction, upsampled_prediction
+
+__all__ = [
+    "ClassMoments",
+    "Prediction",
+    "agreement_labels",
+    "check_labels",
+    "class_moments",
+    "prototype_contrastive_loss",
+    "upsampled_cross_entropy",
+    "upsampled_prediction",
+]

@@ -1,0 +1,84 @@
+"""class_moments: per class the sum (and the sum of squares) of its pixels' features, and their number."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..backends.labels import resize_nearest
+from . import checks
+
+_OP = "class_moments"
+
+
+class ClassMoments(NamedTuple):
+    sums: Tensor  # [K, D] float32
+    counts: Tensor  # [K] int64
+    squares: Tensor | None  # [K, D] float32
+
+
+def class_moments(
+    features: Tensor,  # [B, D, h, w] or [N, D]
+    labels: Tensor,  # [B, H, W] or [N], any integer dtype
+    num_classes: int,
+    *,
+    normalize: bool = True,
+    squares: bool = False,
+    ignore_index: int = 255,
+    backend: str | None = None,
+) -> ClassMoments:
+    """Sum of the (unit) features of each class, and how many pixels each has: what a prototype update needs.
+
+        sums_k = sum over pixels with label k of x/|x|        squares_k = the same of (x/|x|)^2        counts_k = their number
+
+    Not differentiable: prototypes are statistics. Accumulates in float32 or better; the same bits for any number of threads.
+    Labels are read at the features' pixels by the nearest rule. `normalize=False` sums x itself.
+    Raises as `prototype_contrastive_loss`; on the CPU ValueError for a label outside [0, num_classes) that is not ignore_index.
+    Memory: reads the features once; allocates [K, D] and partials of it, nothing of the features' size.
+    Source: the prototype update of SPCL, arXiv 2111.12358; `train_ours.py` of the released code.
+    """
+    checks.check_pixels(_OP, features, labels)
+    checks.check_ignore_index(_OP, ignore_index)
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(f"{_OP}: num_classes must be an int of at least 1, got {num_classes!r}")
+    if features.dim() == 2:
+        features, labels = features.t()[None, :, :, None], labels[None, :, None]
+    sums, counts, square_sums = _class_moments(features.detach(), labels, num_classes, normalize, squares, ignore_index, backend or "")
+    return ClassMoments(sums, counts, square_sums if squares else None)
+
+
+@torch.library.custom_op("spcl_fast::class_moments", mutates_args=())
+def _class_moments(
+    features: Tensor, labels: Tensor, num_classes: int, normalize: bool, squares: bool, ignore_index: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    name = backends.pick(
+        _OP, backend or None, device=features.device, dtype=features.dtype, num_classes=num_classes, dim=features.shape[1], has_variances=False
+    )
+    return backends.module(name).class_moments(
+        features, labels, num_classes, normalize=normalize, squares=squares, ignore_index=ignore_index
+    )
+
+
+@_class_moments.register_fake
+def _(features, labels, num_classes, normalize, squares, ignore_index, backend):
+    dim = features.shape[1]
+    sums = features.new_empty(num_classes, dim, dtype=torch.float32)
+    square_sums = features.new_empty((num_classes, dim) if squares else (0,), dtype=torch.float32)
+    return sums, features.new_empty(num_classes, dtype=torch.int64), square_sums
+
+
+def agreement_labels(labels: Tensor, predictions: Tensor, *, ignore_index: int = 255) -> Tensor:
+    """Labels at the predictions' size, with ignore_index where the prediction differs: the source mask of SPCL.
+
+    labels [B, H, W] of any integer dtype and size (nearest rule), predictions [B, h, w] integer -> [B, h, w] int64.
+    Source: `src_mask` in `train_ours.py` of the released code.
+    """
+    checks.check_labels_tensor("agreement_labels", labels, 3, "[B, H, W]")
+    checks.check_labels_tensor("agreement_labels", predictions, 3, "[B, h, w]")
+    if len(labels) != len(predictions):
+        raise ValueError(f"agreement_labels: one image each, got {list(labels.shape)} and {list(predictions.shape)}")
+    labels = resize_nearest(labels, *predictions.shape[1:]).long()
+    return labels.where(labels == predictions, ignore_index)

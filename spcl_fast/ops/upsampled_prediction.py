@@ -1,0 +1,73 @@
+"""upsampled_prediction: class and confidence of every pixel of bilinearly up-sampled logits, without the up-sampled logits."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from . import checks
+
+_OP = "upsampled_prediction"
+
+
+class Prediction(NamedTuple):
+    labels: Tensor  # [B, H, W] uint8
+    confidence: Tensor  # [B, H, W] float32
+
+
+def upsampled_prediction(
+    logits: Tensor,  # [B, K, h, w]
+    size: tuple[int, int],  # (H, W)
+    *,
+    temperature: float = 1.0,
+    align_corners: bool = True,
+    thresholds: Tensor | None = None,  # [K]
+    ignore_index: int = 255,
+    backend: str | None = None,
+) -> Prediction:
+    """argmax and maximum of softmax(F.interpolate(logits, size, mode="bilinear") / temperature).
+
+    Where the confidence is below its class's threshold the label is ignore_index: a pseudo-label.
+    Not differentiable. Labels are uint8, so K <= 256 and ignore_index in [0, 255] (and not a class where thresholds are given).
+    Raises ValueError or TypeError for what does not fit. Memory: 5 bytes a pixel, the two results.
+    Source: `pseudo_label.py` of the SPCL code.
+    """
+    checks.check_float(_OP, "logits", logits, (4,), "[B, K, h, w]")
+    if 0 in logits.shape[1:]:
+        raise ValueError(f"{_OP}: logits must hold at least one class and one node, got shape {list(logits.shape)}")
+    if logits.shape[1] > 256:
+        raise ValueError(f"{_OP}: at most 256 classes fit a uint8 label, got logits {list(logits.shape)}")
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"{_OP}: size must be (H, W), each at least 1, got {tuple(size)}")
+    checks.check_temperature(_OP, temperature)
+    checks.check_ignore_index(_OP, ignore_index)
+    if not 0 <= ignore_index <= 255:
+        raise ValueError(f"{_OP}: ignore_index must fit a uint8 label, got {ignore_index}")
+    checks.check_constant(_OP, "thresholds", thresholds, ((logits.shape[1],),), "one threshold a class")
+    checks.check_device(_OP, logits, "logits", thresholds=thresholds)
+    thresholds = None if thresholds is None else thresholds.float()
+    labels, confidence = _prediction(
+        logits.detach(), int(size[0]), int(size[1]), thresholds, float(temperature), align_corners, ignore_index, backend or ""
+    )
+    return Prediction(labels, confidence)
+
+
+@torch.library.custom_op("spcl_fast::upsampled_prediction", mutates_args=())
+def _prediction(
+    logits: Tensor, height: int, width: int, thresholds: Tensor | None, temperature: float, align_corners: bool, ignore_index: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    name = backends.pick(
+        _OP, backend or None, device=logits.device, dtype=logits.dtype, num_classes=logits.shape[1], dim=logits.shape[1], has_variances=False
+    )
+    return backends.module(name).upsampled_prediction(
+        logits, (height, width), thresholds, temperature=temperature, align_corners=align_corners, ignore_index=ignore_index
+    )
+
+
+@_prediction.register_fake
+def _(logits, height, width, thresholds, temperature, align_corners, ignore_index, backend):
+    shape = (logits.shape[0], height, width)
+    return logits.new_empty(shape, dtype=torch.uint8), logits.new_empty(shape, dtype=torch.float32)
