@@ -1,0 +1,1 @@
+"""Drop-in faces with other projects' names and signatures: translation, nothing else."""

@@ -79,11 +79,10 @@ def _setup_context(ctx, inputs, output):
     _, dlogits = output
     ctx.mark_non_differentiable(dlogits)
     ctx.set_materialize_grads(False)
-    ctx.logits_dtype = logits.dtype
     if ctx.reduction == "none":  # nothing could be formed yet: the incoming gradient is a map
         ctx.save_for_backward(logits, labels, class_weight, pixel_weight)
     else:
-        ctx.save_for_backward(dlogits)
+        ctx.save_for_backward(logits, dlogits)
 
 
 def _autograd_backward(ctx, grad_loss, _):
@@ -95,9 +94,22 @@ def _autograd_backward(ctx, grad_loss, _):
         weight = grad_loss if pixel_weight is None else grad_loss * pixel_weight
         dlogits = _forward(logits.detach(), labels, class_weight, weight, *ctx.settings, "sum", True, ctx.backend)[1]
     else:
-        dlogits = ctx.saved_tensors[0] * grad_loss
-    nothing[0] = dlogits.to(ctx.logits_dtype)
+        logits, dlogits = ctx.saved_tensors
+        dlogits = dlogits * grad_loss
+    nothing[0] = _gradient(logits, dlogits)
     return tuple(nothing)
 
 
+@torch.library.custom_op("spcl_fast::upsampled_cross_entropy_gradient", mutates_args=())
+def _gradient(logits: Tensor, dlogits: Tensor) -> Tensor:
+    """The gradient in the logits' dtype, as an op of its own so that differentiating it again is refused in words."""
+    return dlogits.to(logits.dtype, copy=True)
+
+
+@_gradient.register_fake
+def _(logits, dlogits):
+    return dlogits.new_empty(dlogits.shape, dtype=logits.dtype)
+
+
+_gradient.register_autograd(checks.refuse_double_backward(_OP), setup_context=lambda ctx, inputs, output: None)
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)

@@ -1,0 +1,114 @@
+"""PrototypeBank: the running class prototypes, the only state that the contrastive loss has."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+
+_ABSENT = ("keep", "decay")
+
+
+class PrototypeBank(nn.Module):
+    """Running mean feature of each class: prototype_k <- keep * prototype_k + (1 - keep) * (mean unit feature of class k in the batch).
+
+    num_classes, dim  K and D of `.prototypes`, a [K, D] float32 buffer that starts at 0; fill it with `load_` or a first pass.
+    keep              share of the OLD prototype in an update (the released code calls it ALPHA: 0.1).
+    absent            a class that the batch does not hold: "keep" its prototype, or "decay" it to `keep` times itself as the release does.
+    min_pixels        a class with fewer pixels in the batch counts as absent.
+    normalize         average unit features (as SPCL) or the features themselves.
+
+    With torch.distributed initialised, the batch's sums and counts are added over all ranks first, in one all-reduce, so every rank holds
+    the same bits. Source: arXiv 2111.12358; `train_ours.py` of the released code.
+    """
+
+    prototypes: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        dim: int,
+        *,
+        keep: float = 0.1,
+        absent: str = "keep",
+        min_pixels: int = 1,
+        normalize: bool = True,
+        ignore_index: int = 255,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        if num_classes < 1 or dim < 1:
+            raise ValueError(f"PrototypeBank: num_classes and dim must be at least 1, got {num_classes} and {dim}")
+        if not 0 <= keep <= 1:
+            raise ValueError(f"PrototypeBank: keep must be in [0, 1], got {keep}")
+        if absent not in _ABSENT:
+            raise ValueError(f"PrototypeBank: absent must be 'keep' or 'decay', got {absent!r}")
+        if min_pixels < 1:
+            raise ValueError(f"PrototypeBank: min_pixels must be at least 1, got {min_pixels}")
+        self.keep = keep
+        self.absent = absent
+        self.min_pixels = min_pixels
+        self.normalize = normalize
+        self.ignore_index = ignore_index
+        self.backend = backend
+        self.register_buffer("prototypes", torch.zeros(num_classes, dim))
+
+    @torch.no_grad()
+    def update_(self, features: Tensor, labels: Tensor, predictions: Tensor | None = None) -> PrototypeBank:
+        """Move the prototypes by one batch.
+
+        features [B, D, h, w] or [N, D]; labels [B, H, W] or [N], integer, any size; predictions [B, h, w] (argmax of the classifier):
+        only pixels whose label equals the prediction count. No host sync.
+        """
+        if features.dim() not in (2, 4) or features.shape[1] != self.prototypes.shape[1]:
+            raise ValueError(
+                f"PrototypeBank: features must be [B, {self.prototypes.shape[1]}, h, w] or [N, {self.prototypes.shape[1]}], "
+                f"got shape {list(features.shape)}"
+            )
+        if predictions is not None:
+            labels = self._agreement(features, labels, predictions)
+        moments = ops.class_moments(
+            features,
+            labels,
+            self.prototypes.shape[0],
+            normalize=self.normalize,
+            ignore_index=self.ignore_index,
+            backend=self.backend,
+        )
+        sums, counts = _summed_over_ranks(moments.sums, moments.counts)
+        present = (counts >= self.min_pixels)[:, None]
+        mean = sums / counts.clamp_min(1)[:, None]
+        moved = self.keep * self.prototypes + (1 - self.keep) * mean
+        otherwise = self.prototypes if self.absent == "keep" else self.keep * self.prototypes
+        self.prototypes.copy_(torch.where(present, moved, otherwise))
+        return self
+
+    def load_(self, prototypes: Tensor) -> PrototypeBank:
+        """Take over prototypes [K, D]."""
+        if prototypes.shape != self.prototypes.shape:
+            raise ValueError(f"PrototypeBank: expected prototypes {list(self.prototypes.shape)}, got {list(prototypes.shape)}")
+        self.prototypes.copy_(prototypes)
+        return self
+
+    def _agreement(self, features: Tensor, labels: Tensor, predictions: Tensor) -> Tensor:
+        if features.dim() == 2:
+            return ops.agreement_labels(labels[:, None, None], predictions[:, None, None], ignore_index=self.ignore_index).flatten()
+        if predictions.shape != (features.shape[0], *features.shape[2:]):
+            raise ValueError(
+                f"PrototypeBank: predictions must have the features' grid {[features.shape[0], *features.shape[2:]]}, "
+                f"got shape {list(predictions.shape)}"
+            )
+        return ops.agreement_labels(labels, predictions, ignore_index=self.ignore_index)
+
+    def extra_repr(self) -> str:
+        return f"num_classes={self.prototypes.shape[0]}, dim={self.prototypes.shape[1]}, keep={self.keep}, absent={self.absent!r}"
+
+
+def _summed_over_ranks(sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """One all-reduce of sums and counts packed together; float64 holds counts to 2**53 exactly."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return sums, counts
+    packed = torch.cat([sums.double(), counts.double()[:, None]], 1)
+    torch.distributed.all_reduce(packed)
+    return packed[:, :-1].float(), packed[:, -1].long()

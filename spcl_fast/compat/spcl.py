@@ -1,0 +1,68 @@
+"""The classes of the released SPCL code (BinhuiXie/SPCL), same signatures: change the import, keep the training script.
+
+    from spcl_fast.compat.spcl import PixelCLLoss, PseudoLabel
+
+Different from the release: a batch in which every pixel is ignored gives 0 instead of NaN; prototypes may require grad; thresholds are
+saved once they exist, not before.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..thresholds import PseudoLabelThresholds
+
+
+class PixelCLLoss(nn.Module):
+    """core/utils/loss.py: the sum of the source's and the target's contrastive loss, temperature 100, unit features, 255 ignored.
+
+    cfg is kept and never read. forward(semantic_prototype [D, K], src_feat [B, D, h, w], src_mask, tgt_feat, tgt_mask) -> [].
+    """
+
+    def __init__(self, cfg=None, temperature: float = 100.0) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.temperature = temperature
+
+    def forward(self, semantic_prototype: Tensor, src_feat: Tensor, src_mask: Tensor, tgt_feat: Tensor, tgt_mask: Tensor) -> Tensor:
+        return self._domain(semantic_prototype, src_feat, src_mask) + self._domain(semantic_prototype, tgt_feat, tgt_mask)
+
+    def _domain(self, semantic_prototype: Tensor, feat: Tensor, mask: Tensor) -> Tensor:
+        mask = mask.reshape(feat.shape[0], *feat.shape[2:])  # the release takes any shape with as many pixels
+        return ops.prototype_contrastive_loss(feat, mask, semantic_prototype.t(), temperature=self.temperature)
+
+
+class PseudoLabel:
+    """core/utils/pseudo_label.py: per-class confidence thresholds, without storing any confidence.
+
+    cfg needs MODEL.NUM_CLASSES and, for `save_results`, OUTPUT_DIR. A class that is never predicted has threshold 0, as in the release.
+    """
+
+    def __init__(self, cfg) -> None:
+        self.cfg = cfg
+        self.number_class = cfg.MODEL.NUM_CLASSES
+        self.thres: np.ndarray | list = []
+        self.iter = 0
+        self._thresholds = PseudoLabelThresholds(self.number_class, cap=1.0)
+
+    def update_pseudo_label(self, input: Tensor) -> None:
+        """input: logits [B, K, H, W], up-sampled already."""
+        self._thresholds.update(ops.upsampled_prediction(input.detach(), tuple(input.shape[2:])))
+        self.iter += 1
+
+    def get_threshold_const(self, thred: float) -> np.ndarray:
+        """[K] float64: min(thred, median of the confidences of each class)."""
+        thresholds = torch.where(self._thresholds.counts() > 0, self._thresholds.thresholds(), 0.0)
+        self.thres = np.minimum(thresholds.double().numpy(), thred)
+        return self.thres
+
+    def save_results(self) -> None:
+        """Writes OUTPUT_DIR/thres_const.npy; computes the thresholds with 0.9, as the release's script does, where nobody has yet."""
+        if len(self.thres) == 0:
+            self.get_threshold_const(0.9)
+        np.save(os.path.join(self.cfg.OUTPUT_DIR, "thres_const.npy"), self.thres)
