@@ -1,0 +1,85 @@
+"""What every net looks like from outside: images -> features -> logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class SegmentationModel(nn.Module):
+    """A feature extractor and a classifier on its features.
+
+    `stride`: pixels of the image per pixel of the features (rounded up at the border), `channels`: D, `num_classes`: K.
+    The state dict has two parts, `feature_extractor.*` and `classifier.*`, named like the two dictionaries of a released SPCL checkpoint.
+    `head`: which part of the extractor learns at the head's rate beside the classifier (a name of a submodule), if any.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        feature_extractor: nn.Module,
+        classifier: nn.Module,
+        *,
+        stride: int,
+        channels: int,
+        num_classes: int,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+        head: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.feature_extractor = feature_extractor
+        self.classifier = classifier
+        self.stride, self.channels, self.num_classes = stride, channels, num_classes
+        self.head = head
+        # Constants of the net, not state: a checkpoint of the release has none and must load.
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
+
+    def features(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] RGB in [0, 1] -> [B, D, h, w], not normalised to unit length."""
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images: expected [B, 3, H, W], got {list(images.shape)}")
+        if not images.is_floating_point():
+            raise TypeError(f"images: expected floating point RGB in [0, 1], got {images.dtype}; divide 8-bit images by 255")
+        return self.feature_extractor((images - self.mean) / self.std)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """[B, D, h, w] -> logits [B, K, h, w]."""
+        return self.classifier(features)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.features(images)
+        return features, self.classify(features)
+
+    def parameter_groups(self, lr: float, head_multiplier: float) -> list[dict[str, Any]]:
+        """Two groups for an optimiser: the body at `lr`, the head (classifier, and the extractor's own head) at `lr * head_multiplier`.
+
+        Each group has "name", "params", "lr" and "lr_scale"; parameters that do not learn are left out, and so is an empty group.
+        """
+        parts: dict[str, list[nn.Parameter]] = {"body": [], "head": []}
+        for name, parameter in self._learning():
+            parts["head" if self._in_head(name) else "body"].append(parameter)
+        scales = {"body": 1.0, "head": float(head_multiplier)}
+        return [{"name": n, "params": p, "lr": lr * scales[n], "lr_scale": scales[n]} for n, p in parts.items() if p]
+
+    def _learning(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((n, p) for n, p in self.named_parameters() if p.requires_grad)
+
+    def _in_head(self, name: str) -> bool:
+        return name.startswith("classifier.") or (self.head is not None and name.startswith(f"feature_extractor.{self.head}."))
+
+
+def linear_classifier(channels: int, num_classes: int) -> nn.Conv2d:
+    """1x1 convolution that starts near zero, so that the first losses are close to ln K whatever the features' scale."""
+    classifier = nn.Conv2d(channels, num_classes, 1)
+    nn.init.normal_(classifier.weight, 0.0, 0.01)
+    nn.init.zeros_(classifier.bias)
+    return classifier

@@ -1,0 +1,169 @@
+"""EfficientNet-Lite0 as a segmentation net: features at stride 8 from the published ImageNet encoder.
+
+Encoder: stem, 16 inverted bottlenecks (ReLU6, no squeeze-excite, TensorFlow's SAME padding), module names as in the published weights.
+The blocks that would go to stride 32 keep stride 16 with dilated depthwise convolutions, as DeepLab does. Head: the stride-16 map,
+up-sampled, plus the stride-8 skip, each projected to D channels; GroupNorm, ReLU and a 3x3 convolution give the features. Source: Tan,
+Le, EfficientNet (arXiv 1905.11946) and the "lite" variant of the TensorFlow TPU models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import SegmentationModel, linear_classifier
+from .norm import FrozenBatchNorm2d, batch_norm, conv_norm, init_convs
+
+EPS = 1e-3  # the published BatchNorm's
+# The published input is (value in 0..255 - 127) / 128.
+MEAN = (127 / 255,) * 3
+STD = (128 / 255,) * 3
+# Arrays of the published encoder that a segmentation net has no use for: the 1x1 convolution before the global pooling.
+UNUSED_KEYS = frozenset(["_conv_head.weight", *(f"_bn1.{name}" for name in ("weight", "bias", "running_mean", "running_var"))])
+
+
+@dataclass(frozen=True)
+class _Block:
+    kernel: int
+    stride: int
+    expand: int
+    inputs: int
+    outputs: int
+    dilation: int = 1
+
+
+def _blocks() -> list[_Block]:
+    # kernel, stride, expand, inputs, outputs, repeats, dilation of the first block, of the others. The sixth stage has stride 2 in the
+    # published net; here it has 1 and what follows is dilated by 2, so that each convolution still sees samples as far apart as it was
+    # trained on.
+    stages = [
+        (3, 1, 1, 32, 16, 1, 1, 1),
+        (3, 2, 6, 16, 24, 2, 1, 1),
+        (5, 2, 6, 24, 40, 2, 1, 1),
+        (3, 2, 6, 40, 80, 3, 1, 1),
+        (5, 1, 6, 80, 112, 3, 1, 1),
+        (5, 1, 6, 112, 192, 4, 1, 2),
+        (3, 1, 6, 192, 320, 1, 2, 2),
+    ]
+    blocks = []
+    for kernel, stride, expand, inputs, outputs, repeats, first, rest in stages:
+        blocks.append(_Block(kernel, stride, expand, inputs, outputs, first))
+        blocks.extend(_Block(kernel, 1, expand, outputs, outputs, rest) for _ in range(repeats - 1))
+    return blocks
+
+
+SKIP_BLOCK = 4  # the last block at stride 8
+
+
+class SameConv2d(nn.Conv2d):
+    """Convolution with TensorFlow's SAME padding: output ceil(size / stride), the odd pixel of padding at the bottom and right."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        kernel, stride, dilation = self.kernel_size[0], self.stride[0], self.dilation[0]
+        total = [max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0) for size in x.shape[-2:]]
+        padding = (total[0] // 2, total[1] // 2)
+        if total[0] % 2 or total[1] % 2:
+            x = F.pad(x, (padding[1], total[1] - padding[1], padding[0], total[0] - padding[0]))
+            padding = (0, 0)
+        return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+
+class InvertedBottleneck(nn.Module):
+    """1x1 expansion, depthwise convolution, linear 1x1 projection; added to its input where the shapes agree."""
+
+    def __init__(self, block: _Block, frozen: bool) -> None:
+        super().__init__()
+        inner = block.inputs * block.expand
+        if block.expand != 1:
+            self._expand_conv = SameConv2d(block.inputs, inner, 1, bias=False)
+            self._bn0 = batch_norm(inner, frozen=frozen, eps=EPS)
+        self._depthwise_conv = SameConv2d(inner, inner, block.kernel, block.stride, dilation=block.dilation, groups=inner, bias=False)
+        self._bn1 = batch_norm(inner, frozen=frozen, eps=EPS)
+        self._project_conv = SameConv2d(inner, block.outputs, 1, bias=False)
+        self._bn2 = batch_norm(block.outputs, frozen=frozen, eps=EPS)
+        self.expands = block.expand != 1
+        self.residual = block.stride == 1 and block.inputs == block.outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = F.relu6(conv_norm(self._expand_conv, self._bn0, x), inplace=True) if self.expands else x
+        inner = F.relu6(conv_norm(self._depthwise_conv, self._bn1, inner), inplace=True)
+        out = conv_norm(self._project_conv, self._bn2, inner)
+        return out + x if self.residual else out
+
+
+class Lite0Encoder(nn.Module):
+    """[B, 3, H, W] -> (skip [B, 40, H/8, W/8], deep [B, 320, H/16, W/16]), sizes rounded up."""
+
+    skip_channels, deep_channels = 40, 320
+
+    def __init__(self, frozen: bool) -> None:
+        super().__init__()
+        self._conv_stem = SameConv2d(3, 32, 3, 2, bias=False)
+        self._bn0 = batch_norm(32, frozen=frozen, eps=EPS)
+        self._blocks = nn.ModuleList(InvertedBottleneck(block, frozen) for block in _blocks())
+        init_convs(self)
+        for block in self._blocks:  # the projection is linear: half the variance of one before a ReLU; residual sums must not grow
+            nn.init.kaiming_normal_(block._project_conv.weight, mode="fan_in", nonlinearity="linear")
+            if block.residual and isinstance(block._bn2, FrozenBatchNorm2d):
+                block._bn2.weight.fill_(0.5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = F.relu6(conv_norm(self._conv_stem, self._bn0, x), inplace=True)
+        skip = x
+        for index, block in enumerate(self._blocks):
+            x = block(x)
+            if index == SKIP_BLOCK:
+                skip = x
+        return skip, x
+
+
+class SkipHead(nn.Module):
+    """A coarse map and a map of twice its size -> features of D channels at the finer size."""
+
+    def __init__(self, skip_channels: int, deep_channels: int, feature_dim: int) -> None:
+        super().__init__()
+        self.skip = nn.Conv2d(skip_channels, feature_dim, 1, bias=False)
+        self.deep = nn.Conv2d(deep_channels, feature_dim, 1, bias=False)
+        self.norm = nn.GroupNorm(_groups(feature_dim), feature_dim)
+        self.conv = nn.Conv2d(feature_dim, feature_dim, 3, padding=1)
+        init_convs(self)
+
+    def forward(self, skip: Tensor, deep: Tensor) -> Tensor:
+        # Projected before it is up-sampled: 320 channels at stride 8 would be the largest tensor of the net.
+        deep = F.interpolate(self.deep(deep), size=skip.shape[-2:], mode="bilinear", align_corners=False)
+        return self.conv(F.relu(self.norm(self.skip(skip) + deep), inplace=True))
+
+
+def _groups(channels: int) -> int:
+    """The number of groups nearest to 8 channels a group that divides `channels`."""
+    wanted = max(1, channels // 8)
+    return max(groups for groups in range(1, wanted + 1) if channels % groups == 0)
+
+
+class Lite0Features(nn.Module):
+    def __init__(self, feature_dim: int, frozen: bool) -> None:
+        super().__init__()
+        self.encoder = Lite0Encoder(frozen)
+        self.head = SkipHead(Lite0Encoder.skip_channels, Lite0Encoder.deep_channels, feature_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu":  # oneDNN's depthwise convolutions: a training step takes two thirds of the time in this layout
+            x = x.contiguous(memory_format=torch.channels_last)
+        return self.head(*self.encoder(x))
+
+
+def lite0(num_classes: int, *, feature_dim: int, freeze_bn: bool) -> SegmentationModel:
+    return SegmentationModel(
+        "lite0",
+        Lite0Features(feature_dim, freeze_bn),
+        linear_classifier(feature_dim, num_classes),
+        stride=8,
+        channels=feature_dim,
+        num_classes=num_classes,
+        mean=MEAN,
+        std=STD,
+        head="head",
+    )

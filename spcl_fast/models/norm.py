@@ -1,0 +1,71 @@
+"""BatchNorm with fixed statistics, and a convolution followed by it as one convolution.
+
+The released code freezes the backbone's BatchNorm in every stage but the last: statistics and affine parameters are constants there. A
+constant scale and shift per channel is linear, so it is folded into the weights of the convolution before it: no feature-sized pass and
+nothing saved for it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """BatchNorm in evaluation mode whose four tensors are buffers: nothing in it learns or moves.
+
+    Its state dict has the keys of `nn.BatchNorm2d` without `num_batches_tracked`, and loads one with it: a checkpoint goes both ways.
+    It is no subclass of BatchNorm on purpose: `SyncBatchNorm.convert_sync_batchnorm` must leave it alone.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("weight", torch.ones(channels))
+        self.register_buffer("bias", torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def scale_shift(self) -> tuple[Tensor, Tensor]:
+        """Scale and shift [C] such that the layer is x * scale + shift."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return scale, self.bias - self.running_mean * scale
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w]
+        scale, shift = self.scale_shift()
+        return torch.addcmul(shift.view(1, -1, 1, 1), x, scale.view(1, -1, 1, 1))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.pop(prefix + "num_batches_tracked", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, eps={self.eps}"
+
+
+def batch_norm(channels: int, *, frozen: bool, eps: float) -> nn.Module:
+    return FrozenBatchNorm2d(channels, eps) if frozen else nn.BatchNorm2d(channels, eps)
+
+
+def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(conv(x)); with a frozen norm one convolution with scaled weights, differentiable in `conv.weight` and `x`.
+
+    Costs one copy of the weights (kept for the backward) instead of two passes over the output.
+    """
+    if not isinstance(norm, FrozenBatchNorm2d):
+        return norm(conv(x))
+    scale, shift = norm.scale_shift()
+    return conv._conv_forward(x, conv.weight * scale.view(-1, 1, 1, 1), shift)
+
+
+def init_convs(module: nn.Module) -> None:
+    """Variance-keeping weights for a net that starts from nothing: normal, fan-in (fan-out of a depthwise convolution would be off by its
+    groups).
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

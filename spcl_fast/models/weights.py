@@ -1,0 +1,200 @@
+"""Reads the weights people already have into a net: says which format it found, and names every key that is too much or too little.
+
+Nothing in a file is ever run: `.npz` without pickles, safetensors, and `torch.load(weights_only=True)` for the rest.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, ConfigError
+from . import lite0
+from .base import SegmentationModel
+
+State = dict[str, Tensor]
+READABLE = (
+    "torchvision's ResNet or VGG16 state dict, a released SPCL checkpoint (feature_extractor, classifier), "
+    "an EfficientNet-Lite0 encoder (.npz or .pth), or weights saved by spcl_fast (.safetensors)"
+)
+
+
+@dataclass(frozen=True)
+class LoadedWeights:
+    """What `load_weights` did."""
+
+    format: str  # in words
+    loaded: tuple[str, ...]  # keys of the model that were read
+    fresh: tuple[str, ...]  # keys of the model the format does not hold; they keep their values
+    unused: tuple[str, ...]  # keys of the file this net has no place for, by design (ImageNet classifiers)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A file's tensors under this package's names."""
+
+    format: str
+    state: State
+    unused: tuple[str, ...] = ()
+    covers: tuple[str, ...] = ("",)  # prefixes of the model's keys that this format must fill
+    leaves: tuple[str, ...] = ()  # prefixes inside those that it does not have
+
+
+def load_weights(model: SegmentationModel, path: str | Path) -> LoadedWeights:
+    """Copy the weights of a file into `model`; all of them or, on any error, none.
+
+    Reads torchvision state dicts (ResNet, VGG16), released SPCL checkpoints (with or without "module."), the EfficientNet-Lite0 encoder
+    and our own safetensors (a file, or a folder that holds one). Raises ConfigError for a path without a file and for weights of another
+    net, CheckpointError for a file that cannot be read safely or lacks keys. Memory: one copy of the file.
+    """
+    path = Path(path)
+    found = _recognise(_read(path), path)
+    expected = {key for key in model.state_dict() if not key.endswith("num_batches_tracked")}
+    wanted = {key for key in expected if key.startswith(found.covers) and not (found.leaves and key.startswith(found.leaves))}
+    if not any(key in wanted for key in found.state):
+        raise ConfigError(
+            f"{path} holds {found.format}, and the net is {model.name}: not one key fits. Change model.name or model.weights."
+        )
+    _check(model, found, wanted, path)
+    model.load_state_dict(found.state, strict=False)
+    return LoadedWeights(found.format, tuple(sorted(wanted)), tuple(sorted(expected - wanted)), found.unused)
+
+
+def _check(model: SegmentationModel, found: _Found, wanted: set[str], path: Path) -> None:
+    missing, unexpected = sorted(wanted - found.state.keys()), sorted(found.state.keys() - wanted)
+    own = model.state_dict()
+    shapes = [
+        f"{key}: file {list(found.state[key].shape)}, net {list(own[key].shape)}"
+        for key in sorted(wanted & found.state.keys())
+        if found.state[key].shape != own[key].shape
+    ]
+    problems = [
+        f"{len(keys)} {what}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}"
+        for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if keys
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{path} looks like {found.format} but does not fit {model.name} with {model.num_classes} classes: {'; '.join(problems)}. "
+            "Nothing was loaded; check model.name, the number of classes and model.feature_dim."
+        )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The file as a dictionary of tensors (or of dictionaries of tensors), without running anything in it."""
+    if path.is_dir():
+        inside = sorted(path.glob("*.safetensors"))
+        named = [file for file in inside if file.stem == "model"] or inside
+        if len(named) != 1:
+            raise ConfigError(
+                f"{path} is a folder with {len(inside)} safetensors files: name the file, or a folder with one model.safetensors."
+            )
+        path = named[0]
+    if not path.is_file():
+        raise ConfigError(
+            f"model weights: there is no file {path}. Give {READABLE}; or leave model.weights empty to start from random weights."
+        )
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError as error:
+        raise ConfigError(f"reading {path} needs 'safetensors': pip install \"spcl_fast[train]\"") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds more than tensors (or is damaged) and was not run: {_first_line(error)}. Save a plain state dict."
+        ) from error
+    except (OSError, ValueError, RuntimeError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path} cannot be read: {_first_line(error)}. It may be cut short; fetch it again.") from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":  # imported only where it is used
+            raise
+        raise CheckpointError(f"{path} is no whole safetensors file: {_first_line(error)}. Copy it again.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a dictionary of tensors. We read {READABLE}.")
+    return content
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0][:200] if text else type(error).__name__
+
+
+def _recognise(content: dict[str, Any], path: Path) -> _Found:
+    if isinstance(content.get("feature_extractor"), dict):
+        return _released(content)
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+            break
+    state = _plain({key: value for key, value in content.items() if isinstance(value, Tensor)})
+    if any(key.startswith("model.feature_extractor.") for key in state):  # the net of a training checkpoint, beside optimiser and bank
+        state = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
+    if any(key.startswith("feature_extractor.") for key in state):
+        return _Found("weights of spcl_fast", state)
+    for recognise in (_torchvision_resnet, _torchvision_vgg16, _lite0):
+        found = recognise(state)
+        if found is not None:
+            return found
+    some = ", ".join(map(str, list(content)[:5])) or "nothing"
+    raise CheckpointError(f"{path} is in no format we know: its keys are {some} ... We read {READABLE}.")
+
+
+def _plain(state: State) -> State:
+    """Without the "module." of data-parallel wrappers and without BatchNorm's counters, which nothing here reads."""
+    if state and all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    return {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+
+
+def _prefixed(prefix: str, state: State) -> State:
+    return {prefix + key: value for key, value in state.items()}
+
+
+def _released(content: dict[str, Any]) -> _Found:
+    parts = {name: _plain(content[name]) for name in ("feature_extractor", "classifier") if isinstance(content.get(name), dict)}
+    state = {key: value for name, part in parts.items() for key, value in _prefixed(name + ".", part).items()}
+    return _Found("a released SPCL checkpoint", state, covers=tuple(name + "." for name in parts))
+
+
+def _torchvision_resnet(state: State) -> _Found | None:
+    if "conv1.weight" not in state or "layer1.0.conv1.weight" not in state:
+        return None
+    body = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    prefix = "feature_extractor.backbone."
+    return _Found("torchvision's ResNet state dict", _prefixed(prefix, body), tuple(sorted(state.keys() - body.keys())), (prefix,))
+
+
+def _torchvision_vgg16(state: State) -> _Found | None:
+    if "features.0.weight" not in state or "features.28.weight" not in state:
+        return None
+    prefix = "feature_extractor.backbone."
+    moved = {}
+    for key, value in state.items():
+        if key.startswith("features."):
+            _, index, name = key.split(".")
+            # This net has no pool4, which is layer 23: what comes after it moves up by one.
+            moved[f"{prefix}{int(index) - (int(index) > 23)}.{name}"] = value
+    unused = tuple(sorted(key for key in state if key.startswith("classifier.")))
+    return _Found("torchvision's VGG16 state dict", moved, unused, (prefix,), (prefix + "29.", prefix + "31."))
+
+
+def _lite0(state: State) -> _Found | None:
+    if "_conv_stem.weight" not in state:
+        return None
+    unused = {key for key in state if key in lite0.UNUSED_KEYS or key.startswith("_fc.")}
+    prefix = "feature_extractor.encoder."
+    body = _prefixed(prefix, {key: value for key, value in state.items() if key not in unused})
+    return _Found("the EfficientNet-Lite0 encoder", body, tuple(sorted(unused)), (prefix,))
