@@ -106,7 +106,7 @@ def canonical(name: str) -> str:
 
 
 def suggestion(name: str, among: Iterable[str]) -> str:
-    """ '; did you mean ...?' or nothing."""
+    """'; did you mean ...?' or nothing."""
     among = list(among)
     close = difflib.get_close_matches(name, among, n=2, cutoff=0.75) if "." in name else []
     if not close:  # the right leaf under the wrong section, or with none: --contrast_temperatur
