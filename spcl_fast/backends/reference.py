@@ -41,6 +41,11 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, on the CPU summed in float64: a threaded GEMM splits its sums by the number of threads, and that must not be seen in the result."""
+    return a @ b if a.device.type != "cpu" else (a.double() @ b.double()).to(a.dtype)
+
+
 def _fixed_sum(values: Tensor) -> Tensor:
     """A sum in float64, whose order cannot be seen in the float32 result: the same bits for any number of threads."""
     return values.sum(dtype=torch.float64)
@@ -52,9 +57,9 @@ def _fixed_sum(values: Tensor) -> Tensor:
 def _image_logits(x: Tensor, prototypes: Tensor, variances: Tensor | None, temperature: float, normalize: bool) -> tuple[Tensor, Tensor]:
     """x [D, P] -> logits [K, P], inv_norm [P]."""
     inv = 1 / x.norm(dim=0).clamp_min(_EPS) if normalize else torch.ones_like(x[0])
-    logits = (prototypes @ x) * (inv / temperature)
+    logits = _matmul(prototypes, x) * (inv / temperature)
     if variances is not None:  # SePiCo's DistCL: + 1/2 x̂² · Σ / τ²
-        logits += (variances @ x.square()) * (0.5 * inv.square() / temperature**2)
+        logits += _matmul(variances, x.square()) * (0.5 * inv.square() / temperature**2)
     return logits, inv
 
 
@@ -132,11 +137,11 @@ def prototype_contrastive_backward(
         weight = (weight * scale[b]).where(labelled[b], 0)
         unit = x.mul_(inv_norm[b]) if x.dtype != features.dtype else x * inv_norm[b]
         if needs_dprototypes:
-            dprototypes += weight @ unit.where(labelled[b], 0).T / temperature
+            dprototypes += _matmul(weight, unit.where(labelled[b], 0).T) / temperature
         if needs_dfeatures:
-            dunit = prototypes.T @ weight / temperature
+            dunit = _matmul(prototypes.T, weight) / temperature
             if variances is not None:
-                dunit += unit * (variances.T @ weight) / temperature**2
+                dunit += unit * _matmul(variances.T, weight) / temperature**2
             if normalize:
                 radial = (unit * dunit).sum(0).where(inv_norm[b] < 1 / _EPS, 0)  # a clamped norm is a constant
                 dunit -= radial * unit
@@ -245,7 +250,7 @@ def upsampled_cross_entropy_forward(
                 dstrip = strip.sub_(lse).exp_()
                 dstrip.scatter_add_(0, target[b, None, rows], dstrip.new_full((1, 1, 1), -1.0).expand(1, *dstrip.shape[1:]))
                 dstrip = (dstrip * (weight[b, rows] * (inverse / temperature).to(wide))).where(labelled[b, rows], 0)
-                dlogits[b] += y_matrix[rows].T @ (dstrip @ x_matrix)
+                dlogits[b] += _matmul(y_matrix[rows].T, _matmul(dstrip, x_matrix))
     loss = nll if nll is not None else (total * inverse).to(wide)
     if any_bad is not None:
         loss = torch.where(any_bad, torch.nan, loss)
