@@ -1,0 +1,1 @@
+"""Training: the loop, the stages on top of it, and everything that touches clocks, files and optimisers."""

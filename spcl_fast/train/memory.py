@@ -1,0 +1,51 @@
+"""Peak memory of this process, on the CPU (resident set) or on a GPU (allocated by torch), in bytes."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+def reset_peak(device: torch.device | str = "cpu") -> bool:
+    """Start counting the peak anew. False where the system cannot do so: the peak then stays that of the whole process."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        _CLEAR_REFS.write_text("5")  # 5 = set the resident peak back to what is resident now (Linux >= 4.0)
+    except OSError:
+        return False
+    return True
+
+
+def peak_bytes(device: torch.device | str = "cpu") -> int:
+    """Peak since the last reset: allocated bytes of that GPU, or resident bytes of this process (its children not counted)."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _status_bytes("VmHWM") or _rusage_bytes()
+
+
+def resident_bytes() -> int:
+    """What is resident now; the peak where the system does not say."""
+    return _status_bytes("VmRSS") or _rusage_bytes()
+
+
+def _status_bytes(key: str) -> int:
+    try:
+        lines = _STATUS.read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":")), 0)
+
+
+def _rusage_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

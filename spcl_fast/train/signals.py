@@ -1,0 +1,63 @@
+"""A stop asked for by a signal becomes a flag that long work reads where its state is whole.
+
+SIGTERM, SIGUSR1 (batch systems' early warning) and the first SIGINT (Ctrl-C) set the flag; a second SIGINT interrupts at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ..errors import Interrupted
+
+
+class StopRequest:
+    """Whether somebody asked this process to stop, and with which signal."""
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+        self.signal: signal.Signals | None = None
+
+    @property
+    def requested(self) -> bool:
+        return self.signal is not None
+
+    def raise_if_requested(self, doing: str) -> None:
+        """For long work without a state of its own: Interrupted (exit 75) if a stop was asked for."""
+        if self.requested:
+            raise Interrupted(f"Stopped by {self.name} while {doing}. Start the same command again to go on.")
+
+    @property
+    def name(self) -> str:
+        return self.signal.name if self.signal is not None else "another process's signal"
+
+    def _handle(self, number: int, frame: object) -> None:
+        # Data-loading processes forked later inherit this handler: a signal to the whole process group must not kill them before the
+        # state is saved, so there the flag is set too, and nobody reads it.
+        self.signal = signal.Signals(number)
+        if number == signal.SIGINT and os.getpid() == self._pid:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+_current: StopRequest | None = None
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Turn stop signals into a flag inside the block. Nested blocks share the outer one's; outside the main thread no signal is caught."""
+    global _current
+    if _current is not None or threading.current_thread() is not threading.main_thread():
+        yield _current or StopRequest()
+        return
+    request = StopRequest()
+    before = {number: signal.signal(number, request._handle) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    _current = request
+    try:
+        yield request
+    finally:
+        _current = None
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
