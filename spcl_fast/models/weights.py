@@ -194,7 +194,7 @@ def _torchvision_vgg16(state: State) -> _Found | None:
 def _lite0(state: State) -> _Found | None:
     if "_conv_stem.weight" not in state:
         return None
-    unused = {key for key in state if key in lite0.UNUSED_KEYS or key.startswith("_fc.")}
+    unused = {key for key in state if key.startswith(lite0.UNUSED)}
     prefix = "feature_extractor.encoder."
     body = _prefixed(prefix, {key: value for key, value in state.items() if key not in unused})
     return _Found("the EfficientNet-Lite0 encoder", body, tuple(sorted(unused)), (prefix,))
