@@ -66,6 +66,7 @@ def _of_run(run: Path, stage: str | None) -> Path:
 def load_trained(path: Path, config: Config, stage: str | None = None) -> Trained:
     """Build the config's net and fill it with the weights at `path`. Raises ConfigError or CheckpointError where they do not fit."""
     from .models import build_model, load_weights
+    from .train.loop import choose_device
 
     weights = find_weights(path, stage)
     classes = _classes(path, config)
@@ -79,17 +80,8 @@ def load_trained(path: Path, config: Config, stage: str | None = None) -> Traine
     loaded = load_weights(model, weights)
     if any(key.startswith("classifier.") for key in loaded.fresh):
         raise CheckpointError(f"{weights} holds {loaded.format}, which has no classifier. Expected those of a trained net.")
-    device = pick_device(config.loop.device)
+    device = choose_device(config.loop.device)
     return Trained(model.eval().to(device), classes, weights, device)
-
-
-def pick_device(name: str) -> torch.device:
-    """auto: the GPU if there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"loop.device is {name}, and PyTorch {torch.__version__} sees no GPU here. Use cpu, or see spcl-fast doctor.")
-    return torch.device(name)
 
 
 def _classes(path: Path, config: Config) -> ClassSet:

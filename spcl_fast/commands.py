@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from . import settings
-from .errors import ConfigError
+from .errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from .config import Config
+    from .config import Config, DataConfig
 
 _RECIPE = ("source", "target", "model", "loop")  # sections of settings that nearly every command shows in its help
 
@@ -139,17 +139,34 @@ def _predict(args: argparse.Namespace) -> None:
 
 
 def _check_data(args: argparse.Namespace) -> int:
-    """Both domains, or the one named; exit 3 if anything is wrong."""
-    from .rules import check_config
-
+    """Both splits of both domains, or of the one named; exit 3 if anything is wrong."""
     config = _resolve(args)
     if config is None:
         return 0
     sides = [args.side] if args.side else ["source", "target"]
-    check_config(config, tuple({"source": "prototypes", "target": "pseudo_labels"}[side] for side in sides))
-    from .report.data import print_data_check  # noqa: F401
+    from .rules import check_config
 
-    return 0
+    check_config(config, tuple({"source": "prototypes", "target": "pseudo_labels"}[side] for side in sides))
+    from .data import build_dataset, check_data
+
+    whole = True
+    for side in sides:
+        domain: DataConfig = getattr(config, side)
+        for split, labels in ((domain.train_split, side == "source" or args.labels), (domain.val_split, True)):
+            dataset = build_dataset(
+                domain.dataset,
+                domain.root,
+                split,
+                classes=domain.classes,
+                classes_key=domain.classes_key,
+                num_classes=domain.num_classes,
+                labels=labels,
+                skip_bad_files=True,  # missing pairs belong into the report, not into an error
+            )
+            report = check_data(dataset, args.samples)
+            print(f"--- {side}: {report.text()}\n")
+            whole &= report.ok
+    return 0 if whole else DataError.exit_code
 
 
 # ---------------------------------------------------------------------------------------------- the table
@@ -183,6 +200,10 @@ def _round(parser: argparse.ArgumentParser) -> None:
 
 def _side(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--side", choices=("source", "target"), help="only this domain")
+    parser.add_argument("--samples", metavar="N", type=int, help="look at N images of each split only, spread evenly")
+    parser.add_argument(
+        "--labels", action="store_true", help="look at labels of the target's training images too (only an oracle needs them)"
+    )
 
 
 def _run_folder(parser: argparse.ArgumentParser) -> None:

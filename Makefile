@@ -1,0 +1,56 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both make .venv first. Needs Python >= 3.10, a C++ compiler, a package index.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# what the compiled part and the package's metadata are made of
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+ARGS ?=
+# `make gpu` runs where there is no index: with .venv if it is there, else with the machine's own Python and its torch
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint install bench kernels-check gpu soak clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
+
+demo: install ## the whole of SPCL on the generated pair of domains: a table and runs/demo/report.html (ARGS="--seed 1 --name demo_1")
+	@$(BIN)/spcl-fast demo $(ARGS)
+
+test: install lint ## lint and the whole test suite (ARGS="-k contrast")
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: install
+	@$(BIN)/python -m ruff check .
+
+install: $(VENV)/.package ## .venv with the pinned requirements and the package, built; nothing is repeated
+
+$(VENV)/.requirements: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "spcl_fast needs Python >= 3.10, and $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "no virtual environment: on Debian and Ubuntu, apt install python3-venv" >&2; rm -rf $(VENV); exit 1; }
+	@echo "installing the pinned requirements into $(VENV) (a few minutes, once)"
+	@$(PIP) install --quiet --requirement requirements.txt
+	@touch $@
+
+$(VENV)/.package: $(VENV)/.requirements $(SOURCES)
+	@echo "building spcl_fast (a minute, again when csrc/ or setup.py change)"
+	@$(PIP) install --quiet --no-build-isolation --no-deps --editable .
+	@$(BIN)/python -c 'import importlib.util as u; print("ready: $(BIN)/spcl-fast", "(with the compiled part)" if u.find_spec("spcl_fast._C") else "(without the compiled part: `spcl-fast doctor` says why)")'
+	@touch $@
+
+bench: install ## the benchmarks, peers in the same run (ARGS="-k moments")
+	@$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+kernels-check: install ## compile every GPU kernel without a GPU: registers, shared memory, spills
+	@$(BIN)/python -m spcl_fast.kernels.check $(ARGS)
+
+gpu: ## on a machine with an NVIDIA GPU: build, GPU tests, memory checker, benchmarks
+	@$(GPU_PYTHON) benchmarks/gpu.py $(ARGS)
+
+soak: install ## the long form of the fault tests: hours
+	@$(BIN)/python -m pytest -m soak --timeout 0 $(ARGS)
+
+clean: ## remove what was built; runs/ and the environment stay (rm -rf .venv for that)
+	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis spcl_fast/*.so $(VENV)/.package
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

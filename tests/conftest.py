@@ -1,0 +1,43 @@
+"""What holds for every test: which Triton, which hypothesis, which machine."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+# Triton decides at import whether it interprets kernels on the CPU, so this comes before anything that may import it.
+# torch itself imports triton only when something is compiled.
+import torch
+
+if not torch.cuda.is_available():
+    assert "triton" not in sys.modules, "triton was imported before conftest.py could choose its interpreter"
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+# One and the same set of examples everywhere: a red test is red again, and a slow machine fails nothing.
+settings.register_profile("ci", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Real images that lie beside the checkout and are no part of it."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip(f"needs the real images in {SHARED / 'data'}, which are not part of the repository")
+    return SHARED
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    asked_for_soak = "soak" in config.getoption("markexpr")
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+        if item.get_closest_marker("soak") and not asked_for_soak:
+            item.add_marker(pytest.mark.skip(reason="the long form: run it by `make soak`"))

@@ -1,0 +1,105 @@
+"""Imports point one way: an arrow the other way fails here, with the line that draws it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import spcl_fast
+
+ROOT = Path(__file__).resolve().parent.parent
+LEAVES = {"errors", "config", "settings", "rules", "models", "data", "report"}
+# word -> words it may import; a word is a file or folder of spcl_fast/ (kernels/ lies beside it and is imported as spcl_fast.kernels)
+ALLOWED = {
+    "errors": set(),
+    "config": {"errors"},
+    "settings": {"errors", "config", "rules"},
+    "rules": {"errors", "config", "settings"},
+    "models": {"errors"},
+    "data": {"errors", "config"},
+    "report": {"errors", "config", "data"},  # of data: palettes and colouring
+    "labels": set(),  # spcl_fast/backends/labels.py: the index rule and the flag of bad labels, below every backend
+    "kernels": {"errors", "labels"},
+    "backends": {"errors", "labels", "kernels"},
+    "ops": {"errors", "labels", "backends"},
+    "losses": {"errors", "ops"},
+    "bank": {"errors", "ops"},
+    "thresholds": {"errors", "ops"},
+    "compat": {"errors", "ops", "losses", "bank", "thresholds"},
+    "train": {"errors", "config", "settings", "rules", "models", "data", "report", "ops", "losses", "bank", "thresholds", "compat"},
+    "apply": {"errors", "config", "models", "data", "ops", "report", "train"},
+    "doctor": {"errors", "ops", "backends"},
+    "commands": LEAVES | {"apply", "doctor", "train"},
+    "cli": {"errors", "settings", "commands"},
+    "__main__": {"cli"},
+    "__init__": {"ops", "backends", "losses", "bank", "thresholds"},
+}
+
+
+def modules():
+    for top, name in ((ROOT / "spcl_fast", ""), (ROOT / "kernels", "kernels")):
+        for path in sorted(top.rglob("*.py")):
+            parts = path.relative_to(top).with_suffix("").parts
+            yield path, ("spcl_fast", *([name] if name else []), *parts)
+
+
+def imported_words(path: Path, module: tuple[str, ...]):
+    """(line, word of spcl_fast that the line imports)."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[tuple[str, ...]] = []
+        if isinstance(node, ast.Import):
+            names = [tuple(alias.name.split(".")) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = module[: len(module) - node.level] if node.level else ()
+            base = (*above, *filter(None, (node.module or "").split(".")))
+            names = [(*base, alias.name) for alias in node.names] if base == ("spcl_fast",) else [base]
+        for name in names:
+            if name[0] == "spcl_fast" and len(name) > 1 and not name[1].startswith("__"):
+                yield node.lineno, "labels" if name[1:] == ("backends", "labels") else name[1]
+
+
+def test_imports_point_one_way():
+    wrong = []
+    for path, module in modules():
+        word = module[1]
+        assert word in ALLOWED, f"{path}: a new word {word!r}; say in tests/test_architecture.py which layers it may import"
+        for line, target in imported_words(path, module):
+            if target not in {word, "_C"} | ALLOWED[word]:
+                wrong.append(f"{path.relative_to(ROOT)}:{line}: {word} imports {target}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_an_arrow_the_other_way_is_seen(tmp_path):
+    path = tmp_path / "x.py"
+    path.write_text("from ..train.loop import fit\nimport spcl_fast.cli\nfrom spcl_fast import bank\nfrom .. import settings\n")
+    assert [word for _, word in imported_words(path, ("spcl_fast", "ops", "x"))] == ["train", "cli", "bank", "settings"]
+
+
+def test_only_backends_names_a_backend_module():
+    named = []
+    for path, module in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            inside = isinstance(node, ast.ImportFrom) and (node.module or "").endswith(("backends.native", "backends.reference"))
+            if inside and module[1] not in ("backends", "kernels"):
+                named.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not named, "only backends/ names backends: " + ", ".join(named)
+
+
+@pytest.mark.parametrize("module", ["spcl_fast", "spcl_fast.cli", "spcl_fast.commands"])
+def test_importing_the_package_or_its_command_line_does_not_import_torch(module):
+    code = f"import {module}, sys; print([m for m in ('torch', 'numpy', 'jsonargparse', 'yaml') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_every_public_name_is_there():
+    missing = [name for name in spcl_fast.__all__ if not hasattr(spcl_fast, name)]
+    assert not missing
+
+
+def test_no_file_is_called_after_nothing():
+    vague = {"utils", "helpers", "common", "misc", "util", "helper"}
+    assert not [path for path, module in modules() if vague & set(module)]
