@@ -1,0 +1,376 @@
+"""SPCL, stage by stage (arXiv 2111.12358). A stage reads what earlier ones wrote into the run folder and writes what later ones read.
+
+A trained stage is a function `step(batch, iteration) -> {name: tensor}` that goes backward itself, one domain at a time, so that one graph
+is alive at once; everything else is `Context.train`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..bank import PrototypeBank
+from ..config import Config, PseudoLabelConfig, SourceConfig
+from ..data import Batch, Dataset, eval_batches, write_label_png
+from ..models import Discriminator, SegmentationModel
+from ..ops import agreement_labels, class_moments, prototype_contrastive_loss, upsampled_cross_entropy, upsampled_prediction
+from ..thresholds import PseudoLabelThresholds
+from . import distributed, memory
+from .context import Context
+from .summary import keep_samples, write_summary
+
+_CACHED_LOGITS_BYTES = 512 << 20  # low-resolution logits kept between the two passes of a pseudo-label stage
+
+
+# ---- source only, its matched control, the oracle ----------------------------------------------------------------------
+
+
+def source_only(context: Context) -> None:
+    """The plain baseline: cross-entropy on source images."""
+    _supervised(context, "source_only", context.config.source_only, "source", context.new_model())
+
+
+def control(context: Context) -> None:
+    """Source-only trained on for as many iterations as adaptation takes: what more training alone gives."""
+    _supervised(context, "control", context.config.control, "source", context.model_of("source_only"), after=("source_only",))
+
+
+def oracle(context: Context) -> None:
+    """The upper bound: the same on the target's training labels, which no other stage reads."""
+    _supervised(context, "oracle", context.config.oracle, "target", context.new_model())
+
+
+def _supervised(context: Context, stage: str, train: SourceConfig, side: str, model: SegmentationModel, after: tuple[str, ...] = ()) -> None:
+    dataset = context.dataset(side, "train")
+    class_weight = context.class_weight(dataset, train.class_weight_power)
+
+    def step(batch: Batch, it: int) -> dict[str, Tensor]:
+        with context.precision.autocast():
+            _, logits = model(batch.images)
+        loss = upsampled_cross_entropy(logits, batch.labels, temperature=train.temperature, class_weight=class_weight)
+        loss.backward()
+        return {"segmentation": loss.detach()}
+
+    context.train(stage, model, step, context.batches(stage, side, dataset, train, train.augment), train, after=after)
+
+
+# ---- warm-up -----------------------------------------------------------------------------------------------------------
+
+
+def warmup(context: Context) -> None:
+    """AdaptSegNet, single level: a discriminator on the softmax maps tells the domains apart, the net learns to fool it on target."""
+    train = context.config.warmup
+    after = ("source_only",) if train.init == "source_only" else ()
+    model = context.model_of("source_only") if after else context.new_model()
+    torch.manual_seed(context.config.seed)
+    discriminator = Discriminator(len(context.classes)).to(context.device)
+    dataset = context.dataset("source", "train")
+    class_weight = context.class_weight(dataset, train.class_weight_power)
+
+    def domain_loss(maps: Tensor, is_source: bool) -> Tensor:
+        verdict = discriminator(maps)
+        return F.binary_cross_entropy_with_logits(verdict, torch.full_like(verdict, float(is_source)))
+
+    def step(batch: tuple[Batch, Batch], it: int) -> dict[str, Tensor]:
+        source, target = batch
+        with context.precision.autocast():
+            _, logits = model(source.images)
+        segmentation = upsampled_cross_entropy(logits, source.labels, temperature=train.temperature, class_weight=class_weight)
+        segmentation.backward()
+        source_maps = _softmax_maps(logits.detach() / train.temperature, source.images)
+
+        with context.precision.autocast():
+            _, logits = model(target.images)
+        target_maps = _softmax_maps(logits, target.images)
+        discriminator.requires_grad_(False)
+        adversarial = domain_loss(target_maps, is_source=True)
+        (train.adversarial_weight * adversarial).backward()
+
+        discriminator.requires_grad_(True)
+        discrimination = 0.5 * domain_loss(source_maps, is_source=True) + 0.5 * domain_loss(target_maps.detach(), is_source=False)
+        discrimination.backward()
+        return {"segmentation": segmentation.detach(), "adversarial": adversarial.detach(), "discriminator": discrimination.detach()}
+
+    target = context.dataset("target", "train", labels=False)
+    context.train(
+        "warmup",
+        model,
+        step,
+        _pairs(
+            context.batches("warmup", "source", dataset, train, train.augment),
+            context.batches("warmup", "target", target, train, train.augment),
+        ),
+        train,
+        after=after,
+        modules={"discriminator": discriminator},
+        optimizers={"discriminator": torch.optim.Adam(discriminator.parameters(), lr=train.discriminator_lr, betas=(0.9, 0.99))},
+    )
+
+
+def _softmax_maps(logits: Tensor, images: Tensor) -> Tensor:
+    """The discriminator's input, at the images' size as in the release."""
+    return F.interpolate(logits.float(), images.shape[2:], mode="bilinear", align_corners=True).softmax(1)
+
+
+def _pairs(source: Callable[[int], Iterator[Batch]], target: Callable[[int], Iterator[Batch]]) -> Callable[[int], Iterator[tuple[Batch, Batch]]]:
+    return lambda start: zip(source(start), target(start), strict=False)
+
+
+# ---- prototypes --------------------------------------------------------------------------------------------------------
+
+
+def prototypes(context: Context) -> None:
+    """Prototype k = mean over source images of the mean unit feature of class k's correctly classified pixels in that image."""
+    settings, start = context.config.prototypes, context.source_stage()
+    identity = context.identity("prototypes", settings, (start,))
+    if context.run.is_done("prototypes", identity):
+        return
+    model = context.model_of(start).eval()
+    if distributed.is_main():
+        from safetensors.torch import save_file
+
+        dataset = context.dataset("source", "train")
+        if settings.images is not None and settings.images < len(dataset):
+            dataset = dataset.select([i * len(dataset) // settings.images for i in range(settings.images)])
+        means, images = _mean_of_image_means(context, model, dataset)
+        missing = [name for name, count in zip(context.classes.names, images.tolist(), strict=True) if not count]
+        if missing:
+            context.run.say(f"prototypes: no correctly classified source pixel of {', '.join(missing)}: their prototypes are 0")
+        path = context.run.path("prototypes.safetensors")
+        save_file({"prototypes": means.cpu().contiguous(), "images": images.cpu()}, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
+        context.run.mark_done("prototypes", identity, missing=missing)
+    distributed.barrier()
+
+
+@torch.no_grad()
+def _mean_of_image_means(context: Context, model: SegmentationModel, dataset: Dataset) -> tuple[Tensor, Tensor]:
+    """-> prototypes [K, D], number of images that count for each class [K]."""
+    num_classes = len(context.classes)
+    total = torch.zeros(num_classes, model.channels, device=context.device)
+    images = torch.zeros(num_classes, dtype=torch.int64, device=context.device)
+    for image, label, _ in eval_batches(dataset, context.config.source.size, workers=context.config.loop.workers):
+        features, logits = model(image.to(context.device))
+        label = torch.from_numpy(label).to(context.device)[None]
+        moments = class_moments(features, agreement_labels(label, logits.argmax(1)), num_classes)
+        total += moments.sums / moments.counts.clamp_min(1)[:, None]
+        images += moments.counts > 0
+    return total / images.clamp_min(1)[:, None], images
+
+
+# ---- pseudo-labels -----------------------------------------------------------------------------------------------------
+
+
+def pseudo_labels(context: Context) -> None:
+    """Labels for the target's training images from the net that adaptation starts from."""
+    _pseudo_label(context, "pseudo_labels", context.source_stage())
+
+
+def pseudo_labels_2(context: Context) -> None:
+    """The same from the adapted net, for distillation."""
+    _pseudo_label(context, "pseudo_labels_2", "adapt")
+
+
+def _pseudo_label(context: Context, stage: str, start: str) -> None:
+    """Thresholds from one pass over the images, label PNGs from a second one."""
+    settings: PseudoLabelConfig = context.config.pseudo_label
+    identity = context.identity(stage, settings, (start,))
+    if context.run.is_done(stage, identity):
+        return
+    model = context.model_of(start).eval()
+    if distributed.is_main():
+        dataset = context.dataset("target", "train", labels=False)
+        if settings.images is not None:
+            dataset = dataset.select(range(min(settings.images, len(dataset))))
+        use_size = context.config.target.eval_size
+        estimate_size = settings.estimate_size or use_size
+        estimate = _logits_of(context, model, dataset, estimate_size)
+        thresholds = PseudoLabelThresholds(len(context.classes), quantile=settings.quantile, cap=settings.cap)
+        for _, logits in estimate():
+            thresholds.update(upsampled_prediction(logits, estimate_size[::-1]))
+        apply = estimate if estimate_size == use_size else _logits_of(context, model, dataset, use_size)
+        kept = torch.zeros(len(context.classes), dtype=torch.int64)
+        for name, logits in apply():
+            labels = upsampled_prediction(logits, use_size[::-1], thresholds=thresholds.thresholds().to(logits.device)).labels[0].cpu()
+            kept += torch.bincount(labels.flatten(), minlength=256)[: len(kept)]
+            write_label_png(context.run.path(stage, f"{name}.png"), labels.numpy(), context.classes.palette)
+        record = _threshold_record(context, thresholds, kept)
+        context.run.write_json(f"{stage}/thresholds.json", record)
+        context.run.mark_done(stage, identity)
+    distributed.barrier()
+
+
+def _threshold_record(context: Context, thresholds: PseudoLabelThresholds, kept: Tensor) -> dict:
+    names, predicted = context.classes.names, thresholds.counts()
+    never = [name for name, count in zip(names, predicted.tolist(), strict=True) if not count]
+    if never:
+        context.run.say(f"pseudo-labels: never predicted on target: {', '.join(never)}")
+    return {
+        "thresholds": dict(zip(names, thresholds.thresholds().tolist(), strict=True)),
+        "predicted_pixels": dict(zip(names, predicted.tolist(), strict=True)),
+        "kept_pixels": dict(zip(names, kept.tolist(), strict=True)),
+        "exact": bool(thresholds.exact().all()),
+    }
+
+
+def _logits_of(context: Context, model: SegmentationModel, dataset: Dataset, size: tuple[int, int]) -> Callable[[], Iterator[tuple[str, Tensor]]]:
+    """A function that yields (name, low-resolution logits) of every image; the second call computes only what did not fit into memory."""
+    cached: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def logits_by_name() -> Iterator[tuple[str, Tensor]]:
+        missing = [i for i, name in enumerate(dataset.names) if name not in cached]
+        yield from list(cached.items())
+        room = _CACHED_LOGITS_BYTES - sum(logits.nbytes for logits in cached.values())
+        for image, _, name in eval_batches(dataset.select(missing), size, workers=context.config.loop.workers, labels=False):
+            with context.precision.autocast():
+                _, logits = model(image.to(context.device))
+            logits = logits.float()
+            if logits.nbytes <= room:
+                cached[name] = logits
+                room -= logits.nbytes
+            yield name, logits
+
+    return logits_by_name
+
+
+# ---- adapt -------------------------------------------------------------------------------------------------------------
+
+
+def adapt(context: Context) -> None:
+    """Segmentation loss on source; contrastive loss of both domains against the prototypes, which follow the source."""
+    train, start = context.config.adapt, context.source_stage()
+    model = context.model_of(start)
+    num_classes = len(context.classes)
+    bank = PrototypeBank(
+        num_classes, model.channels, keep=train.keep, absent=train.absent, min_pixels=train.min_pixels, normalize=train.normalize
+    ).to(context.device)
+    bank.load_(load_prototypes(context).to(context.device))
+    source_data, target_data = context.dataset("source", "train"), context.pseudo_labelled("pseudo_labels")
+    class_weight = context.class_weight(source_data, train.class_weight_power)
+
+    def contrast(features: Tensor, labels: Tensor) -> Tensor:
+        return prototype_contrastive_loss(
+            features, labels, bank.prototypes, temperature=train.contrast_temperature, normalize=train.normalize
+        )
+
+    def step(batch: tuple[Batch, Batch], it: int) -> dict[str, Tensor]:
+        source, target = batch
+        with context.precision.autocast():
+            features, logits = model(source.images)
+        agreed = agreement_labels(source.labels, logits.argmax(1))
+        bank.update_(features.detach(), agreed)
+        segmentation = upsampled_cross_entropy(logits, source.labels, temperature=train.temperature, class_weight=class_weight)
+        source_contrast = contrast(features, agreed)
+        (segmentation + train.contrast_weight * source_contrast).backward()
+
+        with context.precision.autocast():
+            features = model.features(target.images)
+        target_contrast = contrast(features, target.labels)
+        (train.contrast_weight * target_contrast).backward()
+        chance = math.log(num_classes)  # at a high temperature the loss itself says nothing: log what is above ln K
+        values = {
+            "segmentation": segmentation.detach(),
+            "source_excess": source_contrast.detach() - chance,
+            "target_excess": target_contrast.detach() - chance,
+        }
+        return values | _diagnostics(context, model, features, target.labels, it, bank)
+
+    context.train(
+        "adapt",
+        model,
+        step,
+        _pairs(
+            context.batches("adapt", "source", source_data, train, train.augment),
+            context.batches("adapt", "target", target_data, train, train.target_augment),
+        ),
+        train,
+        after=(start, "prototypes", "pseudo_labels"),
+        modules={"bank": bank},
+    )
+    keep_samples(context, model, bank.prototypes)
+
+
+@torch.no_grad()
+def _diagnostics(context: Context, model: SegmentationModel, features: Tensor, labels: Tensor, it: int, bank: PrototypeBank) -> dict[str, Tensor]:
+    """What shows a collapse while the loss still falls: predicted and kept shares of each class on target, prototype norms."""
+    if (it + 1) % context.config.loop.log_every and it + 1 != context.config.adapt.iterations:
+        return {}
+    num_classes = len(context.classes)
+    predicted = F.one_hot(model.classify(features.detach()).argmax(1), num_classes).float().mean((0, 1, 2))
+    kept = F.one_hot(labels.long().clamp_max(num_classes), num_classes + 1).float().mean((0, 1, 2))[:num_classes]
+    return {"predicted_share": predicted, "kept_share": kept, "prototype_norm": bank.prototypes.norm(dim=1)}
+
+
+def load_prototypes(context: Context) -> Tensor:
+    from safetensors.torch import load_file
+
+    return load_file(context.run.path("prototypes.safetensors"))["prototypes"]
+
+
+# ---- distill -----------------------------------------------------------------------------------------------------------
+
+
+def distill(context: Context) -> None:
+    """Self-training of the adapted net on its own pseudo-labels; with source_weight > 0 source batches keep it honest."""
+    train = context.config.distill
+    model = context.model_of("adapt", freeze_bn=train.freeze_bn)
+    source_data, target_data = context.dataset("source", "train"), context.pseudo_labelled("pseudo_labels_2")
+    class_weight = context.class_weight(source_data, train.class_weight_power)
+
+    def loss_on(batch: Batch, weight: float, class_weight: Tensor | None) -> Tensor:
+        with context.precision.autocast():
+            _, logits = model(batch.images)
+        loss = upsampled_cross_entropy(logits, batch.labels, temperature=train.temperature, class_weight=class_weight)
+        (weight * loss).backward()
+        return loss.detach()
+
+    def step(batch: Batch | tuple[Batch, Batch], it: int) -> dict[str, Tensor]:
+        if not train.source_weight:
+            return {"distillation": loss_on(batch, 1.0, None)}
+        source, target = batch
+        return {"segmentation": loss_on(source, train.source_weight, class_weight), "distillation": loss_on(target, 1.0, None)}
+
+    batches = context.batches("distill", "target", target_data, train, train.augment)
+    if train.source_weight:
+        batches = _pairs(context.batches("distill", "source", source_data, train, context.config.adapt.augment), batches)
+    context.train("distill", model, step, batches, train, after=("adapt", "pseudo_labels_2"))
+
+
+# ---- the run -----------------------------------------------------------------------------------------------------------
+
+STAGES: dict[str, Callable[[Context], None]] = {
+    "source_only": source_only,
+    "control": control,
+    "warmup": warmup,
+    "prototypes": prototypes,
+    "pseudo_labels": pseudo_labels,
+    "adapt": adapt,
+    "pseudo_labels_2": pseudo_labels_2,
+    "distill": distill,
+    "oracle": oracle,
+}
+
+
+def run_stages(config: Config, names: tuple[str, ...] | list[str] | None = None) -> None:
+    """Do the named stages (default: those of the config) in the order of STAGES; what is complete is skipped. Then write summary.json."""
+    from ..settings import dump_config
+
+    wanted = config.stages if names is None else names
+    with distributed.session(config.loop.device):
+        context = Context(config)
+        context.run.write_text("config.yaml", dump_config(config))
+        classes = context.classes
+        context.run.write_json(
+            "classes.json", {"names": list(classes.names), "palette": [list(c) for c in classes.palette], "ignore_index": classes.ignore_index}
+        )
+        for name, stage in STAGES.items():
+            if name in wanted:
+                memory.reset_peak(context.device)
+                stage(context)
+        write_summary(context)
+        context.run.close()
