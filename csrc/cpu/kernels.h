@@ -1,0 +1,113 @@
+// What the kernels take and give: plain structs, raw pointers, no torch and no std. The kernels are compiled once per instruction set, so
+// nothing here may define a function that is not static: two instruction sets must never share a compiled body.
+#pragma once
+#include <stdint.h>
+
+namespace spcl {
+
+constexpr int kPanel = 64;          // pixels that are worked on together; every packed buffer is [..][kPanel]
+constexpr int kMaxPanels = 4;       // panels in a tile
+constexpr float kNormEps = 1e-12f;  // of F.normalize
+constexpr float kClampedInvNorm = 1.0f / kNormEps;  // the inv_norm of a pixel whose norm is under the clamp
+
+enum FloatType : int { kFloat32, kBFloat16, kFloat16 };
+enum LabelType : int { kUInt8, kInt8, kUInt16, kInt16, kUInt32, kInt32, kUInt64, kInt64 };
+
+// [B, D, h, w] with any strides, counted in elements.
+struct Features {
+  void* data;
+  FloatType type;
+  int64_t batch, dim, height, width;
+  int64_t stride_b, stride_d, stride_h, stride_w;
+};
+
+// [B, H, W]; pixel (i, j) of the features' grid reads row[i], col[j]: offsets in elements, nearest rule and strides already in them.
+struct Labels {
+  const void* data;
+  LabelType type;
+  int64_t stride_b;
+  const int64_t* row;
+  const int64_t* col;
+  int64_t ignore_index, num_classes;
+};
+
+// One float a pixel of the features' grid; data == nullptr stands for ones.
+struct PixelMap {
+  const float* data;
+  int64_t stride_b, stride_h, stride_w;
+};
+
+// A matrix operand cut into blocks of `rows` rows: [blocks][length][rows], rows beyond `count` are zero.
+struct Panels {
+  const float* data;
+  int64_t count, length, blocks, rows;
+};
+
+// How the pixels are cut: tile t is `panels` panels of image t / tiles_per_image. Depends on shapes only, never on threads.
+struct Tiles {
+  int64_t panels, tiles_per_image, count;
+};
+
+struct Contrast {
+  Features x;
+  Labels labels;
+  const float* class_weight;  // [K] or nullptr
+  PixelMap pixel_weight;
+  Panels by_class;    // prototypes, blocks of classes: [kb][D][rows]
+  Panels by_channel;  // prototypes transposed, blocks of channels: [db][K][rows]
+  Tiles tiles;
+  int64_t num_classes;
+  float temperature;
+  bool normalize;
+};
+
+struct ContrastForward : Contrast {
+  float* loss_map;       // [B, P] or nullptr
+  float* lse;            // [B, P] or nullptr
+  float* inv_norm;       // [B, P] or nullptr
+  float* logits;         // [B, K, P] or nullptr
+  double* partial_loss;    // [tiles]
+  double* partial_weight;  // [tiles]
+  int64_t* first_bad;      // smallest b * P + p with a label out of range; INT64_MAX if none
+};
+
+struct ContrastBackward : Contrast {
+  PixelMap grad;          // the incoming gradient, a scalar as a map with strides 0
+  float denominator;
+  const float* lse;       // [B, P]
+  const float* inv_norm;  // [B, P]
+  const float* logits;    // [B, K, P] or nullptr: computed again
+  Features dx;            // same shape as x; data == nullptr: not wanted
+  float* dproto;          // [groups][D][dproto_stride], zeroed; nullptr: not wanted
+  int64_t dproto_stride;  // K rounded up to a multiple of 32
+};
+
+struct Moments {
+  Features x;
+  Labels labels;
+  Tiles tiles;
+  int64_t num_classes;
+  bool normalize;
+  float* sums;         // [groups][K][D], zeroed
+  float* squares;      // the same, or nullptr
+  int64_t* counts;     // [groups][K], zeroed
+  int64_t* first_bad;
+};
+
+// The kernels of one instruction set, each for one tile. `scratch` (its size in floats from the function before it) is 64-byte aligned and
+// the calling thread's own; `group` says which partial sum to add to.
+#define SPCL_DECLARE_KERNELS(ISA)                                                                   \
+  namespace ISA {                                                                                   \
+  int64_t contrast_forward_scratch(const ContrastForward&);                                         \
+  void contrast_forward(const ContrastForward&, int64_t tile, float* scratch);                      \
+  int64_t contrast_backward_scratch(const ContrastBackward&);                                       \
+  void contrast_backward(const ContrastBackward&, int64_t tile, int64_t group, float* scratch);     \
+  int64_t class_moments_scratch(const Moments&);                                                    \
+  void class_moments(const Moments&, int64_t tile, int64_t group, float* scratch);                  \
+  }
+
+SPCL_DECLARE_KERNELS(avx512)
+SPCL_DECLARE_KERNELS(avx2)
+SPCL_DECLARE_KERNELS(baseline)
+
+}  // namespace spcl

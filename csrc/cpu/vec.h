@@ -1,0 +1,231 @@
+// The vector layer: one source for every instruction set, written with the compiler's vector extensions. V floats a register.
+// Include only from files that are compiled per instruction set; everything is static, inside the namespace of that set.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+
+#include "kernels.h"
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define SPCL_V 16
+#elif defined(__AVX2__)
+#define SPCL_V 8
+#else
+#define SPCL_V 4
+#endif
+#define SPCL_INLINE static inline __attribute__((always_inline))
+#define SPCL_INLINE_MEMBER inline __attribute__((always_inline))
+#define SPCL_LOCAL static __attribute__((unused))
+
+namespace spcl {
+namespace SPCL_ISA {
+
+constexpr int V = SPCL_V;
+constexpr int kStep = V == 16 ? 4 : 2;  // vectors of a row that a matrix microkernel holds: 6 x 4 of 32 registers, 6 x 2 of 16
+constexpr int kMaxRows = 6;             // rows of such a microkernel
+
+typedef float vf __attribute__((vector_size(V * 4)));
+typedef int32_t vi __attribute__((vector_size(V * 4)));
+typedef uint32_t vu __attribute__((vector_size(V * 4)));
+typedef uint16_t vh __attribute__((vector_size(V * 2)));
+
+SPCL_INLINE vf load(const float* p) { vf v; memcpy(&v, p, sizeof v); return v; }
+SPCL_INLINE vi load(const int32_t* p) { vi v; memcpy(&v, p, sizeof v); return v; }
+SPCL_INLINE void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
+SPCL_INLINE vf splat(float s) { return s - vf{}; }
+SPCL_INLINE vi splat(int32_t s) { return s - vi{}; }
+SPCL_INLINE vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+SPCL_INLINE vf larger(vf a, vf b) { return select(a > b, a, b); }  // b where a is NaN
+
+// ---- 16-bit floats ----------------------------------------------------------------------------------------------
+
+struct bfloat16 { uint16_t bits; };
+struct float16 { uint16_t bits; };
+
+SPCL_INLINE vh load_bits(const void* p) { vh v; memcpy(&v, p, sizeof v); return v; }
+SPCL_INLINE vf load(const bfloat16* p) { return (vf)(__builtin_convertvector(load_bits(p), vu) << 16); }
+
+SPCL_INLINE void store(bfloat16* p, vf v) {
+  vu bits = (vu)v;
+  vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+  vi is_nan = v != v;
+  vh out = __builtin_convertvector((vu)((is_nan & 0x7fc0) | (~is_nan & (vi)rounded)), vh);
+  memcpy(p, &out, sizeof out);
+}
+
+#if defined(__AVX512F__)
+SPCL_INLINE vf load(const float16* p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+SPCL_INLINE void store(float16* p, vf v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, 0)); }
+#elif defined(__AVX2__)
+SPCL_INLINE vf load(const float16* p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+SPCL_INLINE void store(float16* p, vf v) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, 0)); }
+#else
+SPCL_INLINE vf load(const float16* p) {
+  vu half = __builtin_convertvector(load_bits(p), vu);
+  vu sign = (half & 0x8000) << 16;
+  vf normal = (vf)((half & 0x7fff) << 13) * 0x1p112f;  // the exponent's bias, and subnormals come out right
+  vi special = (vi)(half & 0x7c00) == 0x7c00;          // inf and NaN
+  vu bits = (vu)select(special, (vf)(((half & 0x7fff) << 13) | 0x7f800000), normal);
+  return (vf)(bits | sign);
+}
+SPCL_INLINE void store(float16* p, vf v) {
+  vu bits = (vu)v, sign = (bits >> 16) & 0x8000;
+  vf size = (vf)(bits & 0x7fffffff);
+  vu small = (vu)(size + 0.5f) - (vu)splat(0.5f);                              // subnormals: the addition rounds to multiples of 2^-24
+  vu mag = (vu)size;
+  vu normal = (mag + 0xfff + ((mag >> 13) & 1) - (112u << 23)) >> 13;
+  vu out = (vu)select(size < 0x1p-14f, (vf)small, (vf)normal);
+  out = (vu)select(size >= 65520.0f, (vf)(vu)splat((int32_t)0x7c00), (vf)out);
+  out = (vu)select(size != size, (vf)(vu)splat((int32_t)0x7e00), (vf)out) | sign;
+  vh half = __builtin_convertvector(out, vh);
+  memcpy(p, &half, sizeof half);
+}
+#endif
+
+// One value, by way of a vector: only tails and odd layouts come here.
+template <class T>
+SPCL_INLINE float load_one(const T* p) {
+  T lane[V] = {*p};
+  return load(lane)[0];
+}
+template <>
+inline __attribute__((always_inline)) float load_one(const float* p) { return *p; }
+
+template <class T>
+SPCL_INLINE void store_one(T* p, float value) {
+  T lane[V];
+  store(lane, splat(value));
+  *p = lane[0];
+}
+template <>
+inline __attribute__((always_inline)) void store_one(float* p, float value) { *p = value; }
+
+// ---- exp and log ------------------------------------------------------------------------------------------------
+
+// Within 1 ulp on [-87, 88]; 0 below, NaN for NaN.
+SPCL_INLINE vf exp(vf x) {
+  const vf magic = splat(0x1.8p23f);  // adding it rounds to an integer, which then stands in the low bits
+  vf clipped = select(x > 88.0f, splat(88.0f), select(x < -87.3f, splat(-87.3f), x));
+  vf shifted = clipped * 1.44269504088896f + magic;
+  vf n = shifted - magic;
+  vf r = clipped - n * 0x1.62e4p-1f;
+  r = r - n * 0x1.7f7d1cp-20f;
+  vf q = splat(1.9875691500e-4f);
+  q = q * r + 1.3981999507e-3f;
+  q = q * r + 8.3334519073e-3f;
+  q = q * r + 4.1665795894e-2f;
+  q = q * r + 1.6666665459e-1f;
+  q = q * r + 5.0000001201e-1f;
+  q = q * (r * r) + r + 1.0f;
+  vf scaled = (vf)((vi)q + ((vi)shifted << 23));  // the low bits of `shifted` are n; what is above them leaves by the left
+  vf result = select(x < -87.3f, vf{}, scaled);
+  return select(x != x, x, result);
+}
+
+// Of normal positive numbers, within 1 ulp; NaN for NaN and for infinity (the sums of exponentials here are finite or NaN).
+SPCL_INLINE vf log(vf x) {
+  vi bits = (vi)x;
+  vi over = (bits & 0x007fffff) > 0x003504f3;  // mantissa above sqrt(2): halve it
+  vi e = ((bits >> 23) - 127) - over;
+  vf m = (vf)((bits & 0x007fffff) | (over & 0x3f000000) | (~over & 0x3f800000));
+  vf r = m - 1.0f, z = r * r, n = __builtin_convertvector(e, vf);
+  vf q = splat(7.0376836292e-2f);
+  q = q * r - 1.1514610310e-1f;
+  q = q * r + 1.1676998740e-1f;
+  q = q * r - 1.2420140846e-1f;
+  q = q * r + 1.4249322787e-1f;
+  q = q * r - 1.6668057665e-1f;
+  q = q * r + 2.0000714765e-1f;
+  q = q * r - 2.4999993993e-1f;
+  q = q * r + 3.3333331174e-1f;
+  vf y = q * r * z + n * -2.12194440e-4f - 0.5f * z;
+  return (r + y) + n * 0.693359375f + (x - x);
+}
+
+// ---- transposition ----------------------------------------------------------------------------------------------
+
+#if SPCL_V == 16
+#define SPCL_LOW (vi{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23})
+#define SPCL_HIGH (vi{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31})
+#elif SPCL_V == 8
+#define SPCL_LOW (vi{0, 8, 1, 9, 2, 10, 3, 11})
+#define SPCL_HIGH (vi{4, 12, 5, 13, 6, 14, 7, 15})
+#else
+#define SPCL_LOW (vi{0, 4, 1, 5})
+#define SPCL_HIGH (vi{2, 6, 3, 7})
+#endif
+#if defined(__clang__)
+SPCL_INLINE vf SPCL_SHUFFLE(vf a, vf b, vi index) {
+  float both[2 * V], out[V];
+  store(both, a), store(both + V, b);
+  for (int i = 0; i < V; ++i) out[i] = both[index[i]];
+  return load(out);
+}
+#else
+#define SPCL_SHUFFLE __builtin_shuffle
+#endif
+
+SPCL_INLINE vf square_root(vf x) {
+  for (int i = 0; i < V; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+}
+
+// V x V, in place: log2(V) rounds of interleaving row i with row i + V/2.
+SPCL_INLINE void transpose(vf (&r)[V]) {
+  for (int width = 1; width < V; width *= 2) {
+    vf t[V];
+    for (int i = 0; i < V / 2; ++i) {
+      t[2 * i] = SPCL_SHUFFLE(r[i], r[i + V / 2], SPCL_LOW);
+      t[2 * i + 1] = SPCL_SHUFFLE(r[i], r[i + V / 2], SPCL_HIGH);
+    }
+    for (int i = 0; i < V; ++i) r[i] = t[i];
+  }
+}
+
+// ---- matrix product ---------------------------------------------------------------------------------------------
+
+// c[M][kPanel] (+)= a[n][M]^T b[n][kPanel]: the one kernel under the logits and the gradient.
+// The chunk's sum starts at 0 and is added whole: a blocked sum, which loses less than one long chain.
+template <int M>
+SPCL_INLINE void product_block(const float* __restrict a, int64_t n, const float* __restrict b, float* __restrict c, bool add) {
+  for (int s = 0; s < kPanel; s += kStep * V) {
+    vf acc[M][kStep];
+    for (int i = 0; i < M; ++i)
+      for (int v = 0; v < kStep; ++v) acc[i][v] = vf{};
+    for (int64_t j = 0; j < n; ++j) {
+      vf row[kStep];
+      for (int v = 0; v < kStep; ++v) row[v] = load(b + j * kPanel + s + v * V);
+      for (int i = 0; i < M; ++i)
+        for (int v = 0; v < kStep; ++v) acc[i][v] += a[j * M + i] * row[v];
+    }
+    for (int i = 0; i < M; ++i)
+      for (int v = 0; v < kStep; ++v) {
+        float* to = c + i * kPanel + s + v * V;
+        store(to, add ? load(to) + acc[i][v] : acc[i][v]);
+      }
+  }
+}
+
+template <int M>
+SPCL_INLINE void product_blocks(const Panels& a, int64_t first, int64_t last, int64_t j0, int64_t n, const float* b, float* c, bool add) {
+  for (int64_t block = first; block < last; ++block, c += M * kPanel) product_block<M>(a.data + (block * a.length + j0) * M, n, b, c, add);
+}
+
+// Blocks [first, last) of `a`, contraction over its [j0, j0 + n).
+SPCL_LOCAL void product(const Panels& a, int64_t first, int64_t last, int64_t j0, int64_t n, const float* b, float* c, bool add) {
+  switch (a.rows) {
+    case 1: return product_blocks<1>(a, first, last, j0, n, b, c, add);
+    case 2: return product_blocks<2>(a, first, last, j0, n, b, c, add);
+    case 3: return product_blocks<3>(a, first, last, j0, n, b, c, add);
+    case 4: return product_blocks<4>(a, first, last, j0, n, b, c, add);
+    case 5: return product_blocks<5>(a, first, last, j0, n, b, c, add);
+    default: return product_blocks<6>(a, first, last, j0, n, b, c, add);
+  }
+}
+
+}  // namespace SPCL_ISA
+}  // namespace spcl

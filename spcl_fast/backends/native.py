@@ -1,0 +1,94 @@
+"""The C++ backend ("cpu"): csrc/ through torch.ops.spcl_fast_native. Same primitives as reference.py, on CPU tensors.
+
+One pass over the features in the forward, one in the backward; the only feature-sized allocation is the gradient.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .labels import bad_label_message
+
+_OPS = ("prototype_contrastive_loss", "class_moments")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _load() -> str | None:
+    """Register the native ops; None, or why they are not there."""
+    try:
+        from .. import _C  # noqa: F401
+    except ImportError as error:
+        record = Path(__file__).parents[1] / "native_build.txt"
+        recorded = record.read_text().strip() if record.exists() else "the package was not installed by setup.py"
+        return f"spcl_fast._C does not import: {error}" if recorded == "built" else f"spcl_fast._C was not built: {recorded}"
+    return None
+
+
+_MISSING = _load()
+_native = torch.ops.spcl_fast_native
+
+
+def why_not(op: str, *, device: torch.device, dtype: torch.dtype, num_classes: int, dim: int, has_variances: bool) -> str | None:
+    if _MISSING is not None:
+        return _MISSING
+    if op not in _OPS:
+        return f"the C++ backend has no {op}; it has {' and '.join(_OPS)}"
+    if device.type != "cpu":
+        return f"the C++ backend works on CPU tensors, not on {device}"
+    if dtype not in _DTYPES:
+        return f"the C++ backend takes float32, bfloat16 and float16 features, not {dtype}; the reference backend takes float64"
+    if has_variances:
+        return "the C++ backend has no `variances`; the reference backend has"
+    return None
+
+
+def saves_logits(num_classes: int, dim: int) -> bool:
+    """Whether 4 K bytes a pixel are moved cheaper than the logits are computed again."""
+    return num_classes * 4 <= dim
+
+
+def prototype_contrastive_forward(
+    features, labels, prototypes, class_weight, pixel_weight, variances, *, temperature, normalize, ignore_index, reduction, save
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *outputs, report = _native.prototype_contrastive_forward(
+        features, labels, _plain(prototypes), _plain(class_weight), _floats(pixel_weight), temperature, normalize, ignore_index,
+        reduction == "mean", reduction == "none", save, saves_logits(*prototypes.shape),
+    )  # fmt: skip
+    _raise_for(report, prototypes.shape[0], ignore_index)
+    return tuple(outputs)
+
+
+def prototype_contrastive_backward(
+    grad_loss, features, labels, prototypes, class_weight, pixel_weight, variances, lse, inv_norm, logits, denominator,
+    *, temperature, normalize, ignore_index, reduction, needs_dfeatures, needs_dprototypes,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dfeatures = torch.empty_like(features) if needs_dfeatures else features.new_empty(0)
+    dprototypes = _native.prototype_contrastive_backward(
+        _floats(grad_loss), features, labels, _plain(prototypes), _plain(class_weight), _floats(pixel_weight), lse, inv_norm, logits, denominator,
+        dfeatures, temperature, normalize, ignore_index, needs_dfeatures, needs_dprototypes,
+    )  # fmt: skip
+    return dfeatures, dprototypes
+
+
+def class_moments(features, labels, num_classes, *, normalize, squares, ignore_index) -> tuple[Tensor, Tensor, Tensor]:
+    *outputs, report = _native.class_moments(features, labels, num_classes, normalize, squares, ignore_index)
+    _raise_for(report, num_classes, ignore_index)
+    return tuple(outputs)
+
+
+def _floats(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().to(torch.float32)
+
+
+def _plain(tensor: Tensor | None) -> Tensor | None:
+    """float32 and contiguous: K rows, small."""
+    return None if tensor is None else tensor.detach().to(torch.float32).contiguous()
+
+
+def _raise_for(report: Tensor, num_classes: int, ignore_index: int) -> None:
+    found, value, *pixel = report.tolist()
+    if found:
+        raise ValueError(bad_label_message(value, tuple(pixel), num_classes, ignore_index))
