@@ -1,0 +1,156 @@
+"""What the classes are called, how they are coloured, and how each data set's own ids become train ids.
+
+A train id is 0 .. K-1, or 255 where a pixel takes no part in a loss or a score.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import DataError
+
+IGNORE = 255
+
+
+@dataclass(frozen=True)
+class ClassSet:
+    """Names and colours (RGB, 0-255) of the train ids; `ignore_index` marks pixels without a class."""
+
+    names: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    ignore_index: int = IGNORE
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+CITYSCAPES_19 = ClassSet(
+    names=(
+        "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
+        "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
+    ),
+    palette=(
+        (128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153), (250, 170, 30),
+        (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70),
+        (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32),
+    ),
+)  # fmt: skip
+
+# SYNTHIA has 16 of the 19: no terrain, truck, train
+_SIXTEEN = (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 15, 17, 18)
+CITYSCAPES_16 = ClassSet(tuple(CITYSCAPES_19.names[k] for k in _SIXTEEN), tuple(CITYSCAPES_19.palette[k] for k in _SIXTEEN))
+SIXTEEN_TO_NINETEEN = dict(enumerate(_SIXTEEN))
+# the 13-class mean of the SYNTHIA literature leaves out wall, fence and pole
+THIRTEEN_OF_SIXTEEN = tuple(k for k in range(16) if k not in (3, 4, 5))
+
+CITYSCAPES_IDS_19 = {
+    7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13, 27: 14,
+    28: 15, 31: 16, 32: 17, 33: 18,
+}  # fmt: skip
+CITYSCAPES_IDS_16 = {
+    7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 23: 9, 24: 10, 25: 11, 26: 12, 28: 13, 32: 14, 33: 15,
+}  # fmt: skip
+SYNTHIA_IDS_16 = {
+    3: 0, 4: 1, 2: 2, 21: 3, 5: 4, 7: 5, 15: 6, 9: 7, 6: 8, 1: 9, 10: 10, 17: 11, 8: 12, 19: 13, 12: 14, 11: 15,
+}  # fmt: skip
+
+_FULL = 65536  # one entry per 16-bit id, so that no reader needs a special case; 64 KB
+
+
+@dataclass(frozen=True, eq=False)
+class LabelTable:
+    """A data set's own ids -> train ids, by one lookup.
+
+    `lookup` is uint8 [65536], 255 where an id has no train id; `known` is bool [65536]: ids that the data set is known to hold,
+    so that `check_data` can tell an ignored id from one that nobody has heard of.
+    """
+
+    lookup: np.ndarray
+    known: np.ndarray
+
+    @classmethod
+    def of(cls, mapping: dict[int, int], known: Any = ()) -> LabelTable:
+        lookup = np.full(_FULL, IGNORE, np.uint8)
+        is_known = np.zeros(_FULL, bool)
+        for old, new in mapping.items():
+            lookup[old] = new
+            is_known[old] = True
+        is_known[list(known)] = True
+        is_known[IGNORE] = True
+        return cls(lookup, is_known)
+
+    def then(self, mapping: dict[int, int]) -> LabelTable:
+        """This table followed by a map from its train ids to others; what is not listed becomes 255."""
+        second = np.full(256, IGNORE, np.uint8)
+        for old, new in mapping.items():
+            second[old] = new
+        second[IGNORE] = IGNORE
+        return LabelTable(second[self.lookup], self.known)
+
+    def apply(self, ids: np.ndarray) -> np.ndarray:
+        """Raw ids [H, W] uint8 or uint16 -> train ids [H, W] uint8."""
+        return np.take(self.lookup[:256] if ids.dtype == np.uint8 else self.lookup, ids)
+
+    def key(self) -> bytes:
+        """Equal for tables that map alike: part of the name of a cached label."""
+        return self.lookup.tobytes()
+
+    def unknown(self, ids: np.ndarray) -> dict[int, int]:
+        """Pixels by id, for ids that are not known to belong to this data set."""
+        counts = np.bincount(ids.ravel(), minlength=256)
+        return {int(k): int(counts[k]) for k in np.flatnonzero(counts) if not self.known[k]}
+
+
+def read_classes(path: Path) -> tuple[ClassSet, dict[str, dict[int, int]]]:
+    """A classes JSON {"names", "palette", "ignore_index", "from": {key: {id: new}}} -> the classes and the tables of "from" (may be empty).
+
+    Raises DataError where the file is missing, is no JSON or contradicts itself.
+    """
+    if not path.is_file():
+        raise DataError(f'classes file {path} does not exist. Expected a JSON with "names" and "palette"; see docs/data.md.')
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        names = tuple(str(name) for name in content["names"])
+        colours = content.get("palette") or spread_palette(len(names))
+        palette = tuple((int(r), int(g), int(b)) for r, g, b in colours)
+        tables = {key: {int(old): int(new) for old, new in table.items()} for key, table in content.get("from", {}).items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f'classes file {path} cannot be used: {error!r}. Expected {{"names": [..], "palette": [[r, g, b], ..]}}.'
+        ) from error
+    _check_classes(path, names, palette, tables, content.get("ignore_index", IGNORE))
+    return ClassSet(names, palette), tables
+
+
+def _check_classes(path: Path, names: tuple, palette: tuple, tables: dict, ignore_index: object) -> None:
+    if ignore_index != IGNORE:
+        raise DataError(f"classes file {path}: ignore_index is {ignore_index}, but only 255 is supported. Store void pixels as 255.")
+    if not 2 <= len(names) <= 255:
+        raise DataError(f"classes file {path}: {len(names)} names; between 2 and 255 classes are supported.")
+    if len(palette) != len(names) or any(not 0 <= c <= 255 for colour in palette for c in colour):
+        raise DataError(f"classes file {path}: {len(palette)} colours for {len(names)} names; expected one [r, g, b] of 0-255 per name.")
+    for key, table in tables.items():
+        for old, new in table.items():
+            if not (0 <= old < _FULL and (0 <= new < len(names) or new == IGNORE)):
+                raise DataError(
+                    f'classes file {path}: "from" -> {key!r} maps {old} to {new}; expected an id of '
+                    f"0-65535 to a class of 0-{len(names) - 1} or 255."
+                )
+
+
+def spread_palette(count: int) -> tuple[tuple[int, int, int], ...]:
+    """Distinct colours for classes that came without any: the bit-reversal palette of the VOC tools, black left out."""
+    colours = []
+    for index in range(1, count + 1):
+        r = g = b = 0
+        for bit in range(8):
+            r |= ((index >> (3 * bit)) & 1) << (7 - bit)
+            g |= ((index >> (3 * bit + 1)) & 1) << (7 - bit)
+            b |= ((index >> (3 * bit + 2)) & 1) << (7 - bit)
+        colours.append((r, g, b))
+    return tuple(colours)

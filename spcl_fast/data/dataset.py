@@ -1,0 +1,183 @@
+"""What every data set is: named images, each with train-id labels or none."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..errors import DataError
+from .cache import CACHE, file_key
+from .classes import IGNORE, ClassSet, LabelTable
+from .files import read_image
+
+ReadIds = Callable[[Path], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is wrong with one file of a data set."""
+
+    name: str
+    what: str
+
+
+class Dataset:
+    """Images by index. `names` are relative, unique and safe to use as file names below any folder.
+
+    `problems` holds what was left out when the set was built with skip_bad_files.
+    """
+
+    def __init__(self, kind: str, split: str, classes: ClassSet, names: list[str], *, has_labels: bool, skip_bad_files: bool = False):
+        self.kind, self.split, self.classes, self.names = kind, split, classes, names
+        self.has_labels = has_labels
+        self.skip_bad_files = skip_bad_files
+        self.problems: list[Problem] = []
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def image_path(self, index: int) -> Path | None:
+        """The file of an image; None where there is none (generated scenes)."""
+        return None
+
+    def image(self, index: int) -> Image.Image:
+        """PIL RGB, shared with the cache: do not write into it."""
+        raise NotImplementedError
+
+    def label(self, index: int) -> np.ndarray | None:
+        """Train ids uint8 [H, W], 255 = ignore, shared with the cache; None without labels."""
+        raise NotImplementedError
+
+    def load(self, index: int) -> tuple[Image.Image, np.ndarray | None]:
+        """The image and its labels. Raises DataError that names the file where either is broken or their sizes differ."""
+        return self.image(index), self.label(index)
+
+    def unknown_ids(self, index: int) -> dict[int, int]:
+        """Pixels by raw id, for ids this data set is not known to hold. They count as ignored."""
+        return {}
+
+    def select(self, indices: Sequence[int]) -> Dataset:
+        """The images of these indices, in this order, as a data set of its own."""
+        subset = copy.copy(self)
+        subset.problems = []
+        for attribute in self._one_per_image:
+            if (values := getattr(self, attribute)) is not None:
+                setattr(subset, attribute, [values[i] for i in indices])
+        return subset
+
+    _one_per_image: tuple[str, ...] = ("names",)
+
+
+class FileDataset(Dataset):
+    """Images and, if `label_files` is given, label files of the same size, read by `read_ids` and mapped by `table`."""
+
+    _one_per_image = ("names", "_image_files", "_label_files")
+
+    def __init__(
+        self,
+        kind: str,
+        split: str,
+        classes: ClassSet,
+        files: dict[str, Path],
+        *,
+        label_files: list[Path] | None,
+        table: LabelTable,
+        read_ids: ReadIds,
+        skip_bad_files: bool = False,
+    ):
+        super().__init__(kind, split, classes, list(files), has_labels=label_files is not None, skip_bad_files=skip_bad_files)
+        self._image_files = list(files.values())
+        self._label_files = label_files
+        self._table, self._read_ids = table, read_ids
+
+    def image_path(self, index: int) -> Path:
+        return self._image_files[index]
+
+    def label_path(self, index: int) -> Path | None:
+        return None if self._label_files is None else self._label_files[index]
+
+    def image(self, index: int) -> Image.Image:
+        return cached_image(self._image_files[index])
+
+    def label(self, index: int) -> np.ndarray | None:
+        if self._label_files is None:
+            return None
+        path = self._label_files[index]
+        return CACHE.get(("label", _key(path), self._table.key()), lambda: _frozen(self._table.apply(self._read_ids(path))))
+
+    def load(self, index: int) -> tuple[Image.Image, np.ndarray | None]:
+        image, label = self.image(index), self.label(index)
+        if label is not None and label.shape != (image.height, image.width):
+            raise DataError(
+                f"label {self.label_path(index)} is {label.shape[1]}x{label.shape[0]}, but its image {self.image_path(index)} is "
+                f"{image.width}x{image.height}. Pairs must have one size: correct the pair, or pass --skip-bad-files."
+            )
+        return image, label
+
+    def unknown_ids(self, index: int) -> dict[int, int]:
+        if self._label_files is None:
+            return {}
+        return self._table.unknown(self._read_ids(self._label_files[index]))
+
+
+class PseudoLabelled(Dataset):
+    """The images of another data set with labels from a folder of train-id PNGs, of any size."""
+
+    _one_per_image = ("names", "_label_files")
+
+    def select(self, indices: Sequence[int]) -> Dataset:
+        subset = super().select(indices)
+        subset._base = self._base.select(indices)
+        return subset
+
+    def __init__(self, base: Dataset, folder: Path, label_files: list[Path]):
+        super().__init__(base.kind, base.split, base.classes, base.names, has_labels=True, skip_bad_files=base.skip_bad_files)
+        self._base, self.folder, self._label_files = base, folder, label_files
+
+    def image_path(self, index: int) -> Path | None:
+        return self._base.image_path(index)
+
+    def label_path(self, index: int) -> Path:
+        return self._label_files[index]
+
+    def image(self, index: int) -> Image.Image:
+        return self._base.image(index)
+
+    def label(self, index: int) -> np.ndarray:
+        path = self._label_files[index]
+        return CACHE.get(("pseudo", _key(path), len(self.classes)), lambda: self._read(path))
+
+    def _read(self, path: Path) -> np.ndarray:
+        from .palette import read_label_png
+
+        label = read_label_png(path)
+        counts = np.bincount(label.ravel(), minlength=256)
+        counts[: len(self.classes)] = counts[IGNORE] = 0
+        if counts.any():
+            value = int(np.flatnonzero(counts)[0])
+            raise DataError(
+                f"pseudo-label {path} holds {value}; expected a class of 0-{len(self.classes) - 1} or 255. "
+                "Was it made for other classes? Make it again with `spcl-fast pseudo-label`."
+            )
+        return _frozen(label)
+
+
+def cached_image(path: Path) -> Image.Image:
+    return CACHE.get(("image", _key(path)), lambda: read_image(path))
+
+
+def _key(path: Path) -> object:
+    try:
+        return file_key(path)
+    except OSError:
+        return str(path)  # reading it will say what is wrong
+
+
+def _frozen(array: np.ndarray) -> np.ndarray:
+    array.flags.writeable = False
+    return array

@@ -1,0 +1,164 @@
+"""Reading pictures that may be broken or hostile: every failure is a DataError that names the file and what to do.
+
+Only headers are trusted before a picture is decoded, only PNG and JPEG are opened, and a path may not leave its data set's root.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from ..errors import DataError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+MAX_PIXELS = 1 << 26  # 67 M pixels: twice the largest driving picture; above it a small file may be a decompression bomb
+_COLOUR_MODES = ("RGB", "RGBA", "P", "L")  # what becomes RGB without guessing
+_REMEDY = "Replace the file, take it out of the data set, or pass --skip-bad-files to leave such files out."
+
+
+def _decode(path: Path, what: str, prepare=None) -> Image.Image:
+    """The decoded picture. `prepare` may look at the header and change how it is decoded."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # judged by our own, lower limit
+            with Image.open(path, formats=("PNG", "JPEG")) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise DataError(
+                        f"{what} {path} says it has {image.width}x{image.height} pixels; more than {MAX_PIXELS} are not decoded "
+                        f"(a small file can ask for all memory). {_REMEDY}"
+                    )
+                if prepare is not None:
+                    prepare(image)
+                image.load()
+                return image
+    except DataError:
+        raise
+    except FileNotFoundError as error:
+        raise DataError(f"{what} {path} does not exist. Check the root and the split, or the list file that names it.") from error
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{what} {path} is larger than {MAX_PIXELS} pixels and is not decoded: {error}. {_REMEDY}") from error
+    except UnidentifiedImageError as error:
+        size = path.stat().st_size if path.exists() else 0
+        state = "is empty (0 bytes)" if size == 0 else "is neither a PNG nor a JPEG"
+        raise DataError(f"{what} {path} {state}. {_REMEDY}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders of broken files raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
+        raise DataError(f"{what} {path} cannot be decoded: {error}. It may be truncated. {_REMEDY}") from error
+
+
+def read_image(path: Path) -> Image.Image:
+    """A colour picture as PIL RGB. Grey, palette and RGBA pictures are converted; 16-bit and other modes raise DataError."""
+
+    def check(image: Image.Image) -> None:
+        if image.mode not in _COLOUR_MODES:
+            raise DataError(
+                f"image {path} has mode {image.mode}; expected 8-bit RGB, grey, palette or RGBA. Save it as 8-bit RGB. {_REMEDY}"
+            )
+
+    image = _decode(path, "image", check)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def read_ids(path: Path) -> np.ndarray:
+    """A label picture with one id per pixel (8-bit grey or palette index, or 16-bit grey) as uint8 or uint16 [H, W]."""
+
+    def check(image: Image.Image) -> None:
+        if image.mode not in ("L", "P", "I;16", "I;16B", "I"):
+            hint = "It looks like a coloured rendering of a label: give the folder with class ids." if image.mode.startswith("RGB") else ""
+            raise DataError(
+                f"label {path} has mode {image.mode}; expected one class id per pixel (8-bit grey or palette PNG). {hint} {_REMEDY}"
+            )
+
+    ids = np.asarray(_decode(path, "label", check))
+    if ids.dtype != np.uint8:
+        if ids.min() < 0 or ids.max() > 65535:
+            raise DataError(f"label {path} holds ids from {ids.min()} to {ids.max()}; expected 0 to 65535. {_REMEDY}")
+        ids = ids.astype(np.uint16)
+    return ids
+
+
+def read_ids_first_channel_16bit(path: Path) -> np.ndarray:
+    """A SYNTHIA label: 16-bit RGB PNG with the class in the first channel -> uint16 [H, W].
+
+    Pillow decodes such a file to 8 bits and keeps the high byte, which is 0 for every class. It is decoded twice here, once for each
+    byte: "RGB;16L" takes the second byte of a sample, which is the low one because PNG is big-endian.
+    """
+    low = np.asarray(_decode(path, "label", lambda image: _take_byte(image, path, "L")))[..., 0]
+    high = np.asarray(_decode(path, "label", lambda image: _take_byte(image, path, "B")))[..., 0]
+    return high.astype(np.uint16) << 8 | low
+
+
+def _take_byte(image: Image.Image, path: Path, order: str) -> None:
+    tile = image.tile[0] if image.tile else None
+    if image.mode not in ("RGB", "RGBA") or tile is None or not str(tile[3]).endswith(";16B"):
+        raise DataError(
+            f"label {path} is no 16-bit RGB PNG (mode {image.mode}); SYNTHIA keeps the class in the "
+            f"first of three 16-bit channels. {_REMEDY}"
+        )
+    kind, box, offset, args = tile
+    changed = args[:-1] + order
+    image.tile = [tile._replace(args=changed) if hasattr(tile, "_replace") else (kind, box, offset, changed)]
+
+
+def check_name(name: str, where: str) -> str:
+    """`name` if it is a relative path that stays below its folder; DataError otherwise. `where` says who named it."""
+    path = PurePosixPath(name)
+    control = any(ord(letter) < 32 or ord(letter) == 127 for letter in name)
+    if not name or control or "\\" in name or path.is_absolute() or ".." in path.parts or ":" in (path.parts or ("",))[0]:
+        raise DataError(f"{where} names {name!r}; expected a relative path without '..' below the data set's folder. Correct that line.")
+    return str(path)
+
+
+def inside(root: Path, path: Path) -> Path:
+    """`path` unless a link leads out of `root`; `root` itself may be a link."""
+    real, top = os.path.realpath(path), os.path.realpath(root)
+    if real != top and not real.startswith(top.rstrip(os.sep) + os.sep):
+        raise DataError(
+            f"{path} leads out of the data set's root {root}, to {real}. Copy the file into the root, or give the folder it is in as root."
+        )
+    return path
+
+
+def find_images(folder: Path) -> dict[str, Path]:
+    """Every PNG and JPEG below `folder` by its name: the relative path without suffix, '/' as separator, sorted.
+
+    Raises DataError if two files share a name (a.png beside a.jpg), for then a label could belong to either.
+    """
+    found: dict[str, Path] = {}
+    for where, folders, files in os.walk(folder):
+        folders.sort()
+        for file in sorted(files):
+            path = Path(where, file)
+            if path.suffix.lower() not in IMAGE_SUFFIXES or file.startswith("."):
+                continue
+            name = path.relative_to(folder).with_suffix("").as_posix()
+            if name in found:
+                raise DataError(f"{found[name]} and {path} have the same name {name!r}. Keep one of them.")
+            found[name] = path
+    return dict(sorted(found.items()))
+
+
+def read_list(path: Path) -> list[str]:
+    """Names of a list file, one a line, without picture suffix; empty lines and lines that start with # are passed over."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"list file {path} cannot be read: {error}. Expected one file name a line, UTF-8.") from error
+    names = []
+    for number, line in enumerate(lines, 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        name = check_name(line, f"{path}, line {number},")
+        names.append(name[: -len(suffix)] if (suffix := PurePosixPath(name).suffix).lower() in IMAGE_SUFFIXES else name)
+    if not names:
+        raise DataError(f"list file {path} names no file. Expected one file name a line.")
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"list file {path} names {twice!r} twice. Remove one of the lines.")
+    return names

@@ -1,0 +1,65 @@
+"""How often each class occurs: by image, for balanced sampling, and overall, for class weights and rare crops."""
+
+from __future__ import annotations
+
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from ..errors import DataError
+from .dataset import Dataset, Problem
+
+log = logging.getLogger("spcl_fast.data")
+_COUNTED: WeakKeyDictionary[Dataset, dict[int | None, np.ndarray]] = WeakKeyDictionary()
+
+
+def class_counts(dataset: Dataset, max_images: int | None = None) -> np.ndarray:
+    """Labelled pixels by image and class, int64 [n, K]; n = len(dataset), or at most max_images spread evenly over it.
+
+    Reads every label once and remembers the answer for the life of the data set. A broken label raises DataError, or counts
+    as empty where the data set skips bad files.
+    """
+    if not dataset.has_labels:
+        raise DataError(f"{dataset.kind}, split {dataset.split!r} was opened without labels, so its classes cannot be counted.")
+    known = _COUNTED.setdefault(dataset, {})
+    if max_images is not None and max_images >= len(dataset):
+        max_images = None
+    if max_images not in known:
+        picks = range(len(dataset)) if max_images is None else (np.arange(max_images) * len(dataset) // max_images).tolist()
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            known[max_images] = np.stack(list(pool.map(lambda i: _count(dataset, i), picks)))
+    return known[max_images]
+
+
+def class_frequency(dataset: Dataset, max_images: int | None = None) -> np.ndarray:
+    """Share of each class in the labelled pixels, float64 [K], summing to 1 (all 0 where nothing is labelled)."""
+    counts = class_counts(dataset, max_images).sum(0)
+    return counts / max(int(counts.sum()), 1)
+
+
+def rarity(dataset: Dataset, max_images: int = 256) -> np.ndarray:
+    """Weight of each class for crops around a rare one: frequency ** -0.5, float64 [K]; a class not met counts like the rarest met."""
+    frequency = class_frequency(dataset, max_images)
+    met = frequency[frequency > 0]
+    return np.maximum(frequency, met.min() if len(met) else 1.0) ** -0.5
+
+
+def _count(dataset: Dataset, index: int) -> np.ndarray:
+    try:
+        label = dataset.label(index)
+    except DataError as error:
+        if not dataset.skip_bad_files:
+            raise
+        note_problem(dataset, Problem(dataset.names[index], str(error)))
+        return np.zeros(len(dataset.classes), np.int64)
+    return np.bincount(label.ravel(), minlength=256)[: len(dataset.classes)]
+
+
+def note_problem(dataset: Dataset, problem: Problem) -> None:
+    """Log a skipped file once and keep it for the report."""
+    if all(problem.name != old.name for old in dataset.problems):
+        dataset.problems.append(problem)
+        log.warning("skipped %s (%d so far): %s", problem.name, len(dataset.problems), problem.what)
