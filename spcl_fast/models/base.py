@@ -15,7 +15,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class SegmentationModel(nn.Module):
     """A feature extractor and a classifier on its features.
 
-    `stride`: pixels of the image per pixel of the features (rounded up at the border), `channels`: D, `num_classes`: K.
+    `stride`: pixels of the image per pixel of the features, `channels`: D, `num_classes`: K.
     The state dict has two parts, `feature_extractor.*` and `classifier.*`, named like the two dictionaries of a released SPCL checkpoint.
     `head`: which part of the extractor learns at the head's rate beside the classifier (a name of a submodule), if any.
     """

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from .norm import init_convs
+
 # Channels of the convolutions; M: 2x2 max pooling. conv5 (the last three) is dilated.
 LAYERS = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512)
 CHANNELS = 1024
@@ -25,8 +27,6 @@ def vgg16() -> nn.Sequential:
     for outputs, dilation in ((512, 2), (512, 2), (512, 2), (CHANNELS, 4), (CHANNELS, 4)):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=dilation, dilation=dilation), nn.ReLU(inplace=True)]
         inputs = outputs
-    for layer in layers:
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
-    return nn.Sequential(*layers)
+    backbone = nn.Sequential(*layers)
+    init_convs(backbone)
+    return backbone
