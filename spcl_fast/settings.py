@@ -108,7 +108,7 @@ def canonical(name: str) -> str:
 def suggestion(name: str, among: Iterable[str]) -> str:
     """'; did you mean ...?' or nothing."""
     among = list(among)
-    close = difflib.get_close_matches(name, among, n=2, cutoff=0.75) if "." in name else []
+    close = difflib.get_close_matches(name, among, n=1, cutoff=0.75) if "." in name else []
     if not close:  # the right leaf under the wrong section, or with none: --contrast_temperatur
         leaf = name.rpartition(".")[2]
         leaves = {key.rpartition(".")[2] for key in among}
