@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -189,7 +190,8 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path / 'manifest.json'} is damaged: {error!r}.") from error
     if not whole or "state.json" not in expected or not all(_FILE.fullmatch(name) for name in expected):
-        raise CheckpointError(f"{path / 'manifest.json'} is damaged or of another version: its checksum, format, step or file names do not fit.")
+        why = "its checksum, format, step or file names do not fit"
+        raise CheckpointError(f"{path / 'manifest.json'} is damaged or of another version: {why}.")
     for name, (size, sha256) in expected.items():
         _verify_file(path / name, size, sha256)
     return manifest
@@ -197,7 +199,8 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
 
 def _verify_file(path: Path, size: int, sha256: str) -> None:
     try:
-        found = os.stat(path).st_size
+        status = os.stat(path)
+        found = status.st_size if stat.S_ISREG(status.st_mode) else -1  # never open a pipe
         same = found == size and file_sha256(path) == sha256
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error

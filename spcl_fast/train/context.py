@@ -17,10 +17,11 @@ from ..errors import CheckpointError, DataError
 from ..models import SegmentationModel, build_model
 from . import distributed
 from .checkpoint import Checkpoint
+from .device import Precision, choose_device
 from .evaluate import evaluate_model
 from .identity import step_seed
 from .log import Run
-from .loop import Precision, choose_device, fit, load_modules, poly_schedule
+from .loop import fit, load_modules, poly_schedule
 
 
 class Context:

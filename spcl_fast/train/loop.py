@@ -169,7 +169,10 @@ class _Loop:
         return checkpoint
 
     def _check_settings(self, checkpoint: Checkpoint) -> None:
-        difference = settings_difference(checkpoint.meta.get("settings", {}), self.identity)
+        stored = checkpoint.meta.get("settings")
+        if not isinstance(stored, dict):
+            raise CheckpointError(f"{checkpoint.path} was not written by a training loop: it holds no settings.")
+        difference = settings_difference(stored, self.identity)
         if difference:
             raise CheckpointError(
                 f"{checkpoint.path} belongs to other settings ({difference}). "
@@ -185,7 +188,7 @@ class _Loop:
             self.state.restore(tensors, meta["optimizers"])
             self.meter.restore(meta["meter"])
             self.seconds_before, self.peak_before = float(meta["seconds"]), int(meta["peak_memory_bytes"])
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except Exception as error:  # whatever torch makes of a state that is not its own
             raise CheckpointError(f"{path} does not fit this stage's modules and optimisers: {error}") from error
         self.done = self.saved = step
         self.started = time.monotonic()
@@ -362,7 +365,7 @@ def batch_names(batch: Any) -> list[str]:
 
 
 def load_modules(checkpoint: Checkpoint | None, modules: Mapping[str, nn.Module], wanted: str) -> None:
-    """Load the named modules from a checkpoint of the earlier stage `wanted`. Raises CheckpointError where there is none or it does not fit."""
+    """Load the named modules from a checkpoint of the earlier stage `wanted`. Raises CheckpointError if there is none or it misfits."""
     if checkpoint is None:
         raise CheckpointError(f"No checkpoint of {wanted} in this run: do that stage first.")
     for name, module in modules.items():

@@ -89,7 +89,6 @@ def _is_permuted(tensor: Tensor) -> bool:
 def _with_strides(tensor: Tensor, stride: list[int] | None) -> Tensor:
     if stride is None:
         return tensor.clone()
-    result = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype)
-    if not _is_permuted(result):
+    if not _is_permuted(torch.empty_strided(tensor.shape, stride, device="meta")):  # a lie here could ask for any amount of memory
         raise ValueError(f"strides {stride} do not fit shape {list(tensor.shape)}")
-    return result.copy_(tensor)
+    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)
