@@ -6,14 +6,14 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from .config import Config
-from .data.classes import ClassSet, read_classes
+from .data.classes import CITYSCAPES_16, CITYSCAPES_19, THIRTEEN_OF_SIXTEEN, ClassSet, read_classes
 from .data.files import find_images, inside, read_image
 from .data.palette import overlay, write_label_png
 from .errors import CheckpointError, ConfigError, DataError
@@ -42,33 +42,37 @@ def run_of(path: Path) -> Path | None:
     return None
 
 
-def find_weights(path: Path, stage: str | None = None) -> Path:
-    """The newest whole checkpoint of a run folder (of `stage`, or of the last one trained); a weights file or a checkpoint as it is."""
+def find_weights(path: Path, stage: str | None = None, *, selected: bool = False) -> Path:
+    """The weights of a run folder (of `stage`, or of the last one finished); a weights file or a checkpoint as it is.
+
+    The newest whole checkpoint, or, with `selected`, what the run's evaluate.selection picked. A stage asked for by name may still train.
+    """
     if not path.exists():
         raise ConfigError(f"{path}: there is no such run folder, checkpoint folder or weights file.")
-    is_checkpoint = path.is_file() or (any(path.glob("*.safetensors")) and not (path / "config.yaml").is_file())
-    return path if is_checkpoint else _of_run(path, stage)
-
-
-def _of_run(run: Path, stage: str | None) -> Path:
+    if path.is_file() or (any(path.glob("*.safetensors")) and not (path / "config.yaml").is_file()):
+        return path
     from .train.checkpoint import CheckpointStore
 
     for name in (stage,) if stage else FINAL_FIRST:
-        checkpoint = CheckpointStore(run / name / "checkpoints").latest()
+        if not stage and not (path / name / "done.json").is_file():
+            continue
+        if selected and (path / name / "selected.safetensors").is_file():
+            return path / name / "selected.safetensors"
+        checkpoint = CheckpointStore(path / name / "checkpoints").latest()
         if checkpoint is not None:
             return checkpoint.path
     raise CheckpointError(
-        f"{run} holds no checkpoint of {stage or 'any of ' + ', '.join(FINAL_FIRST)}. "
-        f"Expected {run}/{stage or 'distill'}/checkpoints/step_*; train that stage first, or name a weights file."
+        f"{path} holds no net of {stage or 'a finished ' + ', '.join(FINAL_FIRST)}. "
+        f"Expected {path}/{stage or 'distill'}/checkpoints/step_*; train that stage first, or name a weights file."
     )
 
 
 def load_trained(path: Path, config: Config, stage: str | None = None) -> Trained:
     """Build the config's net and fill it with the weights at `path`. Raises ConfigError or CheckpointError where they do not fit."""
     from .models import build_model, load_weights
-    from .train.loop import choose_device
+    from .train.device import choose_device
 
-    weights = find_weights(path, stage)
+    weights = find_weights(path, stage, selected=config.evaluate.selection != "last")
     classes = _classes(path, config)
     model = build_model(
         config.model.name,
@@ -92,12 +96,57 @@ def _classes(path: Path, config: Config) -> ClassSet:
     if config.target.classes is not None:
         return read_classes(Path(config.target.classes))[0]
     if config.target.dataset in ("gta5", "synthia", "synscapes", "cityscapes"):
-        from .data.classes import CITYSCAPES_16, CITYSCAPES_19
-
         return CITYSCAPES_16 if config.target.num_classes == 16 else CITYSCAPES_19
-    from .data import build_dataset
+    from .data import dataset_of
 
-    return build_dataset(config.target.dataset, config.target.root, config.target.val_split, labels=False).classes
+    return dataset_of(config.target, config.target.val_split, labels=False).classes
+
+
+# ---------------------------------------------------------------------------------------------- evaluate
+
+
+def evaluate_trained(path: Path, config: Config, stage: str | None, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Score a net on the target's validation split; prints a table, returns what `evaluation.json` of a stage holds and `weights`.
+
+    With the 16 classes of SYNTHIA also `miou_13`, the literature's mean without wall, fence and pole.
+    """
+    from .data import dataset_of
+    from .train.evaluate import evaluate_model
+
+    trained = load_trained(path, config, stage)
+    dataset = dataset_of(config.target, config.target.val_split, skip_bad_files=config.loop.skip_bad_files)
+    if dataset.classes.names != trained.classes.names:
+        raise ConfigError(
+            f"{trained.weights} predicts {len(trained.classes)} classes ({', '.join(trained.classes.names)}), and the data has "
+            f"{len(dataset.classes)} ({', '.join(dataset.classes.names)}). Give those it was trained with: --target.classes FILE.json."
+        )
+    settings = config.evaluate
+    scores = evaluate_model(
+        trained.model,
+        dataset,
+        config.target.eval_size,
+        device=trained.device,
+        tta=settings.tta,
+        images=settings.images,
+        workers=config.loop.workers,
+    )
+    result = {"weights": str(trained.weights), "images": len(dataset), **scores.as_json()}
+    if dataset.classes == CITYSCAPES_16:
+        known = [result["iou"][dataset.classes.names[k]] for k in THIRTEEN_OF_SIXTEEN]
+        result["miou_13"] = float(np.mean([value for value in known if value is not None] or [0.0]))
+    say(_score_table(result))
+    return result
+
+
+def _score_table(result: dict[str, Any]) -> str:
+    lines = [f"{result['weights']}", f"{'class':<16}{'IoU':>7}{'predicted':>12}{'true':>9}"]
+    for name, iou in result["iou"].items():
+        predicted, true = result["predicted_share"][name], result["true_share"][name]
+        lines.append(f"{name:<16}{'-' if iou is None else format(iou, '.1f'):>7}{predicted:>12.1%}{true:>9.1%}")
+    lines.append(f"{'mIoU':<16}{result['miou']:>7.1f}")
+    if "miou_13" in result:
+        lines.append(f"{'mIoU, 13 classes':<16}{result['miou_13']:>7.1f}")
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------- predict
@@ -119,6 +168,7 @@ def predict_folder(
     output: Path,
     *,
     size: tuple[int, int] | None,  # (width, height) at which the net sees an image; None: its own
+    tta: str = "none",
     skip_bad_files: bool = False,
     say: Callable[[str], None] = print,
 ) -> int:
@@ -135,7 +185,7 @@ def predict_folder(
         raise DataError(f"{images} holds no PNG or JPEG image. Expected at least one, in it or below it.")
     done = 0
     for name, image in _readable(files, root, skip_bad_files, say):
-        labels = predict(trained, image, size)
+        labels = predict(trained, image, size, tta)
         write_label_png(output / "masks" / f"{name}.png", labels, trained.classes.palette)
         target = output / "overlays" / f"{name}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -164,11 +214,12 @@ def _readable(files: dict[str, Path], root: Path, skip_bad_files: bool, say: Cal
 
 
 @torch.inference_mode()
-def predict(trained: Trained, image: Image.Image, size: tuple[int, int] | None) -> np.ndarray:
+def predict(trained: Trained, image: Image.Image, size: tuple[int, int] | None, tta: str = "none") -> np.ndarray:
     """Class of every pixel of an RGB image, uint8 [H, W]."""
     from .ops import upsampled_prediction
+    from .train.evaluate import predict_logits
 
     seen = image if size is None or size == image.size else image.resize(size, Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(seen, dtype=np.uint8)).permute(2, 0, 1)[None].to(trained.device)
-    _, logits = trained.model(pixels.float().div(255))
+    logits = predict_logits(trained.model, pixels.float().div(255), tta)
     return upsampled_prediction(logits, (image.height, image.width)).labels[0].cpu().numpy()

@@ -123,7 +123,10 @@ def _evaluate(args: argparse.Namespace) -> None:
         return
     from .apply import evaluate_trained
 
-    evaluate_trained(args.weights, config, args.stage, args.output)
+    result = evaluate_trained(args.weights, config, args.stage)
+    if args.output:
+        args.output.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        print(f"figures: {args.output}")
 
 
 def _predict(args: argparse.Namespace) -> None:
@@ -134,7 +137,7 @@ def _predict(args: argparse.Namespace) -> None:
 
     size = parse_size(args.size) if args.size else config.target.eval_size
     trained = load_trained(args.weights, config, args.stage)
-    count = predict_folder(trained, args.images, args.output, size=size, skip_bad_files=config.loop.skip_bad_files)
+    count = predict_folder(trained, args.images, args.output, size=size, tta=config.evaluate.tta, skip_bad_files=config.loop.skip_bad_files)
     print(f"{count} images: masks and overlays are in {args.output} (weights: {trained.weights})")
 
 
@@ -147,22 +150,13 @@ def _check_data(args: argparse.Namespace) -> int:
     from .rules import check_config
 
     check_config(config, tuple({"source": "prototypes", "target": "pseudo_labels"}[side] for side in sides))
-    from .data import build_dataset, check_data
+    from .data import check_data, dataset_of
 
     whole = True
     for side in sides:
         domain: DataConfig = getattr(config, side)
         for split, labels in ((domain.train_split, side == "source" or args.labels), (domain.val_split, True)):
-            dataset = build_dataset(
-                domain.dataset,
-                domain.root,
-                split,
-                classes=domain.classes,
-                classes_key=domain.classes_key,
-                num_classes=domain.num_classes,
-                labels=labels,
-                skip_bad_files=True,  # missing pairs belong into the report, not into an error
-            )
+            dataset = dataset_of(domain, split, labels=labels, skip_bad_files=True)  # missing pairs belong into the report
             report = check_data(dataset, args.samples)
             print(f"--- {side}: {report.text()}\n")
             whole &= report.ok

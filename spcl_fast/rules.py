@@ -17,7 +17,7 @@ from .settings import as_text, flatten
 
 # run in this order; pseudo_labels_2 and distill start from the adapted net
 STAGES = ("source_only", "control", "warmup", "prototypes", "pseudo_labels", "adapt", "pseudo_labels_2", "distill", "oracle")
-_READS_SOURCE = {"source_only", "control", "warmup", "prototypes", "adapt"}
+_READS_SOURCE = {*STAGES}  # if only for the names of the classes
 _READS_TARGET = {*STAGES} - {"prototypes"}  # every trained net is judged on the target's validation split
 _TRAINED = ("source_only", "control", "warmup", "adapt", "distill", "oracle")  # also the names of their sections
 
@@ -101,7 +101,7 @@ def _domains(config: Config, stages: tuple[str, ...]) -> Iterator[str]:
         domain: DataConfig = getattr(config, side)
         needing = [name for name in stages if name in readers]
         if needing and not domain.root and not domain.dataset.startswith("generated"):
-            yield f"{side}.root is not set, and {needing[0]} reads {side} images: give --{side}.root path/to/folder"
+            yield f"{side}.root is not set, and {needing[0]} reads the {side} data: give --{side}.root path/to/folder"
         if domain.dataset in DRIVING and domain.num_classes not in (16, 19):
             yield f"{side}.num_classes: got {domain.num_classes}, expected 19 or, with SYNTHIA, 16"
         if domain.dataset == "synthia" and domain.num_classes != 16:

@@ -103,7 +103,7 @@ def test_a_missing_value_is_told(capsys):
 
 def test_adapt_without_source_is_refused_before_anything_is_read(capsys, stages):
     told = fails(capsys, 2, "adapt", "--target.root", "b")
-    assert "source.root is not set, and adapt reads source images: give --source.root path/to/folder" in told
+    assert "source.root is not set, and adapt reads the source data: give --source.root path/to/folder" in told
     assert not stages
 
 
