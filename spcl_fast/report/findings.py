@@ -1,0 +1,153 @@
+"""What a careful reader would say about a run: collapses, classes that are never predicted, gains that are none; with what to do about
+it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .run_folder import NETS, Evaluation, RunFolder, number
+
+COLLAPSED = 0.8  # share of all pixels predicted as one class
+ALL_KEPT = 0.95  # share of target pixels with a pseudo-label, where about half is asked for
+NEVER = 1e-5  # share of pixels below which a class counts as never predicted
+OCCURS = 1e-3
+WAITING = 0.3  # share of the time spent waiting for data
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`level`: "bad" (do not trust the result), "note" (worth knowing) or "good"."""
+
+    level: str
+    title: str
+    text: str
+
+
+def find(run: RunFolder) -> list[Finding]:
+    """The findings of a run, the worst first."""
+    found = [*_collapse(run), *_selection(run), *_gains(run), *_classes(run), *_training(run)]
+    if run.final and not any(finding.level == "bad" for finding in found):
+        text = "No class takes more than 80 % of the pixels where it should not, and not every pixel was given a pseudo-label."
+        found.append(Finding("good", "No sign of a collapse", text))
+    return sorted(found, key=lambda finding: ("bad", "note", "good").index(finding.level))
+
+
+def _collapse(run: RunFolder) -> list[Finding]:
+    found = []
+    for stage, evaluation in run.evaluations.items():
+        title = NETS[stage][1]
+        for name, share in evaluation.predicted_share.items():
+            if share > COLLAPSED and share > evaluation.true_share.get(name, 0.0) + 0.1:
+                text = (
+                    f"It calls {share:.0%} of the target's pixels {name}{_truth(evaluation, name)}. Lower the weight of the contrastive loss "
+                    "or the learning rate, and look at the pseudo-labels that this stage started from."
+                )
+                found.append(Finding("bad", f"The {title} net has collapsed to {name}", text))
+    records = [record for record in run.metrics.get("adapt", []) if isinstance(record.get("predicted_share"), list)]
+    if records:
+        shares = [number(value) or 0.0 for value in records[-1]["predicted_share"]]
+        if shares and max(shares) > COLLAPSED:
+            name = _class_name(run, int(np.argmax(shares)))
+            text = f"At the last logged step {max(shares):.0%} of the target batch was predicted {name}. A falling loss means nothing then."
+            found.append(Finding("bad", "One class takes over during adaptation", text))
+    for stage, record in run.thresholds.items():
+        predicted = sum(value for value in map(number, record["predicted_pixels"].values()) if value)
+        kept = sum(value for value in map(number, record["kept_pixels"].values()) if value)
+        if predicted and kept / predicted > ALL_KEPT:
+            text = (
+                f"{kept / predicted:.0%} of the pixels passed their threshold in {stage}. Thresholds that keep everything filter nothing: "
+                "the net is over-confident, or pseudo_label.quantile is too low."
+            )
+            found.append(Finding("bad", "Nearly every pixel got a pseudo-label", text))
+    return found
+
+
+def _truth(evaluation: Evaluation, name: str) -> str:
+    true = evaluation.true_share.get(name)
+    return "" if true is None else f", where {true:.0%} are"
+
+
+def _class_name(run: RunFolder, index: int) -> str:
+    return run.classes[index] if index < len(run.classes) else f"class {index}"
+
+
+def _selection(run: RunFolder) -> list[Finding]:
+    if run.summary.get("selection") != "target_val":
+        return []
+    text = (
+        "evaluate.selection is target_val: target labels were used to choose the net, so its score is not that of unsupervised adaptation."
+    )
+    return [Finding("bad", "The checkpoint was chosen on target labels", text)]
+
+
+def _gains(run: RunFolder) -> list[Finding]:
+    if run.final is None:
+        return []
+    found, final = [], run.evaluations[run.final]
+    for stage, meaning in (
+        ("source_only", "adaptation did harm. Look at the pseudo-labels first: which classes do they lose?"),
+        ("control", "more training on source alone does as well. Nothing here shows that adaptation helps."),
+    ):
+        other = run.evaluations.get(stage)
+        if other is not None and final.miou <= other.miou:
+            title = f"The final net is not better than {'the control' if stage == 'control' else 'source-only'}"
+            found.append(Finding("bad", title, f"{final.miou:.1f} against {other.miou:.1f} mIoU: {meaning}"))
+    adapted = run.evaluations.get("adapt")
+    if run.final == "distill" and adapted is not None and final.miou < adapted.miou - 0.5:
+        text = (
+            f"{final.miou:.1f} after, {adapted.miou:.1f} mIoU before. Self-training without source images drifts to rare classes: "
+            "set distill.source_weight, or leave the stage out."
+        )
+        found.append(Finding("note", "Distillation lost what adaptation had won", text))
+    return found
+
+
+def _classes(run: RunFolder) -> list[Finding]:
+    found: list[Finding] = []
+    evaluation = run.evaluations.get(run.final) if run.final else None
+    if evaluation is None or not evaluation.true_share:
+        return found
+    never = [name for name, share in evaluation.predicted_share.items() if share < NEVER and evaluation.true_share.get(name, 0) > OCCURS]
+    oracle = run.evaluations.get("oracle")
+    beyond = [name for name in never if oracle is not None and (oracle.iou.get(name) or 0.0) < 1.0]
+    reachable = [name for name in never if name not in beyond]
+    if reachable:
+        text = (
+            f"{_list(reachable)} occur{'s' if len(reachable) == 1 else ''} on target and the final net never says so. A class that the first "
+            "net never predicts gets no pseudo-label: weight rare classes in the source stage (class_weight_power, augment.rare_crop)."
+        )
+        found.append(Finding("note", "Classes that are never predicted", text))
+    if beyond:
+        them = "them" if len(beyond) > 1 else "it"
+        text = f"{_list(beyond)}: the oracle does not find {them} either, at this image size and length of training."
+        found.append(Finding("note", "Classes out of reach", text))
+    for name, share in evaluation.predicted_share.items():
+        true = evaluation.true_share.get(name, 0.0)
+        if share > 3 * true and share - true > 0.03:
+            found.append(Finding("note", f"Too much {name}", f"{share:.1%} of the target's pixels are predicted {name}, {true:.1%} are."))
+    return found
+
+
+def _list(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
+
+
+def _training(run: RunFolder) -> list[Finding]:
+    found = []
+    slow = []
+    for stage, records in run.metrics.items():
+        waits = [value for value in (number(record.get("data_wait")) for record in records) if value is not None]
+        if waits and np.mean(waits) > WAITING:
+            slow.append(f"{stage} {np.mean(waits):.0%}")
+    if slow:
+        text = f"Share of the time without a batch: {', '.join(slow)}. Raise loop.workers, or store smaller images."
+        found.append(Finding("note", "Training waited for data", text))
+    missing = run.done.get("prototypes", {}).get("missing")
+    if isinstance(missing, list) and missing:
+        names = _list([str(name) for name in missing])
+        text = f"No source pixel of {names} was classified correctly: the first prototypes of these classes are 0."
+        found.append(Finding("note", "Classes without a first prototype", text))
+    return found

@@ -1,0 +1,249 @@
+"""report.html: one file that needs nothing else, written from what a run folder holds."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from ..errors import CheckpointError
+from . import pictures, plots
+from .findings import find
+from .run_folder import NETS, RunFolder, number, read_run
+
+SELECTION = {
+    "last": "Every net is the last one of its stage. No label was used to choose it.",
+    "source_val": "Every net is the one that did best on the source's validation images. No target label was used to choose it.",
+    "target_val": "Every net was chosen by its score on target labels: this is not the score of unsupervised adaptation.",
+}
+
+
+@dataclass(frozen=True)
+class Card:
+    title: str
+    value: str
+    note: str = ""
+    tone: str = ""
+
+
+def write_report(run_folder: Path | str) -> Path:
+    """Write <run_folder>/report.html and return its path.
+
+    Reads only that folder. Parts that are missing or damaged are named in the page; a run that stopped half-way has a report too. The
+    page makes no request: pictures are inside it. Raises CheckpointError if the folder is not there or cannot be written.
+    """
+    folder = Path(run_folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a run folder: there is no such folder. Expected one such as runs/demo.")
+    page = render(read_run(folder))
+    path = folder / "report.html"
+    part = path.with_name(f".report.html.{os.getpid()}.part")
+    try:
+        part.write_text(page, encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"cannot write {path}: {error.strerror}. Make room or change its permissions, then `spcl-fast report {folder}`."
+        ) from error
+    return path
+
+
+def render(run: RunFolder) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("spcl_fast.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = lambda value: "–" if value is None else f"{value:.1f}"
+    environment.filters["share"] = lambda value: "–" if value is None else f"{100 * value:.1f} %"
+    figures = {
+        name: _drawn(run, draw)
+        for name, draw in {
+            "class_scores": plots.class_scores,
+            "curves": plots.curves,
+            "class_shares": plots.class_shares,
+            "prototype_norms": plots.prototype_norms,
+            "confusion": plots.confusion,
+            "feature_map": plots.feature_map,
+        }.items()
+    }
+    samples = pictures.samples(run)  # before `missing` is shown: a damaged picture adds a line to it
+    return environment.get_template("template.html").render(
+        title=str(run.setting("name", default=run.folder.resolve().name)),
+        subtitle=_subtitle(run),
+        cards=_cards(run),
+        findings=find(run),
+        table=_table(run),
+        legend=list(zip(run.classes, (f"rgb{colour}" for colour in run.palette), strict=True)),
+        samples=samples,
+        figures=figures,
+        pseudo_labels=_pseudo_labels(run),
+        stages=_stages(run),
+        machine=_machine(run),
+        selection=SELECTION.get(str(run.summary.get("selection")), ""),
+        settings=run.settings,
+        missing=run.missing,
+        baseline=NETS[run.baseline][1] if run.baseline else None,
+        final=NETS[run.final][1] if run.final else None,
+    )
+
+
+def _drawn(run: RunFolder, draw: Any) -> str | None:
+    try:
+        data = draw(run)
+    except Exception as error:  # odd values in a file must cost one plot, not the report
+        run.missing.append(f"the plot {draw.__name__} could not be drawn: {type(error).__name__}: {error}")
+        return None
+    return None if data is None else pictures.data_uri(data, "png")
+
+
+def _subtitle(run: RunFolder) -> str:
+    parts = []
+    source, target = (run.setting(side, "root") or run.setting(side, "dataset") for side in ("source", "target"))
+    if source and target:
+        parts.append(f"{_short(source)} → {_short(target)}")
+    if run.setting("model", "name"):
+        parts.append(str(run.setting("model", "name")))
+    if run.classes:
+        parts.append(f"{len(run.classes)} classes")
+    seed = run.summary.get("seed", run.setting("seed"))
+    if seed is not None:
+        parts.append(f"seed {seed}")
+    return " · ".join(parts)
+
+
+def _short(root: Any) -> str:
+    return Path(str(root)).name or str(root)
+
+
+def _cards(run: RunFolder) -> list[Card]:
+    cards = []
+    final = run.evaluations.get(run.final) if run.final else None
+    if run.baseline:
+        cards.append(Card(f"{NETS[run.baseline][1]}", f"{run.evaluations[run.baseline].miou:.1f}", "mIoU on target, %"))
+    if final is not None:
+        cards.append(Card(f"SPCL, {NETS[run.final][1]}", f"{final.miou:.1f}", "mIoU on target, %", "final"))
+    if final is not None and run.baseline:
+        cards.append(_gain("gain", final.miou - run.evaluations[run.baseline].miou, f"points over {NETS[run.baseline][1]}"))
+    if final is not None and "control" in run.evaluations:
+        cards.append(_gain("gain over the control", final.miou - run.evaluations["control"].miou, "points; the control trained as long"))
+    gap = number(run.summary.get("gap_closed"))
+    if gap is not None:
+        cards.append(
+            Card(
+                "gap closed",
+                f"{100 * gap:.0f} %",
+                f"of the way to the oracle's {run.evaluations['oracle'].miou:.1f}" if "oracle" in run.evaluations else "",
+            )
+        )
+    return cards
+
+
+def _gain(title: str, value: float, note: str) -> Card:
+    return Card(title, f"{value:+.1f}", note, "good" if value > 0 else "bad")
+
+
+def _table(run: RunFolder) -> dict[str, Any] | None:
+    """Classes in rows, nets in columns; the last column is the gain of the final net over the baseline."""
+    stages = [stage for stage in NETS if stage in run.evaluations]
+    if not stages:
+        return None
+    rows = [
+        (name, f"rgb{colour}", [run.evaluations[stage].iou.get(name) for stage in stages])
+        for name, colour in zip(run.classes, run.palette, strict=True)
+    ]
+    rows.append(("mIoU", None, [run.evaluations[stage].miou for stage in stages]))
+    gains: list[float | None] = [None] * len(rows)
+    if run.baseline and run.final:
+        before, after = stages.index(run.baseline), stages.index(run.final)
+        gains = [None if values[before] is None or values[after] is None else values[after] - values[before] for _, _, values in rows]
+    shares = run.evaluations[run.final or stages[-1]]
+    return {
+        "header": [NETS[stage][1] for stage in stages],
+        "final": stages.index(run.final) if run.final else None,
+        "rows": [
+            {
+                "name": name,
+                "colour": colour,
+                "values": values,
+                "gain": gain,
+                "predicted": shares.predicted_share.get(name),
+                "true": shares.true_share.get(name),
+            }
+            for (name, colour, values), gain in zip(rows, gains, strict=True)
+        ],
+        "has_gain": any(gain is not None for gain in gains),
+        "has_shares": bool(shares.predicted_share and shares.true_share),
+        "shares_of": NETS[run.final or stages[-1]][1],
+    }
+
+
+def _pseudo_labels(run: RunFolder) -> list[dict[str, Any]]:
+    """By class and round: threshold, share of the pixels predicted so, share of those that kept their label."""
+    rounds = []
+    for stage, record in run.thresholds.items():
+        predicted = {name: number(record["predicted_pixels"].get(name)) or 0.0 for name in run.classes}
+        kept = {name: number(record["kept_pixels"].get(name)) or 0.0 for name in run.classes}
+        total = sum(predicted.values())
+        rounds.append(
+            {
+                "title": "for adaptation" if stage == "pseudo_labels" else "for distillation",
+                "rows": [
+                    {
+                        "threshold": number(record["thresholds"].get(name)),
+                        "predicted": predicted[name] / total if total else None,
+                        "kept": kept[name] / predicted[name] if predicted[name] else None,
+                    }
+                    for name in run.classes
+                ],
+                "kept": sum(kept.values()) / total if total else None,
+            }
+        )
+    return rounds
+
+
+def _stages(run: RunFolder) -> list[dict[str, str]]:
+    """Iterations, seconds, speed, waiting and peak memory of each stage."""
+    rows = []
+    order = [*NETS, *(stage for stage in run.metrics if stage not in NETS)]
+    for stage in order:
+        records, done = run.metrics.get(stage, []), run.done.get(stage, {})
+        if not records and not done:
+            continue
+        last = records[-1] if records else {}
+        seconds = number(done.get("seconds")) or number(last.get("seconds"))
+        peak = number(done.get("peak_memory_bytes")) or number(last.get("peak_memory_bytes"))
+        rows.append(
+            {
+                "name": NETS[stage][1] if stage in NETS else stage,
+                "iterations": str(int(number(done.get("step")) or last.get("step") or 0)),
+                "seconds": "–" if seconds is None else _duration(seconds),
+                "speed": _mean(records, "images_per_s", lambda value: f"{value:.1f}"),
+                "wait": _mean(records, "data_wait", lambda value: f"{100 * value:.0f} %"),
+                "peak": "–" if peak is None else f"{peak / 2**20:,.0f} MiB",
+            }
+        )
+    return rows
+
+
+def _mean(records: list[dict[str, Any]], key: str, show: Any) -> str:
+    values = [value for value in (number(record.get(key)) for record in records) if value is not None]
+    return show(sum(values) / len(values)) if values else "–"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _machine(run: RunFolder) -> list[tuple[str, str]]:
+    machine = run.summary.get("machine")
+    return [(str(key), str(value)) for key, value in machine.items()] if isinstance(machine, dict) else []

@@ -1,0 +1,86 @@
+"""Pictures for the report: labels laid over images, as data URIs."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..data.palette import overlay, read_label_png
+from .run_folder import NETS, RunFolder
+
+WIDTH = 480  # of a picture in the report, in pixels: four of them stand side by side
+
+
+@dataclass(frozen=True)
+class Picture:
+    caption: str
+    uri: str | None  # None: there is no such picture
+
+
+def label_overlay(image: np.ndarray, label: np.ndarray, palette: Sequence[tuple[int, int, int]], opacity: float = 0.6) -> np.ndarray:
+    """Class colours of `label` [H, W] (train ids) over `image` uint8 [h, w, 3] -> uint8 [h, w, 3]; a label of another size is resized
+    (nearest).
+
+    Edges between classes are drawn in full colour, so that thin things stay visible; ignored pixels show the image.
+    """
+    label = np.asarray(label)
+    if label.shape != image.shape[:2]:
+        label = np.asarray(Image.fromarray(label.astype(np.uint8)).resize(image.shape[1::-1], Image.Resampling.NEAREST))
+    soft, full = overlay(image, label, palette, opacity), overlay(image, label, palette, 1.0)
+    edge = np.zeros(label.shape, bool)
+    edge[:, 1:] |= label[:, 1:] != label[:, :-1]
+    edge[1:, :] |= label[1:, :] != label[:-1, :]
+    return np.where(edge[..., None], full, soft)
+
+
+def data_uri(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def samples(run: RunFolder) -> list[tuple[str, list[Picture]]]:
+    """For every saved validation image: its name, and image | baseline | final net | truth."""
+    nets = [stage for stage in (run.baseline, run.final) if stage]
+    rows = []
+    folder = run.folder / "report_samples"
+    for path in sorted(folder.rglob("*_image.png")):
+        name = path.relative_to(folder).as_posix().removesuffix("_image.png")
+        try:
+            with Image.open(path) as opened:
+                image = np.asarray(_shrunk(opened.convert("RGB")))
+        except OSError as error:
+            run.missing.append(f"report_samples/{name}_image.png cannot be read ({error}); this picture was left out")
+            continue
+        labels = [(NETS[stage][1], run.folder / stage / "predictions" / f"{name}.png") for stage in nets]
+        labels.append(("truth", folder / f"{name}_truth.png"))
+        row = [Picture("target image", _jpeg(image))]
+        row += [Picture(caption, _overlaid(run, image, file)) for caption, file in labels]
+        rows.append((name, row))
+    return rows
+
+
+def _overlaid(run: RunFolder, image: np.ndarray, path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    try:
+        return _jpeg(label_overlay(image, read_label_png(path), run.palette))
+    except Exception as error:  # a damaged file must not cost the report
+        run.missing.append(f"{path.relative_to(run.folder)} cannot be read ({error}); this picture was left out")
+        return None
+
+
+def _shrunk(image: Image.Image) -> Image.Image:
+    if image.width <= 1.5 * WIDTH:
+        return image
+    return image.resize((WIDTH, max(1, round(image.height * WIDTH / image.width))), Image.Resampling.LANCZOS)
+
+
+def _jpeg(image: np.ndarray) -> str:
+    data = BytesIO()
+    Image.fromarray(image).save(data, format="JPEG", quality=88, subsampling=0)
+    return data_uri(data.getvalue(), "jpeg")

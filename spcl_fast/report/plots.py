@@ -1,0 +1,307 @@
+"""The report's plots as PNG bytes. One function a plot; None where the run has nothing to show.
+
+Colours of curves and nets are safe for colour-blind readers; the classes keep the colours of their data set, always with their names
+beside them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from .run_folder import NETS, SAFE_COLOURS, RunFolder, number
+
+BLUE, RED, GREEN, ORANGE, SKY, PINK, BLACK, BROWN = SAFE_COLOURS
+INK, FAINT = "#1f2933", "#9aa5b1"
+NET_LOOKS = {  # colour, marker
+    "source_only": ("#7b8794", "o"),
+    "control": (SKY, "D"),
+    "warmup": (ORANGE, "s"),
+    "adapt": (BLUE, "o"),
+    "distill": (RED, "o"),
+    "oracle": (BLACK, "|"),
+}
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "text.color": INK,
+    "text.parse_math": False,  # a class or loss called "$" is text
+    "axes.edgecolor": "#cbd2d9",
+    "axes.labelcolor": INK,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e7eb",
+    "grid.linewidth": 0.7,
+    "xtick.color": "#52606d",
+    "ytick.color": "#52606d",
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "lines.linewidth": 1.6,
+    "figure.dpi": 160,
+}
+RESERVED = {"stage", "step", "seconds", "lr", "images_per_s", "data_wait", "peak_memory_bytes"}
+
+
+@contextmanager
+def _figure(width: float, height: float) -> Iterator[Figure]:
+    """A figure in the report's style, apart from any state of pyplot or the user's settings."""
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE, "backend": "agg"}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure
+
+
+def _png(figure: Figure) -> bytes:
+    data = BytesIO()
+    figure.savefig(data, format="png", metadata={"Software": None})
+    return data.getvalue()
+
+
+def class_scores(run: RunFolder) -> bytes | None:
+    """IoU of every class, a mark a net; a line from the baseline to the final net."""
+    stages = [stage for stage in NETS if stage in run.evaluations]
+    if not stages or not run.classes:
+        return None
+    rows = [*run.classes, "mIoU"]
+    with _figure(8.6, 0.9 + 0.3 * len(rows)) as figure:
+        axes = figure.subplots()
+        values = {stage: [run.evaluations[stage].iou.get(name) for name in run.classes] + [run.evaluations[stage].miou] for stage in stages}
+        places = np.arange(len(rows), dtype=float)
+        places[-1] += 0.35
+        if run.baseline and run.final:
+            for y, before, after in zip(places, values[run.baseline], values[run.final], strict=True):
+                if before is not None and after is not None:
+                    colour = BLUE if after >= before else RED
+                    axes.plot([before, after], [y, y], color=colour, linewidth=5, alpha=0.22, solid_capstyle="round")
+        for stage in stages:
+            colour, marker = NET_LOOKS[stage]
+            points = [(value, y) for value, y in zip(values[stage], places, strict=True) if value is not None]
+            size = 90 if marker == "|" else 34 if marker == "o" else 22
+            edge = {} if marker == "|" else {"edgecolors": "white", "linewidths": 0.8}
+            axes.scatter(*zip(*points, strict=True), s=size, c=colour, marker=marker, label=NETS[stage][1], zorder=3, **edge)
+        axes.axhline(len(rows) - 1.33, color="#cbd2d9", linewidth=0.8)
+        axes.set_yticks(places, rows)
+        axes.get_yticklabels()[-1].set_fontweight("bold")
+        axes.set_ylim(places[-1] + 0.6, -0.6)
+        axes.set_xlim(-2, 102)
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel("IoU on the target's validation images, %")
+        figure.legend(loc="outside upper left", ncols=len(stages), handletextpad=0.2, columnspacing=1.4)
+        return _png(figure)
+
+
+def curves(run: RunFolder) -> bytes | None:
+    """For every stage: its losses, what the contrast is above chance, and the learning rate."""
+    stages = [stage for stage in run.metrics if any(_series(run.metrics[stage], _losses(run.metrics[stage])))]
+    if not stages:
+        return None
+    stages.sort(key=lambda stage: list(NETS).index(stage) if stage in NETS else len(NETS))
+    excess = any(name.endswith("_excess") for stage in stages for name in _losses(run.metrics[stage]))
+    columns = 3 if excess else 2
+    with _figure(10.6, 2.15 * len(stages)) as figure:
+        grid = figure.subplots(len(stages), columns, squeeze=False)
+        for row, stage in zip(grid, stages, strict=True):
+            records = run.metrics[stage]
+            names = _losses(records)
+            title = NETS[stage][1] if stage in NETS else stage
+            _lines(row[0], records, [name for name in names if not name.endswith("_excess")], f"{title}: losses")
+            if excess:
+                above = [name for name in names if name.endswith("_excess")]
+                if above:
+                    _lines(row[1], records, above, "contrastive loss - ln K", lambda name: name.removesuffix("_excess"))
+                    row[1].axhline(0, color=FAINT, linewidth=0.8, linestyle=(0, (4, 3)))
+                else:
+                    row[1].set_visible(False)
+            _lines(row[-1], records, ["lr"], "learning rate", colours=(FAINT,), legend=False)
+            row[-1].set_ylim(bottom=0)
+            row[-1].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+        for axes in grid[-1]:
+            axes.set_xlabel("iteration")
+        return _png(figure)
+
+
+def _losses(records: list[dict[str, Any]]) -> list[str]:
+    scalars = (name for record in records for name, value in record.items() if not isinstance(value, list | dict | str))
+    return [name for name in dict.fromkeys(scalars) if name not in RESERVED]
+
+
+def _series(records: list[dict[str, Any]], names: list[str]) -> Iterator[tuple[str, list[int], list[float]]]:
+    for name in names:
+        points = [(record["step"], value) for record in records if (value := number(record.get(name))) is not None]
+        if points:
+            steps, values = zip(*points, strict=True)
+            yield name, list(steps), list(values)
+
+
+def _lines(
+    axes: Axes,
+    records: list[dict[str, Any]],
+    names: list[str],
+    title: str,
+    label: Callable[[str], str] = str,
+    *,
+    colours: tuple[str, ...] = SAFE_COLOURS,
+    legend: bool = True,
+) -> None:
+    drawn = 0
+    for index, (name, steps, values) in enumerate(_series(records, names)):
+        mark = "o" if len(steps) < 3 else None
+        axes.plot(steps, values, color=colours[index % len(colours)], label=label(name).replace("_", " "), marker=mark, ms=4)
+        drawn += 1
+    axes.set_title(title)
+    axes.margins(x=0.02)
+    if legend and drawn:
+        axes.legend(loc="best", handlelength=1.4)
+
+
+def class_shares(run: RunFolder) -> bytes | None:
+    """While adapting, on target: the share of pixels predicted as each class and the share with a pseudo-label of it, a small plot a
+    class.
+    """
+    predicted, kept = (_vectors(run, name) for name in ("predicted_share", "kept_share"))
+    if predicted is None and kept is None:
+        return None
+    columns = min(5, len(run.classes))
+    rows = math.ceil(len(run.classes) / columns)
+    with _figure(10.6, 0.35 + 1.45 * rows) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
+        for index, (axes, name) in enumerate(zip(grid, run.classes, strict=False)):
+            for found, colour, label in ((kept, ORANGE, "has a pseudo-label"), (predicted, BLUE, "predicted")):
+                if found is not None:
+                    steps, values = found
+                    mark = "o" if len(steps) < 3 else None
+                    axes.plot(steps, 100 * values[:, index], color=colour, label=label if index == 0 else None, marker=mark, ms=4)
+            axes.set_title(name, fontsize=9)
+            axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
+            axes.yaxis.set_major_locator(MaxNLocator(3))
+        for axes in grid[len(run.classes) :]:
+            axes.set_visible(False)
+        figure.supylabel("% of the target's pixels", fontsize=9)
+        figure.supxlabel("iteration of the adaptation", fontsize=9)
+        figure.legend(loc="outside upper left", ncols=2)
+        return _png(figure)
+
+
+def _vectors(run: RunFolder, name: str) -> tuple[list[int], np.ndarray] | None:
+    """Logged vectors with a value a class: steps, values [steps, K]."""
+    logged = [(record["step"], record.get(name)) for record in run.metrics.get("adapt", [])]
+    rows = [(step, [number(value) for value in values]) for step, values in logged if isinstance(values, list)]
+    rows = [(step, values) for step, values in rows if len(values) == len(run.classes) and None not in values]
+    if not rows or not run.classes:
+        return None
+    return [step for step, _ in rows], np.array([values for _, values in rows])
+
+
+def prototype_norms(run: RunFolder) -> bytes | None:
+    """Length of each prototype: 1 when all pixels of its class point one way, 0 for a class that was never seen."""
+    found = _vectors(run, "prototype_norm")
+    if found is None:
+        return None
+    steps, values = found
+    with _figure(5.2, 3.9) as figure:
+        axes = figure.subplots()
+        for index, name in enumerate(run.classes):
+            axes.plot(steps, values[:, index], color=np.array(run.palette[index]) / 255, marker="o" if len(steps) < 3 else None, ms=4)
+            axes.annotate(name, (steps[-1], values[-1, index]), fontsize=7.5, va="center", xytext=(6, 0), textcoords="offset points")
+        _spread(axes)
+        axes.set_ylim(0, max(1.05, values.max() * 1.05))
+        axes.set_xlabel("iteration of the adaptation")
+        axes.set_title("prototype length")
+        return _png(figure)
+
+
+def _spread(axes: Axes, gap: float = 0.052) -> None:
+    """Move the names at the right end of the lines apart, in place; `gap` in the axes' height."""
+    names = sorted(axes.texts, key=lambda text: text.xy[1])
+    top = max([1.05, *(text.xy[1] for text in names)])
+    place = -math.inf
+    for text in names:
+        place = max(text.xy[1] / top, place + gap)
+        text.set_position((6, (place - text.xy[1] / top) * 3.2 * 72))  # offsets are in points; the axes are about 3.2 inches high
+
+
+def confusion(run: RunFolder) -> bytes | None:
+    """Where the pixels of each true class go, in percent of the class: baseline and final net."""
+    stages = [stage for stage in (run.baseline, run.final) if stage and run.evaluations[stage].confusion is not None]
+    stages = [stage for stage in stages if run.evaluations[stage].confusion.shape[0] == len(run.classes)]
+    if not stages:
+        return None
+    count = len(run.classes)
+    side = max(3.6, 0.42 * count) if count <= 12 else 0.33 * count
+    with _figure(min(1.25 + (side + 0.15) * len(stages), 12.5), side + 1.1) as figure:
+        grid = figure.subplots(1, len(stages), squeeze=False, sharey=True)[0]
+        for axes, stage in zip(grid, stages, strict=True):
+            matrix = run.evaluations[stage].confusion
+            share = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+            axes.imshow(np.sqrt(share), cmap="Blues", vmin=0, vmax=10, aspect="equal")  # square root: small confusions stay visible
+            for row, column in zip(*np.nonzero(share >= 0.5), strict=True):
+                value = share[row, column]
+                colour = "white" if value > 45 else INK
+                axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7 if count <= 12 else 5.5, color=colour)
+            axes.set_xticks(range(count), run.classes, rotation=45, ha="right", rotation_mode="anchor")
+            axes.set_yticks(range(count), run.classes)
+            axes.grid(False)
+            axes.tick_params(length=0)
+            for spine in axes.spines.values():
+                spine.set_visible(False)
+            axes.set_title(NETS[stage][1])
+            axes.set_xlabel("predicted")
+        grid[0].set_ylabel("true")
+        return _png(figure)
+
+
+def feature_map(run: RunFolder) -> bytes | None:
+    """The sampled pixels of both domains on the two main directions of their features, coloured by class; prototypes as stars."""
+    sample = run.features
+    if sample is None or len(sample.features) < 3 or sample.features.shape[1] < 2:
+        return None
+    points, prototypes = _plane(sample.features, sample.prototypes, unit=run.setting("adapt", "normalize", default=True))
+    colours = np.array([*run.palette, (203, 210, 217)]) / 255
+    labels = np.where((sample.labels >= 0) & (sample.labels < len(run.palette)), sample.labels, len(run.palette))
+    with _figure(10.6, 4.9) as figure:
+        grid = figure.subplots(1, 2, sharex=True, sharey=True)
+        for domain, (axes, title) in enumerate(zip(grid, ("source", "target"), strict=True)):
+            own, other = sample.domain == domain, sample.domain != domain
+            axes.scatter(*points[other].T, s=5, c="#eceff2", linewidths=0)
+            axes.scatter(*points[own].T, s=8, c=colours[labels[own]], linewidths=0, alpha=0.75)
+            for index in np.flatnonzero(np.linalg.norm(sample.prototypes, axis=1) > 1e-6):
+                if index < len(run.palette):
+                    axes.scatter(*prototypes[index], marker="*", s=210, color=colours[index], edgecolors=INK, linewidths=0.9, zorder=5)
+            axes.set_title(title)
+            axes.tick_params(labelbottom=False, labelleft=False, length=0)
+        present = [index for index in range(len(run.palette)) if (labels == index).any()]
+        handles = [Line2D([], [], marker="o", linestyle="", color=colours[index], label=run.classes[index]) for index in present]
+        handles.append(Line2D([], [], marker="*", linestyle="", ms=11, mfc="white", mec=INK, label="prototype"))
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 10), handletextpad=0.1, columnspacing=1.2)
+        return _png(figure)
+
+
+def _plane(features: np.ndarray, prototypes: np.ndarray, *, unit: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Principal component analysis of the features (of unit length, as the loss sees them): coordinates of features and prototypes."""
+    if unit:
+        features = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    mean = features.mean(0)
+    centred = (features - mean).astype(np.float64)
+    _, directions = np.linalg.eigh(centred.T @ centred)
+    axes = directions[:, :-3:-1]
+    axes = axes * np.sign(axes[np.abs(axes).argmax(0), range(2)])  # an eigenvector's sign is arbitrary: fix it
+    return centred @ axes, (prototypes - mean) @ axes
