@@ -130,7 +130,8 @@ def evaluate_trained(path: Path, config: Config, stage: str | None, say: Callabl
         images=settings.images,
         workers=config.loop.workers,
     )
-    result = {"weights": str(trained.weights), "images": len(dataset), **scores.as_json()}
+    count = len(dataset) if settings.images is None else min(settings.images, len(dataset))
+    result = {"weights": str(trained.weights), "images": count, **scores.as_json()}
     if dataset.classes == CITYSCAPES_16:
         known = [result["iou"][dataset.classes.names[k]] for k in THIRTEEN_OF_SIXTEEN]
         result["miou_13"] = float(np.mean([value for value in known if value is not None] or [0.0]))
@@ -139,7 +140,7 @@ def evaluate_trained(path: Path, config: Config, stage: str | None, say: Callabl
 
 
 def _score_table(result: dict[str, Any]) -> str:
-    lines = [f"{result['weights']}", f"{'class':<16}{'IoU':>7}{'predicted':>12}{'true':>9}"]
+    lines = [f"{result['weights']} on {result['images']} images", f"{'class':<16}{'IoU':>7}{'predicted':>12}{'true':>9}"]
     for name, iou in result["iou"].items():
         predicted, true = result["predicted_share"][name], result["true_share"][name]
         lines.append(f"{name:<16}{'-' if iou is None else format(iou, '.1f'):>7}{predicted:>12.1%}{true:>9.1%}")

@@ -116,9 +116,9 @@ def _parse(name: str, words: list[str]) -> argparse.Namespace:
         parser.parse_args(["-h"])
     given, others = _split(words)
     args = parser.parse_args(others)
-    if args.run is not None:
-        args.config.insert(0, _config_of_run(args.run))
-        given[:0] = [("runs_dir", str(args.run.parent)), ("name", args.run.name)]
+    if args.run_folder is not None:
+        args.config.insert(0, _config_of_run(args.run_folder))
+        given[:0] = [("runs_dir", str(args.run_folder.parent)), ("name", args.run_folder.name)]
     args.given = given
     args.command = name
     return args
@@ -126,7 +126,7 @@ def _parse(name: str, words: list[str]) -> argparse.Namespace:
 
 def _config_of_run(run: Path) -> Path:
     if not (run / "config.yaml").is_file():
-        raise ConfigError(f"--run {run}: expected the folder of a run, with config.yaml in it")
+        raise ConfigError(f"--run-folder {run}: expected the folder of a run, with config.yaml in it")
     return run / "config.yaml"
 
 
@@ -144,7 +144,7 @@ def _parser(name: str, command: Command) -> _Parser:
         parser.add_argument("--preset", metavar="NAME", help=f"start from these settings: {presets}")
         parser.add_argument("--config", metavar="FILE", action="append", default=[], type=Path, help="YAML file of settings; may repeat")
         parser.add_argument("--set", metavar="NAME", action="append", default=[], help=f"named changes on top: {sets}")
-        parser.add_argument("--run", metavar="FOLDER", type=Path, help="start from the settings of a run and go on in its folder")
+        parser.add_argument("--run-folder", metavar="FOLDER", type=Path, help="start from the settings of a run and go on in its folder")
         parser.add_argument("--print-config", action="store_true", help="print the resolved settings as YAML and stop")
     if command.arguments:
         command.arguments(parser)

@@ -233,14 +233,20 @@ COMMANDS: dict[str, Command] = {
     "source-only": _stage("baseline: train on source labels alone", "source_only", f"source-only {_FOLDERS}"),
     "control": _stage("matched control: source-only, trained on for as long as adaptation takes", "control", f"control {_FOLDERS}"),
     "warmup": _stage("adversarial warm-up on both domains", "warmup", "warmup --preset demo --name mine"),
-    "prototypes": _stage("one prototype a class from the labelled source images", "prototypes", "prototypes --run runs/mine"),
+    "prototypes": _stage("one prototype a class from the labelled source images", "prototypes", "prototypes --run-folder runs/mine"),
     "pseudo-label": _stage(
-        "labels for the target's training images", "pseudo_labels", "pseudo-label --run runs/mine", section="pseudo_label", arguments=_round
+        "labels for the target's training images",
+        "pseudo_labels",
+        "pseudo-label --run-folder runs/mine",
+        section="pseudo_label",
+        arguments=_round,
     ),
     "adapt": _stage(
-        "segmentation and prototype-contrastive loss on both domains", "adapt", "adapt --run runs/mine --adapt.contrast_temperature 0.1"
+        "segmentation and prototype-contrastive loss on both domains",
+        "adapt",
+        "adapt --run-folder runs/mine --adapt.contrast_temperature 0.1",
     ),
-    "distill": _stage("self-training of the adapted net on its own pseudo-labels", "distill", "distill --run runs/mine"),
+    "distill": _stage("self-training of the adapted net on its own pseudo-labels", "distill", "distill --run-folder runs/mine"),
     "oracle": _stage("upper bound: train on the target's labels", "oracle", f"oracle {_FOLDERS}"),
     "evaluate": Command(
         "IoU by class of a trained net",

@@ -12,7 +12,7 @@ import types
 import pytest
 import yaml
 
-from spcl_fast import cli, commands, errors, rules
+from spcl_fast import cli, commands, errors, rules, settings
 from spcl_fast.cli import main
 
 ROOTS = ["--source.root", "a", "--target.root", "b"]
@@ -227,10 +227,10 @@ def test_run_goes_on_in_the_folder_of_a_run_with_its_settings(stages, tmp_path, 
     run.mkdir(parents=True)
     assert main(["run", "--preset", "demo", "--adapt.keep", "0.7", "--print-config"]) == 0
     (run / "config.yaml").write_text(capsys.readouterr().out)
-    assert main(["adapt", "--run", str(run), "--adapt.min_pixels", "5"]) == 0
+    assert main(["adapt", "--run-folder", str(run), "--adapt.min_pixels", "5"]) == 0
     config = stages[0][0]
     assert (config.adapt.keep, config.adapt.min_pixels, config.name, config.runs_dir) == (0.7, 5, "old", str(run.parent))
-    assert "config.yaml" in fails(capsys, 2, "adapt", "--run", str(tmp_path))
+    assert "config.yaml" in fails(capsys, 2, "adapt", "--run-folder", str(tmp_path))
 
 
 def test_a_whole_run_ends_with_the_table_the_summary_and_the_report(monkeypatch, tmp_path, capsys):
@@ -242,6 +242,15 @@ def test_a_whole_run_ends_with_the_table_the_summary_and_the_report(monkeypatch,
     commands._show(tmp_path)
     out = capsys.readouterr().out
     assert "mIoU 41.5" in out and str(tmp_path / "summary.json") in out and str(tmp_path / "report.html") in out
+
+
+def test_torchrun_takes_none_of_our_options_for_its_own():
+    from torch.distributed.run import get_args_parser  # it abbreviates: an option of ours that begins one of its own never reaches us
+
+    options = {option for name, command in commands.COMMANDS.items() for option in cli._parser(name, command)._option_string_actions}
+    ours = {f"--{key}" for key in [*settings.setting_types(), *settings.ALIASES]} | {o for o in options if o.startswith("--")} - {"--help"}
+    theirs = [option for option in get_args_parser()._option_string_actions if option.startswith("--")]
+    assert not [(a, b) for a in ours for b in theirs if b.startswith(a)]
 
 
 # ---------------------------------------------------------------------------------------------- the other commands
