@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -253,7 +254,8 @@ def metrics_without_times(run: Run) -> list[dict[str, Any]]:
 # --- processes that are killed -----------------------------------------------------------------------------------------------------------
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["torch", "spcl_fast.train.loop"])  # torch is imported once, a child then starts in milliseconds
+# imported once, so that a child starts in milliseconds; the first optimiser of a process would import torch._dynamo
+_server.set_forkserver_preload(["torch", "torch._dynamo", "safetensors.torch", "pytest", "spcl_fast.train.loop"])
 
 
 def start_process(target: Callable[..., None], *args: Any) -> Any:
@@ -274,14 +276,28 @@ def _child(target: Callable[..., None], args: tuple[Any, ...]) -> None:
         sys.exit(error.exit_code)
 
 
-def train_tiny(folder: Path, begun: Any, pause: float = 0.0, iterations: int = STEPS) -> None:
+def train_tiny(folder: Path, begun: Begun, pause: float = 0.0, iterations: int = STEPS) -> None:
     """Train or go on training in `folder`; `begun` is set once the first step is done."""
     stage = TinyStage(pause, after_step=lambda it: begun.set())
     stage.fit(folder, iterations=iterations)
 
 
-def event() -> Any:
-    return _server.Event()
+class Begun:
+    """A flag between processes that a killed one cannot leave locked: a file."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="begun-")) / "flag"
+
+    def set(self) -> None:
+        self.path.touch()
+
+    def wait(self, seconds: float) -> bool:
+        end = time.monotonic() + seconds
+        while not self.path.exists():
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.002)
+        return True
 
 
 def as_rank(rank: int, world_size: int, port: int, target: Callable[..., None], *args: Any) -> None:

@@ -65,7 +65,7 @@ class CheckpointStore:
         try:
             path = self._commit(step, _by_file(tensors), dict(meta))
         except OSError as error:
-            self._remove_leftovers()
+            self.remove_leftovers()
             raise CheckpointError(self._why_not_saved(step, error)) from error
         verify_checkpoint(path)
         self._prune(step)
@@ -113,9 +113,16 @@ class CheckpointStore:
         """Their steps, newest first."""
         return [_step_of(path) for path in self.paths()]
 
+    def remove_leftovers(self) -> None:
+        """Remove what an interrupted `save` left behind (the writer only); failing to do so is no reason to stop."""
+        with contextlib.suppress(OSError):
+            for name in os.listdir(self.folder):
+                if name.startswith((".tmp-step_", ".removed-step_")):
+                    remove_folder(self.folder / name)
+
     def _commit(self, step: int, files: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> Path:
         make_folder(self.folder)
-        self._remove_leftovers()
+        self.remove_leftovers()
         final = self.folder / f"step_{step:08d}"
         temporary = self.folder / f".tmp-{final.name}-{os.getpid()}"
         os.mkdir(temporary)
@@ -150,13 +157,6 @@ class CheckpointStore:
                 except OSError as error:
                     warnings.warn(f"Cannot remove the old checkpoint {path}: {error.strerror}.", stacklevel=3)
 
-    def _remove_leftovers(self) -> None:
-        """What an interrupted `save` or removal left behind; failing to remove it is no reason to stop."""
-        with contextlib.suppress(OSError):
-            for name in os.listdir(self.folder):
-                if name.startswith((".tmp-step_", ".removed-step_")):
-                    remove_folder(self.folder / name)
-
     def _why_not_saved(self, step: int, error: OSError) -> str:
         kept = self.paths()
         still = f"The checkpoint before it, {kept[0].name}, is untouched" if kept else "There is no earlier checkpoint"
@@ -182,9 +182,10 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
     """Check every file of a checkpoint against its manifest and return that. Raises CheckpointError."""
+    step = _step_of(path)
     manifest = _read_json(path / "manifest.json", _MANIFEST_BYTES)
     try:
-        whole = manifest["format"] == FORMAT and manifest["step"] == _step_of(path) and manifest["sha256"] == _manifest_sha256(manifest)
+        whole = manifest["format"] == FORMAT and manifest["step"] == step and manifest["sha256"] == _manifest_sha256(manifest)
         files = dict(manifest["files"].items())
         expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:

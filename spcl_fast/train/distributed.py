@@ -120,21 +120,24 @@ def broadcast_object(value: Any) -> Any:
 
 
 def broadcast_tensors(tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
-    """The main process's CPU tensors, on every process; others pass None. Moves each tensor on its own: no packed copy."""
+    """The main process's CPU tensors, on every process and in the same memory layout; others pass None. Extra memory: one tensor."""
     if world_size() == 1:
         assert tensors is not None
         return tensors
-    own = {name: (tuple(t.shape), t.stride(), t.dtype) for name, t in (tensors or {}).items()}
-    specs = broadcast_object(own)
+    # the layout of an empty twin: that of the tensor if it is dense, else the plain one
+    own = {name: (tuple(t.shape), torch.empty_like(t, device="meta").stride(), t.dtype) for name, t in (tensors or {}).items()}
     result = {}
-    for name, (shape, stride, dtype) in specs.items():
-        tensor = tensors[name] if is_main() and tensors is not None else torch.empty_strided(shape, stride, dtype=dtype)
-        if tensor.numel():
-            wire = tensor.contiguous().reshape(-1).view(torch.uint8)  # bytes: gloo does not know every dtype
-            dist.broadcast(wire, src=0, group=_control)
-            if not is_main():
-                tensor.copy_(wire.view(dtype).reshape(shape))
-        result[name] = tensor
+    for name, (shape, stride, dtype) in broadcast_object(own).items():
+        if is_main() and tensors is not None:
+            result[name] = tensors[name]
+            flat = tensors[name].detach().contiguous().reshape(-1)
+        else:
+            result[name] = torch.empty_strided(shape, stride, dtype=dtype)
+            flat = torch.empty(result[name].numel(), dtype=dtype)
+        if flat.numel():
+            dist.broadcast(flat.view(torch.uint8), src=0, group=_control)  # bytes: gloo does not know every dtype
+        if not is_main():
+            result[name].copy_(flat.reshape(shape))
     return result
 
 

@@ -124,6 +124,8 @@ class _Loop:
     def skip_finished(self) -> bool:
         """Whether the stage is finished; then its final state is loaded. One whose last checkpoint is damaged is trained on."""
         main = distributed.is_main()
+        if main:
+            self.store.remove_leftovers()
         record = self.run.done(self.stage) if main and self.run.is_done(self.stage, self.identity) else None
         checkpoint = self.store.latest() if record is not None else None
         finished = distributed.broadcast_object(checkpoint is not None and checkpoint.step == self.iterations)
