@@ -198,6 +198,7 @@ class Context:
                 scores = evaluate_model(model, self.dataset(side, "val"), getattr(self.config, side).eval_size, device=self.device)
                 if best is None or best["step"] > done or scores.miou > best["miou"]:
                     path = self.run.path(stage, "selected.safetensors")
+                    path.parent.mkdir(parents=True, exist_ok=True)
                     save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, path.with_suffix(".tmp"))
                     path.with_suffix(".tmp").replace(path)
                     self.run.write_json(f"{stage}/selected.json", {"step": done, "miou": scores.miou, "by": selection})

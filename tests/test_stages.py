@@ -1,0 +1,214 @@
+"""The method end to end on tiny generated runs, and one adapt step against a plain transcription of the released loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from spcl_fast.config import Config
+from spcl_fast.data import read_label_png
+from spcl_fast.errors import CheckpointError
+from spcl_fast.models import build_model
+from spcl_fast.settings import load_config
+from spcl_fast.train.context import Context
+from spcl_fast.train.evaluate import Scores, evaluate_model
+from spcl_fast.train.stages import load_prototypes, run_stages
+
+TINY = {
+    "source.size": "[48, 32]",
+    "source.eval_size": "[48, 32]",
+    "source.train_images": "6",
+    "target.size": "[48, 32]",
+    "target.eval_size": "[48, 32]",
+    "target.train_images": "6",
+    "evaluate.images": "4",
+    "evaluate.overlays": "2",
+    "loop.workers": "0",
+    "loop.log_every": "1",
+}
+TRAINED = ("source_only", "control", "warmup", "adapt", "distill", "oracle")
+STAGES = ("source_only", "control", "warmup", "prototypes", "pseudo_labels", "adapt", "pseudo_labels_2", "distill", "oracle")
+
+
+def tiny_config(tmp_path, name="run", preset="demo", sets=(), **changes) -> Config:
+    iterations = {f"{stage}.iterations": "2" for stage in TRAINED} | {f"{stage}.batch_size": "2" for stage in TRAINED}
+    given = {**TINY, **iterations, "runs_dir": str(tmp_path), "name": name, **changes}
+    return load_config(preset, (), sets, list(given.items()))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Context:
+    config = tiny_config(tmp_path_factory.mktemp("runs"))
+    run_stages(config, STAGES)
+    return Context(config)
+
+
+def test_every_stage_leaves_its_files_and_the_summary_its_figures(finished):
+    summary = json.loads(finished.run.path("summary.json").read_text())
+    for name in ("source_only", "control", "warmup", "adapted", "distilled", "oracle"):
+        assert 0 <= summary[name]["miou"] <= 100 and list(summary[name]["iou"]) == summary["classes"]
+    assert summary["selection"] == "last" and set(summary["seconds"]) == set(TRAINED)
+    assert all(value > 0 for value in summary["peak_memory_bytes"].values())
+    gap = (summary["distilled"]["miou"] - summary["source_only"]["miou"]) / (summary["oracle"]["miou"] - summary["source_only"]["miou"])
+    assert summary["gap_closed"] == pytest.approx(gap)
+    for stage in TRAINED:
+        assert finished.run.done(stage)["step"] == 2
+        assert len(list(finished.run.path(stage, "predictions").glob("*.png"))) == 2
+    assert load_prototypes(finished).shape == (len(finished.classes), 32)
+    with np.load(finished.run.path("features.npz")) as sample:
+        assert sample["features"].shape[0] == len(sample["labels"]) == len(sample["domain"])
+
+
+def test_pseudo_labels_keep_only_what_reaches_its_threshold(finished):
+    for stage in ("pseudo_labels", "pseudo_labels_2"):
+        record = json.loads(finished.run.path(stage, "thresholds.json").read_text())
+        names = finished.dataset("target", "train", labels=False).names
+        labels = np.stack([read_label_png(finished.run.path(stage, f"{name}.png")) for name in names])
+        counted = {k: int((labels == i).sum()) for i, k in enumerate(finished.classes.names)}
+        assert counted == record["kept_pixels"]
+        for name, predicted in record["predicted_pixels"].items():
+            assert record["kept_pixels"][name] <= predicted
+            if predicted and record["thresholds"][name] < 0.9:  # the median: half of them, and those equal to it, stay
+                assert record["kept_pixels"][name] >= predicted // 2
+
+
+def test_log_shows_what_would_reveal_a_collapse(finished):
+    line = finished.run.metrics("adapt")[-1]
+    num_classes = len(finished.classes)
+    assert line.keys() >= {"segmentation", "source_excess", "target_excess", "lr", "images_per_s", "data_wait", "peak_memory_bytes"}
+    assert len(line["prototype_norm"]) == len(line["kept_share"]) == num_classes and sum(line["predicted_share"]) == pytest.approx(1, abs=1e-4)
+
+
+def test_a_finished_run_is_skipped_and_other_settings_are_refused(finished, capsys):
+    before = {stage: finished.run.path(stage, "done.json").stat().st_mtime_ns for stage in TRAINED}
+    run_stages(finished.config, STAGES)
+    assert {stage: finished.run.path(stage, "done.json").stat().st_mtime_ns for stage in TRAINED} == before
+    changed = dataclasses.replace(finished.config, adapt=dataclasses.replace(finished.config.adapt, contrast_temperature=0.5))
+    with pytest.raises(CheckpointError, match="contrast_temperature"):
+        run_stages(changed, ("adapt",))
+
+
+def test_a_stage_without_its_predecessor_says_which(tmp_path):
+    with pytest.raises(CheckpointError, match="'source_only' is not finished"):
+        run_stages(tiny_config(tmp_path), ("adapt",))
+
+
+def test_target_labels_are_read_by_the_oracle_and_the_judge_only(tmp_path, monkeypatch):
+    opened = []
+    original = Context.dataset.__wrapped__
+
+    def spy(self, side, split, labels=True):
+        opened.append((side, split, labels))
+        return original(self, side, split, labels)
+
+    monkeypatch.setattr(Context, "dataset", spy)
+    run_stages(tiny_config(tmp_path), STAGES[:-1])
+    assert ("target", "train", False) in opened and ("target", "train", True) not in opened
+
+
+def test_selection_on_source_keeps_the_best_checkpoint(tmp_path):
+    config = tiny_config(tmp_path, **{"evaluate.selection": "source_val", "loop.checkpoint_every": "1", "source_only.iterations": "4"})
+    run_stages(config, ("source_only",))
+    context = Context(config)
+    picked = json.loads(context.run.path("source_only", "selected.json").read_text())
+    scores = evaluate_model(context.model_of("source_only"), context.dataset("source", "val"), config.source.eval_size)
+    assert picked["by"] == "source_val" and scores.miou == pytest.approx(picked["miou"])
+
+
+def test_scores_are_those_of_a_hand_count():
+    classes = dataclasses.make_dataclass("Classes", ["names"])(("a", "b", "c"))
+    scores = Scores(classes, np.array([[5, 1, 0], [3, 1, 0], [0, 0, 0]]))
+    assert scores.iou == {"a": pytest.approx(500 / 9), "b": pytest.approx(20.0), "c": None}
+    assert scores.miou == pytest.approx((500 / 9 + 20) / 2)
+    assert scores.as_json()["predicted_share"] == {"a": 0.8, "b": 0.2, "c": 0.0}
+
+
+def test_scores_agree_with_torchmetrics(finished):
+    from torchmetrics.functional.segmentation import mean_iou  # noqa: F401  the import itself fails where torchvision is broken
+    from torchmetrics.functional.classification import multiclass_jaccard_index
+
+    model, dataset = finished.model_of("source_only"), finished.dataset("target", "val").select(range(3))
+    kept = {}
+    scores = evaluate_model(model, dataset, (48, 32), keep=lambda i, name, labels: kept.update({i: torch.from_numpy(labels.copy())}))
+    truth = torch.cat([torch.from_numpy(np.array(dataset.label(i))).flatten() for i in range(3)]).long()
+    predicted = torch.cat([kept[i].flatten() for i in range(3)]).long()
+    expected = multiclass_jaccard_index(predicted, truth, len(dataset.classes), average="none", ignore_index=255)
+    ours = torch.tensor([0.0 if value is None else value / 100 for value in scores.iou.values()])
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+# ---- parity with the release -------------------------------------------------------------------------------------------
+
+
+def released_adapt_step(model, prototypes, source, target, pseudo, lr):
+    """One iteration as `train_ours.py` does it, both graphs alive and the source graph gone through twice. prototypes [D, K]."""
+    optimizer = torch.optim.SGD(
+        [{"params": model.feature_extractor.parameters()}, {"params": model.classifier.parameters(), "lr": 10 * lr}], lr=lr, momentum=0.9, weight_decay=5e-4
+    )
+    src_feat = model.features(source.images)
+    src_seg = model.classify(src_feat)
+    pred = F.interpolate(src_seg, source.images.shape[2:], mode="bilinear", align_corners=True)
+    loss_seg = F.cross_entropy(pred / 1.8, source.labels.long(), ignore_index=255)
+    loss_seg.backward(retain_graph=True)
+    tgt_feat = model.features(target.images)
+    tgt_mask = F.interpolate(pseudo[None].float(), tgt_feat.shape[2:], mode="nearest")[0].long()
+    src_mask = F.interpolate(source.labels[None].float(), src_feat.shape[2:], mode="nearest")[0].long()
+    src_mask[src_mask != src_seg.detach().argmax(1)] = 255
+    unit = F.normalize(src_feat.detach(), dim=1).permute(0, 2, 3, 1)
+    current = torch.zeros_like(prototypes)
+    for k in src_mask.unique().tolist():
+        if k != 255:
+            current[:, k] = unit[src_mask == k].mean(0)
+    prototypes = 0.1 * prototypes + 0.9 * current
+    loss_cl = 0
+    for feat, mask in ((src_feat, src_mask), (tgt_feat, tgt_mask)):
+        rows = F.normalize(feat, dim=1).permute(0, 2, 3, 1).reshape(-1, feat.shape[1])
+        loss_cl = loss_cl + F.cross_entropy(rows @ prototypes / 100, mask.flatten(), ignore_index=255)
+    loss_cl.backward()
+    optimizer.step()
+    return prototypes
+
+
+def test_one_adapt_step_under_released_settings_is_the_released_step(tmp_path):
+    config = tiny_config(
+        tmp_path,
+        preset="gta5_cityscapes",
+        sets=("released",),
+        **{
+            "source.dataset": "generated_source",
+            "target.dataset": "generated_target",
+            "model.name": "deeplab_v2_resnet18",
+            "model.weights": "null",
+            "warmup.iterations": "3",
+            "adapt.iterations": "1",
+            "pseudo_label.estimate_size": "[48, 32]",
+        },
+    )
+    assert (config.adapt.contrast_temperature, config.adapt.absent, config.adapt.keep, config.model.frozen_bn_eps) == (100, "decay", 0.1, 0)
+    run_stages(config, ("warmup", "prototypes", "pseudo_labels", "adapt"))
+    context = Context(config)
+    source = next(context.batches("adapt", "source", context.dataset("source", "train"), config.adapt, config.adapt.augment)(0))
+    target = next(context.batches("adapt", "target", context.pseudo_labelled("pseudo_labels"), config.adapt, config.adapt.target_augment)(0))
+    assert (target.labels != 255).any() and (source.labels != 255).any()
+
+    model = context.model_of("warmup")
+    start = {key: value.clone() for key, value in model.state_dict().items()}
+    prototypes = released_adapt_step(model, load_prototypes(context).T.clone(), source, target, target.labels, config.adapt.lr)
+    ours = context.checkpoint("adapt")
+    moved = 0
+    for key, value in model.state_dict().items():
+        step = (value - start[key]).abs().max()
+        moved += bool(step > 0)
+        torch.testing.assert_close(ours.group("model")[key], value, rtol=1e-5, atol=max(1e-8, 1e-3 * step.item()))
+    assert moved > 20
+    torch.testing.assert_close(ours.group("bank")["prototypes"], prototypes.T, rtol=1e-5, atol=1e-6)
+
+
+def test_released_batch_norm_has_no_eps():
+    model = build_model("deeplab_v2_resnet18", 4, frozen_bn_eps=0.0)
+    assert all(module.eps == 0 for module in model.modules() if type(module).__name__ == "FrozenBatchNorm2d")
