@@ -129,3 +129,23 @@ def test_check_data_exits_3_for_a_missing_label_and_an_unknown_id(folders, tmp_p
     assert "77 (48 pixels)" in out and "target" not in out
     assert main(["check-data", "--preset", "folders", "--side", "target"]) == 2
     assert "--target.root" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- evaluate
+
+
+def test_evaluate_scores_a_weights_file_on_labelled_folders(run, folders, tmp_path, capsys):
+    words = ["evaluate", str(run / "weights"), "--target.root", str(tmp_path / "target"), "--output", str(tmp_path / "scores.json")]
+    assert main([*words, "--tta", "flip", "--workers", "0"]) == 0
+    out = capsys.readouterr().out
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["images"] == 1 and sum(map(sum, scores["confusion"])) == 48 and list(scores["iou"]) == NAMES
+    assert "mIoU" in out and f"{scores['miou']:.1f}" in out and "model.safetensors" not in scores["weights"]
+
+
+def test_evaluate_refuses_data_with_other_classes(run, folders, tmp_path, capsys):
+    others = {"names": ["road", "sea", "car"], "palette": PALETTE, "ignore_index": 255}
+    (tmp_path / "target" / "classes.json").write_text(json.dumps(others))
+    assert main(["evaluate", str(run / "weights"), "--target.root", str(tmp_path / "target")]) == 2
+    error = capsys.readouterr().err
+    assert "road, sky, car" in error and "road, sea, car" in error and "--target.classes" in error
