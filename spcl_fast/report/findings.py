@@ -30,22 +30,23 @@ def find(run: RunFolder) -> list[Finding]:
     """The findings of a run, the worst first."""
     found = [*_collapse(run), *_selection(run), *_gains(run), *_classes(run), *_training(run)]
     if run.final and not any(finding.level == "bad" for finding in found):
-        text = "No class takes more than 80 % of the pixels where it should not, and not every pixel was given a pseudo-label."
+        text = "No class takes more than 80% of the pixels where it should not, and not every pixel was given a pseudo-label."
         found.append(Finding("good", "No sign of a collapse", text))
     return sorted(found, key=lambda finding: ("bad", "note", "good").index(finding.level))
 
 
 def _collapse(run: RunFolder) -> list[Finding]:
     found = []
-    for stage, evaluation in run.evaluations.items():
-        title = NETS[stage][1]
-        for name, share in evaluation.predicted_share.items():
-            if share > COLLAPSED and share > evaluation.true_share.get(name, 0.0) + 0.1:
-                text = (
-                    f"It calls {share:.0%} of the target's pixels {name}{_truth(evaluation, name)}. Lower the weight of the contrastive loss "
-                    "or the learning rate, and look at the pseudo-labels that this stage started from."
-                )
-                found.append(Finding("bad", f"The {title} net has collapsed to {name}", text))
+    collapsed = {stage: classes for stage, evaluation in run.evaluations.items() if (classes := _taken_over(evaluation))}
+    if collapsed:
+        nets = [
+            f"the {NETS[stage][1]} net calls {run.evaluations[stage].predicted_share[name]:.0%} {name}" for stage, name in collapsed.items()
+        ]
+        if "source_only" in collapsed or "oracle" in collapsed:
+            advice = "It does not start with adaptation: train the source stage longer, and check its learning rate and labels."
+        else:
+            advice = "Lower the weight of the contrastive loss or the learning rate, and look at the pseudo-labels that it started from."
+        found.append(Finding("bad", "Collapsed to one class", f"Of the target's pixels {_list(nets)}. {advice}"))
     records = [record for record in run.metrics.get("adapt", []) if isinstance(record.get("predicted_share"), list)]
     if records:
         shares = [number(value) or 0.0 for value in records[-1]["predicted_share"]]
@@ -65,9 +66,12 @@ def _collapse(run: RunFolder) -> list[Finding]:
     return found
 
 
-def _truth(evaluation: Evaluation, name: str) -> str:
-    true = evaluation.true_share.get(name)
-    return "" if true is None else f", where {true:.0%} are"
+def _taken_over(evaluation: Evaluation) -> str | None:
+    """The class that nearly all pixels are given to, though they are not of it."""
+    taken = [
+        name for name, share in evaluation.predicted_share.items() if share > max(COLLAPSED, evaluation.true_share.get(name, 0.0) + 0.1)
+    ]
+    return taken[0] if taken else None
 
 
 def _class_name(run: RunFolder, index: int) -> str:
@@ -115,9 +119,10 @@ def _classes(run: RunFolder) -> list[Finding]:
     beyond = [name for name in never if oracle is not None and (oracle.iou.get(name) or 0.0) < 1.0]
     reachable = [name for name in never if name not in beyond]
     if reachable:
+        verb = "occurs" if len(reachable) == 1 else "occur"
         text = (
-            f"{_list(reachable)} occur{'s' if len(reachable) == 1 else ''} on target and the final net never says so. A class that the first "
-            "net never predicts gets no pseudo-label: weight rare classes in the source stage (class_weight_power, augment.rare_crop)."
+            f"{_list(reachable)} {verb} on target and the final net never says so. A class that the first net never predicts gets no "
+            "pseudo-label: weight rare classes in the source stage (class_weight_power, augment.rare_crop)."
         )
         found.append(Finding("note", "Classes that are never predicted", text))
     if beyond:
@@ -126,7 +131,7 @@ def _classes(run: RunFolder) -> list[Finding]:
         found.append(Finding("note", "Classes out of reach", text))
     for name, share in evaluation.predicted_share.items():
         true = evaluation.true_share.get(name, 0.0)
-        if share > 3 * true and share - true > 0.03:
+        if COLLAPSED > share > 3 * true and share - true > 0.03:
             found.append(Finding("note", f"Too much {name}", f"{share:.1%} of the target's pixels are predicted {name}, {true:.1%} are."))
     return found
 

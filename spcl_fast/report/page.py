@@ -61,7 +61,7 @@ def render(run: RunFolder) -> str:
         lstrip_blocks=True,
     )
     environment.filters["percent"] = lambda value: "–" if value is None else f"{value:.1f}"
-    environment.filters["share"] = lambda value: "–" if value is None else f"{100 * value:.1f} %"
+    environment.filters["share"] = lambda value: "–" if value is None else f"{100 * value:.1f}%"
     figures = {
         name: _drawn(run, draw)
         for name, draw in {
@@ -138,7 +138,7 @@ def _cards(run: RunFolder) -> list[Card]:
         cards.append(
             Card(
                 "gap closed",
-                f"{100 * gap:.0f} %",
+                f"{100 * gap:.0f}%",
                 f"of the way to the oracle's {run.evaluations['oracle'].miou:.1f}" if "oracle" in run.evaluations else "",
             )
         )
@@ -225,7 +225,7 @@ def _stages(run: RunFolder) -> list[dict[str, str]]:
                 "iterations": str(int(number(done.get("step")) or last.get("step") or 0)),
                 "seconds": "–" if seconds is None else _duration(seconds),
                 "speed": _mean(records, "images_per_s", lambda value: f"{value:.1f}"),
-                "wait": _mean(records, "data_wait", lambda value: f"{100 * value:.0f} %"),
+                "wait": _mean(records, "data_wait", lambda value: f"{100 * value:.0f}%"),
                 "peak": "–" if peak is None else f"{peak / 2**20:,.0f} MiB",
             }
         )

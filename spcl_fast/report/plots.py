@@ -6,8 +6,9 @@ beside them.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from typing import Any
@@ -110,33 +111,45 @@ def class_scores(run: RunFolder) -> bytes | None:
 
 
 def curves(run: RunFolder) -> bytes | None:
-    """For every stage: its losses, what the contrast is above chance, and the learning rate."""
-    stages = [stage for stage in run.metrics if any(_series(run.metrics[stage], _losses(run.metrics[stage])))]
-    if not stages:
+    """The losses of every stage, what the contrastive loss is above chance, and the learning rates: a small plot each."""
+    stages = [stage for stage in (*NETS, *run.metrics) if stage in run.metrics]
+    panels: list[tuple[str, str, list[str]]] = []
+    for stage in dict.fromkeys(stages):
+        title, names = NETS[stage][1] if stage in NETS else stage, _losses(run.metrics[stage])
+        above = [name for name in names if name.endswith("_excess")]
+        panels += [
+            (stage, f"{title}: {what}", some)
+            for what, some in (
+                ("losses", [name for name in names if name not in above]),
+                ("contrastive loss - ln K", above),
+            )
+            if any(_series(run.metrics[stage], some))
+        ]
+    if not panels:
         return None
-    stages.sort(key=lambda stage: list(NETS).index(stage) if stage in NETS else len(NETS))
-    excess = any(name.endswith("_excess") for stage in stages for name in _losses(run.metrics[stage]))
-    columns = 3 if excess else 2
-    with _figure(10.6, 2.15 * len(stages)) as figure:
-        grid = figure.subplots(len(stages), columns, squeeze=False)
-        for row, stage in zip(grid, stages, strict=True):
-            records = run.metrics[stage]
-            names = _losses(records)
-            title = NETS[stage][1] if stage in NETS else stage
-            _lines(row[0], records, [name for name in names if not name.endswith("_excess")], f"{title}: losses")
-            if excess:
-                above = [name for name in names if name.endswith("_excess")]
-                if above:
-                    _lines(row[1], records, above, "contrastive loss - ln K", lambda name: name.removesuffix("_excess"))
-                    row[1].axhline(0, color=FAINT, linewidth=0.8, linestyle=(0, (4, 3)))
-                else:
-                    row[1].set_visible(False)
-            _lines(row[-1], records, ["lr"], "learning rate", colours=(FAINT,), legend=False)
-            row[-1].set_ylim(bottom=0)
-            row[-1].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-        for axes in grid[-1]:
-            axes.set_xlabel("iteration")
+    columns = min(3, len(panels) + 1)
+    rows = math.ceil((len(panels) + 1) / columns)
+    with _figure(10.6, 2.35 * rows) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes, (stage, title, names) in zip(grid, panels, strict=False):
+            _lines(axes, run.metrics[stage], names, title)
+        _learning_rates(grid[len(panels)], run)
+        for axes in grid[len(panels) + 1 :]:
+            axes.set_visible(False)
+        figure.supxlabel("iteration", fontsize=9)
         return _png(figure)
+
+
+def _learning_rates(axes: Axes, run: RunFolder) -> None:
+    for stage, records in run.metrics.items():
+        for _, steps, values in _series(records, ["lr"]):
+            colour = NET_LOOKS.get(stage, (FAINT,))[0]
+            axes.plot(steps, values, color=colour, label=NETS[stage][1] if stage in NETS else stage, marker=_mark(steps), ms=4)
+    axes.set_title("learning rate")
+    _iterations(axes)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.1e}".replace("e-0", "e-") if value else "0")
+    axes.legend(loc="best", handlelength=1.2, fontsize=7.5, labelspacing=0.25)
 
 
 def _losses(records: list[dict[str, Any]]) -> list[str]:
@@ -152,25 +165,25 @@ def _series(records: list[dict[str, Any]], names: list[str]) -> Iterator[tuple[s
             yield name, list(steps), list(values)
 
 
-def _lines(
-    axes: Axes,
-    records: list[dict[str, Any]],
-    names: list[str],
-    title: str,
-    label: Callable[[str], str] = str,
-    *,
-    colours: tuple[str, ...] = SAFE_COLOURS,
-    legend: bool = True,
-) -> None:
-    drawn = 0
-    for index, (name, steps, values) in enumerate(_series(records, names)):
-        mark = "o" if len(steps) < 3 else None
-        axes.plot(steps, values, color=colours[index % len(colours)], label=label(name).replace("_", " "), marker=mark, ms=4)
-        drawn += 1
+def _lines(axes: Axes, records: list[dict[str, Any]], names: list[str], title: str) -> None:
+    for colour, (name, steps, values) in zip(itertools.cycle(SAFE_COLOURS), _series(records, names), strict=False):
+        label = name.removesuffix("_excess").replace("_", " ")
+        axes.plot(steps, values, color=colour, label=label, marker=_mark(steps), ms=4)
+    if any(name.endswith("_excess") for name in names):
+        axes.axhline(0, color=FAINT, linewidth=0.8, linestyle=(0, (4, 3)))
     axes.set_title(title)
+    _iterations(axes)
+    axes.legend(loc="best", handlelength=1.4)
+
+
+def _mark(steps: list[int]) -> str | None:
+    """A line of fewer than three points needs marks to be seen."""
+    return "o" if len(steps) < 3 else None
+
+
+def _iterations(axes: Axes) -> None:
     axes.margins(x=0.02)
-    if legend and drawn:
-        axes.legend(loc="best", handlelength=1.4)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
 
 def class_shares(run: RunFolder) -> bytes | None:
@@ -188,13 +201,15 @@ def class_shares(run: RunFolder) -> bytes | None:
             for found, colour, label in ((kept, ORANGE, "has a pseudo-label"), (predicted, BLUE, "predicted")):
                 if found is not None:
                     steps, values = found
-                    mark = "o" if len(steps) < 3 else None
-                    axes.plot(steps, 100 * values[:, index], color=colour, label=label if index == 0 else None, marker=mark, ms=4)
+                    axes.plot(steps, 100 * values[:, index], color=colour, label=label if index == 0 else None, marker=_mark(steps), ms=4)
             axes.set_title(name, fontsize=9)
             axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
             axes.yaxis.set_major_locator(MaxNLocator(3))
+            _iterations(axes)
         for axes in grid[len(run.classes) :]:
             axes.set_visible(False)
+        for axes in grid[max(0, len(run.classes) - columns) : len(run.classes)]:  # the last of each column
+            axes.tick_params(labelbottom=True)
         figure.supylabel("% of the target's pixels", fontsize=9)
         figure.supxlabel("iteration of the adaptation", fontsize=9)
         figure.legend(loc="outside upper left", ncols=2)
@@ -220,23 +235,31 @@ def prototype_norms(run: RunFolder) -> bytes | None:
     with _figure(5.2, 3.9) as figure:
         axes = figure.subplots()
         for index, name in enumerate(run.classes):
-            axes.plot(steps, values[:, index], color=np.array(run.palette[index]) / 255, marker="o" if len(steps) < 3 else None, ms=4)
-            axes.annotate(name, (steps[-1], values[-1, index]), fontsize=7.5, va="center", xytext=(6, 0), textcoords="offset points")
+            colour = np.array(run.palette[index]) / 255
+            axes.plot(steps, values[:, index], color=colour, marker=_mark(steps), ms=4)
+            lead = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 1}
+            end = (steps[-1], values[-1, index])
+            axes.annotate(name, end, xytext=(12, 0), textcoords="offset points", arrowprops=lead, fontsize=7.5, va="center")
         _spread(axes)
         axes.set_ylim(0, max(1.05, values.max() * 1.05))
+        _iterations(axes)
         axes.set_xlabel("iteration of the adaptation")
         axes.set_title("prototype length")
         return _png(figure)
 
 
-def _spread(axes: Axes, gap: float = 0.052) -> None:
-    """Move the names at the right end of the lines apart, in place; `gap` in the axes' height."""
+def _spread(axes: Axes) -> None:
+    """Move the names at the right end of the lines apart, within the axes' height."""
     names = sorted(axes.texts, key=lambda text: text.xy[1])
     top = max([1.05, *(text.xy[1] for text in names)])
-    place = -math.inf
+    gap = min(0.04, 1 / max(1, len(names)))  # in the axes' height
+    places: list[float] = []
     for text in names:
-        place = max(text.xy[1] / top, place + gap)
-        text.set_position((6, (place - text.xy[1] / top) * 3.2 * 72))  # offsets are in points; the axes are about 3.2 inches high
+        places.append(max(text.xy[1] / top, places[-1] + gap if places else 0.0))
+    for index in reversed(range(len(places))):  # what was pushed out at the top comes back in
+        places[index] = min(places[index], 1.0 if index == len(places) - 1 else places[index + 1] - gap)
+    for text, place in zip(names, places, strict=True):
+        text.set_position((12, (place - text.xy[1] / top) * 3.2 * 72))  # offsets are in points; the axes are about 3.2 inches high
 
 
 def confusion(run: RunFolder) -> bytes | None:
@@ -246,9 +269,10 @@ def confusion(run: RunFolder) -> bytes | None:
     if not stages:
         return None
     count = len(run.classes)
-    side = max(3.6, 0.42 * count) if count <= 12 else 0.33 * count
-    with _figure(min(1.25 + (side + 0.15) * len(stages), 12.5), side + 1.1) as figure:
-        grid = figure.subplots(1, len(stages), squeeze=False, sharey=True)[0]
+    side, many = max(3.6, 0.4 * count), count > 12  # side by side, many classes would be too small to read
+    rows, columns = (len(stages), 1) if many else (1, len(stages))
+    with _figure(1.2 + (side + 0.2) * columns, (side + 1.5) * rows) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
         for axes, stage in zip(grid, stages, strict=True):
             matrix = run.evaluations[stage].confusion
             share = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
@@ -256,7 +280,7 @@ def confusion(run: RunFolder) -> bytes | None:
             for row, column in zip(*np.nonzero(share >= 0.5), strict=True):
                 value = share[row, column]
                 colour = "white" if value > 45 else INK
-                axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7 if count <= 12 else 5.5, color=colour)
+                axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=colour)
             axes.set_xticks(range(count), run.classes, rotation=45, ha="right", rotation_mode="anchor")
             axes.set_yticks(range(count), run.classes)
             axes.grid(False)
@@ -265,7 +289,7 @@ def confusion(run: RunFolder) -> bytes | None:
                 spine.set_visible(False)
             axes.set_title(NETS[stage][1])
             axes.set_xlabel("predicted")
-        grid[0].set_ylabel("true")
+            axes.set_ylabel("true" if many or axes is grid[0] else "")
         return _png(figure)
 
 
@@ -287,7 +311,8 @@ def feature_map(run: RunFolder) -> bytes | None:
                 if index < len(run.palette):
                     axes.scatter(*prototypes[index], marker="*", s=210, color=colours[index], edgecolors=INK, linewidths=0.9, zorder=5)
             axes.set_title(title)
-            axes.tick_params(labelbottom=False, labelleft=False, length=0)
+            axes.tick_params(labelbottom=False, labelleft=False, length=0)  # directions have no unit
+            axes.grid(False)
         present = [index for index in range(len(run.palette)) if (labels == index).any()]
         handles = [Line2D([], [], marker="o", linestyle="", color=colours[index], label=run.classes[index]) for index in present]
         handles.append(Line2D([], [], marker="*", linestyle="", ms=11, mfc="white", mec=INK, label="prototype"))

@@ -47,7 +47,7 @@ def _row(title: str, values: dict[str, float | None], gain: tuple[str, str] | No
 
 def _gap(summary: dict[str, Any]) -> str:
     gap = number(summary.get("gap_closed"))
-    return "" if gap is None else f"gap between source-only and oracle closed: {100 * gap:.0f} %\n"
+    return "" if gap is None else f"gap between source-only and oracle closed: {100 * gap:.0f}%\n"
 
 
 def _rendered(header: list[str], rows: list[list[str]]) -> str:
