@@ -15,9 +15,11 @@
 #include <cstdlib>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <unordered_map>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -224,14 +226,85 @@ int64_t partial_groups(const spcl::Features& x, int64_t num_classes, int64_t til
   return std::clamp<int64_t>(std::min(affordable, tiles), 1, 32);
 }
 
-// A large fresh output costs more in page faults than in arithmetic: ask for huge pages before its first touch.
-void advise_huge_pages(const Tensor& t) {
+// ---- memory of large outputs ------------------------------------------------------------------------------------
+
+// A fresh gradient costs more in page faults than in arithmetic. So large gradients live in huge pages, and when one is freed its pages are
+// kept for the next gradient of about that size, marked MADV_FREE: the system takes them back whenever it is short of memory, and until
+// then the next step faults nothing and clears nothing. At most kKept buffers (a source and a target batch) wait like this.
+class GradientPages {
+ public:
+  static constexpr size_t kHugePage = size_t{1} << 21;
+
+  // nullptr where the system gives no memory.
+  void* take(size_t bytes) {
+    bytes = round_up(bytes);
+    const std::lock_guard<std::mutex> hold(lock_);
+    auto best = waiting_.end();
+    for (auto block = waiting_.begin(); block != waiting_.end(); ++block)
+      if (block->bytes >= bytes && block->bytes <= bytes + bytes / 4 && (best == waiting_.end() || block->bytes < best->bytes)) best = block;
+    Block found{nullptr, 0};
+    if (best != waiting_.end()) {
+      found = *best;
+      waiting_.erase(best);
+    } else {
+      found = {map(bytes), bytes};
+    }
+    if (found.data) taken_[found.data] = found.bytes;
+    return found.data;
+  }
+
+  void give(void* data) {
+    const std::lock_guard<std::mutex> hold(lock_);
+    const Block block{data, taken_.at(data)};
+    taken_.erase(data);
+    if (madvise(data, block.bytes, MADV_FREE) != 0) {
+      munmap(data, block.bytes);
+      return;
+    }
+    waiting_.push_back(block);
+    if (waiting_.size() <= kKept) return;
+    munmap(waiting_.front().data, waiting_.front().bytes);
+    waiting_.erase(waiting_.begin());
+  }
+
+ private:
+  static constexpr size_t kKept = 2;
+  struct Block {
+    void* data;
+    size_t bytes;
+  };
+
+  static size_t round_up(size_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHugePage; }
+
+  static void* map(size_t bytes) {
+    char* data = static_cast<char*>(mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (data == MAP_FAILED) return nullptr;
+    char* first = reinterpret_cast<char*>(round_up(reinterpret_cast<uintptr_t>(data)));
+    if (first > data) munmap(data, first - data);
+    munmap(first + bytes, data + kHugePage - first);
 #if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr()), end = begin + t.numel() * t.element_size();
-  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = end / kHuge * kHuge;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+    madvise(first, bytes, MADV_HUGEPAGE);
 #endif
+    return first;
+  }
+
+  std::mutex lock_;
+  std::vector<Block> waiting_;
+  std::unordered_map<void*, size_t> taken_;
+};
+
+// Never destroyed: tensors may outlive every static.
+GradientPages& gradient_pages() {
+  static GradientPages* pages = new GradientPages;
+  return *pages;
+}
+
+// An uninitialised tensor as `like`, with these (dense) strides.
+Tensor empty_gradient(Tensor like, std::vector<int64_t> strides) {
+  std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
+  void* data = gradient_pages().take(like.numel() * like.element_size());
+  STD_TORCH_CHECK(data != nullptr, "spcl_fast_native: out of memory for a gradient of ", like.numel() * like.element_size(), " bytes");
+  return torch::stable::from_blob(data, sizes, strides, like.device(), like.scalar_type(), [](void* mine) { gradient_pages().give(mine); });
 }
 
 // ---- prototype_contrastive_loss ---------------------------------------------------------------------------------
@@ -254,7 +327,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prototype_contrastive
   Tensor denominator = empty_floats({});
   Tensor lse = save ? empty_floats({B, P}) : empty_floats({0}), inv_norm = save ? empty_floats({B, P}) : empty_floats({0});
   Tensor logits = save && save_logits ? empty_floats({B, K, P}) : empty_floats({0});
-  advise_huge_pages(logits);
   a.loss_map = per_pixel ? floats(loss) : nullptr;
   if (save) a.lse = floats(lse), a.inv_norm = floats(inv_norm);
   if (save && save_logits) a.logits = floats(logits);
@@ -300,7 +372,7 @@ Tensor prototype_contrastive_backward(
   a.temperature = static_cast<float>(temperature), a.normalize = normalize;
   a.denominator = *as_floats(denominator), a.lse = as_floats(lse), a.inv_norm = as_floats(inv_norm);
   a.logits = logits.numel() ? as_floats(logits) : nullptr;
-  if (needs_dfeatures) a.dx = as_features(dfeatures), advise_huge_pages(dfeatures);
+  if (needs_dfeatures) a.dx = as_features(dfeatures);
   a.tiles = make_tiles(a.x, (!a.logits || needs_dprototypes ? D : 48) + K);
 
   const int64_t groups = needs_dprototypes ? partial_groups(a.x, K, a.tiles.count) : a.tiles.count;
@@ -391,6 +463,7 @@ STABLE_TORCH_LIBRARY(spcl_fast_native, m) {
       "prototype_contrastive_backward(Tensor grad_loss, Tensor features, Tensor labels, Tensor prototypes, Tensor? class_weight, "
       "Tensor? pixel_weight, Tensor lse, Tensor inv_norm, Tensor logits, Tensor denominator, Tensor(a!) dfeatures, float temperature, "
       "bool normalize, int ignore_index, bool needs_dfeatures, bool needs_dprototypes) -> Tensor dprototypes");
+  m.def("empty_gradient(Tensor like, int[] strides) -> Tensor");
   m.def(
       "class_moments(Tensor features, Tensor labels, int num_classes, bool normalize, bool squares, int ignore_index) "
       "-> (Tensor sums, Tensor counts, Tensor squares, Tensor report)");
@@ -399,6 +472,7 @@ STABLE_TORCH_LIBRARY(spcl_fast_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(spcl_fast_native, CPU, m) {
   m.impl("prototype_contrastive_forward", TORCH_BOX(&prototype_contrastive_forward));
   m.impl("prototype_contrastive_backward", TORCH_BOX(&prototype_contrastive_backward));
+  m.impl("empty_gradient", TORCH_BOX(&empty_gradient));
   m.impl("class_moments", TORCH_BOX(&class_moments));
 }
 

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int64_t kChunk = 128;        // channels packed at a time: 32 KB a panel
 constexpr int64_t kGradientBlocks = 8; // blocks of channels whose gradient is formed together: 48 rows, 12 KB a panel
-constexpr int64_t kClassChunk = 128;   // classes contracted at a time, so that their weights stay in L1
+constexpr int64_t kClassChunk = 96;    // classes contracted at a time, so that their weights stay in L1
 constexpr int64_t kSumBlock = 32;      // terms of a sum over classes before it is added to the total
 
 int64_t padded(const Panels& p) { return p.blocks * p.rows; }
@@ -301,6 +301,7 @@ void contrast_backward(const ContrastBackward& a, int64_t tile, int64_t group, f
     if (a.dproto) add_prototype_gradient(a, panel[m], x, w, by_pixel, a.dproto + group * a.x.dim * a.dproto_stride);
   }
   if (!a.dx.data) return;
+  const int64_t class_chunks = (a.num_classes + kClassChunk - 1) / kClassChunk, classes = (a.num_classes + class_chunks - 1) / class_chunks;
   for (int64_t block = 0; block < a.by_channel.blocks; block += kGradientBlocks) {
     const int64_t last = smaller(block + kGradientBlocks, a.by_channel.blocks), d = block * a.by_channel.rows;
     const int64_t n = smaller(last * a.by_channel.rows, a.x.dim) - d;
@@ -313,8 +314,8 @@ void contrast_backward(const ContrastBackward& a, int64_t tile, int64_t group, f
       }
       const float* x = packed + m * packed_size + (packs_tile(a) ? d * kPanel : 0);
       if (a.normalize && !packs_tile(a)) pack(a.x, panel[m].span, d, n, packed + m * packed_size);
-      for (int64_t k = 0; k < a.num_classes; k += kClassChunk)
-        product(a.by_channel, block, last, k, smaller(kClassChunk, a.num_classes - k), weights + m * weights_size + k * kPanel, rows, k > 0);
+      for (int64_t k = 0; k < a.num_classes; k += classes)
+        product(a.by_channel, block, last, k, smaller(classes, a.num_classes - k), weights + m * weights_size + k * kPanel, rows, k > 0);
       combine(panel[m], n, a.normalize ? x : nullptr, rows);
       unpack(a.dx, to, d, n, rows);
     }

@@ -1,5 +1,7 @@
 // Getting pixels in and out: whichever layout and dtype the features have, the kernels see packed float panels [channel][kPanel].
 #pragma once
+
+
 #include "vec.h"
 
 namespace spcl {

@@ -13,6 +13,7 @@ from torch import Tensor
 from .labels import bad_label_message
 
 _OPS = ("prototype_contrastive_loss", "class_moments")
+_LARGE_BYTES = 4 << 20
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -65,7 +66,7 @@ def prototype_contrastive_backward(
     grad_loss, features, labels, prototypes, class_weight, pixel_weight, variances, lse, inv_norm, logits, denominator,
     *, temperature, normalize, ignore_index, reduction, needs_dfeatures, needs_dprototypes,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    dfeatures = torch.empty_like(features) if needs_dfeatures else features.new_empty(0)
+    dfeatures = _empty_gradient(features) if needs_dfeatures else features.new_empty(0)
     dprototypes = _native.prototype_contrastive_backward(
         _floats(grad_loss), features, labels, _plain(prototypes), _plain(class_weight), _floats(pixel_weight), lse, inv_norm, logits, denominator,
         dfeatures, temperature, normalize, ignore_index, needs_dfeatures, needs_dprototypes,
@@ -77,6 +78,13 @@ def class_moments(features, labels, num_classes, *, normalize, squares, ignore_i
     *outputs, report = _native.class_moments(features, labels, num_classes, normalize, squares, ignore_index)
     _raise_for(report, num_classes, ignore_index)
     return tuple(outputs)
+
+
+def _empty_gradient(features: Tensor) -> Tensor:
+    """torch.empty_like; a large one from huge pages that the next gradient uses again, since page faults cost more than the arithmetic."""
+    if features.numel() * features.element_size() < _LARGE_BYTES:
+        return torch.empty_like(features)
+    return _native.empty_gradient(features, torch.empty_like(features, device="meta").stride())
 
 
 def _floats(tensor: Tensor | None) -> Tensor | None:
