@@ -247,9 +247,7 @@ def test_names_are_text_and_never_markup(tmp_path):
     evil = "<script>alert(1)</script>"
     folder = make_run(tmp_path / "run", stages=("source_only", "adapt"))
     for path in [folder / "classes.json", *folder.glob("*/evaluation.json"), folder / "summary.json", *folder.glob("*/thresholds.json")]:
-        path.write_text(
-            path.read_text().replace('"road"', json.dumps(evil)).replace('"car"', '"$c_{a}$ & \\"x\\""').replace("a test", evil)
-        )
+        path.write_text(path.read_text().replace('"road"', json.dumps(evil)).replace('"car"', '"$c_{a$ & \\"x\\""').replace("a test", evil))
     (folder / "config.yaml").write_text(f"name: '\"><img src=x onerror=alert(1)>'\nmodel: {{name: '{evil}'}}\n# {evil}\n")
     for path in folder.rglob("0001*.png"):
         path.rename(path.with_name(path.name.replace("0001", "<b>'\"&")))
@@ -362,6 +360,11 @@ def test_iou_table_on_a_terminal_has_the_same_figures_in_colour(monkeypatch):
     assert "\x1b[" in text
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
     assert all(word in plain for word in ("source-only", "[sky]", "58.0", "-2.0", "+5.2"))
+    net = {"miou": 10.5, "iou": {"vegetation": 10.5}}
+    full = {"classes": ["vegetation"], **dict.fromkeys(("source_only", "control", "warmup", "adapted", "distilled", "oracle"), net)}
+    full["distilled"] = {"miou": 30.75, "iou": {"vegetation": 30.75}}
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", iou_table(full))
+    assert "+20.2" in plain and "…" not in plain and max(len(line.rstrip()) for line in plain.splitlines()) <= 80
 
 
 def test_the_table_needs_neither_torch_nor_matplotlib():

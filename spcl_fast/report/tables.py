@@ -77,7 +77,7 @@ def _rich(header: list[str], rows: list[list[str]]) -> str:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold")
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0), show_edge=False)
     for index, title in enumerate(header):
         table.add_column(escape(title), justify="left" if index == 0 else "right", no_wrap=True)
     for index, row in enumerate(rows):
@@ -89,9 +89,7 @@ def _rich(header: list[str], rows: list[list[str]]) -> str:
             cells[-1] = f"[{colour}]{cells[-1]}[/{colour}]"
         table.add_row(*cells, style="bold" if index == len(rows) - 1 else None)
     text = StringIO()
-    # As wide as the table needs: a terminal that is too narrow wraps lines, a table squeezed to its width would lose digits.
-    console = Console(
-        file=text, force_terminal=True, width=max(80, sum(max(len(row[i]) for row in [header, *rows]) + 3 for i in range(len(header))))
-    )
+    # Never narrower than the table: a terminal that is too narrow wraps lines, a table squeezed into it would lose digits.
+    console = Console(file=text, force_terminal=True, width=1000)
     console.print(table)
     return text.getvalue()
