@@ -10,6 +10,7 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ def examine(say: Callable[[str], None] = print) -> int:
     _libraries(say)
     _torchvision(say)
     _devices(say)
-    _compiled_part(say)
+    broken += _compiled_part(say)
     for device in _usable_devices():
         broken += _backends(device, say)
     say("")
@@ -86,15 +87,26 @@ def _devices(say: Callable[[str], None]) -> None:
         say("device cuda: none" + ("" if torch.version.cuda else " (this torch is built for the CPU alone)"))
 
 
-def _compiled_part(say: Callable[[str], None]) -> None:
+def _compiled_part(say: Callable[[str], None]) -> list[str]:
+    """A C++ part that was never built is a slower machine; one that was built and does not load is a broken one."""
     try:
         compiled = importlib.import_module("spcl_fast._C")
     except ImportError as error:
-        say(f"compiled part: not there ({error}); the reference backend does its work, slower")
-        return
+        record = Path(__file__).parent / "native_build.txt"  # written by setup.py
+        reason = record.read_text(encoding="utf-8").strip() if record.exists() else "the package was not installed by setup.py"
+        if reason == "built":
+            say(f"compiled part: built, and does not load: {error}")
+            return [f"the compiled part was built and does not load with torch {torch.__version__}; build it again: {error}"]
+        say(f"compiled part: not there: {reason}. The reference backend does its work, slower.")
+        return []
     info = compiled.build_info()
-    words = ", ".join(f"{key} {value}" for key, value in info.items()) if isinstance(info, dict) else str(info)
-    say(f"compiled part: runs as {compiled.cpu_capability()}; {words}")
+    words = "; ".join(f"{key} {_joined(value)}" for key, value in info.items())
+    say(f"compiled part: runs as {compiled.cpu_capability()}; built with {words}")
+    return []
+
+
+def _joined(value: object) -> str:
+    return (" ".join(map(str, value)) or "none") if isinstance(value, list | tuple) else str(value)
 
 
 def _backends(device: torch.device, say: Callable[[str], None]) -> list[str]:

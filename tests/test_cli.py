@@ -153,6 +153,21 @@ def test_a_missing_library_is_told_with_the_command_that_brings_it(name, extra, 
     assert fails(capsys, 2, "adapt", *ROOTS) == f"spcl-fast adapt needs '{library}': pip install \"spcl_fast[{extra}]\"\n"
 
 
+def test_without_any_extra_help_and_doctor_work_and_a_run_names_what_it_needs():
+    script = (
+        "import sys\n"
+        "for name in ('jsonargparse', 'yaml', 'rich', 'PIL', 'kornia', 'safetensors', 'matplotlib', 'jinja2', 'pytest'):\n"
+        "    sys.modules[name] = None\n"
+        "from spcl_fast.cli import main\n"
+        "codes = [main(words) for words in (['run', '-h'], ['doctor'], ['adapt', '--seed', '1'])]\n"
+        "sys.exit(codes != [0, 0, 2])\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}  # interpreted kernels take seconds
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == "spcl-fast adapt needs 'jsonargparse': pip install \"spcl_fast[train]\"\n"
+
+
 def test_all_processes_fail_but_one_speaks(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert main(["run", "--nonsense.key", "1"]) == 2

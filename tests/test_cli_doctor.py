@@ -51,6 +51,7 @@ def test_a_backend_with_a_planted_bug_fails_the_doctor(monkeypatch, capsys):
         return sums * (1.001 if features.dtype == torch.float32 else 1), counts, squares
 
     monkeypatch.setattr(reference, "class_moments", slightly_wrong)
+    monkeypatch.setattr(doctor, "available_backends", lambda device: {"class_moments": {"reference": None}})
     assert main(["doctor"]) == 1
     out = capsys.readouterr().out
     assert "BROKEN class_moments on backend reference, cpu: error 1.0e-03 against float64" in out
@@ -62,6 +63,16 @@ def test_a_backend_that_raises_fails_the_doctor(monkeypatch):
 
     monkeypatch.setattr(reference, "upsampled_prediction", broken)
     assert "no kernel image" in doctor.self_test("upsampled_prediction", "reference", torch.device("cpu"))[1]
+
+
+def test_a_compiled_part_that_was_built_and_does_not_load_is_broken_and_one_never_built_is_not(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "spcl_fast._C", None)
+    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "doctor.py"))
+    (tmp_path / "native_build.txt").write_text("no compiler was found")
+    lines: list[str] = []
+    assert doctor._compiled_part(lines.append) == [] and "no compiler was found" in lines[0]
+    (tmp_path / "native_build.txt").write_text("built\n")
+    assert "build it again" in doctor._compiled_part(lines.append)[0]
 
 
 def test_a_torchvision_that_does_not_import_is_named(monkeypatch):
