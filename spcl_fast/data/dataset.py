@@ -94,6 +94,7 @@ class FileDataset(Dataset):
         self._image_files = list(files.values())
         self._label_files = label_files
         self._table, self._read_ids = table, read_ids
+        self.label_info: Path | None = None  # the released scripts' file of which image holds which class, if the set came with one
 
     def image_path(self, index: int) -> Path:
         return self._image_files[index]

@@ -5,7 +5,10 @@ Only headers are trusted before a picture is decoded, only PNG and JPEG are open
 
 from __future__ import annotations
 
+import logging
 import os
+import re
+import stat
 import warnings
 from pathlib import Path, PurePosixPath
 
@@ -14,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ..errors import DataError
 
+log = logging.getLogger("spcl_fast.data")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 MAX_PIXELS = 1 << 26  # 67 M pixels: twice the largest driving picture; above it a small file may be a decompression bomb
 _COLOUR_MODES = ("RGB", "RGBA", "P", "L")  # what becomes RGB without guessing
@@ -25,6 +29,8 @@ def _decode(path: Path, what: str, prepare=None) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # judged by our own, lower limit
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                raise DataError(f"{what} {path} is no ordinary file. {_REMEDY}")  # opening a pipe would wait for ever
             with Image.open(path, formats=("PNG", "JPEG")) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise DataError(
@@ -106,11 +112,11 @@ def _take_byte(image: Image.Image, path: Path, order: str) -> None:
 
 
 def check_name(name: str, where: str) -> str:
-    """`name` if it is a relative path that stays below its folder; DataError otherwise. `where` says who named it."""
+    """`name` if it is a relative path that stays below its folder, and text; DataError otherwise. `where` says who named it."""
     path = PurePosixPath(name)
-    control = any(ord(letter) < 32 or ord(letter) == 127 for letter in name)
-    if not name or control or "\\" in name or path.is_absolute() or ".." in path.parts or ":" in (path.parts or ("",))[0]:
-        raise DataError(f"{where} names {name!r}; expected a relative path without '..' below the data set's folder. Correct that line.")
+    odd = not name.isprintable() or "\\" in name or re.match("[A-Za-z]:", name)
+    if not name or odd or path.is_absolute() or ".." in path.parts:
+        raise DataError(f"{where} names {name!r}; expected a relative path without '..' and control characters. Correct or rename it.")
     return str(path)
 
 
@@ -132,11 +138,13 @@ def find_images(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for where, folders, files in os.walk(folder):
         folders.sort()
+        for link in (Path(where, name) for name in folders if Path(where, name).is_symlink()):
+            log.warning("%s is a link to a folder and is not followed: its images are left out", link)
         for file in sorted(files):
             path = Path(where, file)
             if path.suffix.lower() not in IMAGE_SUFFIXES or file.startswith("."):
                 continue
-            name = path.relative_to(folder).with_suffix("").as_posix()
+            name = check_name(path.relative_to(folder).with_suffix("").as_posix(), f"the folder {folder}")
             if name in found:
                 raise DataError(f"{found[name]} and {path} have the same name {name!r}. Keep one of them.")
             found[name] = path

@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader
 
 from ..config import AugmentConfig
 from ..errors import DataError
-from .augment import make_sample, output_size
+from .augment import check_augment, make_sample, output_size
 from .cache import CACHE
 from .dataset import Dataset, Problem
 from .sampling import BalancedOrder, Order, ShuffledOrder, generator
-from .statistics import class_counts, note_problem, rarity
+from .statistics import class_presence, note_problem, rarity
 
 _AUGMENT = 3  # stream of random numbers; 1 and 2 order the images
 
@@ -66,7 +66,8 @@ def train_batches(
     """
     if batch_size < 1 or not 0 <= rank < world_size:
         raise ValueError(f"train_batches: expected batch_size >= 1 and 0 <= rank < world_size, got {batch_size}, {rank}, {world_size}")
-    order: Order = BalancedOrder(class_counts(dataset) > 0, seed) if balanced else ShuffledOrder(len(dataset), seed)
+    check_augment(augment, size)
+    order: Order = BalancedOrder(class_presence(dataset), seed) if balanced else ShuffledOrder(len(dataset), seed)
     weights = rarity(dataset) if augment.rare_crop and dataset.has_labels else None
     samples = _TrainSamples(dataset, augment, tuple(size), seed, weights)
     keys = _Keys(order, batch_size, rank, world_size, start_step)

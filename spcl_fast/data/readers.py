@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..config import DataConfig
@@ -42,6 +42,7 @@ class Layout:
     classes: ClassSet
     read_ids: ReadIds = read_ids
     to_nineteen: dict[int, int] | None = None  # train ids of `table` -> the 19; None: they have no such meaning
+    label_info: Path | None = None  # the released scripts' file of which image holds which class
 
 
 def build_dataset(
@@ -156,6 +157,7 @@ def _pair(kind: str, root: Path, split: str, layout: Layout, labels: bool, limit
         skip_bad_files=skip_bad_files,
     )  # fmt: skip
     dataset.problems = problems
+    dataset.label_info = layout.label_info
     return dataset
 
 
@@ -165,7 +167,8 @@ def _with_shared_classes(layout: Layout, root: Path, path: Path, key: str | None
     wanted = key or root.resolve().name
     if wanted in tables and (wanted != "cityscapes19" or layout.to_nineteen is None):
         mapping = tables[wanted]
-        table = LabelTable.of(mapping, known=_known(layout.table))
+        # without a classes.json of its own nobody knows which ids the set has: those the table leaves out are ignored on purpose
+        table = LabelTable.of(mapping, known=_known(layout.table) if layout.classes.names else range(65536))
     elif layout.to_nineteen is not None and "cityscapes19" in tables and key in (None, "cityscapes19"):
         table = layout.table.then(layout.to_nineteen).then(tables["cityscapes19"])
     elif not tables and key is None:
@@ -190,7 +193,9 @@ def _gta5(root: Path, split: str, num_classes: int) -> Layout:
     """images/*.png, labels/*.png with Cityscapes label ids (34 is the licence plate, -1 there)."""
     images = _by_list(root, split, _images_below(root / "images"))
     classes, table, to_nineteen = _cityscapes_classes(num_classes, known=range(36))
-    return Layout(images, lambda name: root / "labels" / f"{name}.png", table, classes, to_nineteen=to_nineteen)
+    info = root / "gtav_label_info.p"
+    info = info if info.is_file() and num_classes == 19 else None
+    return Layout(images, _LabelBelow(root / "labels"), table, classes, to_nineteen=to_nineteen, label_info=info)
 
 
 def _synthia(root: Path, split: str, num_classes: int) -> Layout:
@@ -198,8 +203,15 @@ def _synthia(root: Path, split: str, num_classes: int) -> Layout:
     top = root / "RAND_CITYSCAPES" if (root / "RAND_CITYSCAPES").is_dir() else root
     images = _by_list(root, split, _images_below(top / "RGB"))
     table = LabelTable.of(SYNTHIA_IDS_16, known=range(23))
+    info = root / "synthia_label_info.p"
     return Layout(
-        images, lambda name: top / "GT" / "LABELS" / f"{name}.png", table, CITYSCAPES_16, read_ids_first_channel_16bit, SIXTEEN_TO_NINETEEN
+        images,
+        _LabelBelow(top / "GT" / "LABELS"),
+        table,
+        CITYSCAPES_16,
+        read_ids=read_ids_first_channel_16bit,
+        to_nineteen=SIXTEEN_TO_NINETEEN,
+        label_info=info if info.is_file() else None,
     )
 
 
@@ -207,7 +219,7 @@ def _synscapes(root: Path, split: str, num_classes: int) -> Layout:
     """img/rgb-2k/*.png, img/class/*.png with Cityscapes label ids."""
     images = _by_list(root, split, _images_below(root / "img" / "rgb-2k"))
     classes, table, to_nineteen = _cityscapes_classes(num_classes, known=range(36))
-    return Layout(images, lambda name: root / "img" / "class" / f"{name}.png", table, classes, to_nineteen=to_nineteen)
+    return Layout(images, _LabelBelow(root / "img" / "class"), table, classes, to_nineteen=to_nineteen)
 
 
 def _cityscapes(root: Path, split: str, num_classes: int) -> Layout:
@@ -219,9 +231,9 @@ def _cityscapes(root: Path, split: str, num_classes: int) -> Layout:
         raise DataError(
             f"cityscapes: no *{ending}.png below {folder}. Unpack leftImg8bit_trainvaltest.zip so that {folder}/<city>/ holds the images."
         )
-    images = _by_list(root, split, images, ending=ending)
+    images = _by_list(root, split, images, ending=ending, told=False)
     classes, table, to_nineteen = _cityscapes_classes(num_classes, known=range(34))
-    return Layout(images, lambda name: root / "gtFine" / split / f"{name}_gtFine_labelIds.png", table, classes, to_nineteen=to_nineteen)
+    return Layout(images, _LabelBelow(root / "gtFine" / split, ending="_gtFine_labelIds.png"), table, classes, to_nineteen=to_nineteen)
 
 
 def _folders(root: Path, split: str, num_classes: int) -> Layout:
@@ -229,15 +241,14 @@ def _folders(root: Path, split: str, num_classes: int) -> Layout:
     the list file splits images/*, and without a list every split is all of them."""
     top, list_file = root / "images", root / f"{split}.txt"
     if (top / split).is_dir():
-        images, prefix = _by_list(root, split, _images_below(top / split), required=False), f"{split}/"
-        label_of = _label_below(root / "labels", prefix)
+        images, label_of = _by_list(root, split, _images_below(top / split), told=False), _LabelBelow(root / "labels" / split)
     else:
         everything = _images_below(top)
         if list_file.is_file():
             images, paths = _listed_anywhere(list_file, everything)
-            label_of = _label_of_listed(root / "labels", paths)
+            label_of = _LabelBelow(root / "labels", renamed=paths)
         elif any("/" not in name for name in everything):
-            images, label_of = _by_list(root, split, everything), _label_below(root / "labels", "")
+            images, label_of = _by_list(root, split, everything), _LabelBelow(root / "labels")
         else:
             folders = sorted({name.split("/")[0] for name in everything})
             raise DataError(
@@ -275,11 +286,11 @@ def _images_below(folder: Path) -> dict[str, Path]:
     return find_images(folder)
 
 
-def _by_list(root: Path, split: str, images: dict[str, Path], *, ending: str = "", required: bool = True) -> dict[str, Path]:
-    """The images that <root>/<split>.txt names, in its order; all of them where there is no such file."""
+def _by_list(root: Path, split: str, images: dict[str, Path], *, ending: str = "", told: bool = True) -> dict[str, Path]:
+    """The images that <root>/<split>.txt names, in its order; all of them where there is no such file, which is `told` for a val split."""
     list_file = root / f"{split}.txt"
     if not list_file.is_file():
-        if required and split != "train" and not ending:
+        if told and split != "train":
             log.warning("%s: there is no %s, so the split %r is all %d images of %s", root, list_file.name, split, len(images), root)
         return images
     chosen = {}
@@ -307,20 +318,12 @@ def _listed_anywhere(list_file: Path, everything: dict[str, Path]) -> tuple[dict
 
 
 @dataclass(frozen=True)
-class _label_below:
-    """Label file of a name: <folder>/<prefix><name>.png."""
+class _LabelBelow:
+    """The label file of a name: folder/<name><ending>, where `renamed` may know the name by another."""
 
     folder: Path
-    prefix: str
+    ending: str = ".png"
+    renamed: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, name: str) -> Path:
-        return self.folder / f"{self.prefix}{name}.png"
-
-
-@dataclass(frozen=True)
-class _label_of_listed:
-    folder: Path
-    full_names: dict[str, str]
-
-    def __call__(self, name: str) -> Path:
-        return self.folder / f"{self.full_names[name]}.png"
+        return self.folder / (self.renamed.get(name, name) + self.ending)

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import DataError
 from .dataset import Dataset, Problem
+from .label_info import presence_from_info
 
 log = logging.getLogger("spcl_fast.data")
 _COUNTED: WeakKeyDictionary[Dataset, dict[int | None, np.ndarray]] = WeakKeyDictionary()
@@ -32,6 +33,17 @@ def class_counts(dataset: Dataset, max_images: int | None = None) -> np.ndarray:
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             known[max_images] = np.stack(list(pool.map(lambda i: _count(dataset, i), picks)))
     return known[max_images]
+
+
+def class_presence(dataset: Dataset) -> np.ndarray:
+    """Which image holds which class, bool [n, K]: from the `*_label_info.p` beside the data if it fits, else by reading every label."""
+    info = getattr(dataset, "label_info", None)
+    if info is not None:
+        presence = presence_from_info(info, dataset.names, len(dataset.classes))
+        if presence is not None:
+            return presence
+        log.warning("%s does not fit %s, split %r: the labels are counted instead", info, dataset.kind, dataset.split)
+    return class_counts(dataset) > 0
 
 
 def class_frequency(dataset: Dataset, max_images: int | None = None) -> np.ndarray:
