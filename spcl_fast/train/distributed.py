@@ -49,7 +49,10 @@ def start(device: str = "auto", timeout: timedelta = timedelta(minutes=30)) -> W
         gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
         if gpu:
             torch.cuda.set_device(world.local_rank)
-        dist.init_process_group("nccl" if gpu else "gloo", rank=world.rank, world_size=world.size, timeout=timeout)
+        store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timeout))
+        # torchrun keeps one store over its restarts: without a name of its own, an attempt reads the addresses of dead processes
+        own = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group("nccl" if gpu else "gloo", store=own, rank=world.rank, world_size=world.size, timeout=timeout)
     if _control is None:
         _control = dist.new_group(backend="gloo", timeout=timeout)
     return world

@@ -68,7 +68,7 @@ def size(count: float) -> str:
         if count < 1024 or unit == _UNITS[-1]:
             break
         count /= 1024
-    return f"{count:.3g} {unit}"
+    return f"{count:.0f} {unit}" if count >= 100 else f"{count:.3g} {unit}"
 
 
 def is_terminal(output: TextIO) -> bool:
