@@ -176,7 +176,12 @@ def test_list_file_cannot_name_a_path_outside(root, line):
 
 @pytest.mark.parametrize(
     ("content", "told"),
-    [("\n# x\n", "names no file"), ("0\n0\n", "names '0' twice"), ("nope\n", "names 'nope', but there is no such image"), (b"\xff\xfe", "cannot be read")],
+    [
+        ("\n# x\n", "names no file"),
+        ("0\n0\n", "names '0' twice"),
+        ("nope\n", "names 'nope', but there is no such image"),
+        (b"\xff\xfe", "cannot be read"),
+    ],
 )
 def test_list_file_that_says_nothing_useful_is_told(root, content, told):
     (root / "train.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
