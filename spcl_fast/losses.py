@@ -84,4 +84,5 @@ class UpsampledCrossEntropyLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, align_corners={self.align_corners}, ignore_index={self.ignore_index}, reduction={self.reduction!r}"
+        settings = f"temperature={self.temperature}, align_corners={self.align_corners}, ignore_index={self.ignore_index}"
+        return f"{settings}, reduction={self.reduction!r}"

@@ -34,7 +34,7 @@ class PseudoLabelThresholds(nn.Module):
 
     @torch.no_grad()
     def update(self, prediction: tuple[Tensor, Tensor]) -> None:
-        """prediction: labels integer and confidence float, of one shape, as `upsampled_prediction` gives. Labels >= num_classes are left out.
+        """prediction: integer labels and confidence, of one shape, as `upsampled_prediction` gives. Labels >= num_classes are left out.
 
         Raises ValueError for shapes that differ and for a confidence that is not a number.
         """

@@ -25,7 +25,10 @@ def problem(shape=(2, 16, 7, 9), num_classes=5, size=(15, 23), dtype=torch.float
 
 
 def value_and_gradients(function, features, labels, prototypes, weight=None, **settings):
-    features, prototypes = features.detach().clone(memory_format=torch.preserve_format).requires_grad_(), prototypes.detach().clone().requires_grad_()
+    features, prototypes = (
+        features.detach().clone(memory_format=torch.preserve_format).requires_grad_(),
+        prototypes.detach().clone().requires_grad_(),
+    )
     loss = function(features, labels, prototypes, **settings)
     (loss if weight is None else (loss * weight).sum()).backward()
     return loss.detach(), features.grad, prototypes.grad
@@ -82,7 +85,9 @@ def test_any_layout_gives_the_same_result(backend, layout):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64])
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64]
+)
 def test_labels_of_every_integer_dtype_are_read_in_place(backend, dtype):
     features, labels, prototypes = problem()
     labels = torch.where(labels == 255, 100, labels)
@@ -96,7 +101,9 @@ def test_labels_of_every_integer_dtype_are_read_in_place(backend, dtype):
 def test_labels_of_any_size_follow_the_nearest_rule_of_interpolate(backend, size):
     features, labels, prototypes = problem(shape=(1, 4, 91, 161) if size[0] == 720 else (1, 4, 7, 9), size=size)
     got = sf.prototype_contrastive_loss(features, labels, prototypes, temperature=1.0, reduction="none", backend=backend)
-    torch.testing.assert_close(got.double(), oracle.contrast(features, labels, prototypes, temperature=1.0, reduction="none"), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        got.double(), oracle.contrast(features, labels, prototypes, temperature=1.0, reduction="none"), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -104,7 +111,14 @@ def test_labels_of_any_size_follow_the_nearest_rule_of_interpolate(backend, size
 def test_all_ignored_is_zero_not_nan(backend, reduction):
     features, labels, prototypes = problem()
     loss, dfeatures, dprototypes = value_and_gradients(
-        sf.prototype_contrastive_loss, features, labels.fill_(255), prototypes, torch.ones(()), temperature=0.1, reduction=reduction, backend=backend
+        sf.prototype_contrastive_loss,
+        features,
+        labels.fill_(255),
+        prototypes,
+        torch.ones(()),
+        temperature=0.1,
+        reduction=reduction,
+        backend=backend,
     )
     assert torch.all(loss == 0) and torch.all(dfeatures == 0) and torch.all(dprototypes == 0)
 
@@ -117,7 +131,9 @@ def test_non_finite_and_zero_features(backend):
     assert loss.isfinite() and grad.isfinite().all()
     labels[0, 1, 1] = 255
     features[0, 3, 1, 1] = torch.nan  # an ignored pixel may hold anything
-    loss, grad, dprototypes = value_and_gradients(sf.prototype_contrastive_loss, features, labels, prototypes, temperature=1.0, backend=backend)
+    loss, grad, dprototypes = value_and_gradients(
+        sf.prototype_contrastive_loss, features, labels, prototypes, temperature=1.0, backend=backend
+    )
     assert loss.isfinite() and dprototypes.isfinite().all() and torch.all(grad[0, :, 1, 1] == 0)
     for bad in (torch.nan, torch.inf):
         features[1, 3, 2, 2] = bad
@@ -149,7 +165,9 @@ def test_same_bits_for_any_number_of_threads(backend):
     try:
         for threads in (1, 2, 4):
             torch.set_num_threads(threads)
-            results.append(value_and_gradients(sf.prototype_contrastive_loss, features, labels, prototypes, temperature=0.1, backend=backend))
+            results.append(
+                value_and_gradients(sf.prototype_contrastive_loss, features, labels, prototypes, temperature=0.1, backend=backend)
+            )
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:

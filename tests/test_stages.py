@@ -81,7 +81,9 @@ def test_log_shows_what_would_reveal_a_collapse(finished):
     line = finished.run.metrics("adapt")[-1]
     num_classes = len(finished.classes)
     assert line.keys() >= {"segmentation", "source_excess", "target_excess", "lr", "images_per_s", "data_wait", "peak_memory_bytes"}
-    assert len(line["prototype_norm"]) == len(line["kept_share"]) == num_classes and sum(line["predicted_share"]) == pytest.approx(1, abs=1e-4)
+    assert len(line["prototype_norm"]) == len(line["kept_share"]) == num_classes and sum(line["predicted_share"]) == pytest.approx(
+        1, abs=1e-4
+    )
 
 
 def test_a_finished_run_is_skipped_and_other_settings_are_refused(finished, capsys):
@@ -129,8 +131,8 @@ def test_scores_are_those_of_a_hand_count():
 
 
 def test_scores_agree_with_torchmetrics(finished):
-    from torchmetrics.functional.segmentation import mean_iou  # noqa: F401  the import itself fails where torchvision is broken
     from torchmetrics.functional.classification import multiclass_jaccard_index
+    from torchmetrics.functional.segmentation import mean_iou  # noqa: F401  the import itself fails where torchvision is broken
 
     model, dataset = finished.model_of("source_only"), finished.dataset("target", "val").select(range(3))
     kept = {}
@@ -148,7 +150,10 @@ def test_scores_agree_with_torchmetrics(finished):
 def released_adapt_step(model, prototypes, source, target, pseudo, lr):
     """One iteration as `train_ours.py` does it, both graphs alive and the source graph gone through twice. prototypes [D, K]."""
     optimizer = torch.optim.SGD(
-        [{"params": model.feature_extractor.parameters()}, {"params": model.classifier.parameters(), "lr": 10 * lr}], lr=lr, momentum=0.9, weight_decay=5e-4
+        [{"params": model.feature_extractor.parameters()}, {"params": model.classifier.parameters(), "lr": 10 * lr}],
+        lr=lr,
+        momentum=0.9,
+        weight_decay=5e-4,
     )
     src_feat = model.features(source.images)
     src_seg = model.classify(src_feat)
@@ -193,7 +198,9 @@ def test_one_adapt_step_under_released_settings_is_the_released_step(tmp_path):
     run_stages(config, ("warmup", "prototypes", "pseudo_labels", "adapt"))
     context = Context(config)
     source = next(context.batches("adapt", "source", context.dataset("source", "train"), config.adapt, config.adapt.augment)(0))
-    target = next(context.batches("adapt", "target", context.pseudo_labelled("pseudo_labels"), config.adapt, config.adapt.target_augment)(0))
+    target = next(
+        context.batches("adapt", "target", context.pseudo_labelled("pseudo_labels"), config.adapt, config.adapt.target_augment)(0)
+    )
     assert (target.labels != 255).any() and (source.labels != 255).any()
 
     model = context.model_of("warmup")

@@ -58,7 +58,11 @@ def test_bank_refuses_in_words():
         bank.update_(torch.zeros(2, 7, 5, 6), torch.zeros(2, 5, 6, dtype=torch.long))
     with pytest.raises(ValueError, match="features' grid"):
         bank.update_(*batch(), torch.zeros(2, 3, 3, dtype=torch.long))
-    for settings, text in (({"keep": 1.5}, "keep must be in"), ({"absent": "drop"}, "'keep' or 'decay'"), ({"min_pixels": 0}, "min_pixels")):
+    for settings, text in (
+        ({"keep": 1.5}, "keep must be in"),
+        ({"absent": "drop"}, "'keep' or 'decay'"),
+        ({"min_pixels": 0}, "min_pixels"),
+    ):
         with pytest.raises(ValueError, match=text):
             sf.PrototypeBank(4, 8, **settings)
 
@@ -159,5 +163,9 @@ def test_module_forms_have_the_functions_defaults():
     features, labels = batch()
     prototypes = torch.randn(4, 8)
     loss = sf.PrototypeContrastiveLoss(0.3, class_weight=torch.ones(4) * 2)
-    assert loss(features, labels, prototypes) == sf.prototype_contrastive_loss(features, labels, prototypes, temperature=0.3, class_weight=torch.ones(4) * 2)
-    assert sf.UpsampledCrossEntropyLoss(1.8)(features[:, :4], labels) == sf.upsampled_cross_entropy(features[:, :4], labels, temperature=1.8)
+    assert loss(features, labels, prototypes) == sf.prototype_contrastive_loss(
+        features, labels, prototypes, temperature=0.3, class_weight=torch.ones(4) * 2
+    )
+    assert sf.UpsampledCrossEntropyLoss(1.8)(features[:, :4], labels) == sf.upsampled_cross_entropy(
+        features[:, :4], labels, temperature=1.8
+    )

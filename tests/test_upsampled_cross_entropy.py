@@ -112,7 +112,9 @@ def test_gradcheck_and_no_second_gradient():
     logits, labels = problem((3, 4), (7, 9))
     logits = logits.double().requires_grad_()
     for reduction in ("mean", "none"):
-        assert torch.autograd.gradcheck(lambda x, r=reduction: sf.upsampled_cross_entropy(x, labels, reduction=r), (logits,), fast_mode=True)
+        assert torch.autograd.gradcheck(
+            lambda x, r=reduction: sf.upsampled_cross_entropy(x, labels, reduction=r), (logits,), fast_mode=True
+        )
     (grad,) = torch.autograd.grad(sf.upsampled_cross_entropy(logits, labels), logits, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiable once"):
         grad.sum().backward()

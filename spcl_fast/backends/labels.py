@@ -18,7 +18,7 @@ def nearest_index(size: int, out: int, device: torch.device) -> Tensor:
 
 
 def resize_nearest(labels: Tensor, height: int, width: int) -> Tensor:
-    """[B, H, W] -> [B, height, width] by the nearest rule; the input itself where the sizes agree. Small: labels are 1/D of the features."""
+    """[B, H, W] -> [B, height, width] by the nearest rule; the input itself where the sizes agree. Labels are 1/D of the features."""
     if labels.shape[-2:] == (height, width):
         return labels
     rows = nearest_index(labels.shape[-2], height, labels.device)

@@ -42,7 +42,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, on the CPU summed in float64: a threaded GEMM splits its sums by the number of threads, and that must not be seen in the result."""
+    """a @ b, on the CPU summed in float64: a threaded GEMM splits its sums by the number of threads, which must not be seen."""
     return a @ b if a.device.type != "cpu" else (a.double() @ b.double()).to(a.dtype)
 
 

@@ -78,7 +78,9 @@ def check_constant(op: str, name: str, tensor: Tensor | None, shapes: tuple[tupl
     if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS:
         raise TypeError(f"{op}: {name} must be a floating-point tensor, got {getattr(tensor, 'dtype', type(tensor).__name__)}")
     if tuple(tensor.shape) not in shapes:
-        raise ValueError(f"{op}: {name} must have {what}, got shape {list(tensor.shape)}, expected {' or '.join(str(list(s)) for s in shapes)}")
+        raise ValueError(
+            f"{op}: {name} must have {what}, got shape {list(tensor.shape)}, expected {' or '.join(str(list(s)) for s in shapes)}"
+        )
     if tensor.requires_grad:
         raise ValueError(f"{op}: {name} requires grad, but is a constant of the loss; pass {name}.detach()")
 

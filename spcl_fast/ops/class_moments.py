@@ -55,7 +55,13 @@ def _class_moments(
     features: Tensor, labels: Tensor, num_classes: int, normalize: bool, squares: bool, ignore_index: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     name = backends.pick(
-        _OP, backend or None, device=features.device, dtype=features.dtype, num_classes=num_classes, dim=features.shape[1], has_variances=False
+        _OP,
+        backend or None,
+        device=features.device,
+        dtype=features.dtype,
+        num_classes=num_classes,
+        dim=features.shape[1],
+        has_variances=False,
     )
     return backends.module(name).class_moments(
         features, labels, num_classes, normalize=normalize, squares=squares, ignore_index=ignore_index

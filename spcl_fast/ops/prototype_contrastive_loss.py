@@ -92,13 +92,20 @@ def _check_prototypes(features: Tensor, prototypes: Tensor, variances: Tensor | 
 def _pick(backend: str, features: Tensor, prototypes: Tensor, variances: Tensor | None) -> str:
     num_classes, dim = prototypes.shape
     return backends.pick(
-        _OP, backend or None, device=features.device, dtype=features.dtype, num_classes=num_classes, dim=dim, has_variances=variances is not None
+        _OP,
+        backend or None,
+        device=features.device,
+        dtype=features.dtype,
+        num_classes=num_classes,
+        dim=dim,
+        has_variances=variances is not None,
     )
 
 
 @torch.library.custom_op("spcl_fast::prototype_contrastive_forward", mutates_args=())
 def _forward(
-    features: Tensor, labels: Tensor, prototypes: Tensor, class_weight: Tensor | None, pixel_weight: Tensor | None, variances: Tensor | None,
+    features: Tensor, labels: Tensor, prototypes: Tensor,
+    class_weight: Tensor | None, pixel_weight: Tensor | None, variances: Tensor | None,
     temperature: float, normalize: bool, ignore_index: int, reduction: str, save: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     primitive = backends.module(_pick(backend, features, prototypes, variances)).prototype_contrastive_forward

@@ -58,7 +58,13 @@ def _forward(
     temperature: float, align_corners: bool, ignore_index: int, reduction: str, needs_dlogits: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     name = backends.pick(
-        _OP, backend or None, device=logits.device, dtype=logits.dtype, num_classes=logits.shape[1], dim=logits.shape[1], has_variances=False
+        _OP,
+        backend or None,
+        device=logits.device,
+        dtype=logits.dtype,
+        num_classes=logits.shape[1],
+        dim=logits.shape[1],
+        has_variances=False,
     )
     return backends.module(name).upsampled_cross_entropy_forward(
         logits, labels, class_weight, pixel_weight, temperature=temperature, align_corners=align_corners, ignore_index=ignore_index,

@@ -57,10 +57,23 @@ def upsampled_prediction(
 
 @torch.library.custom_op("spcl_fast::upsampled_prediction", mutates_args=())
 def _prediction(
-    logits: Tensor, height: int, width: int, thresholds: Tensor | None, temperature: float, align_corners: bool, ignore_index: int, backend: str
+    logits: Tensor,
+    height: int,
+    width: int,
+    thresholds: Tensor | None,
+    temperature: float,
+    align_corners: bool,
+    ignore_index: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     name = backends.pick(
-        _OP, backend or None, device=logits.device, dtype=logits.dtype, num_classes=logits.shape[1], dim=logits.shape[1], has_variances=False
+        _OP,
+        backend or None,
+        device=logits.device,
+        dtype=logits.dtype,
+        num_classes=logits.shape[1],
+        dim=logits.shape[1],
+        has_variances=False,
     )
     return backends.module(name).upsampled_prediction(
         logits, (height, width), thresholds, temperature=temperature, align_corners=align_corners, ignore_index=ignore_index

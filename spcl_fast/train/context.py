@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import AugmentConfig, Config, TrainConfig
-from ..data import Batch, Dataset, class_frequency, dataset_of, train_batches, with_pseudo_labels, write_label_png
+from ..data import Batch, ClassSet, Dataset, class_frequency, dataset_of, train_batches, with_pseudo_labels, write_label_png
 from ..errors import CheckpointError, DataError
 from ..models import SegmentationModel, build_model
 from . import distributed
@@ -43,14 +43,28 @@ class Context:
         return dataset_of(domain, name, labels=labels, skip_bad_files=self.config.loop.skip_bad_files)
 
     @functools.cached_property
-    def classes(self):
-        return self.dataset("source", "train").classes
+    def classes(self) -> ClassSet:
+        """The classes of both domains. Raises DataError where they differ: their ids would mean different things."""
+        source, target = self.dataset("source", "train").classes, self.dataset("target", "train", labels=False).classes
+        if source.names != target.names:
+            raise DataError(
+                f"source and target have different classes: {', '.join(source.names)} and {', '.join(target.names)}. "
+                "Give both domains the same ones: source.classes and target.classes may name one JSON file with a table for each (docs/data.md)."
+            )
+        return source
+
+    def unlabelled_target(self) -> Dataset:
+        """The target's training images that get pseudo-labels: all, or the first pseudo_label.images."""
+        dataset, images = self.dataset("target", "train", labels=False), self.config.pseudo_label.images
+        return dataset if images is None or images >= len(dataset) else dataset.select(range(images))
 
     def pseudo_labelled(self, folder: str) -> Dataset:
         """The target's training images with the labels that a pseudo-label stage wrote."""
-        return with_pseudo_labels(self.dataset("target", "train", labels=False), self.run.path(folder))
+        return with_pseudo_labels(self.unlabelled_target(), self.run.path(folder))
 
-    def batches(self, stage: str, side: str, dataset: Dataset, train: TrainConfig, augment: AugmentConfig) -> Callable[[int], Iterator[Batch]]:
+    def batches(
+        self, stage: str, side: str, dataset: Dataset, train: TrainConfig, augment: AugmentConfig
+    ) -> Callable[[int], Iterator[Batch]]:
         """start -> endless batches from that iteration on, other ones for every stage and side."""
         loop = self.config.loop
         seed = step_seed(self.config.seed, f"{stage}/{side}", 0)
@@ -132,7 +146,7 @@ class Context:
         modules: Mapping[str, nn.Module] | None = None,
         optimizers: Mapping[str, torch.optim.Optimizer] | None = None,
     ) -> None:
-        """Fit `model` (and other modules) with `step`, then judge it on the target's validation images. `after`: the stages it starts from."""
+        """Fit `model` (and other modules) with `step`, then judge it on the target's validation images. `after`: what it starts from."""
         model.train()
         result = fit(
             stage=stage,
@@ -148,6 +162,8 @@ class Context:
             identity=self.identity(stage, train, after),
             at_checkpoint=lambda done: self._select(stage, model, done),
         )
+        if result.skipped:
+            self.run.say(f"{stage}: finished before ({result.steps} iterations)")
         if not result.skipped or self.run.read_json(f"{stage}/evaluation.json") is None:
             self.judge(stage, self.model_of(stage) if self.config.evaluate.selection != "last" else model)
 
@@ -155,7 +171,21 @@ class Context:
         """What the stage's result depends on; the stages before it by the hash of theirs."""
         config = self.config
         inputs = {name: (self.run.done(name) or {}).get("settings_sha256") for name in after}
-        return {"source": config.source, "target": config.target, "model": config.model, stage: settings, "inputs": inputs, "run_seed": config.seed}
+        return {
+            "source": config.source,
+            "target": config.target,
+            "model": config.model,
+            stage: settings,
+            "inputs": inputs,
+            "run_seed": config.seed,
+        }
+
+    def finished_before(self, stage: str, identity: dict[str, Any]) -> bool:
+        """Whether an untrained stage is complete with these settings; says so. Raises CheckpointError where it has others."""
+        if not self.run.is_done(stage, identity):
+            return False
+        self.run.say(f"{stage}: finished before")
+        return True
 
     @property
     def evaluation_data(self) -> Dataset | None:

@@ -44,7 +44,9 @@ def oracle(context: Context) -> None:
     _supervised(context, "oracle", context.config.oracle, "target", context.new_model())
 
 
-def _supervised(context: Context, stage: str, train: SourceConfig, side: str, model: SegmentationModel, after: tuple[str, ...] = ()) -> None:
+def _supervised(
+    context: Context, stage: str, train: SourceConfig, side: str, model: SegmentationModel, after: tuple[str, ...] = ()
+) -> None:
     dataset = context.dataset(side, "train")
     class_weight = context.class_weight(dataset, train.class_weight_power)
 
@@ -116,7 +118,9 @@ def _softmax_maps(logits: Tensor, images: Tensor) -> Tensor:
     return F.interpolate(logits.float(), images.shape[2:], mode="bilinear", align_corners=True).softmax(1)
 
 
-def _pairs(source: Callable[[int], Iterator[Batch]], target: Callable[[int], Iterator[Batch]]) -> Callable[[int], Iterator[tuple[Batch, Batch]]]:
+def _pairs(
+    source: Callable[[int], Iterator[Batch]], target: Callable[[int], Iterator[Batch]]
+) -> Callable[[int], Iterator[tuple[Batch, Batch]]]:
     return lambda start: zip(source(start), target(start), strict=False)
 
 
@@ -127,7 +131,7 @@ def prototypes(context: Context) -> None:
     """Prototype k = mean over source images of the mean unit feature of class k's correctly classified pixels in that image."""
     settings, start = context.config.prototypes, context.source_stage()
     identity = context.identity("prototypes", settings, (start,))
-    if context.run.is_done("prototypes", identity):
+    if context.finished_before("prototypes", identity):
         return
     model = context.model_of(start).eval()
     if distributed.is_main():
@@ -179,13 +183,11 @@ def _pseudo_label(context: Context, stage: str, start: str) -> None:
     """Thresholds from one pass over the images, label PNGs from a second one."""
     settings: PseudoLabelConfig = context.config.pseudo_label
     identity = context.identity(stage, settings, (start,))
-    if context.run.is_done(stage, identity):
+    if context.finished_before(stage, identity):
         return
     model = context.model_of(start).eval()
     if distributed.is_main():
-        dataset = context.dataset("target", "train", labels=False)
-        if settings.images is not None:
-            dataset = dataset.select(range(min(settings.images, len(dataset))))
+        dataset = context.unlabelled_target()
         use_size = context.config.target.eval_size
         estimate_size = settings.estimate_size or use_size
         estimate = _logits_of(context, model, dataset, estimate_size)
@@ -217,7 +219,9 @@ def _threshold_record(context: Context, thresholds: PseudoLabelThresholds, kept:
     }
 
 
-def _logits_of(context: Context, model: SegmentationModel, dataset: Dataset, size: tuple[int, int]) -> Callable[[], Iterator[tuple[str, Tensor]]]:
+def _logits_of(
+    context: Context, model: SegmentationModel, dataset: Dataset, size: tuple[int, int]
+) -> Callable[[], Iterator[tuple[str, Tensor]]]:
     """A function that yields (name, low-resolution logits) of every image; the second call computes only what did not fit into memory."""
     cached: dict[str, Tensor] = {}
 
@@ -296,7 +300,9 @@ def adapt(context: Context) -> None:
 
 
 @torch.no_grad()
-def _diagnostics(context: Context, model: SegmentationModel, features: Tensor, labels: Tensor, it: int, bank: PrototypeBank) -> dict[str, Tensor]:
+def _diagnostics(
+    context: Context, model: SegmentationModel, features: Tensor, labels: Tensor, it: int, bank: PrototypeBank
+) -> dict[str, Tensor]:
     """What shows a collapse while the loss still falls: predicted and kept shares of each class on target, prototype norms."""
     if (it + 1) % context.config.loop.log_every and it + 1 != context.config.adapt.iterations:
         return {}
@@ -363,14 +369,17 @@ def run_stages(config: Config, names: tuple[str, ...] | list[str] | None = None)
     wanted = config.stages if names is None else names
     with distributed.session(config.loop.device):
         context = Context(config)
-        context.run.write_text("config.yaml", dump_config(config))
         classes = context.classes
         context.run.write_json(
-            "classes.json", {"names": list(classes.names), "palette": [list(c) for c in classes.palette], "ignore_index": classes.ignore_index}
+            "classes.json",
+            {"names": list(classes.names), "palette": [list(c) for c in classes.palette], "ignore_index": classes.ignore_index},
         )
+        if context.run.read_json("summary.json") is None:  # a run's first settings; later ones are kept once a stage has accepted them
+            context.run.write_text("config.yaml", dump_config(config))
         for name, stage in STAGES.items():
             if name in wanted:
                 memory.reset_peak(context.device)
                 stage(context)
+        context.run.write_text("config.yaml", dump_config(config))
         write_summary(context)
         context.run.close()

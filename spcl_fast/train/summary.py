@@ -17,7 +17,14 @@ from . import distributed
 from .context import Context
 
 # The name of each trained net in summary.json.
-_NETS = {"source_only": "source_only", "control": "control", "warmup": "warmup", "adapt": "adapted", "distill": "distilled", "oracle": "oracle"}
+_NETS = {
+    "source_only": "source_only",
+    "control": "control",
+    "warmup": "warmup",
+    "adapt": "adapted",
+    "distill": "distilled",
+    "oracle": "oracle",
+}
 _FEATURES = 2000  # sampled pixels of each domain
 _FEATURE_IMAGES = 12
 
