@@ -63,6 +63,12 @@ def test_shapes_types_and_range(scenes):
     assert batches(scenes, 1, augment=AugmentConfig())[0].images.shape == (3, 3, 40, 64)
 
 
+def test_an_image_is_augmented_anew_at_every_step_and_slot(scenes):
+    drawn = batches(scenes.select([4]), 3)
+    samples = {image.numpy().tobytes() for batch in drawn for image in batch.images}
+    assert {name for batch in drawn for name in batch.names} == {scenes.names[4]} and len(samples) == 9
+
+
 @pytest.mark.parametrize("balanced", [False, True])
 def test_resumed_batches_are_bitwise_those_of_an_uninterrupted_run(scenes, balanced):
     whole = batches(scenes, 9, balanced=balanced)
@@ -173,6 +179,7 @@ def test_jitter_leaves_the_label_and_keeps_grey_grey():
     for seed in range(8):
         make_sample(grey, np.full((8, 16), 1, np.uint8), AugmentConfig(jitter=0.5), (16, 8), np.random.default_rng(seed), None, out, labels)
         assert np.ptp(out) < 1e-5 and (labels == 1).all()
+        assert 0.49 < out[0, 0, 0] / (90 / 255) < 1.51  # contrast turns about the mean: only brightness moves a plain picture
         seen.append(float(out[0, 0, 0]))
     assert np.ptp(seen) > 0.1
 
@@ -207,6 +214,8 @@ def test_balanced_sampling_survives_one_file_classes_and_missing_classes():
     order = BalancedOrder(presence, seed=3)
     drawn = [order(p) for p in range(60)]
     assert set(drawn) == {0, 1, 2}
+    one_class = BalancedOrder(np.ones((10, 1), bool), seed=0)
+    assert sorted(one_class(p) for p in range(10)) == list(range(10))  # the next image that holds it: none twice before all were drawn
     with pytest.raises(DataError, match="no training image holds any class"):
         BalancedOrder(np.zeros((3, 2), bool), seed=0)
 
