@@ -151,6 +151,26 @@ def test_nothing_waits_for_the_device_between_log_lines(tmp_path, monkeypatch):
     assert len(waits.log) > counts[10]
 
 
+@pytest.mark.gpu
+def test_nothing_waits_for_a_gpu_between_log_lines(tmp_path):
+    stage = TinyStage()
+    stage.model.to("cuda")
+    stage.critic.to("cuda")
+
+    def on_gpu(start):
+        for batch in tiny_batches(start):
+            batch.images = batch.images.to("cuda")
+            torch.cuda.set_sync_debug_mode("error" if batch.names[0] not in ("image_0_0.png", "image_10_0.png") else "default")
+            yield batch
+
+    # on from the fetch of a batch to the next fetch; the log lines after steps 10 and 20 may wait, so it is switched off before them
+    stage.after_step = lambda it: torch.cuda.set_sync_debug_mode("default") if it in (9, 19) else None
+    try:
+        stage.fit(tmp_path, dataclasses.replace(QUIET, device="cuda", log_every=10, checkpoint_every=10**6), iterations=20, batches=on_gpu)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 # --- not finite ---
 
 

@@ -26,11 +26,16 @@ class Run:
 
     def __init__(self, folder: Path | str, *, tensorboard: bool = True, output: TextIO | None = None, writes: bool | None = None) -> None:
         self.folder = Path(folder)
-        self.writes = distributed.is_main() if writes is None else writes
+        self._writes = writes
         self.output = output if output is not None else sys.stdout
         self._tensorboard = tensorboard
         self._boards: dict[str, Any] = {}
         self._lock: int | None = None
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes: asked anew each time, as a run may be opened before the processes have met."""
+        return distributed.is_main() if self._writes is None else self._writes
 
     # --- files -------------------------------------------------------------------------------------------------------------------
 
