@@ -22,6 +22,7 @@ from .evaluate import evaluate_model
 from .identity import step_seed
 from .log import Run
 from .loop import fit, load_modules, poly_schedule
+from .tensorfile import read_tensors, replace_tensors
 
 
 class Context:
@@ -49,7 +50,7 @@ class Context:
         if source.names != target.names:
             raise DataError(
                 f"source and target have different classes: {', '.join(source.names)} and {', '.join(target.names)}. "
-                "Give both domains the same ones: source.classes and target.classes may name one JSON file with a table for each (docs/data.md)."
+                "Give both domains the same ones: source.classes and target.classes may name one JSON file with a table for each."
             )
         return source
 
@@ -111,9 +112,7 @@ class Context:
         model = self.new_model(freeze_bn=freeze_bn, weights=False)
         load_modules(self.checkpoint(stage), {"model": model}, f"the stage {stage!r}")
         if self.config.evaluate.selection != "last" and self.run.path(stage, "selected.safetensors").is_file():
-            from safetensors.torch import load_file
-
-            model.load_state_dict(load_file(self.run.path(stage, "selected.safetensors")))
+            model.load_state_dict(read_tensors(self.run.path(stage, "selected.safetensors")))
         return model
 
     def checkpoint(self, stage: str) -> Checkpoint:
@@ -220,16 +219,11 @@ class Context:
         if selection == "last":
             return
         if distributed.is_main():
-            from safetensors.torch import save_file
-
             side = selection.removesuffix("_val")
             best = self.run.read_json(f"{stage}/selected.json")
             if best is None or best["step"] != done:
                 scores = evaluate_model(model, self.dataset(side, "val"), getattr(self.config, side).eval_size, device=self.device)
                 if best is None or best["step"] > done or scores.miou > best["miou"]:
-                    path = self.run.path(stage, "selected.safetensors")
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, path.with_suffix(".tmp"))
-                    path.with_suffix(".tmp").replace(path)
+                    replace_tensors(self.run.path(stage, "selected.safetensors"), model.state_dict())
                     self.run.write_json(f"{stage}/selected.json", {"step": done, "miou": scores.miou, "by": selection})
         distributed.barrier()

@@ -22,6 +22,7 @@ from ..thresholds import PseudoLabelThresholds
 from . import distributed, memory
 from .context import Context
 from .summary import keep_samples, write_summary
+from .tensorfile import read_tensors, replace_tensors
 
 _CACHED_LOGITS_BYTES = 512 << 20  # low-resolution logits kept between the two passes of a pseudo-label stage
 
@@ -135,8 +136,6 @@ def prototypes(context: Context) -> None:
         return
     model = context.model_of(start).eval()
     if distributed.is_main():
-        from safetensors.torch import save_file
-
         dataset = context.dataset("source", "train")
         if settings.images is not None and settings.images < len(dataset):
             dataset = dataset.select([i * len(dataset) // settings.images for i in range(settings.images)])
@@ -144,9 +143,7 @@ def prototypes(context: Context) -> None:
         missing = [name for name, count in zip(context.classes.names, images.tolist(), strict=True) if not count]
         if missing:
             context.run.say(f"prototypes: no correctly classified source pixel of {', '.join(missing)}: their prototypes are 0")
-        path = context.run.path("prototypes.safetensors")
-        save_file({"prototypes": means.cpu().contiguous(), "images": images.cpu()}, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
+        replace_tensors(context.run.path("prototypes.safetensors"), {"prototypes": means, "images": images})
         context.run.mark_done("prototypes", identity, missing=missing)
     distributed.barrier()
 
@@ -313,9 +310,8 @@ def _diagnostics(
 
 
 def load_prototypes(context: Context) -> Tensor:
-    from safetensors.torch import load_file
-
-    return load_file(context.run.path("prototypes.safetensors"))["prototypes"]
+    """[K, D] float32 that the prototypes stage wrote."""
+    return read_tensors(context.run.path("prototypes.safetensors"))["prototypes"]
 
 
 # ---- distill -----------------------------------------------------------------------------------------------------------
