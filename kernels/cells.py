@@ -2,7 +2,10 @@
 
 A cell is the square between four low-resolution nodes; cell c spans nodes c and c + 1, c from -1 (left of the first node) to size - 1
 (right of the last). Every output pixel lies in exactly one cell. Lanes own cells and hold a window of their pixels [ROWS, COLS, CELLS] in
-registers: a lane's four nodes are loaded once for ROWS x COLS pixels, neighbouring lanes load neighbouring nodes, and sums over pixels cross no lane.
+registers: a lane's four nodes are loaded once for ROWS x COLS pixels, neighbouring lanes load neighbouring nodes, and sums over pixels
+cross no lane.
+That pixels lie side by side along COLS is hidden from the compiler (`unit`, a 1 that is not specialised): it would otherwise put lanes
+along COLS for the sake of a few label loads, and convert between the layouts in the innermost loop.
 The first pixel of a cell is found by bisection of the very expression that interpolates, so rounding cannot lose or double a pixel.
 """
 
@@ -17,7 +20,9 @@ import triton.language as tl
 from .pixels import INTERPRETED, power_of_two
 
 CELLS = 32  # one warp; a shift by one lane is one shuffle
-_LANE_PIXELS = 64 if INTERPRETED else 32
+# without maxnreg, ptxas prefers a few spills to more than 168 registers; the interpreter does not know it
+LAUNCH = {"num_warps": 1, "num_stages": 1} | ({} if INTERPRETED else {"maxnreg": 255})
+_LANE_PIXELS = 64 if INTERPRETED else 16
 
 
 @triton.jit

@@ -61,9 +61,9 @@ def prototype_kernel(
         p = tl.exp(z - lse[:, None])
         weight = tl.where(offs_k[None, :] == cls[:, None], p - 1.0, p) * (coefficient / largest)[:, None]
         weight = tl.where((cls >= 0)[:, None] & (offs_k < K)[None, :], weight, 0.0)
-        # an unlabelled pixel is not even read: 0 times its NaN would be NaN
         x = tl.load(image_ptr + offs_n[:, None] + offs_d[None, :].to(tl.int64) * stride_d,
-                    mask=(cls >= 0)[:, None] & (offs_d < D)[None, :], other=0.0)  # fmt: skip
+                    mask=mask_n[:, None] & (offs_d < D)[None, :], other=0.0)  # fmt: skip
+        x = tl.where((cls >= 0)[:, None], x, 0.0)  # 0 times an unlabelled pixel's NaN would be NaN
         acc += tl.dot(tl.trans(weight.to(x.dtype)), x, input_precision=PRECISION) * largest
     out = partial_ptr + (group.to(tl.int64) * K + offs_k[:, None]) * D + offs_d[None, :]
     tl.store(out, acc * inv_temperature, mask=(offs_k < K)[:, None] & (offs_d < D)[None, :])

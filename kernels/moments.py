@@ -18,8 +18,6 @@ from .contrast import inverse_norm
 from .contrast_prototypes import add_groups_kernel, group_tiles
 from .pixels import architecture, flag, is_flat, label_arguments, layout, on_device_of, pixel_offset, power_of_two, precision, read_class
 
-_WHOLE_DIM = 256  # up to here a program holds all channels of its pixels and needs no pass for the norms
-
 
 @triton.jit
 def norms_kernel(feat_ptr, inv_ptr, P, D, w, stride_b, stride_d, stride_h, stride_w,
@@ -65,22 +63,23 @@ def moments_kernel(
         n = (tile % image_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
         cls, _ = read_class(label_ptr, flag_ptr, b, n, n < P, w, H, W, scale_h, scale_w, label_b, label_h, label_w, ignore_index, K)
         mine = (offs_k[:, None] == cls[None, :]).to(tl.int32)
-        mask_n = tl.max(mine, 0) > 0
-        if tl.max(mask_n.to(tl.int32), 0) > 0:
+        hit = tl.max(mine, 0) > 0
+        if tl.max(hit.to(tl.int32), 0) > 0:
             counts += tl.sum(mine, 1)
             offs_n = pixel_offset(n, w, stride_h, stride_w, FLAT)
+            # the mask of the tile's edge alone: with the labels in it, loads would be narrow
             x = tl.load(feat_ptr + b * stride_b + offs_n[:, None] + offs_d[None, :].to(tl.int64) * stride_d,
-                        mask=mask_n[:, None] & mask_d[None, :], other=0.0)  # fmt: skip
+                        mask=(n < P)[:, None] & mask_d[None, :], other=0.0)  # fmt: skip
             unit = x.to(tl.float32)
             if NORMALIZE:
                 if inv_ptr is not None:
-                    inv = tl.load(inv_ptr + b * P + n, mask=mask_n, other=0.0)
+                    inv = tl.load(inv_ptr + b * P + n, mask=n < P, other=0.0)
                 else:
                     inv = inverse_norm(tl.sum(unit * unit, 1))
                 unit = unit * inv[:, None]
             # 0 times NaN is NaN: a pixel that is not finite must not reach the other classes of the dot, only spoil its own
             finite = tl.sum(unit * 0.0, 1) == 0.0
-            unit = tl.where(finite[:, None], unit, 0.0)
+            unit = tl.where((finite & hit)[:, None], unit, 0.0)
             spoiled += tl.sum(tl.where(finite[None, :], 0, mine), 1)
             one_hot = mine.to(x.dtype)
             high = unit.to(x.dtype)
@@ -110,13 +109,11 @@ def _inverse_norms(features):
 
 
 def _launch(features, num_classes: int, squares: bool) -> dict[str, int]:
-    """The table's row; a tile that holds all channels where that spares the pass for the norms and the registers allow it."""
+    """The table's row, cut to the channels there are: a tile that holds them all spares the pass for the norms."""
     dim = features.shape[1]
     launch = settings.find(architecture(features), "moments", features.dtype, dim, num_classes, layout(features))
     whole = max(16, power_of_two(dim))
-    if whole <= launch["BLOCK_O"] or (whole <= _WHOLE_DIM and features.dtype != torch.float32 and not squares):
-        launch = launch | {"BLOCK_O": whole, "num_warps": max(launch["num_warps"], 8 if whole > 128 else 1)}
-    return launch
+    return launch | {"BLOCK_O": min(whole, launch["BLOCK_O"] // (2 if squares and dim > 64 else 1))}  # two accumulators
 
 
 def class_moments(features, labels, num_classes, *, normalize, squares, ignore_index):

@@ -26,25 +26,28 @@ def read_class(label_ptr, flag_ptr, b, n, mask_n, w, H, W, scale_h, scale_w, str
     i = tl.minimum((i.to(tl.float32) * scale_h).to(tl.int32), H - 1)
     j = tl.minimum((j.to(tl.float32) * scale_w).to(tl.int32), W - 1)
     offs = b * stride_b + i.to(tl.int64) * stride_h + j.to(tl.int64) * stride_w
-    value = tl.load(label_ptr + offs, mask=mask_n, other=0).to(tl.int64)
-    return classify(value, flag_ptr, mask_n, ignore_index, K)
+    return classify(tl.load(label_ptr + offs, mask=mask_n, other=0), flag_ptr, mask_n, ignore_index, K)
 
 
 @triton.jit
 def classify(value, flag_ptr, mask, ignore_index, K):
-    """value: int64 labels. -> class int32 (-1: none), bad."""
+    """value: labels of any integer dtype. -> class int32 (-1: none), bad."""
+    if (value.dtype == tl.int64) | (value.dtype == tl.uint64) | (value.dtype == tl.uint32):
+        value = value.to(tl.int64)
+    else:
+        value = value.to(tl.int32)
     labelled = mask & (value != ignore_index)
     inside = (value >= 0) & (value < K)
     bad = labelled & (inside == 0)
     if tl.max(tl.ravel(bad.to(tl.int32)), 0) > 0:
-        worst = tl.where(bad, value, -9223372036854775807)
+        worst = tl.where(bad, value.to(tl.int64), -9223372036854775807)
         tl.atomic_max(flag_ptr, tl.max(tl.ravel(worst), 0))
     return tl.where(labelled & inside, value, -1).to(tl.int32), bad
 
 
 @triton.jit
 def class_and_pixel_weight(class_weight_ptr, pixel_weight_ptr, cls, pixel):
-    """-> class weight (0 where no class: it counts in the mean), pixel weight. pixel: int64 index into the contiguous [B, P] weights."""
+    """-> class weight (0 where no class: it counts in the mean), pixel weight. pixel: index into the contiguous weights."""
     labelled = cls >= 0
     class_weight = labelled.to(tl.float32)
     if class_weight_ptr is not None:

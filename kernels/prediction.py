@@ -11,15 +11,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .cells import CELLS, axis_scale, first_pixel, interpolate, load_corners, upper_weight, window
+from .cells import CELLS, LAUNCH, axis_scale, first_pixel, interpolate, load_corners, upper_weight, window
 from .pixels import on_device_of
 from .upsample import _LOG2E, bands_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["unit"])
 def prediction_kernel(
     logits_ptr, threshold_ptr, label_ptr, confidence_ptr, K, h, w, H, W, scale_h, scale_w, stride_b, stride_k, stride_h, stride_w,
-    ignore_index, factor, bands, strips, tiles, steps,
+    ignore_index, factor, bands, strips, tiles, steps, unit,
     ALIGN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) % tiles
@@ -62,7 +62,7 @@ def prediction_kernel(
                 if threshold_ptr is not None:
                     label = tl.where(confidence < tl.load(threshold_ptr + label), ignore_index, label)
                 inside = (i < row_end) & (j < col_end[None, None, :])
-                pixel = (image * H + i) * W + j
+                pixel = (image * H + i) * W + j * unit
                 tl.store(label_ptr + pixel, label.to(tl.uint8), mask=inside)
                 tl.store(confidence_ptr + pixel, confidence, mask=inside)
 
@@ -84,7 +84,7 @@ def upsampled_prediction(logits, size, thresholds, *, temperature, align_corners
         prediction_kernel[(batch * strips * tiles,)](
             logits, thresholds, labels, confidence, num_classes, h, w, height, width,
             axis_scale(h, height, align_corners), axis_scale(w, width, align_corners), *logits.stride(),
-            ignore_index, _LOG2E / temperature, bands, strips, tiles, max(height, width).bit_length(),
-            align_corners, rows, cols if tail == 0 or rows * cols >= 16 else 2 * cols, CELLS, num_warps=1, num_stages=1,
+            ignore_index, _LOG2E / temperature, bands, strips, tiles, max(height, width).bit_length(), 1,
+            align_corners, rows, cols if tail == 0 or rows * cols >= 16 else 2 * cols, CELLS, **LAUNCH,
         )  # fmt: skip
     return labels, confidence

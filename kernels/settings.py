@@ -20,21 +20,24 @@ import torch
 Row = dict[str, object]
 
 
-def _row(kernel: str, *, warps: int = 4, stages: int = 3, dtype: str | None = None, layout: str | None = None,
+def _row(kernel: str, *, warps: int = 4, stages: int = 3, registers: int | None = 255, dtype: str | None = None, layout: str | None = None,
          max_dim: int | None = None, max_classes: int | None = None, **blocks: int) -> Row:  # fmt: skip
     conditions = {"kernel": kernel, "dtype": dtype, "layout": layout, "max_dim": max_dim, "max_classes": max_classes}
-    return {k: v for k, v in conditions.items() if v is not None} | {"launch": {"num_warps": warps, "num_stages": stages, **blocks}}
+    launch = {"num_warps": warps, "num_stages": stages, "maxnreg": registers, **blocks}
+    return {k: v for k, v in conditions.items() if v is not None} | {"launch": {k: v for k, v in launch.items() if v is not None}}
 
 
-# BLOCK_N pixels, BLOCK_K classes, BLOCK_D channels of a dot, BLOCK_O channels of an output.
+_small = functools.partial(_row, registers=None)  # the interpreter knows no registers
+
+# BLOCK_N pixels, BLOCK_K classes, BLOCK_D channels of a dot, BLOCK_O channels of an output. maxnreg 255 is no limit, but without it ptxas
+# aims at an occupancy of its own and takes a few bytes of spills for it.
 _DEFAULT: list[Row] = [
     # Forward: D streamed through shared memory, the K logits of a pixel in registers. fp32 dots are FMA: short in D, or operands spill.
-    _row("contrast_forward", dtype="fp32", max_classes=32, BLOCK_N=64, BLOCK_K=32, BLOCK_D=32),
-    _row("contrast_forward", dtype="fp32", BLOCK_N=64, BLOCK_K=64, BLOCK_D=16),
+    _row("contrast_forward", dtype="fp32", max_classes=32, BLOCK_N=64, BLOCK_K=32, BLOCK_D=32, warps=8),
+    _row("contrast_forward", dtype="fp32", BLOCK_N=64, BLOCK_K=64, BLOCK_D=16, warps=8),
     _row("contrast_forward", max_classes=16, BLOCK_N=64, BLOCK_K=16, BLOCK_D=128),
     _row("contrast_forward", max_classes=32, BLOCK_N=64, BLOCK_K=32, BLOCK_D=128),
-    _row("contrast_forward", max_classes=64, BLOCK_N=64, BLOCK_K=64, BLOCK_D=64),
-    _row("contrast_forward", BLOCK_N=64, BLOCK_K=64, BLOCK_D=64, warps=4),
+    _row("contrast_forward", BLOCK_N=64, BLOCK_K=64, BLOCK_D=64),
     # Forward with the pixel tile resident: K streamed. BLOCK_D is the power of two that holds D (the launcher sets it).
     _row("contrast_forward_resident", max_dim=256, BLOCK_N=64, BLOCK_K=32, stages=2),
     _row("contrast_forward_resident", BLOCK_N=64, BLOCK_K=32, stages=2, warps=8),
@@ -43,47 +46,49 @@ _DEFAULT: list[Row] = [
     _row("contrast_backward_resident", max_dim=256, BLOCK_N=64, BLOCK_K=32, stages=2, warps=8),
     _row("contrast_backward_resident", BLOCK_N=32, BLOCK_K=32, stages=1, warps=8),
     # Backward, all K in one tile, D in steps.
-    _row("contrast_backward_tile", dtype="fp32", max_classes=32, BLOCK_N=64, BLOCK_K=32, BLOCK_D=32, BLOCK_O=32, stages=2),
+    _row("contrast_backward_tile", dtype="fp32", max_classes=32, BLOCK_N=32, BLOCK_K=32, BLOCK_D=32, BLOCK_O=32, stages=2),
     _row("contrast_backward_tile", dtype="fp32", max_classes=64, BLOCK_N=32, BLOCK_K=64, BLOCK_D=16, BLOCK_O=32, stages=2),
     _row("contrast_backward_tile", max_classes=32, BLOCK_N=64, BLOCK_K=32, BLOCK_D=64, BLOCK_O=64),
     _row("contrast_backward_tile", max_classes=64, BLOCK_N=64, BLOCK_K=64, BLOCK_D=64, BLOCK_O=64, stages=2),
     # Backward, both K and D in steps: any size.
-    _row("contrast_backward_split", dtype="fp32", BLOCK_N=64, BLOCK_K=32, BLOCK_D=32, BLOCK_O=64, stages=2),
-    _row("contrast_backward_split", BLOCK_N=64, BLOCK_K=64, BLOCK_D=64, BLOCK_O=128, stages=2),
-    _row("contrast_prototypes", dtype="fp32", BLOCK_N=32, BLOCK_K=32, BLOCK_D=32, BLOCK_O=64, stages=2),
-    _row("contrast_prototypes", BLOCK_N=64, BLOCK_K=32, BLOCK_D=64, BLOCK_O=128, stages=2),
+    _row("contrast_backward_split", dtype="fp32", BLOCK_N=64, BLOCK_K=32, BLOCK_D=16, BLOCK_O=128, stages=2, warps=8),
+    _row("contrast_backward_split", BLOCK_N=64, BLOCK_K=64, BLOCK_D=64, BLOCK_O=128, stages=2, warps=8),
+    _row("contrast_prototypes", dtype="fp32", BLOCK_N=32, BLOCK_K=32, BLOCK_D=32, BLOCK_O=64, stages=1, warps=8),
+    _row("contrast_prototypes", BLOCK_N=64, BLOCK_K=32, BLOCK_D=64, BLOCK_O=128, stages=1, warps=8),
     _row("norms", BLOCK_N=128, BLOCK_D=32, stages=1),
-    _row("moments", dtype="fp32", max_classes=32, BLOCK_N=32, BLOCK_K=32, BLOCK_O=64, stages=2),
-    _row("moments", dtype="fp32", BLOCK_N=32, BLOCK_K=64, BLOCK_O=64, stages=2),
-    _row("moments", max_classes=32, BLOCK_N=64, BLOCK_K=32, BLOCK_O=128, stages=2),
-    _row("moments", BLOCK_N=64, BLOCK_K=64, BLOCK_O=128, stages=2),
+    # BLOCK_O is cut to the power of two that holds D where that is less.
+    _row("moments", dtype="fp32", BLOCK_N=32, BLOCK_K=32, BLOCK_O=128, stages=1, warps=8),
+    _row("moments", max_classes=32, BLOCK_N=32, BLOCK_K=32, BLOCK_O=256, stages=1, warps=8),
+    _row("moments", BLOCK_N=32, BLOCK_K=64, BLOCK_O=256, stages=1, warps=8),
 ]
 
 TABLES: dict[str, list[Row]] = {
     "default": _DEFAULT,
-    # 99 KB of shared memory a block instead of 163-227: fewer stages where tiles are large.
+    "sm_80": _DEFAULT,
+    # 99 KB of shared memory a block instead of 163 to 227: the large resident tiles do not fit.
     "sm_89": [
-        _row("contrast_forward", dtype="half", max_classes=32, BLOCK_N=64, BLOCK_K=32, BLOCK_D=64),
-        _row("contrast_backward_resident", dtype="half", max_dim=256, BLOCK_N=32, BLOCK_K=32, stages=1, warps=8),
+        _row("contrast_forward_resident", max_dim=256, BLOCK_N=64, BLOCK_K=32, stages=1),
+        _row("contrast_forward_resident", BLOCK_N=32, BLOCK_K=32, stages=1, warps=8),
+        _row("contrast_backward_resident", max_dim=256, BLOCK_N=32, BLOCK_K=32, stages=1, warps=8),
+        _row("contrast_backward_resident", BLOCK_N=16, BLOCK_K=32, stages=1, warps=8),
         *_DEFAULT,
     ],
-    "sm_80": _DEFAULT,
+    # One stage more: Hopper has the shared memory, and one pixel tile a program is little in flight.
     "sm_90": [
-        # Two more stages: Hopper has the shared memory, and one pixel tile a program is little in flight.
-        _row("contrast_forward", dtype="fp32", max_classes=32, BLOCK_N=64, BLOCK_K=32, BLOCK_D=32, stages=4),
+        _row("contrast_forward", dtype="fp32", max_classes=32, BLOCK_N=64, BLOCK_K=32, BLOCK_D=32, stages=4, warps=8),
         _row("contrast_forward", dtype="half", max_classes=32, BLOCK_N=64, BLOCK_K=32, BLOCK_D=128, stages=4),
         *_DEFAULT,
     ],
     "sm_100": _DEFAULT,
     # Small tiles, so that tests on tiny shapes cross every tile edge.
     "interpreter": [
-        *(_row(f"contrast_{k}", BLOCK_N=32, BLOCK_K=16, BLOCK_D=16, BLOCK_O=16) for k in ("backward_split", "prototypes")),
-        _row("contrast_forward", max_classes=32, BLOCK_N=32, BLOCK_K=32, BLOCK_D=16),
-        _row("contrast_forward", BLOCK_N=32, BLOCK_K=64, BLOCK_D=32),
-        *(_row(f"contrast_{k}_resident", BLOCK_N=32, BLOCK_K=32) for k in ("forward", "backward")),
-        _row("contrast_backward_tile", max_classes=32, BLOCK_N=32, BLOCK_K=32, BLOCK_D=16, BLOCK_O=16),
-        _row("norms", BLOCK_N=32, BLOCK_D=16),
-        _row("moments", BLOCK_N=32, BLOCK_K=32, BLOCK_O=16),
+        *(_small(f"contrast_{k}", BLOCK_N=32, BLOCK_K=16, BLOCK_D=16, BLOCK_O=16) for k in ("backward_split", "prototypes")),
+        _small("contrast_forward", max_classes=32, BLOCK_N=32, BLOCK_K=32, BLOCK_D=16),
+        _small("contrast_forward", BLOCK_N=32, BLOCK_K=64, BLOCK_D=32),
+        *(_small(f"contrast_{k}_resident", BLOCK_N=32, BLOCK_K=32) for k in ("forward", "backward")),
+        _small("contrast_backward_tile", max_classes=32, BLOCK_N=32, BLOCK_K=32, BLOCK_D=16, BLOCK_O=16),
+        _small("norms", BLOCK_N=32, BLOCK_D=16),
+        _small("moments", BLOCK_N=32, BLOCK_K=32, BLOCK_O=16),
     ],
 }
 
@@ -111,12 +116,12 @@ def _user_rows(arch: str) -> list[Row]:
         rows = json.loads(path.read_text()).get(arch, [])
         for row in rows:
             launch = row["launch"]
-            blocks = [value for name, value in launch.items() if name != "num_stages"]
+            blocks = [value for name, value in launch.items() if name not in ("num_stages", "maxnreg")]
             if "kernel" not in row or not all(isinstance(value, int) and value > 0 and value & (value - 1) == 0 for value in blocks):
                 raise ValueError(f"bad row {row}")
         return rows
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"launch table {path}: {error}; expected what `spcl-fast tune` writes; delete it to use the shipped table") from error
+        raise ValueError(f"launch table {path}: {error}; expected what `tune` writes; delete it to have the shipped one") from error
 
 
 _overrides: list[Row] = []

@@ -15,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .cells import CELLS, axis_scale, first_pixel, interpolate, load_corners, upper_weight, window
-from .pixels import INTERPRETED, class_and_pixel_weight, classify, finish_kernel, flag, on_device_of
+from .cells import CELLS, LAUNCH, axis_scale, first_pixel, interpolate, load_corners, upper_weight, window
+from .pixels import INTERPRETED, class_and_pixel_weight, classify, finish_kernel, flag, on_device_of, power_of_two
 
 _LOG2E = 1.4426950408889634
 _PROGRAMS = 4 if INTERPRETED else 2048  # aimed at: fewer bands a program where the map is small
@@ -33,7 +33,7 @@ def label_weight_kernel(label_ptr, class_weight_ptr, partial_ptr, flag_ptr, size
     pixel = (offs - b * HW).to(tl.int32)
     i = pixel // W
     ptrs = label_ptr + b * label_b + i.to(tl.int64) * label_h + (pixel - i * W).to(tl.int64) * label_w
-    cls, bad = classify(tl.load(ptrs, mask=mask, other=0).to(tl.int64), flag_ptr, mask, ignore_index, K)
+    cls, bad = classify(tl.load(ptrs, mask=mask, other=0), flag_ptr, mask, ignore_index, K)
     class_weight, _ = class_and_pixel_weight(class_weight_ptr, None, cls, offs)
     tl.store(partial_ptr + tl.program_id(0), 0.0)
     tl.store(partial_ptr + tl.num_programs(0) + tl.program_id(0), tl.sum(class_weight + tl.where(bad, float("nan"), 0.0), 0))
@@ -53,11 +53,37 @@ def _bounds(logits_ptr, factor, K, stride_k, row0, row1, col0, col1, CELLS: tl.c
 
 
 @triton.jit
+def _largest(ptr, factor, K, stride_k, row0, row1, col0, col1, y, x, ROWS: tl.constexpr, COLS: tl.constexpr, CELLS: tl.constexpr):
+    """The true maximum of each pixel's logits."""
+    largest = tl.full([ROWS, COLS, CELLS], -float("inf"), tl.float32)
+    for _ in range(0, K):
+        a, b, c, d = load_corners(ptr, factor, row0, row1, col0, col1)
+        largest = tl.maximum(largest, interpolate(a, b, c, d, y, x))
+        ptr += stride_k
+    return largest
+
+
+@triton.jit
+def _lse_and_label(ptr, bound, cls, factor, K, stride_k, row0, row1, col0, col1, y, x,
+                   ROWS: tl.constexpr, COLS: tl.constexpr, CELLS: tl.constexpr):  # fmt: skip
+    """log2 of the sum of 2**z over the classes, given a bound of z, and the label's z (a gather of it would need 64-bit addresses)."""
+    total = tl.zeros([ROWS, COLS, CELLS], tl.float32)
+    z_label = tl.zeros([ROWS, COLS, CELLS], tl.float32)
+    for k in range(0, K):
+        a, b, c, d = load_corners(ptr, factor, row0, row1, col0, col1)
+        z = interpolate(a, b, c, d, y, x)
+        total += tl.exp2(z - bound)
+        z_label = tl.where(cls == k, z, z_label)
+        ptr += stride_k
+    return bound + tl.log2(total), z_label
+
+
+@triton.jit
 def _window(
     logits_ptr, label_ptr, class_weight_ptr, pixel_weight_ptr, loss_ptr, dlogits_ptr, flag_ptr,
-    b, top, gap, band, cells, col_start, col_end, row_end, r0, c0, owned, owned_node, inv_denominator,
+    top, gap, band, cells, col_start, col_end, row_end, r0, c0, owned, owned_node, inv_denominator,
     K, h, w, H, W, scale_h, scale_w, stride_k, row0, row1, col0, col1, label_h, label_w, ignore_index,
-    factor, inv_temperature, add_top, add_bottom,
+    factor, inv_temperature, add_top, add_bottom, unit,
     ALIGN: tl.constexpr, NONE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
     """One window of pixels of each lane's cell -> its loss and class weight, summed; and its part of the gradient, added to memory."""
@@ -66,33 +92,23 @@ def _window(
     inside = (i < row_end) & (j < col_end[None, None, :])
     y = upper_weight(i, tl.full([1, 1, 1], 0, tl.int32) + band, h, scale_h, ALIGN)
     x = upper_weight(j, cells[None, None, :], w, scale_w, ALIGN)
-    value = tl.load(label_ptr + i.to(tl.int64) * label_h + j.to(tl.int64) * label_w, mask=inside, other=0).to(tl.int64)
-    cls, bad = classify(value, flag_ptr, inside, ignore_index, K)
-    pixel = (b * H + i) * W + j
+    cls, bad = classify(tl.load(label_ptr + i * label_h + j * label_w, mask=inside, other=0), flag_ptr, inside, ignore_index, K)
+    pixel = i * W + j * unit  # within an image 32 bits do, and spare registers
     class_weight, pixel_weight = class_and_pixel_weight(class_weight_ptr, pixel_weight_ptr, cls, pixel)
     active = cls >= 0
 
-    bound = tl.zeros([ROWS, COLS, CELLS], tl.float32) + top[None, None, :]
     if gap > _SAFE_BITS:
-        bound = tl.full([ROWS, COLS, CELLS], -float("inf"), tl.float32)
-        ptr = logits_ptr
-        for _ in range(0, K):
-            a, b_, c, d = load_corners(ptr, factor, row0, row1, col0, col1)
-            bound = tl.maximum(bound, interpolate(a, b_, c, d, y, x))
-            ptr += stride_k
-    total = tl.zeros([ROWS, COLS, CELLS], tl.float32)
-    z_label = tl.zeros([ROWS, COLS, CELLS], tl.float32)
-    ptr = logits_ptr
-    for k in range(0, K):
-        a, b_, c, d = load_corners(ptr, factor, row0, row1, col0, col1)
-        z = interpolate(a, b_, c, d, y, x)
-        total += tl.exp2(z - bound)
-        z_label = tl.where(cls == k, z, z_label)
-        ptr += stride_k
-    lse = bound + tl.log2(total)
+        largest = _largest(logits_ptr, factor, K, stride_k, row0, row1, col0, col1, y, x, ROWS, COLS, CELLS)
+        lse, z_label = _lse_and_label(logits_ptr, largest, cls, factor, K, stride_k, row0, row1, col0, col1, y, x, ROWS, COLS, CELLS)
+    else:
+        bound = top[None, None, :]
+        lse, z_label = _lse_and_label(logits_ptr, bound, cls, factor, K, stride_k, row0, row1, col0, col1, y, x, ROWS, COLS, CELLS)
     loss = tl.where(active, class_weight * pixel_weight * ((lse - z_label) * 0.6931471805599453), 0.0) + tl.where(bad, float("nan"), 0.0)
     if NONE:
         tl.store(loss_ptr + pixel, loss, mask=inside & owned[None, None, :])
+    mine = owned[None, None, :]
+    loss_sum = tl.sum(tl.ravel(tl.where(mine, loss, 0.0)), 0)
+    weight_sum = tl.sum(tl.ravel(tl.where(mine, class_weight + tl.where(bad, float("nan"), 0.0), 0.0)), 0)
     if dlogits_ptr is not None:
         scale = class_weight * pixel_weight * (inv_denominator * inv_temperature)
         previous = tl.maximum(tl.arange(0, CELLS) - 1, 0)
@@ -113,17 +129,14 @@ def _window(
             tl.store(node, tl.load(node, mask=owned_node & add_top, other=0.0) + d_upper, mask=owned_node & add_top)
             tl.store(node + w, tl.load(node + w, mask=owned_node & add_bottom, other=0.0) + d_lower, mask=owned_node & add_bottom)
             ptr += stride_k
-    mine = owned[None, None, :]
-    loss_sum = tl.sum(tl.ravel(tl.where(mine, loss, 0.0)), 0)
-    weight_sum = tl.sum(tl.ravel(tl.where(mine, class_weight + tl.where(bad, float("nan"), 0.0), 0.0)), 0)
     return loss_sum, weight_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["label_w", "unit"])
 def cross_entropy_kernel(
     logits_ptr, label_ptr, class_weight_ptr, pixel_weight_ptr, denominator_ptr, loss_ptr, dlogits_ptr, partial_ptr, flag_ptr,
     K, h, w, H, W, scale_h, scale_w, stride_b, stride_k, stride_h, stride_w, label_b, label_h, label_w, ignore_index,
-    factor, inv_temperature, bands, strips, tiles, steps,
+    factor, inv_temperature, bands, strips, tiles, steps, unit,
     ALIGN: tl.constexpr, NONE: tl.constexpr, HALO: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, TAIL_ROWS: tl.constexpr, TAIL: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
@@ -144,6 +157,10 @@ def cross_entropy_kernel(
     col1 = tl.minimum(tl.maximum(cells + 1, 0), w - 1).to(tl.int64) * stride_w
     logits_ptr += b * stride_b
     label_ptr += b * label_b
+    if pixel_weight_ptr is not None:
+        pixel_weight_ptr += b * H * W
+    if NONE:
+        loss_ptr += b * H * W
     if dlogits_ptr is not None:
         dlogits_ptr += b * K * h * w
     inv_denominator = 1.0
@@ -168,9 +185,9 @@ def cross_entropy_kernel(
                 for c0 in range(0, full, COLS):
                     loss, weight = _window(
                         logits_ptr, label_ptr, class_weight_ptr, pixel_weight_ptr, loss_ptr, dlogits_ptr, flag_ptr,
-                        b, top, gap, band, cells, col_start, col_end, row_end, r0, c0, mine, owned_node, inv_denominator,
+                        top, gap, band, cells, col_start, col_end, row_end, r0, c0, mine, owned_node, inv_denominator,
                         K, h, w, H, W, scale_h, scale_w, stride_k, row0, row1, col0, col1, label_h, label_w, ignore_index,
-                        factor, inv_temperature, add_top, add_bottom, ALIGN, NONE, ROWS, COLS, CELLS,
+                        factor, inv_temperature, add_top, add_bottom, unit, ALIGN, NONE, ROWS, COLS, CELLS,
                     )  # fmt: skip
                     loss_sum += loss
                     weight_sum += weight
@@ -179,9 +196,9 @@ def cross_entropy_kernel(
                     for r0 in range(row_start, row_end, TAIL_ROWS):
                         loss, weight = _window(
                             logits_ptr, label_ptr, class_weight_ptr, pixel_weight_ptr, loss_ptr, dlogits_ptr, flag_ptr,
-                            b, top, gap, band, cells, col_start, col_end, row_end, r0, full, mine, owned_node, inv_denominator,
+                            top, gap, band, cells, col_start, col_end, row_end, r0, full, mine, owned_node, inv_denominator,
                             K, h, w, H, W, scale_h, scale_w, stride_k, row0, row1, col0, col1, label_h, label_w, ignore_index,
-                            factor, inv_temperature, add_top, add_bottom, ALIGN, NONE, TAIL_ROWS, TAIL, CELLS,
+                            factor, inv_temperature, add_top, add_bottom, unit, ALIGN, NONE, TAIL_ROWS, TAIL, CELLS,
                         )  # fmt: skip
                         loss_sum += loss
                         weight_sum += weight
@@ -225,6 +242,8 @@ def upsampled_cross_entropy_forward(
     if labels.numel() == 0:
         return loss.zero_(), dlogits
     class_weight, pixel_weight = (None if weight is None else weight.contiguous() for weight in (class_weight, pixel_weight))
+    if (height - 1) * labels.stride(1) + (width - 1) * labels.stride(2) >= 2**31:
+        labels = labels.contiguous()  # a view so wide that an image's offsets pass 32 bits
     halo = int(needs_dlogits)
     tiles = triton.cdiv(w, CELLS - 1) if halo else triton.cdiv(w + 1, CELLS)
     bands = bands_of(batch, tiles, h)
@@ -238,8 +257,8 @@ def upsampled_cross_entropy_forward(
             logits, labels, class_weight, pixel_weight, denominator, loss if none else None, dlogits if needs_dlogits else None, partial,
             flag(logits), num_classes, h, w, height, width, axis_scale(h, height, align_corners), axis_scale(w, width, align_corners),
             *logits.stride(), *labels.stride(), ignore_index, _LOG2E / temperature, 1 / temperature,
-            bands, strips, tiles, max(height, width).bit_length(),
-            align_corners, none, halo, rows, cols, min(8, rows * cols), tail, CELLS, num_warps=1, num_stages=1,
+            bands, strips, tiles, max(height, width).bit_length(), 1,
+            align_corners, none, halo, rows, cols, min(8, power_of_two(-(-height // h))) if tail else 1, tail, CELLS, **LAUNCH,
         )  # fmt: skip
         if not none:
             finish_kernel[(1,)](partial, loss, torch.empty_like(loss), programs, reduction == "mean", BLOCK=1024)
