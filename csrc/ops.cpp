@@ -228,10 +228,10 @@ int64_t partial_groups(const spcl::Features& x, int64_t num_classes, int64_t til
 
 // ---- memory of large outputs ------------------------------------------------------------------------------------
 
-// A fresh gradient costs more in page faults than in arithmetic. So large gradients live in huge pages, and when one is freed its pages are
-// kept for the next gradient of about that size, marked MADV_FREE: the system takes them back whenever it is short of memory, and until
-// then the next step faults nothing and clears nothing. At most kKept buffers (a source and a target batch) wait like this.
-class GradientPages {
+// A fresh gradient costs more in page faults than in arithmetic. So large outputs live in huge pages, and when one is freed its pages are
+// kept for the next one of about that size, marked MADV_FREE: the system takes them back whenever it is short of memory, and until then the
+// next step faults nothing and clears nothing. At most kKept buffers (gradient and logits of a source and a target batch) wait like this.
+class OutputPages {
  public:
   static constexpr size_t kHugePage = size_t{1} << 21;
 
@@ -268,7 +268,7 @@ class GradientPages {
   }
 
  private:
-  static constexpr size_t kKept = 2;
+  static constexpr size_t kKept = 4;
   struct Block {
     void* data;
     size_t bytes;
@@ -294,17 +294,28 @@ class GradientPages {
 };
 
 // Never destroyed: tensors may outlive every static.
-GradientPages& gradient_pages() {
-  static GradientPages* pages = new GradientPages;
+OutputPages& output_pages() {
+  static OutputPages* pages = new OutputPages;
   return *pages;
 }
 
-// An uninitialised tensor as `like`, with these (dense) strides.
+Tensor empty_output(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType type, size_t bytes) {
+  void* data = output_pages().take(bytes);
+  STD_TORCH_CHECK(data != nullptr, "spcl_fast_native: out of memory for an output of ", bytes, " bytes");
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  return torch::stable::from_blob(data, sizes, strides, cpu, type, [](void* mine) { output_pages().give(mine); });
+}
+
+// An uninitialised tensor of the shape and dtype of `like`, with these (dense) strides.
 Tensor empty_gradient(Tensor like, std::vector<int64_t> strides) {
-  std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
-  void* data = gradient_pages().take(like.numel() * like.element_size());
-  STD_TORCH_CHECK(data != nullptr, "spcl_fast_native: out of memory for a gradient of ", like.numel() * like.element_size(), " bytes");
-  return torch::stable::from_blob(data, sizes, strides, like.device(), like.scalar_type(), [](void* mine) { gradient_pages().give(mine); });
+  const std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
+  return empty_output(sizes, strides, like.scalar_type(), like.numel() * like.element_size());
+}
+
+Tensor empty_logits(int64_t batch, int64_t num_classes, int64_t pixels) {
+  const size_t bytes = batch * num_classes * pixels * sizeof(float);
+  if (bytes < OutputPages::kHugePage) return empty_floats({batch, num_classes, pixels});
+  return empty_output({batch, num_classes, pixels}, {num_classes * pixels, pixels, 1}, ScalarType::Float, bytes);
 }
 
 // ---- prototype_contrastive_loss ---------------------------------------------------------------------------------
@@ -326,7 +337,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prototype_contrastive
   Tensor loss = per_pixel ? empty_floats({B, a.x.height, a.x.width}) : empty_floats({});
   Tensor denominator = empty_floats({});
   Tensor lse = save ? empty_floats({B, P}) : empty_floats({0}), inv_norm = save ? empty_floats({B, P}) : empty_floats({0});
-  Tensor logits = save && save_logits ? empty_floats({B, K, P}) : empty_floats({0});
+  Tensor logits = save && save_logits ? empty_logits(B, K, P) : empty_floats({0});
   a.loss_map = per_pixel ? floats(loss) : nullptr;
   if (save) a.lse = floats(lse), a.inv_norm = floats(inv_norm);
   if (save && save_logits) a.logits = floats(logits);
@@ -356,6 +367,8 @@ void sum_prototype_partials(const std::vector<float>& partial, int64_t groups, i
   });
 }
 
+constexpr int64_t kPastCacheBytes = 16 << 20;
+
 // dfeatures is written whole; or has no element where it is not wanted. Returns dprototypes [K, D] or [0].
 Tensor prototype_contrastive_backward(
     Tensor grad_loss, Tensor features, Tensor labels, Tensor prototypes, std::optional<Tensor> class_weight, std::optional<Tensor> pixel_weight,
@@ -373,6 +386,7 @@ Tensor prototype_contrastive_backward(
   a.denominator = *as_floats(denominator), a.lse = as_floats(lse), a.inv_norm = as_floats(inv_norm);
   a.logits = logits.numel() ? as_floats(logits) : nullptr;
   if (needs_dfeatures) a.dx = as_features(dfeatures);
+  a.past_cache = features.numel() * features.element_size() >= kPastCacheBytes;
   a.tiles = make_tiles(a.x, (!a.logits || needs_dprototypes ? D : 48) + K);
 
   const int64_t groups = needs_dprototypes ? partial_groups(a.x, K, a.tiles.count) : a.tiles.count;

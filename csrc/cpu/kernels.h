@@ -77,6 +77,7 @@ struct ContrastBackward : Contrast {
   const float* lse;       // [B, P]
   const float* inv_norm;  // [B, P]
   const float* logits;    // [B, K, P] or nullptr: computed again
+  bool past_cache;        // dx is too large to be found in a cache by who reads it: write it to memory directly
   Features dx;            // same shape as x; data == nullptr: not wanted
   float* dproto;          // [groups][D][dproto_stride], zeroed; nullptr: not wanted
   int64_t dproto_stride;  // K rounded up to a multiple of 32

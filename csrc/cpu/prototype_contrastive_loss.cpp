@@ -8,7 +8,7 @@ namespace spcl {
 namespace SPCL_ISA {
 namespace {
 
-constexpr int64_t kChunk = 128;        // channels packed at a time: 32 KB a panel
+constexpr int64_t kChunk = 64;         // channels packed at a time: 16 KB a panel
 constexpr int64_t kGradientBlocks = 8; // blocks of channels whose gradient is formed together: 48 rows, 12 KB a panel
 constexpr int64_t kClassChunk = 96;    // classes contracted at a time, so that their weights stay in L1
 constexpr int64_t kSumBlock = 32;      // terms of a sum over classes before it is added to the total
@@ -147,7 +147,10 @@ void contrast_forward(const ContrastForward& a, int64_t tile, float* scratch) {
       float* chunk = packed + m * kChunk * kPanel;
       pack(a.x, panel[m].span, d, n, chunk);
       if (a.normalize) add_squares(chunk, n, panel[m].inv_norm);
-      product(a.by_class, 0, a.by_class.blocks, d, n, chunk, logits + m * logits_size, d > 0);
+      Ahead ahead = {};
+      if (m + 1 < t.panels) ahead = ahead_of(a.x, panel[m + 1].span, d, n);
+      else if (d + n < a.x.dim) ahead = ahead_of(a.x, panel[0].span, d + n, smaller(kChunk, a.x.dim - d - n));
+      product(a.by_class, 0, a.by_class.blocks, d, n, chunk, logits + m * logits_size, d > 0, ahead);
     }
   }
   double loss = 0, weight = 0;
@@ -216,7 +219,7 @@ void recall_logits(const ContrastBackward& a, const GradientPanel& panel, const 
     return;
   }
   for (int64_t d = 0; d < a.x.dim; d += kChunk)
-    product(a.by_class, 0, a.by_class.blocks, d, smaller(kChunk, a.x.dim - d), packed + d * kPanel, w, d > 0);
+    product(a.by_class, 0, a.by_class.blocks, d, smaller(kChunk, a.x.dim - d), packed + d * kPanel, w, d > 0, {});
   for (int v = 0; v < kPanel; v += V) {
     vf factor = load(panel.inv_norm + v) / a.temperature;
     for (int64_t k = 0; k < a.num_classes; ++k) store(w + k * kPanel + v, load(w + k * kPanel + v) * factor);
@@ -269,17 +272,55 @@ void add_prototype_gradient(const ContrastBackward& a, const GradientPanel& pane
   }
 }
 
-// rows = along * rows - inward * x, exactly 0 where there is no label.
-void combine(const GradientPanel& panel, int64_t channels, const float* x, float* rows) {
-  for (int v = 0; v < kPanel; v += V) {
-    vf along = load(panel.along + v), inward = load(panel.inward + v);
-    vi labelled = load(panel.label + v) >= 0;
-    for (int64_t d = 0; d < channels; ++d) {
-      vf value = load(rows + d * kPanel + v) * along;
-      if (x) value -= load(x + d * kPanel + v) * inward;
-      store(rows + d * kPanel + v, select(labelled, value, vf{}));
+// Rows of pixels that stay where they are: stride between rows of channels.
+template <class T>
+struct Rows {
+  T* data;
+  int64_t stride;
+};
+
+// to = along * rows - inward * x, exactly 0 where there is no label; x.data == nullptr stands for no second term.
+template <bool kPastCache, class X, class T>
+void combine(const GradientPanel& panel, int64_t channels, const float* rows, Rows<const X> x, Rows<T> to) {
+  for (int64_t d = 0; d < channels; ++d, rows += kPanel)
+    for (int v = 0; v < kPanel; v += V) {
+      vf value = load(rows + v) * load(panel.along + v);
+      if (x.data) value -= load(x.data + d * x.stride + v) * load(panel.inward + v);
+      value = select(load(panel.label + v) >= 0, value, vf{});
+      if constexpr (kPastCache) store_past_cache(to.data + d * to.stride + v, value);
+      else store(to.data + d * to.stride + v, value);
+    }
+}
+
+template <class X, class T>
+void combine_into(const ContrastBackward& a, const GradientPanel& panel, int64_t channels, const float* rows, Rows<const X> x, Rows<T> to) {
+  if constexpr (sizeof(T) == 4) {
+    if (a.past_cache && (uintptr_t)to.data % 64 == 0 && to.stride % 16 == 0) return combine<true, X, T>(panel, channels, rows, x, to);
+  }
+  combine<false, X, T>(panel, channels, rows, x, to);
+}
+
+template <class T>
+void write_rows_of_pixels(const ContrastBackward& a, const GradientPanel& panel, int64_t d, int64_t channels, const float* rows, const float* packed) {
+  const Rows<T> to = {(T*)a.dx.data + panel.gradient_span.offset[0] + d * a.dx.stride_d, a.dx.stride_d};
+  if (packed || !a.normalize) return combine_into<float, T>(a, panel, channels, rows, {a.normalize ? packed : nullptr, kPanel}, to);
+  combine_into<T, T>(a, panel, channels, rows, {(const T*)a.x.data + panel.span.offset[0] + d * a.x.stride_d, a.x.stride_d}, to);
+}
+
+// Channels [d, d + channels) of the gradient. `rows`: sum_k w_k P_k; `packed`: the features, or nullptr where they are not packed yet;
+// `spare`: room to pack them.
+void write_gradient(const ContrastBackward& a, const GradientPanel& panel, int64_t d, int64_t channels, float* rows, const float* packed,
+                    float* spare) {
+  if (panel.span.rows_of_pixels && panel.gradient_span.rows_of_pixels && panel.span.count == kPanel) {
+    switch (a.x.type) {
+      case kFloat32: return write_rows_of_pixels<float>(a, panel, d, channels, rows, packed);
+      case kBFloat16: return write_rows_of_pixels<bfloat16>(a, panel, d, channels, rows, packed);
+      default: return write_rows_of_pixels<float16>(a, panel, d, channels, rows, packed);
     }
   }
+  if (a.normalize && !packed) pack(a.x, panel.span, d, channels, spare), packed = spare;
+  combine<false, float, float>(panel, channels, rows, {a.normalize ? packed : nullptr, kPanel}, {rows, kPanel});
+  unpack(a.dx, panel.gradient_span, d, channels, rows);
 }
 
 }  // namespace
@@ -306,20 +347,19 @@ void contrast_backward(const ContrastBackward& a, int64_t tile, int64_t group, f
     const int64_t last = smaller(block + kGradientBlocks, a.by_channel.blocks), d = block * a.by_channel.rows;
     const int64_t n = smaller(last * a.by_channel.rows, a.x.dim) - d;
     for (int64_t m = 0; m < t.panels; ++m) {
-      const Span& to = panel[m].gradient_span;
       if (!panel[m].labelled) {
         memset(rows, 0, n * kPanel * sizeof(float));
-        unpack(a.dx, to, d, n, rows);
+        unpack(a.dx, panel[m].gradient_span, d, n, rows);
         continue;
       }
-      const float* x = packed + m * packed_size + (packs_tile(a) ? d * kPanel : 0);
-      if (a.normalize && !packs_tile(a)) pack(a.x, panel[m].span, d, n, packed + m * packed_size);
-      for (int64_t k = 0; k < a.num_classes; k += classes)
-        product(a.by_channel, block, last, k, smaller(classes, a.num_classes - k), weights + m * weights_size + k * kPanel, rows, k > 0);
-      combine(panel[m], n, a.normalize ? x : nullptr, rows);
-      unpack(a.dx, to, d, n, rows);
+      Ahead ahead = {};
+      if (a.normalize && !packs_tile(a)) ahead = ahead_of(a.x, panel[m].span, d, n);
+      for (int64_t k = 0; k < a.num_classes; k += classes, ahead.rows = 0)
+        product(a.by_channel, block, last, k, smaller(classes, a.num_classes - k), weights + m * weights_size + k * kPanel, rows, k > 0, ahead);
+      write_gradient(a, panel[m], d, n, rows, packs_tile(a) ? packed + m * packed_size + d * kPanel : nullptr, packed);
     }
   }
+  finish_stores();
 }
 
 }  // namespace SPCL_ISA

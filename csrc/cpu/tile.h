@@ -1,11 +1,12 @@
 // Getting pixels in and out: whichever layout and dtype the features have, the kernels see packed float panels [channel][kPanel].
 #pragma once
-
-
 #include "vec.h"
 
 namespace spcl {
 namespace SPCL_ISA {
+
+SPCL_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+SPCL_INLINE int64_t size_of(FloatType type) { return type == kFloat32 ? 4 : 2; }
 
 // Up to kPanel consecutive pixels of one image.
 struct Span {
@@ -127,6 +128,15 @@ SPCL_LOCAL void pack(const Features& x, const Span& span, int64_t d0, int64_t ch
   }
 }
 
+// What pack would read, for fetching it in time; nothing for layouts that are neither rows of pixels nor rows of channels.
+SPCL_LOCAL Ahead ahead_of(const Features& x, const Span& span, int64_t d0, int64_t channels) {
+  const int64_t size = size_of(x.type);
+  const char* from = (const char*)x.data + (span.offset[0] + d0 * x.stride_d) * size;
+  if (span.rows_of_pixels) return {from, x.stride_d * size, channels, (int)(kPanel * size / 64)};
+  if (x.stride_d == 1) return {from, x.stride_w * size, span.count, (int)((channels * size + 63) / 64)};
+  return {from, 0, 0, 0};
+}
+
 // Adds the squares of a packed chunk to sum [kPanel]. Chunk by chunk: a blocked sum loses less than one long one.
 SPCL_LOCAL void add_squares(const float* packed, int64_t channels, float* sum) {
   constexpr int kVectors = kPanel / V, kAtOnce = kVectors < 8 ? kVectors : 8;
@@ -186,8 +196,6 @@ SPCL_LOCAL void unpack(const Features& y, const Span& span, int64_t d0, int64_t 
     default: return unpack<float16>(y, span, d0, channels, in);
   }
 }
-
-SPCL_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 struct TileSpan {
   int64_t image, first, pixels, panels;

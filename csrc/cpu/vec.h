@@ -6,7 +6,7 @@
 
 #include "kernels.h"
 
-#if defined(__AVX512F__) || defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -36,6 +36,21 @@ typedef uint16_t vh __attribute__((vector_size(V * 2)));
 SPCL_INLINE vf load(const float* p) { vf v; memcpy(&v, p, sizeof v); return v; }
 SPCL_INLINE vi load(const int32_t* p) { vi v; memcpy(&v, p, sizeof v); return v; }
 SPCL_INLINE void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
+#if defined(__AVX512F__)
+SPCL_INLINE void store_past_cache(float* p, vf v) { _mm512_stream_ps(p, (__m512)v); }
+#elif defined(__AVX2__)
+SPCL_INLINE void store_past_cache(float* p, vf v) { _mm256_stream_ps(p, (__m256)v); }
+#elif defined(__SSE2__)
+SPCL_INLINE void store_past_cache(float* p, vf v) { _mm_stream_ps(p, (__m128)v); }
+#else
+SPCL_INLINE void store_past_cache(float* p, vf v) { store(p, v); }
+#endif
+// Stores past the cache are not ordered by themselves: call before others may read them.
+SPCL_INLINE void finish_stores() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
 SPCL_INLINE vf splat(float s) { return s - vf{}; }
 SPCL_INLINE vi splat(int32_t s) { return s - vi{}; }
 SPCL_INLINE vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
@@ -210,20 +225,38 @@ SPCL_INLINE void product_block(const float* __restrict a, int64_t n, const float
   }
 }
 
+// Memory that is wanted soon: rows of `lines` cache lines. Asked for a few lines at a time between blocks of arithmetic, because a burst
+// of prefetches stalls where the same ones spread out are hidden.
+struct Ahead {
+  const char* from;
+  int64_t stride, rows;
+  int lines;
+};
+
+SPCL_INLINE void fetch_part(const Ahead& ahead, int64_t part, int64_t parts) {
+  for (int64_t row = ahead.rows * part / parts; row < ahead.rows * (part + 1) / parts; ++row)
+    for (int line = 0; line < ahead.lines; ++line) __builtin_prefetch(ahead.from + row * ahead.stride + line * 64, 0, 3);
+}
+
 template <int M>
-SPCL_INLINE void product_blocks(const Panels& a, int64_t first, int64_t last, int64_t j0, int64_t n, const float* b, float* c, bool add) {
-  for (int64_t block = first; block < last; ++block, c += M * kPanel) product_block<M>(a.data + (block * a.length + j0) * M, n, b, c, add);
+SPCL_INLINE void product_blocks(const Panels& a, int64_t first, int64_t last, int64_t j0, int64_t n, const float* b, float* c, bool add,
+                                const Ahead& ahead) {
+  for (int64_t block = first; block < last; ++block, c += M * kPanel) {
+    fetch_part(ahead, block - first, last - first);
+    product_block<M>(a.data + (block * a.length + j0) * M, n, b, c, add);
+  }
 }
 
 // Blocks [first, last) of `a`, contraction over its [j0, j0 + n).
-SPCL_LOCAL void product(const Panels& a, int64_t first, int64_t last, int64_t j0, int64_t n, const float* b, float* c, bool add) {
+SPCL_LOCAL void product(const Panels& a, int64_t first, int64_t last, int64_t j0, int64_t n, const float* b, float* c, bool add,
+                        const Ahead& ahead) {
   switch (a.rows) {
-    case 1: return product_blocks<1>(a, first, last, j0, n, b, c, add);
-    case 2: return product_blocks<2>(a, first, last, j0, n, b, c, add);
-    case 3: return product_blocks<3>(a, first, last, j0, n, b, c, add);
-    case 4: return product_blocks<4>(a, first, last, j0, n, b, c, add);
-    case 5: return product_blocks<5>(a, first, last, j0, n, b, c, add);
-    default: return product_blocks<6>(a, first, last, j0, n, b, c, add);
+    case 1: return product_blocks<1>(a, first, last, j0, n, b, c, add, ahead);
+    case 2: return product_blocks<2>(a, first, last, j0, n, b, c, add, ahead);
+    case 3: return product_blocks<3>(a, first, last, j0, n, b, c, add, ahead);
+    case 4: return product_blocks<4>(a, first, last, j0, n, b, c, add, ahead);
+    case 5: return product_blocks<5>(a, first, last, j0, n, b, c, add, ahead);
+    default: return product_blocks<6>(a, first, last, j0, n, b, c, add, ahead);
   }
 }
 
