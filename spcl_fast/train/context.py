@@ -87,7 +87,7 @@ class Context:
         """[K] = share ** -power with mean 1 over the classes that occur; an absent class weighs as the rarest. None for power 0."""
         if not power:
             return None
-        share = class_frequency(dataset)
+        share = class_frequency(dataset, max_images=1000)
         weight = np.maximum(share, share[share > 0].min()) ** -power
         return torch.tensor(weight / weight[share > 0].mean(), dtype=torch.float32, device=self.device)
 
