@@ -35,8 +35,8 @@ def why_not(op: str, **what) -> str | None:
         return "the Triton kernels do not have the variance term; use backend='reference'"
     if device.type == "cpu" and not INTERPRETED:
         return "Triton needs an NVIDIA GPU; on the CPU it runs in its interpreter only (set TRITON_INTERPRET=1 before importing triton)"
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        return "Triton's interpreter multiplies bfloat16 wrongly; use float32 or float16 there"
+    if device.type == "cpu" and dtype == torch.bfloat16 and not op.startswith("upsampled"):
+        return "Triton's interpreter multiplies bfloat16 matrices wrongly; use float32 or float16 there"
     if device.type not in ("cpu", "cuda"):
         return f"the Triton kernels run on NVIDIA GPUs, not on {device.type}"
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] < 8:

@@ -231,7 +231,7 @@ def faults(launch: Launch, usage: Usage, capability: int) -> list[str]:
     return found
 
 
-_HEADER = f"{'kernel':18} {'dtype':5} {'arch':6} {'warps':>5} {'stages':>6} {'regs':>5} {'shared':>7} {'stack':>5} {'dot':6} {'16B':>4}  blocks"
+_HEADER = "kernel             dtype arch   warps stages  regs  shared stack dot     16B  blocks"
 
 
 def _line(launch: Launch, usage: Usage, capability: int) -> str:

@@ -46,7 +46,7 @@ def why_not(op: str, *, device: torch.device, dtype: torch.dtype, num_classes: i
     return None
 
 
-def saves_logits(num_classes: int, dim: int) -> bool:
+def saves_logits(num_classes: int, dim: int, dtype: torch.dtype | None = None) -> bool:
     """Whether the forward keeps the logits: measured, 4 K bytes a pixel out and in beat a second product from D of about 100 on.
     Never more than a third of the features' bytes."""
     return dim >= 128 and num_classes * 3 <= dim

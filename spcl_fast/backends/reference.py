@@ -22,7 +22,7 @@ def why_not(op: str, **what) -> str | None:
     return None
 
 
-def saves_logits(num_classes: int, dim: int) -> bool:
+def saves_logits(num_classes: int, dim: int, dtype: torch.dtype | None = None) -> bool:
     return num_classes * 4 <= dim
 
 

@@ -120,7 +120,7 @@ def _(features, labels, prototypes, class_weight, pixel_weight, variances, tempe
     batch, dim, height, width = features.shape
     num_classes = prototypes.shape[0]
     used = backends.module(_pick(backend, features, prototypes, variances))
-    saves_logits = save and getattr(used, "saves_logits", lambda *_: False)(num_classes, dim)
+    saves_logits = save and getattr(used, "saves_logits", lambda *_: False)(num_classes, dim, features.dtype)
 
     def empty(*shape):
         return features.new_empty(shape, dtype=_wide(features))
