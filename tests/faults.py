@@ -2,7 +2,7 @@
 
 `FaultyDisk` replaces the writing functions of `os` while it is active and counts those that touch its folder. Kinds of fault:
 ENOSPC (a full disk stays full: only removals still work), EIO (one operation fails), "crash" (the process is gone: nothing runs any more,
-what was written stays) and "power cut" (as crash, and what was not flushed is lost: files become half as long, names vanish, renames undo).
+what was written stays) and "power cut" (as crash, and what was not flushed is lost: half of a file's new bytes, new names, renames).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class FaultyDisk:
         self.fails = False
         self._real: dict[str, Callable[..., Any]] = {}
         self._descriptors: dict[int, str] = {}
-        self._unflushed: dict[str, bool] = {}  # file -> its content is not on the disk yet
+        self._flushed: dict[str, int] = {}  # file -> how many of its bytes are on the disk for sure
         self._names: dict[str, list[tuple[str, ...]]] = {}  # folder -> creations and renames that are not on the disk yet
 
     def __enter__(self) -> FaultyDisk:
@@ -83,9 +83,12 @@ class FaultyDisk:
         if not self._inside(name):
             return self._real["open"](path, flags, mode, dir_fd=dir_fd)
         creates = bool(flags & os.O_CREAT) and not os.path.exists(name)
+        before = 0 if creates or flags & os.O_TRUNC or os.path.isdir(name) else os.path.getsize(name)
         self._operation("create" if creates else "open")
         descriptor = self._real["open"](path, flags, mode, dir_fd=dir_fd)
         self._descriptors[descriptor] = name
+        if not os.path.isdir(name):
+            self._flushed[name] = 0 if flags & os.O_TRUNC else self._flushed.get(name, before)
         if creates:
             self._names.setdefault(os.path.dirname(name), []).append(("create", name))
         return descriptor
@@ -96,16 +99,15 @@ class FaultyDisk:
                 self._operation("write")
             except (OSError, Crash):
                 self._real["write"](descriptor, data[: len(data) // 2])  # the half that still fitted
-                self._unflushed[self._descriptors[descriptor]] = True
                 raise
-            self._unflushed[self._descriptors[descriptor]] = True
         return self._real["write"](descriptor, data)
 
     def _fsync(self, descriptor: int) -> None:
         name = self._descriptors.get(descriptor)
         if name is not None:
             self._operation("fsync")
-            self._unflushed.pop(name, None)
+            if name in self._flushed:
+                self._flushed[name] = os.path.getsize(name)
             self._names.pop(name, None)
         self._real["fsync"](descriptor)
 
@@ -135,7 +137,7 @@ class FaultyDisk:
             if not os.path.exists(target):
                 self._names.setdefault(os.path.dirname(target), []).append(("rename", source, target))
         self._real[how](source, target)
-        for table in (self._unflushed, self._names):
+        for table in (self._flushed, self._names):
             for name in [name for name in table if name == source or name.startswith(source + os.sep)]:
                 table[target + name[len(source) :]] = table.pop(name)
 
@@ -150,9 +152,9 @@ class FaultyDisk:
         self._real["rmdir"](path, dir_fd=dir_fd)
 
     def _lose_what_was_not_flushed(self) -> None:
-        for name in self._unflushed:
+        for name, safe in self._flushed.items():
             if os.path.exists(name):
-                os.truncate(name, os.path.getsize(name) // 2)
+                os.truncate(name, (safe + max(os.path.getsize(name), safe)) // 2)
         for folder, changes in self._names.items():
             for change in reversed(changes):
                 if change[0] == "create" and os.path.exists(os.path.join(folder, os.path.basename(change[1]))):
