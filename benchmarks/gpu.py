@@ -1,0 +1,154 @@
+"""`make gpu`: check and time the GPU backends on this machine; everything goes into results/<gpu>.json, part by part.
+
+    python benchmarks/gpu.py [--dry-run] [--parts correct,time] [--again] [--seconds 530]
+
+Needs torch, triton, numpy and pytest, no network and no installed package. A part that is done for these sources is not repeated, so that
+a run that was stopped goes on; parts that no longer fit into --seconds are left for the next call, and say so. `--dry-run` goes through the
+same code on tiny shapes on the CPU (Triton's interpreter), to prove the script; its numbers mean nothing and go to results/dry_run.json.
+Exit code 1 if a check failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+import os
+import platform
+import re
+import sys
+import time
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+
+import offline
+import triton
+from gpu_context import Context, Skipped
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def parts() -> dict:
+    """name -> (function, seconds it needs at least). In the order of running: no speed is looked at before the answers are right."""
+    import gpu_correct
+    import gpu_speed
+
+    return {
+        "correct": (gpu_correct.accuracy, 20),
+        "graph": (gpu_correct.graphs_and_streams, 10),
+        "determinism": (gpu_correct.determinism, 10),
+        "big": (gpu_correct.beyond_2_31, 15),
+        "bandwidth": (gpu_speed.ceilings, 5),
+        "host": (gpu_speed.host_cost, 5),
+        "moments": (gpu_speed.moments, 15),
+        "contrast": (gpu_speed.contrast, 40),
+        "upsample": (gpu_speed.upsample, 20),
+        "tests": (gpu_correct.test_suite, 60),
+        "compile": (gpu_correct.compiled, 20),
+        "compiled_peers": (gpu_speed.compiled_peers, 60),
+        "sanitizer": (gpu_correct.sanitizer, 60),
+    }
+
+
+def sources_hash() -> str:
+    digest = hashlib.sha256()
+    for folder in ("kernels", "spcl_fast/ops", "spcl_fast/backends", "benchmarks"):
+        for path in sorted((offline.ROOT / folder).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def machine() -> dict:
+    facts = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        facts |= {
+            "gpu": properties.name, "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count, "memory_gib": round(properties.total_memory / 2**30, 1),
+            "cuda": torch.version.cuda,
+        }  # fmt: skip
+    return facts
+
+
+def load(path: Path, again: bool) -> dict:
+    fresh = {"machine": machine(), "sources": sources_hash(), "parts": {}}
+    if again or not path.is_file():
+        return fresh
+    old = json.loads(path.read_text())
+    return old if old.get("sources") == fresh["sources"] else fresh
+
+
+def save(path: Path, results: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(results, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def run_part(name: str, function, context: Context) -> dict:
+    """Its result with state ok | failed | skipped; an exception is a failure that does not stop the other parts."""
+    start = time.monotonic()
+    try:
+        result = function(context)
+        state = "failed" if result.get("failures") else "ok"
+    except Skipped as reason:
+        result, state = {"reason": str(reason)}, "skipped"
+    except Exception:
+        traceback.print_exc()
+        result, state = {"failures": [traceback.format_exc(limit=4)]}, "failed"
+    if context.device.type == "cuda":
+        torch.cuda.empty_cache()
+    seconds = round(time.monotonic() - start, 1)
+    print(f"[{name}] {state} in {seconds} s{': ' + result['reason'] if state == 'skipped' else ''}", flush=True)
+    for failure in result.get("failures", []):
+        print(f"    {failure}", flush=True)
+    return {"state": state, "seconds": seconds, **result}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, to prove the script")
+    parser.add_argument("--parts", default="", help="comma-separated; default all")
+    parser.add_argument("--again", action="store_true", help="repeat what is done")
+    parser.add_argument("--seconds", type=float, default=530, help="time for all parts; those that no longer fit wait for the next call")
+    parser.add_argument("--out", type=Path, help="result file (default results/<gpu>.json)")
+    options = parser.parse_args(argv)
+    if not options.dry_run and not torch.cuda.is_available():
+        print("make gpu: torch sees no NVIDIA GPU here; `python benchmarks/gpu.py --dry-run` tries the script without one", file=sys.stderr)
+        return 1
+    if options.dry_run and torch.cuda.is_available():
+        print("--dry-run is for machines without a GPU", file=sys.stderr)
+        return 2
+    name = "dry_run" if options.dry_run else re.sub(r"[^a-z0-9]+", "_", machine()["gpu"].lower()).strip("_")
+    path = options.out or RESULTS / f"{name}.json"
+    wanted = options.parts.split(",") if options.parts else list(parts())
+    unknown = set(wanted) - set(parts())
+    if unknown:
+        parser.error(f"unknown parts {', '.join(sorted(unknown))}; there are {', '.join(parts())}")
+    device = torch.device("cpu" if options.dry_run else "cuda", None if options.dry_run else 0)
+    context = Context(device, options.dry_run, time.monotonic() + options.seconds)
+    results = load(path, options.again)
+    results["date"] = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
+    for name in wanted:
+        function, needs = parts()[name]
+        if results["parts"].get(name, {}).get("state") in ("ok", "skipped") and not options.again:
+            print(f"[{name}] done before", flush=True)
+            continue
+        if context.seconds_left < (0 if options.dry_run else needs):
+            print(f"[{name}] left for the next call: it needs {needs} s, {context.seconds_left:.0f} s are left", flush=True)
+            continue
+        results["parts"][name] = run_part(name, function, context)
+        save(path, results)
+    print(f"wrote {path}")
+    return int(any(results["parts"].get(name, {}).get("state") == "failed" for name in wanted))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,289 @@
+"""The parts of `gpu.py` that measure: ceilings, host cost per call, and every op on the quoted shapes beside its peers.
+
+Times are medians by device events, L2 flushed between repeats, and of CUDA-graph replays for ours (without the launcher). GB/s count the
+bytes that must move (S = bytes of the features: 1 S forward and class sums, 3 S forward + backward), over the copy bandwidth of this run.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from gpu_correct import problem, upsampling_problem
+from peers import formulas
+
+import spcl_fast as sf
+from spcl_fast import backends
+
+SHAPES = {"A": (1, 2048, 91, 161, 19), "B": (2, 256, 256, 512, 19), "C": (1, 512, 512, 1024, 150), "D": (8, 256, 128, 256, 1900)}
+UPSAMPLED = {
+    "U1": ((1, 19, 91, 161), (720, 1280)), "U2": ((2, 19, 128, 256), (512, 1024)), "U3": ((16, 150, 128, 128), (512, 512)),
+}  # fmt: skip
+_DRY = {"A": (1, 40, 3, 5, 5)}
+_DRY_UPSAMPLED = {"U1": ((1, 3, 2, 3), (9, 11))}
+_TEMPERATURE = 0.1
+_EXPONENTIALS_PER_SM_CLOCK = 16
+
+
+def shapes(context) -> dict:
+    return _DRY if context.dry else SHAPES
+
+
+def upsampled_shapes(context) -> dict:
+    return _DRY_UPSAMPLED if context.dry else UPSAMPLED
+
+
+def dtypes(context):
+    return (torch.float32,) if context.dry else (torch.bfloat16, torch.float32)
+
+
+def median_us(context, call, milliseconds: int = 60) -> float:
+    if context.dry:
+        start = time.perf_counter()
+        call()
+        return 1e6 * (time.perf_counter() - start)
+    from triton.testing import do_bench
+
+    call()
+    return 1e3 * do_bench(call, warmup=milliseconds // 3, rep=milliseconds, return_mode="median")
+
+
+def graph_us(context, call) -> float | None:
+    """The same without launch cost; None where there are no graphs."""
+    if context.dry:
+        return None
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return median_us(context, graph.replay)
+
+
+def peak_bytes(context, call) -> int | None:
+    """What a call allocates at its peak, beyond what was there."""
+    if context.dry:
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+_ceilings: dict = {}
+
+
+def ceilings(context) -> dict:
+    """Copy bandwidth (read + written) and matrix rates of this machine, in this run."""
+    if _ceilings:
+        return _ceilings
+    size = 1 << (12 if context.dry else 30)
+    source = torch.empty(size, dtype=torch.uint8, device=context.device).random_()
+    target = torch.empty_like(source)
+    _ceilings["copy_gb_s"] = 2 * size / median_us(context, lambda: target.copy_(source)) / 1e3
+    for dtype in dtypes(context):
+        n = 64 if context.dry else (8192 if dtype == torch.bfloat16 else 4096)
+        a, b = (torch.randn(n, n, device=context.device, dtype=dtype) for _ in range(2))
+        _ceilings[f"matmul_tflop_s_{dtype}"] = 2 * n**3 / median_us(context, lambda a=a, b=b: a @ b) / 1e6
+    if not context.dry:
+        properties = torch.cuda.get_device_properties(0)
+        clock_khz = getattr(properties, "clock_rate", 1_755_000)
+        _ceilings["exp_per_us"] = properties.multi_processor_count * _EXPONENTIALS_PER_SM_CLOCK * clock_khz / 1e3
+    else:
+        _ceilings["exp_per_us"] = 1e3
+    return _ceilings
+
+
+def host_cost(context) -> dict:
+    """Microseconds of the caller's time per call: calls on tiny inputs, issued without waiting."""
+    features, labels, prototypes = problem(context, (1, 64, 8, 8), 19, torch.float32)
+    logits, big = upsampling_problem(context, (1, 19, 4, 4), (16, 16), torch.float32)
+    leaf, node = features.clone().requires_grad_(), logits.clone().requires_grad_()
+    kernels, inputs = backends.module("triton"), (features, labels, prototypes, None, None, None)
+    settings = {"temperature": 0.1, "normalize": True, "ignore_index": 255, "reduction": "mean"}
+    calls = {
+        "primitive_forward": lambda: kernels.prototype_contrastive_forward(*inputs, **settings, save=True),
+        "forward": lambda: sf.prototype_contrastive_loss(features, labels, prototypes, temperature=0.1, backend="triton"),
+        "forward_backward": lambda: sf.prototype_contrastive_loss(leaf, labels, prototypes, temperature=0.1, backend="triton").backward(),
+        "class_moments": lambda: sf.class_moments(features, labels, 19, backend="triton"),
+        "upsampled_cross_entropy": lambda: sf.upsampled_cross_entropy(node, big, backend="triton").backward(),
+        "upsampled_prediction": lambda: sf.upsampled_prediction(logits, (16, 16), backend="triton"),
+    }
+    repeats, cost = (1 if context.dry else 200), {}
+    for name, call in calls.items():
+        for _ in range(0 if context.dry else 10):
+            call()
+        if not context.dry:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        cost[name] = round(1e6 * (time.perf_counter() - start) / repeats, 1)
+        if not context.dry:
+            torch.cuda.synchronize()
+    return {"us_per_call": cost}
+
+
+def _row(context, op, shape_name, dtype, call, floor_us, counted_bytes=None, **more) -> dict:
+    ours, graph = median_us(context, call), graph_us(context, call)
+    best = ours if graph is None else min(ours, graph)
+    row = {"op": op, "shape": shape_name, "dtype": str(dtype).removeprefix("torch.")}
+    row |= {"us": round(ours, 1), "graph_us": graph and round(graph, 1), "floor_us": round(floor_us, 1)}
+    row |= {"share_of_floor": round(floor_us / best, 3), "peak_bytes": peak_bytes(context, call)}
+    if counted_bytes:
+        rate = counted_bytes / best / 1e3
+        row |= {"gb_s": round(rate), "share_of_copy": round(rate / ceilings(context)["copy_gb_s"], 3)}
+    row |= more
+    print("   ", {k: v for k, v in row.items() if v is not None}, flush=True)
+    return row
+
+
+def _peers_us(context, calls: dict) -> dict:
+    """name -> µs, or why not."""
+    times = {}
+    for name, call in calls.items():
+        try:
+            times[name] = round(median_us(context, call, 40), 1)
+        except Exception as error:  # a peer that cannot do it is a result
+            times[name] = f"{type(error).__name__}: {str(error)[:120]}"
+            if context.device.type == "cuda":
+                torch.cuda.empty_cache()
+    return times
+
+
+def _agree(name, got, expected, tolerance) -> list[str]:
+    difference = (got.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)
+    return [] if difference <= tolerance else [f"{name}: differs by {difference:.1e} from the eager formula; not timed"]
+
+
+def _floor_us(context, shape, dtype, passes: int, products: int) -> float:
+    """The larger of the memory time (`passes` S) and the matrix time (`products` of 2 N D K)."""
+    batch, dim, height, width, classes = shape
+    pixels, itemsize = batch * height * width, dtype.itemsize
+    memory = passes * pixels * dim * itemsize / ceilings(context)["copy_gb_s"] / 1e3
+    return max(memory, products * 2 * pixels * dim * classes / ceilings(context)[f"matmul_tflop_s_{dtype}"] / 1e6)
+
+
+def contrast(context) -> dict:
+    rows, failures = [], []
+    peers, missing = formulas.contrast_peers()
+    for (name, shape), dtype in ((s, d) for d in dtypes(context) for s in shapes(context).items()):
+        *map_shape, classes = shape
+        features, labels, prototypes = problem(context, tuple(map_shape), classes, dtype)
+        size = features.numel() * dtype.itemsize
+        leaf = features.requires_grad_()
+
+        def ours(leaf=leaf, labels=labels, prototypes=prototypes):
+            return sf.prototype_contrastive_loss(leaf, labels, prototypes, temperature=_TEMPERATURE, backend="triton")
+
+        def both(function, leaf=leaf):
+            return torch.autograd.grad(function(), leaf)
+
+        wrong = _agree(
+            f"contrast {name} {dtype}", both(ours)[0],
+            both(lambda f=formulas.channel_first_contrast, a=(leaf, labels, prototypes): f(*a, _TEMPERATURE))[0],
+            2e-2 if dtype != torch.float32 else 1e-3,
+        )  # fmt: skip
+        failures += wrong
+        if wrong:
+            continue
+        detached = leaf.detach()
+        forward = lambda f=detached, y=labels, p=prototypes: ours(f, y, p)  # noqa: E731
+        rows.append(_row(context, "contrast forward", name, dtype, forward, _floor_us(context, shape, dtype, 1, 1), size))
+        calls = {n: lambda f=f, a=(leaf, labels, prototypes): both(lambda: f(*a, _TEMPERATURE)) for n, f in peers.items()}
+        rows.append(
+            _row(
+                context, "contrast forward + backward", name, dtype, lambda: both(ours), _floor_us(context, shape, dtype, 3, 2), 3 * size,
+                allowed_bytes=size + 16 * features.numel() // features.shape[1], peers_us=_peers_us(context, calls),
+            )
+        )  # fmt: skip
+        del features, leaf, detached
+    return {"rows": rows, "peers_missing": missing, "failures": failures}
+
+
+def moments(context) -> dict:
+    rows, failures = [], []
+    for (name, shape), dtype in ((s, d) for d in dtypes(context) for s in shapes(context).items()):
+        *map_shape, classes = shape
+        features, labels, _ = problem(context, tuple(map_shape), classes, dtype)
+        call = lambda f=features, y=labels, k=classes: sf.class_moments(f, y, k, backend="triton").sums  # noqa: E731
+        wrong = _agree(f"moments {name} {dtype}", call(), formulas.one_hot_sums(features.float(), labels, classes), 1e-3)
+        failures += wrong
+        if wrong:
+            continue
+        peers = {
+            "released": lambda f=features, y=labels, k=classes: formulas.released_prototypes(f, y, k),
+            "one_hot_matmul": lambda f=features, y=labels, k=classes: formulas.one_hot_sums(f, y, k),
+        }
+        if classes > 1000:
+            peers.pop("released")  # a host sync and a masked copy per class: minutes
+        size = features.numel() * dtype.itemsize
+        floor = size / ceilings(context)["copy_gb_s"] / 1e3
+        rows.append(_row(context, "class_moments", name, dtype, call, floor, size, peers_us=_peers_us(context, peers)))
+    return {"rows": rows, "failures": failures}
+
+
+def _ours_up(logits, labels):
+    return sf.upsampled_cross_entropy(logits, labels, temperature=1.8, backend="triton")
+
+
+def _eager_up(logits, labels):
+    return formulas.interpolate_cross_entropy(logits, labels, 1.8)
+
+
+def upsample(context) -> dict:
+    rows, failures = [], []
+    for (name, (shape, size)), dtype in ((s, d) for d in dtypes(context) for s in upsampled_shapes(context).items()):
+        logits, labels = upsampling_problem(context, shape, size, dtype)
+        leaf = logits.requires_grad_()
+
+        def both(function, leaf=leaf, labels=labels):
+            return torch.autograd.grad(function(leaf, labels), leaf)[0]
+
+        wrong = _agree(f"upsample {name} {dtype}", both(_ours_up), both(_eager_up), 1e-2 if dtype != torch.float32 else 1e-4)
+        failures += wrong
+        if wrong:
+            continue
+        floor = shape[0] * shape[1] * size[0] * size[1] / ceilings(context)["exp_per_us"]
+        peers = _peers_us(context, {"interpolate + cross_entropy": lambda f=both: f(_eager_up)})
+        call = lambda f=both: f(_ours_up)  # noqa: E731
+        rows.append(_row(context, "upsampled_cross_entropy with gradient", name, dtype, call, 2 * floor, peers_us=peers))
+        if shape[1] <= 256:
+            detached = logits.detach()
+            peers = _peers_us(context, {"interpolate + softmax + max": lambda d=detached, s=size: formulas.interpolate_prediction(d, s)})
+            predict = lambda d=detached, s=size: sf.upsampled_prediction(d, s, backend="triton")  # noqa: E731
+            rows.append(_row(context, "upsampled_prediction", name, dtype, predict, floor, peers_us=peers))
+    return {"rows": rows, "failures": failures}
+
+
+def compiled_peers(context) -> dict:
+    """torch.compile of the best eager formulas, forward + backward; as many as the time allows."""
+    rows, left_out = [], []
+    mode = {"backend": "aot_eager"} if context.dry else {}
+    jobs = [("upsample", name, torch.float32) for name in upsampled_shapes(context)]
+    jobs = [("contrast", name, dtype) for dtype in dtypes(context) for name in shapes(context)] + jobs
+    jobs.sort(key=lambda job: job[1] == "D")  # the least telling last
+    for op, name, dtype in jobs:
+        if context.seconds_left < (0 if context.dry else 40):
+            left_out.append([op, name, str(dtype)])
+            continue
+        torch._dynamo.reset()
+        if op == "contrast":
+            *map_shape, classes = shapes(context)[name]
+            features, labels, prototypes = problem(context, tuple(map_shape), classes, dtype)
+            function, leaf = torch.compile(formulas.channel_first_contrast, **mode), features.requires_grad_()
+            call = lambda f=function, x=leaf, y=labels, p=prototypes: torch.autograd.grad(f(x, y, p, _TEMPERATURE), x)  # noqa: E731
+        else:
+            shape, size = upsampled_shapes(context)[name]
+            logits, labels = upsampling_problem(context, shape, size, dtype)
+            function, leaf = torch.compile(formulas.interpolate_cross_entropy, **mode), logits.requires_grad_()
+            call = lambda f=function, x=leaf, y=labels: torch.autograd.grad(f(x, y, 1.8), x)  # noqa: E731
+        took = _peers_us(context, {"compile": call})["compile"]
+        rows.append({"op": op, "shape": name, "dtype": str(dtype).removeprefix("torch."), "us": took})
+        print("   ", rows[-1], flush=True)
+    return {"rows": rows, "left_out_for_time": left_out}
