@@ -3,6 +3,7 @@
 A table is a list of rows, the first row that matches wins. A row matches where every condition it has holds:
     kernel   name of the kernel                      dtype    "fp32" | "half"
     max_dim, max_classes   upper limits              layout   "pixels" (pixels lie side by side, NCHW) | "channels" (channels_last)
+    dim, num_classes       exactly these
 Image sizes are never part of a key. `tune.py` writes a user's own rows (JSON, `user_table_path()`), which are looked at first.
 Nothing here was measured on a GPU yet: the rows are what compiles without spills and fits the arithmetic of the design.
 """
@@ -110,7 +111,7 @@ def user_table_path() -> Path:
 def _user_rows(arch: str) -> list[Row]:
     """The user's rows for `arch`. A table that cannot be read is refused with its name: silence would hide a typo for ever."""
     path = user_table_path()
-    if arch == "interpreter" or not path.is_file():
+    if not path.is_file():
         return []
     try:
         rows = json.loads(path.read_text()).get(arch, [])
@@ -135,6 +136,8 @@ def _find(arch: str, kernel: str, dtype: torch.dtype, dim: int, num_classes: int
             row["kernel"] == kernel
             and row.get("dtype", kind) == kind
             and row.get("layout", layout) == layout
+            and dim == row.get("dim", dim)
+            and num_classes == row.get("num_classes", num_classes)
             and dim <= row.get("max_dim", dim)
             and num_classes <= row.get("max_classes", num_classes)
         ):

@@ -175,5 +175,46 @@ def test_a_users_table_comes_first_and_a_broken_one_is_named(tmp_path, monkeypat
         settings.forget()
 
 
+def test_tune_keeps_what_is_faster_and_right_and_writes_it(tmp_path, monkeypatch, capsys):
+    """With a clock that prefers two stages: found, written for exactly these sizes, and read by the next launch."""
+    from spcl_fast.kernels import tune
+
+    monkeypatch.setenv("SPCL_FAST_LAUNCH_TABLE", str(tmp_path / "cache" / "launch.json"))
+    settings.forget()
+    arch = "interpreter" if kernels.pixels.INTERPRETED else settings.architecture(0)
+
+    def clock(call):
+        call()
+        launch = settings.find(arch, "contrast_forward", torch.float32, 20, 3)
+        return 1.0 if launch["num_stages"] == 2 else 2.0
+
+    monkeypatch.setattr(tune, "_median_us", clock)
+    asked = ["--batch", "1", "--dim", "20", "--size", "3", "5", "--classes", "3", "--dtype", "float32", "--seconds", "20"]
+    assert tune.main(asked) == 0
+    rows = json.loads((tmp_path / "cache" / "launch.json").read_text())[arch]
+    (row,) = [row for row in rows if row["kernel"] == "contrast_forward"]
+    assert row["launch"]["num_stages"] == 2 and (row["dim"], row["num_classes"], row["layout"]) == (20, 3, "pixels")
+    assert "rows written" in capsys.readouterr().out
+    assert settings.find(arch, "contrast_forward", torch.float32, 20, 3)["num_stages"] == 2
+    assert settings.find(arch, "contrast_forward", torch.float32, 21, 3)["num_stages"] != 2
+    monkeypatch.undo()
+    settings.forget()
+
+
+def test_make_gpu_runs_through_on_tiny_shapes_without_a_gpu(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("--dry-run is for machines without a GPU")
+    script, out = SOURCE.parent / "benchmarks" / "gpu.py", tmp_path / "dry.json"
+    command = [sys.executable, str(script), "--dry-run", "--out", str(out), "--parts", "determinism,graph,moments,contrast,upsample,sanitizer"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stdout + done.stderr
+    parts = json.loads(out.read_text())["parts"]
+    assert parts["contrast"]["state"] == parts["moments"]["state"] == parts["upsample"]["state"] == "ok"
+    assert parts["graph"] == {"state": "skipped", "seconds": 0.0, "reason": "CUDA graphs need a GPU"}
+    assert set(parts["contrast"]["rows"][1]["peers_us"]) >= {"released", "channel_first"}
+    again = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert again.stdout.count("done before") == 6  # what is done is not done again
+
+
 def test_architecture_without_a_table_takes_the_default():
     assert settings.find("default", "moments", torch.float32, 64, 19) is not None
