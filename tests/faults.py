@@ -287,8 +287,8 @@ def train_tiny(folder: Path, begun: Begun, pause: float = 0.0, iterations: int =
 class Begun:
     """A flag between processes that a killed one cannot leave locked: a file."""
 
-    def __init__(self) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix="begun-")) / "flag"
+    def __init__(self, folder: Path) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="begun-", dir=folder)) / "flag"
 
     def set(self) -> None:
         self.path.touch()

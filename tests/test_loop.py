@@ -340,7 +340,7 @@ def test_a_full_disk_stops_the_run_in_words_and_the_older_checkpoint_is_whole(tm
 
 
 def test_two_processes_never_write_one_run(tmp_path):
-    begun = Begun()
+    begun = Begun(tmp_path)
     process = start_process(train_tiny, tmp_path, begun, 0.05, 10_000)
     try:
         assert begun.wait(60)

@@ -32,7 +32,7 @@ from spcl_fast.train.signals import stop_requests
 def undisturbed(tmp_path_factory):
     """Trained in a process of its own kind: the same number of threads as those that are killed."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    process = start_process(train_tiny, folder, Begun(), 0.005)
+    process = start_process(train_tiny, folder, Begun(folder), 0.005)
     process.join(120)
     assert process.exitcode == 0
     return final_state(folder), metrics_without_times(Run(folder))
@@ -48,7 +48,7 @@ def kill_until_finished(folder: Path, rng: random.Random, pause: float) -> int:
     """Start the run, kill it after a random while, again and again until it gets through; how often it was killed."""
     kills = 0
     while True:
-        begun = Begun()
+        begun = Begun(folder.parent)
         process = start_process(train_tiny, folder, begun, pause)
         if rng.random() < 0.8:
             while not begun.wait(0.01) and process.is_alive():  # mostly in the training; sometimes while it still starts
@@ -88,7 +88,7 @@ def test_200_kills_change_no_bit(tmp_path, undisturbed, seed):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_saves_the_next_step_and_exits_75(tmp_path, undisturbed, number):
-    begun = Begun()
+    begun = Begun(tmp_path)
     process = start_process(train_tiny, tmp_path, begun, 0.02)
     assert begun.wait(60)
     time.sleep(0.1)
@@ -112,7 +112,7 @@ def endless_step(folder: Path, begun) -> None:
 
 
 def test_two_interrupts_end_a_step_that_hangs(tmp_path):
-    begun = Begun()
+    begun = Begun(tmp_path)
     process = start_process(endless_step, tmp_path, begun)
     assert begun.wait(60)
     os.kill(process.pid, signal.SIGINT)
@@ -146,7 +146,7 @@ def with_loading_process(folder: Path, begun) -> None:
 
 def test_a_signal_to_the_whole_process_group_still_saves(tmp_path):
     """Batch systems and Ctrl-C signal the data-loading processes too."""
-    begun = Begun()
+    begun = Begun(tmp_path)
     process = start_process(with_loading_process, tmp_path, begun)
     assert begun.wait(60)
     os.killpg(process.pid, signal.SIGUSR1)
