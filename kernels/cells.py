@@ -4,8 +4,8 @@ A cell is the square between four low-resolution nodes; cell c spans nodes c and
 (right of the last). Every output pixel lies in exactly one cell. Lanes own cells and hold a window of their pixels [ROWS, COLS, CELLS] in
 registers: a lane's four nodes are loaded once for ROWS x COLS pixels, neighbouring lanes load neighbouring nodes, and sums over pixels
 cross no lane.
-That pixels lie side by side along COLS is hidden from the compiler (`unit`, a 1 that is not specialised): it would otherwise put lanes
-along COLS for the sake of a few label loads, and convert between the layouts in the innermost loop.
+What belongs to pixels is loaded and stored as a flat vector (`flat`, free: the lane stays the cell): given a three-dimensional load, the
+compiler would put lanes along the pixels for its sake, and convert between the two layouts in the innermost loop.
 The first pixel of a cell is found by bisection of the very expression that interpolates, so rounding cannot lose or double a pixel.
 """
 
@@ -52,6 +52,12 @@ def upper_weight(pixel, cell, size, scale, ALIGN: tl.constexpr):
     """Weight of the cell's upper node. Outside the first and last node both nodes are one: the weight goes to the one that exists."""
     weight = tl.minimum(tl.maximum(source(pixel, scale, ALIGN) - cell.to(tl.float32), 0.0), 1.0)
     return tl.where(cell < 0, 1.0, tl.where(cell >= size - 1, 0.0, weight))
+
+
+@triton.jit
+def flat(window):
+    """[ROWS, COLS, CELLS] -> [ROWS * COLS * CELLS]: the same registers of the same lanes."""
+    return tl.reshape(window, [window.shape[0] * window.shape[1] * window.shape[2]])
 
 
 @triton.jit

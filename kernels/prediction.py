@@ -11,15 +11,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .cells import CELLS, LAUNCH, axis_scale, first_pixel, interpolate, load_corners, upper_weight, window
+from .cells import CELLS, LAUNCH, axis_scale, first_pixel, flat, interpolate, load_corners, upper_weight, window
 from .pixels import on_device_of
 from .upsample import _LOG2E, bands_of
 
 
-@triton.jit(do_not_specialize=["unit"])
+@triton.jit
 def prediction_kernel(
     logits_ptr, threshold_ptr, label_ptr, confidence_ptr, K, h, w, H, W, scale_h, scale_w, stride_b, stride_k, stride_h, stride_w,
-    ignore_index, factor, bands, strips, tiles, steps, unit,
+    ignore_index, factor, bands, strips, tiles, steps,
     ALIGN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) % tiles
@@ -59,10 +59,11 @@ def prediction_kernel(
                     total += tl.exp2(interpolate(a, b, c, d, y, x) - top)
                     ptr += stride_k
                 confidence = 1.0 / total
+                confidence, label = flat(confidence), flat(label)
                 if threshold_ptr is not None:
                     label = tl.where(confidence < tl.load(threshold_ptr + label), ignore_index, label)
-                inside = (i < row_end) & (j < col_end[None, None, :])
-                pixel = (image * H + i) * W + j * unit
+                inside = flat((i < row_end) & (j < col_end[None, None, :]))
+                pixel = image * H * W + flat(i * W + j)
                 tl.store(label_ptr + pixel, label.to(tl.uint8), mask=inside)
                 tl.store(confidence_ptr + pixel, confidence, mask=inside)
 
@@ -84,7 +85,7 @@ def upsampled_prediction(logits, size, thresholds, *, temperature, align_corners
         prediction_kernel[(batch * strips * tiles,)](
             logits, thresholds, labels, confidence, num_classes, h, w, height, width,
             axis_scale(h, height, align_corners), axis_scale(w, width, align_corners), *logits.stride(),
-            ignore_index, _LOG2E / temperature, bands, strips, tiles, max(height, width).bit_length(), 1,
+            ignore_index, _LOG2E / temperature, bands, strips, tiles, max(height, width).bit_length(),
             align_corners, rows, cols if tail == 0 or rows * cols >= 16 else 2 * cols, CELLS, **LAUNCH,
         )  # fmt: skip
     return labels, confidence

@@ -34,7 +34,7 @@ _small = functools.partial(_row, registers=None)  # the interpreter knows no reg
 # aims at an occupancy of its own and takes a few bytes of spills for it.
 _DEFAULT: list[Row] = [
     # Forward: D streamed through shared memory, the K logits of a pixel in registers. fp32 dots are FMA: short in D, or operands spill.
-    _row("contrast_forward", dtype="fp32", max_classes=32, BLOCK_N=64, BLOCK_K=32, BLOCK_D=32, warps=8),
+    _row("contrast_forward", dtype="fp32", max_classes=32, BLOCK_N=64, BLOCK_K=32, BLOCK_D=16, warps=8, stages=4),
     _row("contrast_forward", dtype="fp32", BLOCK_N=64, BLOCK_K=64, BLOCK_D=16, warps=8),
     _row("contrast_forward", max_classes=16, BLOCK_N=64, BLOCK_K=16, BLOCK_D=128),
     _row("contrast_forward", max_classes=32, BLOCK_N=64, BLOCK_K=32, BLOCK_D=128),

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .cells import CELLS, LAUNCH, axis_scale, first_pixel, interpolate, load_corners, upper_weight, window
+from .cells import CELLS, LAUNCH, axis_scale, first_pixel, flat, interpolate, load_corners, upper_weight, window
 from .pixels import INTERPRETED, class_and_pixel_weight, classify, finish_kernel, flag, on_device_of, power_of_two
 
 _LOG2E = 1.4426950408889634
@@ -83,7 +83,7 @@ def _window(
     logits_ptr, label_ptr, class_weight_ptr, pixel_weight_ptr, loss_ptr, dlogits_ptr, flag_ptr,
     top, gap, band, cells, col_start, col_end, row_end, r0, c0, owned, owned_node, inv_denominator,
     K, h, w, H, W, scale_h, scale_w, stride_k, row0, row1, col0, col1, label_h, label_w, ignore_index,
-    factor, inv_temperature, add_top, add_bottom, unit,
+    factor, inv_temperature, add_top, add_bottom,
     ALIGN: tl.constexpr, NONE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
     """One window of pixels of each lane's cell -> its loss and class weight, summed; and its part of the gradient, added to memory."""
@@ -92,9 +92,16 @@ def _window(
     inside = (i < row_end) & (j < col_end[None, None, :])
     y = upper_weight(i, tl.full([1, 1, 1], 0, tl.int32) + band, h, scale_h, ALIGN)
     x = upper_weight(j, cells[None, None, :], w, scale_w, ALIGN)
-    cls, bad = classify(tl.load(label_ptr + i * label_h + j * label_w, mask=inside, other=0), flag_ptr, inside, ignore_index, K)
-    pixel = i * W + j * unit  # within an image 32 bits do, and spare registers
+    mask = flat(inside)
+    value = tl.load(label_ptr + flat(i * label_h + j * label_w), mask=mask, other=0)  # within an image 32 bits do, and spare registers
+    cls, bad = classify(value, flag_ptr, mask, ignore_index, K)
+    pixel = flat(i * W + j)
     class_weight, pixel_weight = class_and_pixel_weight(class_weight_ptr, pixel_weight_ptr, cls, pixel)
+    mine = flat(inside & owned[None, None, :])
+    poison = tl.where(bad, float("nan"), 0.0)
+    weight_sum = tl.sum(tl.where(mine, class_weight + poison, 0.0), 0)
+    weight = tl.reshape(class_weight * pixel_weight, [ROWS, COLS, CELLS])
+    cls = tl.reshape(cls, [ROWS, COLS, CELLS])
     active = cls >= 0
 
     if gap > _SAFE_BITS:
@@ -103,14 +110,12 @@ def _window(
     else:
         bound = top[None, None, :]
         lse, z_label = _lse_and_label(logits_ptr, bound, cls, factor, K, stride_k, row0, row1, col0, col1, y, x, ROWS, COLS, CELLS)
-    loss = tl.where(active, class_weight * pixel_weight * ((lse - z_label) * 0.6931471805599453), 0.0) + tl.where(bad, float("nan"), 0.0)
+    loss = flat(tl.where(active, weight * ((lse - z_label) * 0.6931471805599453), 0.0)) + poison
+    loss_sum = tl.sum(tl.where(mine, loss, 0.0), 0)
     if NONE:
-        tl.store(loss_ptr + pixel, loss, mask=inside & owned[None, None, :])
-    mine = owned[None, None, :]
-    loss_sum = tl.sum(tl.ravel(tl.where(mine, loss, 0.0)), 0)
-    weight_sum = tl.sum(tl.ravel(tl.where(mine, class_weight + tl.where(bad, float("nan"), 0.0), 0.0)), 0)
+        tl.store(loss_ptr + pixel, loss, mask=mine)
     if dlogits_ptr is not None:
-        scale = class_weight * pixel_weight * (inv_denominator * inv_temperature)
+        scale = weight * (inv_denominator * inv_temperature)
         previous = tl.maximum(tl.arange(0, CELLS) - 1, 0)
         column = tl.sum(x, 0)  # x itself: its first dimension is 1
         ptr = logits_ptr
@@ -132,11 +137,11 @@ def _window(
     return loss_sum, weight_sum
 
 
-@triton.jit(do_not_specialize=["label_w", "unit"])
+@triton.jit
 def cross_entropy_kernel(
     logits_ptr, label_ptr, class_weight_ptr, pixel_weight_ptr, denominator_ptr, loss_ptr, dlogits_ptr, partial_ptr, flag_ptr,
     K, h, w, H, W, scale_h, scale_w, stride_b, stride_k, stride_h, stride_w, label_b, label_h, label_w, ignore_index,
-    factor, inv_temperature, bands, strips, tiles, steps, unit,
+    factor, inv_temperature, bands, strips, tiles, steps,
     ALIGN: tl.constexpr, NONE: tl.constexpr, HALO: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, TAIL_ROWS: tl.constexpr, TAIL: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
@@ -187,7 +192,7 @@ def cross_entropy_kernel(
                         logits_ptr, label_ptr, class_weight_ptr, pixel_weight_ptr, loss_ptr, dlogits_ptr, flag_ptr,
                         top, gap, band, cells, col_start, col_end, row_end, r0, c0, mine, owned_node, inv_denominator,
                         K, h, w, H, W, scale_h, scale_w, stride_k, row0, row1, col0, col1, label_h, label_w, ignore_index,
-                        factor, inv_temperature, add_top, add_bottom, unit, ALIGN, NONE, ROWS, COLS, CELLS,
+                        factor, inv_temperature, add_top, add_bottom, ALIGN, NONE, ROWS, COLS, CELLS,
                     )  # fmt: skip
                     loss_sum += loss
                     weight_sum += weight
@@ -198,7 +203,7 @@ def cross_entropy_kernel(
                             logits_ptr, label_ptr, class_weight_ptr, pixel_weight_ptr, loss_ptr, dlogits_ptr, flag_ptr,
                             top, gap, band, cells, col_start, col_end, row_end, r0, full, mine, owned_node, inv_denominator,
                             K, h, w, H, W, scale_h, scale_w, stride_k, row0, row1, col0, col1, label_h, label_w, ignore_index,
-                            factor, inv_temperature, add_top, add_bottom, unit, ALIGN, NONE, TAIL_ROWS, TAIL, CELLS,
+                            factor, inv_temperature, add_top, add_bottom, ALIGN, NONE, TAIL_ROWS, TAIL, CELLS,
                         )  # fmt: skip
                         loss_sum += loss
                         weight_sum += weight
@@ -257,7 +262,7 @@ def upsampled_cross_entropy_forward(
             logits, labels, class_weight, pixel_weight, denominator, loss if none else None, dlogits if needs_dlogits else None, partial,
             flag(logits), num_classes, h, w, height, width, axis_scale(h, height, align_corners), axis_scale(w, width, align_corners),
             *logits.stride(), *labels.stride(), ignore_index, _LOG2E / temperature, 1 / temperature,
-            bands, strips, tiles, max(height, width).bit_length(), 1,
+            bands, strips, tiles, max(height, width).bit_length(),
             align_corners, none, halo, rows, cols, min(8, power_of_two(-(-height // h))) if tail else 1, tail, CELLS, **LAUNCH,
         )  # fmt: skip
         if not none:
