@@ -15,7 +15,15 @@ from setuptools.command.build_ext import build_ext as PlainBuild
 ROOT = Path(__file__).parent
 REASON_FILE = "native_build.txt"  # beside _C: "built", or why it was not
 # No -ffast-math: NaN and infinity must come through. -ffp-contract=fast lets a * b + c be one instruction.
-KERNEL_FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wno-maybe-uninitialized"]
+KERNEL_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-Wno-maybe-uninitialized",
+]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 X86_LEVELS = {"avx2": AVX2, "avx512": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]}
 KERNELS = [f"csrc/cpu/{op}.cpp" for op in ("prototype_contrastive_loss", "class_moments")]
@@ -48,7 +56,7 @@ class BuildNative(BASE):
     """Compiles the kernels level by level, then the module; a failure becomes a sentence in REASON_FILE, not a failed install."""
 
     def run(self):
-        reason = NO_TORCH
+        reason, in_place = NO_TORCH, self.inplace
         if reason is None:
             try:
                 super().run()
@@ -56,6 +64,7 @@ class BuildNative(BASE):
                 if isinstance(error, KeyboardInterrupt):
                     raise
                 reason = f"the C++ build failed: {str(error).strip() or type(error).__name__}"
+                self.inplace = in_place  # setuptools turns it off while it builds
         self.record(reason)
 
     def build_extension(self, ext):
@@ -83,7 +92,7 @@ def native_extension() -> Extension:
         flags.append("-DSPCL_HAS_X86_LEVELS")
     if NO_TORCH is not None:
         return Extension("spcl_fast._C", ["csrc/ops.cpp"], optional=True)
-    from torch.utils.cpp_extension import CppExtension
+    from torch.utils.cpp_extension import CppExtension, library_paths
 
     try:
         import pybind11
@@ -92,11 +101,13 @@ def native_extension() -> Extension:
     except ImportError:
         include = []  # torch ships a copy of the headers
     said = " ".join(KERNEL_FLAGS + [f"[{level}: {' '.join(extra)}]" for level, extra in levels().items() if extra])
+    libraries = [f"-Wl,-rpath,{origin}" for origin in ("$ORIGIN/../torch/lib", *library_paths())] if sys.platform == "linux" else []
     return CppExtension(
         "spcl_fast._C",
         ["csrc/ops.cpp"],
-        include_dirs=[str(ROOT / "csrc"), *include],
-        depends=[str(p) for p in ROOT.glob("csrc/**/*") if p.is_file()],
+        include_dirs=["csrc", *include],
+        depends=sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*") if p.is_file()),
+        extra_link_args=libraries,  # so that _C imports before torch does
         extra_compile_args=[*flags, f'-DSPCL_CXX_FLAGS="{said}"'],
         optional=True,
     )

@@ -69,7 +69,8 @@ def prototype_contrastive_backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dfeatures = _empty_gradient(features) if needs_dfeatures else features.new_empty(0)
     dprototypes = _native.prototype_contrastive_backward(
-        _floats(grad_loss), features, labels, _plain(prototypes), _plain(class_weight), _floats(pixel_weight), lse, inv_norm, logits, denominator,
+        _floats(grad_loss), features, labels, _plain(prototypes), _plain(class_weight), _floats(pixel_weight),
+        lse, inv_norm, logits, denominator,
         dfeatures, temperature, normalize, ignore_index, needs_dfeatures, needs_dprototypes,
     )  # fmt: skip
     return dfeatures, dprototypes
