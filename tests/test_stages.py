@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -12,11 +14,12 @@ import torch.nn.functional as F
 
 from spcl_fast.config import Config
 from spcl_fast.data import read_label_png
-from spcl_fast.errors import CheckpointError
+from spcl_fast.errors import CheckpointError, Interrupted
 from spcl_fast.models import build_model
 from spcl_fast.settings import load_config
 from spcl_fast.train.context import Context
 from spcl_fast.train.evaluate import Scores, evaluate_model
+from spcl_fast.train.signals import StopRequest
 from spcl_fast.train.stages import load_prototypes, run_stages
 
 TINY = {
@@ -111,6 +114,24 @@ def test_target_labels_are_read_by_the_oracle_and_the_judge_only(tmp_path, monke
     monkeypatch.setattr(Context, "dataset", spy)
     run_stages(tiny_config(tmp_path), STAGES[:-1])
     assert ("target", "train", False) in opened and ("target", "train", True) not in opened
+
+
+@pytest.mark.parametrize("doing", ["averaging prototypes", "predicting pseudo-labels", "evaluating warmup"])
+def test_a_signal_between_trained_stages_stops_with_its_own_exit_code_and_the_run_goes_on(tmp_path, monkeypatch, doing):
+    original, listening = StopRequest.raise_if_requested, [True]
+
+    def signal_arrives(self, text):
+        if text == doing and listening:
+            listening.clear()
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(self, text)
+
+    monkeypatch.setattr(StopRequest, "raise_if_requested", signal_arrives)
+    stages = ("source_only", "warmup", "prototypes", "pseudo_labels")
+    with pytest.raises(Interrupted, match=f"Stopped by SIGTERM while {doing}"):
+        run_stages(tiny_config(tmp_path), stages)
+    run_stages(tiny_config(tmp_path), stages)
+    assert Context(tiny_config(tmp_path)).run.done("pseudo_labels")
 
 
 def test_selection_on_source_keeps_the_best_checkpoint(tmp_path):

@@ -22,6 +22,7 @@ from .evaluate import evaluate_model
 from .identity import step_seed
 from .log import Run
 from .loop import fit, load_modules, poly_schedule
+from .signals import StopRequest
 from .tensorfile import read_tensors, replace_tensors
 
 
@@ -33,6 +34,7 @@ class Context:
         self.run = Run(Path(config.runs_dir) / config.name)
         self.device = choose_device(config.loop.device)
         self.precision = Precision(self.device, config.loop.precision)
+        self.stop = StopRequest()  # the run's own once it listens to signals
 
     # --- data --------------------------------------------------------------------------------------------------------------------
 
@@ -204,6 +206,7 @@ class Context:
             shown = {i * count // max(evaluate.overlays, 1) for i in range(min(evaluate.overlays, count))}
 
             def keep(index: int, name: str, labels: np.ndarray) -> None:
+                self.stop.raise_if_requested(f"evaluating {stage}")
                 if index in shown:
                     write_label_png(self.run.path(stage, "predictions", f"{name}.png"), labels, self.classes.palette)
 

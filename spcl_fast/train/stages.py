@@ -21,6 +21,7 @@ from ..ops import agreement_labels, class_moments, prototype_contrastive_loss, u
 from ..thresholds import PseudoLabelThresholds
 from . import distributed, memory
 from .context import Context
+from .signals import stop_requests
 from .summary import keep_samples, write_summary
 from .tensorfile import read_tensors, replace_tensors
 
@@ -155,6 +156,7 @@ def _mean_of_image_means(context: Context, model: SegmentationModel, dataset: Da
     total = torch.zeros(num_classes, model.channels, device=context.device)
     images = torch.zeros(num_classes, dtype=torch.int64, device=context.device)
     for image, label, _ in eval_batches(dataset, context.config.source.size, workers=context.config.loop.workers):
+        context.stop.raise_if_requested("averaging prototypes")
         features, logits = model(image.to(context.device))
         label = torch.from_numpy(label).to(context.device)[None]
         moments = class_moments(features, agreement_labels(label, logits.argmax(1)), num_classes)
@@ -228,6 +230,7 @@ def _logits_of(
         yield from list(cached.items())
         room = _CACHED_LOGITS_BYTES - sum(logits.nbytes for logits in cached.values())
         for image, _, name in eval_batches(dataset.select(missing), size, workers=context.config.loop.workers, labels=False):
+            context.stop.raise_if_requested("predicting pseudo-labels")
             with context.precision.autocast():
                 _, logits = model(image.to(context.device))
             logits = logits.float()
@@ -372,10 +375,12 @@ def run_stages(config: Config, names: tuple[str, ...] | list[str] | None = None)
         )
         if context.run.read_json("summary.json") is None:  # a run's first settings; later ones are kept once a stage has accepted them
             context.run.write_text("config.yaml", dump_config(config))
-        for name, stage in STAGES.items():
-            if name in wanted:
-                memory.reset_peak(context.device)
-                stage(context)
-        context.run.write_text("config.yaml", dump_config(config))
-        write_summary(context)
+        with context.run.exclusive(), stop_requests() as stop:
+            context.stop = stop
+            for name, stage in STAGES.items():
+                if name in wanted:
+                    memory.reset_peak(context.device)
+                    stage(context)
+            context.run.write_text("config.yaml", dump_config(config))
+            write_summary(context)
         context.run.close()
