@@ -86,6 +86,7 @@ class PrototypesConfig:
     """One pass over the labelled source images."""
 
     images: int | None = None  # None: all
+    file: str | None = None  # take them from here instead: semantic_prototype.pth of the release, or our prototypes.safetensors
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,8 @@ class PseudoLabelConfig:
     cap: float = 0.9
     estimate_size: tuple[int, int] | None = None  # thresholds from predictions at this size; None: at the size of use
     images: int | None = None  # None: all
+    thresholds: str | None = None  # take the first round's thresholds from here: thres_const.npy of the release
+    folder: str | None = None  # take the first round's labels from here: palette PNGs of the release, or ours
 
 
 @dataclass(frozen=True)

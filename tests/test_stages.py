@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from spcl_fast.compat.spcl import load_semantic_prototype, load_thres_const
 from spcl_fast.config import Config
 from spcl_fast.data import read_label_png
 from spcl_fast.errors import CheckpointError, Interrupted
@@ -132,6 +133,36 @@ def test_a_signal_between_trained_stages_stops_with_its_own_exit_code_and_the_ru
         run_stages(tiny_config(tmp_path), stages)
     run_stages(tiny_config(tmp_path), stages)
     assert Context(tiny_config(tmp_path)).run.done("pseudo_labels")
+
+
+def test_what_the_release_left_is_taken_over(finished, tmp_path):
+    """semantic_prototype.pth [D, K], thres_const.npy, and a folder of palette PNGs."""
+    prototype = torch.randn(32, len(finished.classes))
+    torch.save(prototype, tmp_path / "semantic_prototype.pth")
+    np.save(tmp_path / "thres_const.npy", np.full(len(finished.classes), 0.25))
+    given = {"prototypes.file": str(tmp_path / "semantic_prototype.pth"), "pseudo_label.thresholds": str(tmp_path / "thres_const.npy")}
+    config = tiny_config(tmp_path, **given)
+    run_stages(config, ("source_only", "prototypes", "pseudo_labels"))
+    torch.testing.assert_close(load_prototypes(Context(config)), prototype.T)
+    record = json.loads(Context(config).run.path("pseudo_labels", "thresholds.json").read_text())
+    assert set(record["thresholds"].values()) == {0.25}
+
+    folder = str(finished.run.path("pseudo_labels"))
+    labelled = tiny_config(tmp_path, "labelled", **{"pseudo_label.folder": folder})
+    run_stages(labelled, ("source_only", "prototypes", "pseudo_labels", "adapt"))
+    assert not list(Context(labelled).run.path("pseudo_labels").glob("*.png")) and Context(labelled).run.done("adapt")
+
+
+def test_what_is_not_the_releases_is_refused_in_words(tmp_path):
+    torch.save({"a": torch.zeros(3)}, tmp_path / "p.pth")
+    with pytest.raises(CheckpointError, match=r"holds a dict; expected a tensor \[D, 5\]"):
+        load_semantic_prototype(tmp_path / "p.pth", 5)
+    (tmp_path / "empty.npy").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="thres_const.npy"):
+        load_thres_const(tmp_path / "empty.npy", 5)
+    np.save(tmp_path / "short.npy", np.zeros(3))
+    with pytest.raises(CheckpointError, match=r"float64 \[3\]; expected a threshold for each of 5 classes"):
+        load_thres_const(tmp_path / "short.npy", 5)
 
 
 def test_selection_on_source_keeps_the_best_checkpoint(tmp_path):

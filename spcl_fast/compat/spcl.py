@@ -9,13 +9,44 @@ saved once they exist, not before.
 from __future__ import annotations
 
 import os
+import pickle
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..errors import CheckpointError
 from ..thresholds import PseudoLabelThresholds
+
+
+def load_semantic_prototype(path: str | Path, num_classes: int) -> Tensor:
+    """semantic_prototype.pth of the release, [D, K] -> [K, D] float32. Nothing in the file is run.
+
+    Raises CheckpointError for a file that is no such tensor.
+    """
+    try:
+        prototype = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path} cannot be read as the release's semantic_prototype.pth: {str(error).splitlines()[0]}") from error
+    if not isinstance(prototype, Tensor) or prototype.dim() != 2 or prototype.shape[1] != num_classes:
+        found = f"a tensor {list(prototype.shape)}" if isinstance(prototype, Tensor) else f"a {type(prototype).__name__}"
+        raise CheckpointError(f"{path} holds {found}; expected a tensor [D, {num_classes}], a column for each class")
+    return prototype.float().t().contiguous()
+
+
+def load_thres_const(path: str | Path, num_classes: int) -> Tensor:
+    """thres_const.npy of the release -> [K] float32. Raises CheckpointError for another file, such as the empty one the release leaves."""
+    try:
+        thresholds = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise CheckpointError(f"{path} cannot be read as the release's thres_const.npy: {error}") from error
+    if thresholds.shape != (num_classes,) or not np.issubdtype(thresholds.dtype, np.floating):
+        raise CheckpointError(
+            f"{path} holds {thresholds.dtype} {list(thresholds.shape)}; expected a threshold for each of {num_classes} classes"
+        )
+    return torch.from_numpy(thresholds).float()
 
 
 class PixelCLLoss(nn.Module):

@@ -63,7 +63,8 @@ class Context:
 
     def pseudo_labelled(self, folder: str) -> Dataset:
         """The target's training images with the labels that a pseudo-label stage wrote."""
-        return with_pseudo_labels(self.unlabelled_target(), self.run.path(folder))
+        given = self.config.pseudo_label.folder if folder == "pseudo_labels" else None
+        return with_pseudo_labels(self.unlabelled_target(), given or self.run.path(folder))
 
     def batches(
         self, stage: str, side: str, dataset: Dataset, train: TrainConfig, augment: AugmentConfig

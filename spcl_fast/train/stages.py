@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..bank import PrototypeBank
+from ..compat.spcl import load_semantic_prototype, load_thres_const
 from ..config import Config, PseudoLabelConfig, SourceConfig
 from ..data import Batch, Dataset, eval_batches, write_label_png
+from ..errors import CheckpointError
 from ..models import Discriminator, SegmentationModel
 from ..ops import agreement_labels, class_moments, prototype_contrastive_loss, upsampled_cross_entropy, upsampled_prediction
 from ..thresholds import PseudoLabelThresholds
@@ -136,7 +139,9 @@ def prototypes(context: Context) -> None:
     if context.finished_before("prototypes", identity):
         return
     model = context.model_of(start).eval()
-    if distributed.is_main():
+    if settings.file is not None:
+        _take_prototypes(context, Path(settings.file), model.channels, identity)
+    elif distributed.is_main():
         dataset = context.dataset("source", "train")
         if settings.images is not None and settings.images < len(dataset):
             dataset = dataset.select([i * len(dataset) // settings.images for i in range(settings.images)])
@@ -147,6 +152,17 @@ def prototypes(context: Context) -> None:
         replace_tensors(context.run.path("prototypes.safetensors"), {"prototypes": means, "images": images})
         context.run.mark_done("prototypes", identity, missing=missing)
     distributed.barrier()
+
+
+def _take_prototypes(context: Context, path: Path, dim: int, identity: dict) -> None:
+    """Prototypes that somebody made before."""
+    num_classes = len(context.classes)
+    found = read_tensors(path)["prototypes"] if path.suffix == ".safetensors" else load_semantic_prototype(path, num_classes)
+    if found.shape != (num_classes, dim):
+        raise CheckpointError(f"{path} holds prototypes {list(found.shape)}; this run's net and classes need {[num_classes, dim]}")
+    if distributed.is_main():
+        replace_tensors(context.run.path("prototypes.safetensors"), {"prototypes": found})
+        context.run.mark_done("prototypes", identity)
 
 
 @torch.no_grad()
@@ -184,6 +200,12 @@ def _pseudo_label(context: Context, stage: str, start: str) -> None:
     identity = context.identity(stage, settings, (start,))
     if context.finished_before(stage, identity):
         return
+    first_round = stage == "pseudo_labels"
+    if first_round and settings.folder is not None:
+        images = len(context.pseudo_labelled(stage))  # raises DataError for an image without a label
+        context.run.say(f"{stage}: {images} labels from {settings.folder}")
+        context.run.mark_done(stage, identity)
+        return
     model = context.model_of(start).eval()
     if distributed.is_main():
         dataset = context.unlabelled_target()
@@ -193,25 +215,28 @@ def _pseudo_label(context: Context, stage: str, start: str) -> None:
         thresholds = PseudoLabelThresholds(len(context.classes), quantile=settings.quantile, cap=settings.cap)
         for _, logits in estimate():
             thresholds.update(upsampled_prediction(logits, estimate_size[::-1]))
+        applied = thresholds.thresholds()
+        if first_round and settings.thresholds is not None:
+            applied = load_thres_const(settings.thresholds, len(applied))
         apply = estimate if estimate_size == use_size else _logits_of(context, model, dataset, use_size)
         kept = torch.zeros(len(context.classes), dtype=torch.int64)
         for name, logits in apply():
-            labels = upsampled_prediction(logits, use_size[::-1], thresholds=thresholds.thresholds().to(logits.device)).labels[0].cpu()
+            labels = upsampled_prediction(logits, use_size[::-1], thresholds=applied.to(logits.device)).labels[0].cpu()
             kept += torch.bincount(labels.flatten(), minlength=256)[: len(kept)]
             write_label_png(context.run.path(stage, f"{name}.png"), labels.numpy(), context.classes.palette)
-        record = _threshold_record(context, thresholds, kept)
+        record = _threshold_record(context, thresholds, applied, kept)
         context.run.write_json(f"{stage}/thresholds.json", record)
         context.run.mark_done(stage, identity)
     distributed.barrier()
 
 
-def _threshold_record(context: Context, thresholds: PseudoLabelThresholds, kept: Tensor) -> dict:
+def _threshold_record(context: Context, thresholds: PseudoLabelThresholds, applied: Tensor, kept: Tensor) -> dict:
     names, predicted = context.classes.names, thresholds.counts()
     never = [name for name, count in zip(names, predicted.tolist(), strict=True) if not count]
     if never:
         context.run.say(f"pseudo-labels: never predicted on target: {', '.join(never)}")
     return {
-        "thresholds": dict(zip(names, thresholds.thresholds().tolist(), strict=True)),
+        "thresholds": dict(zip(names, applied.tolist(), strict=True)),
         "predicted_pixels": dict(zip(names, predicted.tolist(), strict=True)),
         "kept_pixels": dict(zip(names, kept.tolist(), strict=True)),
         "exact": bool(thresholds.exact().all()),
