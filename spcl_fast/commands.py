@@ -105,6 +105,17 @@ def _bench(args: argparse.Namespace) -> int:
     return subprocess.run([sys.executable, "-m", "pytest", str(folder), *words], check=False, cwd=folder.parent).returncode
 
 
+def _tune(args: argparse.Namespace) -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError("tune measures on an NVIDIA GPU, and torch sees none here. The shipped settings are used.")
+    from .kernels.tune import main
+
+    words = [f"--{name}={getattr(args, name)}" for name in ("batch", "dim", "classes", "dtype", "layout", "seconds")]
+    return main([*words, "--size", *map(str, args.size)])
+
+
 def _of_trained_net(args: argparse.Namespace) -> Config | None:
     """Settings for `evaluate` and `predict`: those of the run that the weights lie in, unless others are named."""
     from .apply import run_of
@@ -211,6 +222,16 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="as JSON")
 
 
+def _tune_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch", type=int, default=2, help="images (default: 2)")
+    parser.add_argument("--dim", type=int, required=True, help="channels of the features")
+    parser.add_argument("--size", type=int, nargs=2, default=(256, 512), metavar=("HEIGHT", "WIDTH"), help="of the features (default: 256 512)")
+    parser.add_argument("--classes", type=int, required=True, help="classes or prototypes")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the features (default: bfloat16)")
+    parser.add_argument("--layout", choices=("pixels", "channels"), default="pixels", help="NCHW or channels_last (default: pixels)")
+    parser.add_argument("--seconds", type=float, default=300, help="at most (default: 300)")
+
+
 def _keyword(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("keyword", nargs="?", help="only benchmarks whose name holds this")
 
@@ -274,4 +295,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "report": Command("write report.html of a run again", "spcl-fast report runs/demo", _report, None, _run_folder),
     "bench": Command("the benchmarks of a checkout", "spcl-fast bench contrast", _bench, None, _keyword),
+    "tune": Command(
+        "measure launch settings of the Triton kernels for your sizes", "spcl-fast tune --dim 256 --classes 19", _tune, None, _tune_arguments
+    ),
 }

@@ -33,7 +33,7 @@ ALLOWED = {
     "train": {"errors", "config", "settings", "rules", "models", "data", "report", "ops", "losses", "bank", "thresholds", "compat"},
     "apply": {"errors", "config", "models", "data", "ops", "report", "train"},
     "doctor": {"errors", "ops", "backends"},
-    "commands": LEAVES | {"apply", "doctor", "train"},
+    "commands": LEAVES | {"apply", "doctor", "train", "kernels"},  # kernels: its tuner
     "cli": {"errors", "settings", "commands"},
     "__main__": {"cli"},
     "__init__": {"ops", "backends", "losses", "bank", "thresholds"},

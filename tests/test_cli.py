@@ -66,7 +66,7 @@ def test_top_level_help_lists_every_command(words, capsys):
 
 
 def test_the_commands_of_the_contract_are_there():
-    contract = "doctor demo run warmup prototypes pseudo-label adapt distill evaluate predict check-data plan report bench"
+    contract = "doctor demo run warmup prototypes pseudo-label adapt distill evaluate predict check-data plan report bench tune"
     assert set(contract.split()) <= set(commands.COMMANDS)
 
 
