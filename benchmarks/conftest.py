@@ -55,7 +55,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    for op, shapes in cpu_context.figures.items():
+    timed = {op: shapes for op, shapes in cpu_context.figures.items() if any(one["times"] for one in shapes.values())}
+    for op, shapes in timed.items():
         terminalreporter.section(f"{op}: milliseconds, median (min, interquartile range)")
         for name, one in shapes.items():
             terminalreporter.line(f"{name} {one['shape']}")
