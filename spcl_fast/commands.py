@@ -225,9 +225,9 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
 def _tune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=2, help="images (default: 2)")
     parser.add_argument("--dim", type=int, required=True, help="channels of the features")
-    parser.add_argument("--size", type=int, nargs=2, default=(256, 512), metavar=("HEIGHT", "WIDTH"), help="of the features (default: 256 512)")
+    parser.add_argument("--size", type=int, nargs=2, default=(256, 512), metavar=("HEIGHT", "WIDTH"), help="of the features")
     parser.add_argument("--classes", type=int, required=True, help="classes or prototypes")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the features (default: bfloat16)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the features")
     parser.add_argument("--layout", choices=("pixels", "channels"), default="pixels", help="NCHW or channels_last (default: pixels)")
     parser.add_argument("--seconds", type=float, default=300, help="at most (default: 300)")
 
@@ -296,6 +296,10 @@ COMMANDS: dict[str, Command] = {
     "report": Command("write report.html of a run again", "spcl-fast report runs/demo", _report, None, _run_folder),
     "bench": Command("the benchmarks of a checkout", "spcl-fast bench contrast", _bench, None, _keyword),
     "tune": Command(
-        "measure launch settings of the Triton kernels for your sizes", "spcl-fast tune --dim 256 --classes 19", _tune, None, _tune_arguments
+        "launch settings of the Triton kernels, measured for your sizes",
+        "spcl-fast tune --dim 256 --classes 19",
+        _tune,
+        None,
+        _tune_arguments,
     ),
 }
