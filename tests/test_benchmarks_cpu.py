@@ -15,7 +15,6 @@ def test_the_cpu_benchmarks_run_and_check_their_answers():
         "pytest",
         "benchmarks",
         "--benchmark-disable",
-        "-q",
         "-p",
         "no:cacheprovider",
         "-k",
