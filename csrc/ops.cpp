@@ -171,16 +171,18 @@ const float* as_floats(const Tensor& t) {
 Tensor empty_floats(std::vector<int64_t> shape) { return torch::stable::empty(shape, ScalarType::Float); }
 float* floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
 
-// A matrix in blocks of equal height, at most 6 rows: 19 rows make 4 blocks of 5.
+// A matrix in blocks of equal height, at most 6 rows: 19 rows make 4 blocks of 5. Without `from` only the shape.
 struct PanelBuffer {
   std::vector<float> data;
   spcl::Panels view;
 
   PanelBuffer(const float* from, int64_t count, int64_t length, int64_t stride_row, int64_t stride_column) {
     const int64_t blocks = (count + 5) / 6, rows = (count + blocks - 1) / blocks;
-    data.assign(blocks * rows * length, 0.0f);
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t j = 0; j < length; ++j) data[(i / rows * length + j) * rows + i % rows] = from[i * stride_row + j * stride_column];
+    if (from) data.resize(blocks * rows * length);
+    float* to = data.data();
+    for (int64_t block = 0; from && block < blocks; ++block)
+      for (int64_t j = 0; j < length; ++j)
+        for (int64_t i = block * rows; i < (block + 1) * rows; ++i) *to++ = i < count ? from[i * stride_row + j * stride_column] : 0.0f;
     view = {data.data(), count, length, blocks, rows};
   }
 };
@@ -378,7 +380,8 @@ Tensor prototype_contrastive_backward(
   a.x = as_features(features);
   const int64_t K = prototypes.size(0), D = a.x.dim;
   const LabelMap map(labels, a.x, K, ignore_index);
-  const PanelBuffer by_class(as_floats(prototypes), K, D, D, 1), by_channel(as_floats(prototypes), D, K, 1, D);
+  const float* proto = as_floats(prototypes);
+  const PanelBuffer by_class(logits.numel() ? nullptr : proto, K, D, D, 1), by_channel(proto, D, K, 1, D);
   a.labels = map.view, a.by_class = by_class.view, a.by_channel = by_channel.view, a.num_classes = K;
   a.class_weight = class_weight ? as_floats(*class_weight) : nullptr;
   a.pixel_weight = as_pixel_map(pixel_weight), a.grad = as_pixel_map(grad_loss);
