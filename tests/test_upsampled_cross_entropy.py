@@ -184,9 +184,14 @@ def test_what_does_not_fit_is_refused_in_words(change, error, text):
 
 
 @pytest.mark.parametrize(
-    ("settings", "text"),
-    [({"size": (0, 4)}, "size must be"), ({"ignore_index": 256}, "uint8"), ({"thresholds": torch.ones(4)}, "one threshold a class")],
+    ("settings", "error", "text"),
+    [
+        ({"size": (0, 4)}, ValueError, "size must be"),
+        ({"size": 8}, TypeError, r"size must be \(H, W\), got 8"),
+        ({"ignore_index": 256}, ValueError, "uint8"),
+        ({"thresholds": torch.ones(4)}, ValueError, "one threshold a class"),
+    ],
 )
-def test_prediction_refuses_in_words(settings, text):
-    with pytest.raises(ValueError, match=text):
+def test_prediction_refuses_in_words(settings, error, text):
+    with pytest.raises(error, match=text):
         sf.upsampled_prediction(torch.zeros(1, 5, 2, 2), **({"size": (4, 4)} | settings))

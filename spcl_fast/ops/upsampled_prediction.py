@@ -40,6 +40,8 @@ def upsampled_prediction(
         raise ValueError(f"{_OP}: logits must hold at least one class and one node, got shape {list(logits.shape)}")
     if logits.shape[1] > 256:
         raise ValueError(f"{_OP}: at most 256 classes fit a uint8 label, got logits {list(logits.shape)}")
+    if not isinstance(size, (tuple, list)):
+        raise TypeError(f"{_OP}: size must be (H, W), got {size!r}")
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"{_OP}: size must be (H, W), each at least 1, got {tuple(size)}")
     checks.check_temperature(_OP, temperature)
