@@ -124,6 +124,8 @@ def _of_trained_net(args: argparse.Namespace) -> Config | None:
     if run is not None and not args.preset and not args.config:
         args.config.append(run / "config.yaml")
     elif not args.preset and not args.config and not args.print_config:
+        if not args.weights.exists():
+            raise ConfigError(f"{args.weights}: there is no such run folder, checkpoint folder or weights file.")
         raise ConfigError(f"{args.weights} lies in no run folder, so the net is unknown: give --preset NAME or --config FILE.yaml.")
     return _resolve(args)
 

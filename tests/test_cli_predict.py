@@ -79,6 +79,7 @@ def test_a_broken_image_stops_with_its_name_or_is_skipped_and_counted(run, image
         (["{run}/weights", "{tmp}/none", "{tmp}/out"], 3, "no such folder or image"),
         (["{run}/weights", "{tmp}/runs", "{tmp}/out"], 3, "holds no PNG or JPEG"),
         (["{run}/none", "{tmp}/images", "{tmp}/out"], 2, "no such run folder, checkpoint folder or weights file"),
+        (["{tmp}/none", "{tmp}/images", "{tmp}/out"], 2, "no such run folder, checkpoint folder or weights file"),
         (["{run}", "{tmp}/images", "{tmp}/out"], 5, "holds no net of a finished distill, adapt"),
         (["{run}", "{tmp}/images", "{tmp}/out", "--stage", "adapt"], 5, "adapt/checkpoints"),
         (["{run}/weights", "{tmp}/images", "{tmp}/out", "--size", "big"], 2, "WIDTHxHEIGHT"),
