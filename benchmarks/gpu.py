@@ -32,6 +32,8 @@ import offline
 import triton
 from gpu_context import Context, Skipped
 
+from spcl_fast.kernels import interpreter_trouble
+
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -126,6 +128,9 @@ def main(argv: list[str] | None = None) -> int:
     if options.dry_run and torch.cuda.is_available():
         print("--dry-run is for machines without a GPU", file=sys.stderr)
         return 2
+    if options.dry_run and (trouble := interpreter_trouble()):
+        print(f"--dry-run: {trouble}", file=sys.stderr)
+        return 1
     name = "dry_run" if options.dry_run else re.sub(r"[^a-z0-9]+", "_", machine()["gpu"].lower()).strip("_")
     path = options.out or RESULTS / f"{name}.json"
     wanted = options.parts.split(",") if options.parts else list(parts())

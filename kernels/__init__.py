@@ -10,12 +10,13 @@ import torch
 from .contrast import prototype_contrastive_forward, saves_logits
 from .contrast_backward import prototype_contrastive_backward
 from .moments import class_moments
-from .pixels import DTYPES, INTERPRETED
+from .pixels import DTYPES, INTERPRETED, interpreter_trouble
 from .prediction import upsampled_prediction
 from .upsample import upsampled_cross_entropy_forward
 
 __all__ = [
     "class_moments",
+    "interpreter_trouble",
     "prototype_contrastive_backward",
     "prototype_contrastive_forward",
     "saves_logits",
@@ -35,6 +36,8 @@ def why_not(op: str, **what) -> str | None:
         return "the Triton kernels do not have the variance term; use backend='reference'"
     if device.type == "cpu" and not INTERPRETED:
         return "Triton needs an NVIDIA GPU; on the CPU it runs in its interpreter only (set TRITON_INTERPRET=1 before importing triton)"
+    if device.type == "cpu" and (trouble := interpreter_trouble()):
+        return trouble
     if device.type == "cpu" and dtype == torch.bfloat16 and not op.startswith("upsampled"):
         return "Triton's interpreter multiplies bfloat16 matrices wrongly; use float32 or float16 there"
     if device.type not in ("cpu", "cuda"):

@@ -88,6 +88,25 @@ def finish_kernel(partial_ptr, loss_ptr, denominator_ptr, T, MEAN: tl.constexpr,
 
 
 INTERPRETED = not isinstance(finish_kernel, triton.JITFunction)
+
+
+def interpreter_trouble() -> str | None:
+    """Why Triton's interpreter does not work with what is installed, or None. Compiled kernels are not concerned."""
+    import numpy
+
+    if _version(triton.__version__) >= (3, 7) or _version(numpy.__version__) < (2, 4):
+        return None
+    return (
+        f"the interpreter of Triton {triton.__version__} fails with numpy {numpy.__version__} (any from 2.4 on): "
+        "take triton>=3.7 or numpy<2.4, or run on a GPU"
+    )
+
+
+def _version(text: str) -> tuple[int, int]:
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
+
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

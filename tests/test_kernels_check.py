@@ -19,6 +19,8 @@ from spcl_fast.kernels import settings  # noqa: E402
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 SOURCE = Path(kernels.__file__).parent
+_TROUBLE = kernels.interpreter_trouble() if DEVICE.type == "cpu" else None
+runs_kernels = pytest.mark.skipif(_TROUBLE is not None, reason=str(_TROUBLE))
 
 
 def close(got, expected, tolerance=1e-4) -> bool:
@@ -119,12 +121,14 @@ def mutant(folder: Path, file: str, old: str, new: str):
     return module
 
 
+@runs_kernels
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_unbroken_copies_are_right(tmp_path):
     module = mutant(tmp_path, "pixels", "import torch", "import torch")
     assert contrast_is_right(module) and moments_are_right(module) and upsampling_is_right(module)
 
 
+@runs_kernels
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize(("file", "old", "new", "is_right"), [p[1:] for p in PLANTED], ids=[p[0] for p in PLANTED])
 def test_planted_bug_is_caught(file, old, new, is_right, tmp_path):
@@ -175,6 +179,7 @@ def test_a_users_table_comes_first_and_a_broken_one_is_named(tmp_path, monkeypat
         settings.forget()
 
 
+@runs_kernels
 def test_tune_keeps_what_is_faster_and_right_and_writes_it(tmp_path, monkeypatch, capsys):
     """With a clock that prefers two stages: found, written for exactly these sizes, and read by the next launch."""
     from spcl_fast.kernels import tune
@@ -201,6 +206,7 @@ def test_tune_keeps_what_is_faster_and_right_and_writes_it(tmp_path, monkeypatch
     settings.forget()
 
 
+@runs_kernels
 def test_make_gpu_runs_through_on_tiny_shapes_without_a_gpu(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("--dry-run is for machines without a GPU")

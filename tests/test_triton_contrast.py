@@ -14,6 +14,8 @@ kernels = pytest.importorskip("spcl_fast.kernels", reason="Triton is not install
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, on the NaN that some tests put in
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+if DEVICE.type == "cpu" and (trouble := kernels.interpreter_trouble()):
+    pytest.skip(trouble, allow_module_level=True)
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE.type == "cuda" else [])  # the interpreter multiplies bfloat16 wrongly
 
 

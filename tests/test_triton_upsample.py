@@ -14,6 +14,8 @@ kernels = pytest.importorskip("spcl_fast.kernels", reason="Triton is not install
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+if DEVICE.type == "cpu" and (trouble := kernels.interpreter_trouble()):
+    pytest.skip(trouble, allow_module_level=True)
 # up (whole and broken ratios, a tail of one pixel a cell), same size, down, one node, one pixel, wider than one tile of cells
 SIZES = [
     ((3, 5), (12, 20)), ((3, 4), (13, 17)), ((2, 3), (11, 22)), ((7, 5), (3, 2)), ((3, 4), (3, 4)), ((1, 1), (4, 4)), ((4, 4), (1, 1)),
@@ -147,3 +149,18 @@ def test_prediction_below_its_threshold_is_ignored():
     below = plain.confidence < thresholds[plain.labels.long()]
     assert below.any() and not below.all()
     assert torch.equal(got.labels, torch.where(below, 200, plain.labels)) and torch.equal(got.confidence, plain.confidence)
+
+
+@pytest.mark.parametrize(
+    ("triton_version", "numpy_version", "works"),
+    [("3.6.0", "2.3.5", True), ("3.6.0", "2.4.0", False), ("3.6.0", "2.5.1", False), ("3.7.1", "2.5.1", True), ("3.10.0", "2.10.0", True)],
+)
+def test_an_interpreter_that_cannot_work_is_named_before_it_is_used(monkeypatch, triton_version, numpy_version, works):
+    monkeypatch.setattr("triton.__version__", triton_version)
+    monkeypatch.setattr("numpy.__version__", numpy_version)
+    trouble = kernels.interpreter_trouble()
+    assert (trouble is None) == works
+    reason = kernels.why_not("class_moments", device=torch.device("cpu"), dtype=torch.float32)
+    assert reason == trouble or DEVICE.type == "cuda"
+    if not works:
+        assert f"Triton {triton_version}" in trouble and f"numpy {numpy_version}" in trouble
