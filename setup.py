@@ -26,7 +26,7 @@ KERNEL_FLAGS = [
 ]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 X86_LEVELS = {"avx2": AVX2, "avx512": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]}
-OPS = ("prototype_contrastive_loss", "class_moments")
+OPS = ("prototype_contrastive_loss", "class_moments", "upsampled_cross_entropy", "upsampled_prediction")
 KERNELS = [f"csrc/cpu/{op}.cpp" for op in OPS]
 MODULE = [f"csrc/ops/{part}.cpp" for part in (*OPS, "levels", "pages", "module")]
 

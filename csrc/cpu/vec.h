@@ -119,6 +119,48 @@ SPCL_INLINE void store_one(T* p, float value) {
 template <>
 inline __attribute__((always_inline)) void store_one(float* p, float value) { *p = value; }
 
+// ---- lanes ------------------------------------------------------------------------------------------------------
+
+// Whether a lane of a comparison is true.
+SPCL_INLINE bool any(vi mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#elif defined(__SSE2__)
+  return _mm_movemask_ps((__m128)mask) != 0;
+#else
+  for (int i = 0; i < V; ++i)
+    if (mask[i]) return true;
+  return false;
+#endif
+}
+
+// Lane i: from[index[i]], for indices below V.
+SPCL_INLINE vf permute(vf from, vi index) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_permutexvar_ps((__m512i)index, (__m512)from);
+#elif defined(__AVX2__)
+  return (vf)_mm256_permutevar8x32_ps((__m256)from, (__m256i)index);
+#else
+  vf out;
+  for (int i = 0; i < V; ++i) out[i] = from[index[i]];
+  return out;
+#endif
+}
+
+SPCL_INLINE vf gather(const float* from, vi index) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_i32gather_ps((__m512i)index, from, 4);
+#elif defined(__AVX2__)
+  return (vf)_mm256_i32gather_ps(from, (__m256i)index, 4);
+#else
+  vf out;
+  for (int i = 0; i < V; ++i) out[i] = from[index[i]];
+  return out;
+#endif
+}
+
 // ---- exp and log ------------------------------------------------------------------------------------------------
 
 // Within 1 ulp on [-87, 88]; 0 below, NaN for NaN.
@@ -139,6 +181,22 @@ SPCL_INLINE vf exp(vf x) {
   vf scaled = (vf)((vi)q + ((vi)shifted << 23));  // the low bits of `shifted` are n; what is above them leaves by the left
   vf result = select(x < -87.3f, vf{}, scaled);
   return select(x != x, x, result);
+}
+
+// 2^x for x <= 100, within 1 ulp; 2^-100 below that; NaN for NaN. Where the sum of such numbers is what counts: no subnormals, few steps.
+SPCL_INLINE vf exp2(vf x) {
+  const vf magic = splat(0x1.8p23f);  // as in exp
+  x = larger(splat(-100.0f), x);
+  vf shifted = x + magic;
+  vf r = x - (shifted - magic);
+  vf q = splat(1.53473201e-4f);  // minimax on [-1/2, 1/2]: within 2e-9
+  q = q * r + 1.34001545e-3f;
+  q = q * r + 9.61848424e-3f;
+  q = q * r + 5.55032808e-2f;
+  q = q * r + 2.402264692e-1f;
+  q = q * r + 6.931472062e-1f;
+  q = q * r + 1.0f;
+  return (vf)((vi)q + ((vi)shifted << 23));
 }
 
 // Of normal positive numbers, within 1 ulp; NaN for NaN and for infinity (the sums of exponentials here are finite or NaN).

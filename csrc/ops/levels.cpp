@@ -5,9 +5,13 @@
 namespace spcl {
 namespace {
 
-#define SPCL_KERNELS(ISA)                                                                                                         \
-  Kernels { #ISA, &ISA::contrast_forward_scratch, &ISA::contrast_forward, &ISA::contrast_backward_scratch, \
-            &ISA::contrast_backward, &ISA::class_moments_scratch, &ISA::class_moments }
+#define SPCL_KERNELS(ISA)                                                                                   \
+  Kernels { #ISA,                                                                                           \
+            &ISA::contrast_forward_scratch, &ISA::contrast_forward,                                         \
+            &ISA::contrast_backward_scratch, &ISA::contrast_backward,                                       \
+            &ISA::class_moments_scratch, &ISA::class_moments,                                               \
+            &ISA::upsampled_cross_entropy_scratch, &ISA::upsampled_cross_entropy,                           \
+            &ISA::upsampled_prediction_scratch, &ISA::upsampled_prediction }
 
 const Kernels kLevels[] = {
     SPCL_KERNELS(baseline),

@@ -15,6 +15,10 @@ struct Kernels {
   decltype(&baseline::contrast_backward) contrast_backward;
   decltype(&baseline::class_moments_scratch) class_moments_scratch;
   decltype(&baseline::class_moments) class_moments;
+  decltype(&baseline::upsampled_cross_entropy_scratch) upsampled_cross_entropy_scratch;
+  decltype(&baseline::upsampled_cross_entropy) upsampled_cross_entropy;
+  decltype(&baseline::upsampled_prediction_scratch) upsampled_prediction_scratch;
+  decltype(&baseline::upsampled_prediction) upsampled_prediction;
 };
 
 // The best level of this processor, or the lower one that SPCL_FAST_CPU_CAPABILITY names.
