@@ -134,10 +134,14 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+# Of one up-sampled map, 40 MB. Allowed: results and weights of the labels' size, strips of the reference, low-resolution gradients.
+SHARE = {"reference": 0.75, "cpu": 0.25}
+
+
 @pytest.mark.parametrize("backend", sorted(set(LOSS) & set(PREDICTION)))
 def test_no_up_sampled_map_is_ever_allocated(backend):
     peak_bytes = 1024 * int(subprocess.run([sys.executable, "-c", PEAK, backend], check=True, capture_output=True, text=True).stdout)
-    assert peak_bytes < 0.75 * 4 * 19 * 512 * 1024  # one such map; labels, weights and results of the labels' size are allowed
+    assert peak_bytes < SHARE[backend] * 4 * 19 * 512 * 1024
 
 
 @pytest.mark.parametrize("backend", PREDICTION)

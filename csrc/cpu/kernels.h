@@ -28,6 +28,7 @@ struct Labels {
   int64_t stride_b;
   const int64_t* row;
   const int64_t* col;
+  bool rows_of_pixels;  // the features' grid is the labels' own, and consecutive pixels of a row are consecutive in memory
   int64_t ignore_index, num_classes;
 };
 

@@ -46,8 +46,11 @@ SPCL_LOCAL void pack_nodes(const Upsampled& a, const Window& window, int64_t row
   const int64_t stride = node_stride(a);
   for (int64_t k = 0; k < x.dim; ++k, from += x.stride_d, out += stride) {
     int64_t n = 0;
-    if (x.stride_w == 1)
+    if (x.stride_w == 1) {
       for (; n + V <= window.nodes; n += V) store(out + n, load(from + n) * a.factor);
+      if (n < window.nodes) store(out + n, load_first(from + n, window.nodes - n) * a.factor);
+      continue;
+    }
     for (; n < window.nodes; ++n) out[n] = load_one(from + n * x.stride_w) * a.factor;
     for (; n % V; ++n) out[n] = 0;
   }

@@ -49,7 +49,7 @@ struct LabelMap {
     stride_h = t.stride(1), stride_w = t.stride(2);
     row = nearest_offsets(t.size(1), x.height, stride_h);
     col = nearest_offsets(t.size(2), x.width, stride_w);
-    view = {t.data_ptr(), type_of(t), t.stride(0), row.data(), col.data(), ignore_index, num_classes};
+    view = {t.data_ptr(), type_of(t), t.stride(0), row.data(), col.data(), stride_w == 1 && t.size(2) == x.width, ignore_index, num_classes};
   }
 
   static LabelType type_of(const Tensor& t) {
