@@ -16,7 +16,8 @@ from spcl_fast import backends
 WHAT = {"device": torch.device("cpu"), "dtype": torch.float32, "num_classes": 5, "dim": 5, "has_variances": False}
 LOSS = [b for b in ("reference", "cpu") if backends.why_not("upsampled_cross_entropy", b, **WHAT) is None]
 PREDICTION = [b for b in ("reference", "cpu") if backends.why_not("upsampled_prediction", b, **WHAT) is None]
-SIZES = [((5, 7), (40, 56)), ((5, 7), (33, 50)), ((13, 9), (6, 4)), ((5, 7), (5, 7)), ((1, 1), (8, 8)), ((6, 6), (1, 1)), ((1, 9), (4, 3))]
+SIZES = [((5, 7), (40, 56)), ((5, 7), (33, 50)), ((13, 9), (6, 4)), ((5, 7), (5, 7)), ((1, 1), (8, 8)), ((6, 6), (1, 1)), ((1, 9), (4, 3)),
+         ((150, 9), (40, 12))]  # fmt: skip  # the last: cells without a pixel inside a band
 
 
 def problem(low, high, num_classes=5, dtype=torch.float32):
