@@ -136,8 +136,8 @@ struct UpsampledPrediction : Upsampled {
   float* confidence;        // [B, H, W]
 };
 
-// The kernels of one instruction set, each for one tile or band. `scratch` (its size in floats from the function before it) is 64-byte aligned and
-// the calling thread's own; `group` says which partial sum to add to.
+// The kernels of one instruction set, each for one tile or band. `scratch` (its size in floats from the function before it) is 64-byte
+// aligned and the calling thread's own; `group` says which partial sum to add to.
 #define SPCL_DECLARE_KERNELS(ISA)                                                                   \
   namespace ISA {                                                                                   \
   int64_t contrast_forward_scratch(const ContrastForward&);                                         \

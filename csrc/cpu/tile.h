@@ -53,8 +53,8 @@ SPCL_LOCAL int read_labels(const Labels& labels, const Features& x, const Span& 
   const T* data = (const T*)labels.data + span.image * labels.stride_b;
   int64_t i = span.first / x.width, j = span.first % x.width;
   int labelled = 0;
-  if (labels.rows_of_pixels && j + span.count <= x.width && read_row_of_labels(data + labels.row[i] + labels.col[j], labels, span.count, out, &labelled))
-    return labelled;
+  const bool one_row = labels.rows_of_pixels && j + span.count <= x.width;
+  if (one_row && read_row_of_labels(data + labels.row[i] + labels.col[j], labels, span.count, out, &labelled)) return labelled;
   labelled = 0;
   for (int p = 0; p < span.count; ++p) {
     T raw = data[labels.row[i] + labels.col[j]];

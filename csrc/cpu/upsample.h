@@ -1,7 +1,8 @@
 // Up-sampled logits, a vector of pixels at a time: never a map of them.
 //
-// A thread walks a panel of kPanel pixels' columns down the rows of a band. The nodes it lies between are packed once a row of nodes, times
-// log2(e) / temperature; a row of pixels blends two such rows into one, in L1; a vector of pixels is then two permutations of that row's nodes.
+// A thread walks a panel of kPanel columns of pixels down the rows of a band. The nodes it lies between are packed once a row of nodes,
+// times log2(e) / temperature; a row of pixels blends two such rows into one, in L1; a vector of pixels is then two permutations of
+// that row's nodes.
 #pragma once
 #include "tile.h"
 
@@ -65,8 +66,8 @@ SPCL_LOCAL void pack_nodes(const Upsampled& a, const Window& window, int64_t row
   }
 }
 
-// Two rows of nodes -> the row between them, [K + 1][node_stride]: the last holds each node's largest logit. Interpolated as they are, these
-// are an upper bound of a pixel's logits.
+// Two rows of nodes -> the row between them, [K + 1][node_stride]: the last holds each node's largest logit. Interpolated as the logits
+// are, these are an upper bound of a pixel's logits.
 SPCL_LOCAL void blend(const Upsampled& a, const Window& window, const float* lower, const float* upper, float weight, float* out) {
   const int64_t stride = node_stride(a), num_classes = a.logits.dim;
   const vf of_upper = splat(weight), of_lower = splat(1.0f - weight);
@@ -95,7 +96,8 @@ SPCL_INLINE Taps taps_of(const Upsampled& a, const Window& window, int64_t pixel
   const int64_t at = window.first_pixel + pixel;
   const int32_t first = a.x.lower[at];
   vf weight = load(a.x.weight + at);
-  return {first - window.first, load(a.x.lower + at) - first, load(a.x.upper + at) - first, 1.0f - weight, weight, a.x.upper[at + V - 1] - first < V};
+  const bool near = a.x.upper[at + V - 1] - first < V;
+  return {first - window.first, load(a.x.lower + at) - first, load(a.x.upper + at) - first, 1.0f - weight, weight, near};
 }
 
 template <bool kNear>

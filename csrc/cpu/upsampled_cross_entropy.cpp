@@ -34,7 +34,8 @@ struct Softmax {
 
 // e [K][V] = 2^(logit - top); their sum, and the logit of each pixel's own class.
 template <bool kNear>
-SPCL_INLINE void exponentials(const float* rows, int64_t stride, int64_t num_classes, const Taps& t, vf top, vi own, float* e, vf* sum, vf* own_logit) {
+SPCL_INLINE void exponentials(const float* rows, int64_t stride, int64_t num_classes, const Taps& t, vf top, vi own, float* e, vf* sum,
+                              vf* own_logit) {
   *sum = vf{}, *own_logit = vf{};
   for (int64_t first = 0; first < num_classes; first += kTermsAtOnce) {
     vf part = {};
@@ -100,7 +101,8 @@ void row_of_pixels(const UpsampledCrossEntropy& a, const Window& window, int64_t
       const vi own = load(label + v);
       if (!any(own >= 0)) continue;
       const Taps t = taps_of(a, window, v);
-      const Softmax s = t.near ? softmax<true>(b.row, stride, num_classes, t, own, b.e) : softmax<false>(b.row, stride, num_classes, t, own, b.e);
+      const Softmax s = t.near ? softmax<true>(b.row, stride, num_classes, t, own, b.e)
+                               : softmax<false>(b.row, stride, num_classes, t, own, b.e);
       const vf factor = load(scale + v), loss = select(own < 0, vf{}, s.loss * factor);
       store(map + v, loss);
       losses += loss;
@@ -204,12 +206,13 @@ int64_t upsampled_cross_entropy_scratch(const UpsampledCrossEntropy& a) {
 
 void upsampled_cross_entropy(const UpsampledCrossEntropy& a, int64_t index, float* scratch) {
   const Band band = band_of(a, index);
-  const int64_t num_classes = a.logits.dim, width = a.logits.width;
+  const int64_t num_classes = a.logits.dim, height = a.logits.height, width = a.logits.width;
+  const size_t rows_bytes = (band.last - band.first) * width * sizeof(float);
   Buffers buffers;
   place(a, scratch, &buffers);
   if (a.dlogits) {
     for (int64_t k = 0; k < num_classes; ++k)
-      memset(a.dlogits + ((band.image * num_classes + k) * a.logits.height + band.first) * width, 0, (band.last - band.first) * width * sizeof(float));
+      memset(a.dlogits + ((band.image * num_classes + k) * height + band.first) * width, 0, rows_bytes);
     memset(a.overlap + index * num_classes * width, 0, num_classes * width * sizeof(float));
   }
   Totals totals;

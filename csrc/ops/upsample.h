@@ -14,7 +14,8 @@ struct AxisTable {
 
   AxisTable(int64_t nodes, int64_t pixels, bool align_corners) {
     STD_TORCH_CHECK(nodes > 0 && nodes < (int64_t{1} << 31), "spcl_fast_native: an axis must have 1 to 2**31 - 1 nodes");
-    const double step = align_corners ? (pixels > 1 ? static_cast<double>(nodes - 1) / (pixels - 1) : 0.0) : static_cast<double>(nodes) / pixels;
+    const double corners = pixels > 1 ? static_cast<double>(nodes - 1) / (pixels - 1) : 0.0;
+    const double step = align_corners ? corners : static_cast<double>(nodes) / pixels;
     for (int64_t i = 0; i < (pixels + kPanel - 1) / kPanel * kPanel; ++i) {
       const int64_t pixel = std::min(i, pixels - 1);
       const double at = align_corners ? pixel * step : std::max((pixel + 0.5) * step - 0.5, 0.0);

@@ -27,9 +27,9 @@ void finish_gradient(const UpsampledCrossEntropy& a, float scale) {
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> upsampled_cross_entropy_forward(Tensor logits, Tensor labels, std::optional<Tensor> class_weight,
-                                                                   std::optional<Tensor> pixel_weight, double temperature, bool align_corners,
-                                                                   int64_t ignore_index, bool mean, bool per_pixel, bool needs_dlogits) {
+std::tuple<Tensor, Tensor, Tensor> upsampled_cross_entropy_forward(
+    Tensor logits, Tensor labels, std::optional<Tensor> class_weight, std::optional<Tensor> pixel_weight, double temperature,
+    bool align_corners, int64_t ignore_index, bool mean, bool per_pixel, bool needs_dlogits) {
   const int64_t B = labels.size(0), H = labels.size(1), W = labels.size(2), K = logits.size(1), h = logits.size(2), w = logits.size(3);
   const Upsampling up(logits, H, W, temperature, align_corners);
   UpsampledCrossEntropy a{up.view};
@@ -50,7 +50,8 @@ std::tuple<Tensor, Tensor, Tensor> upsampled_cross_entropy_forward(Tensor logits
   a.partial_loss = partial.data(), a.partial_weight = partial.data() + bands, a.first_bad = &first_bad;
 
   const Kernels& isa = kernels();
-  for_each_group(bands, isa.upsampled_cross_entropy_scratch(a), [&](int64_t band, float* scratch) { isa.upsampled_cross_entropy(a, band, scratch); });
+  for_each_group(bands, isa.upsampled_cross_entropy_scratch(a),
+                 [&](int64_t band, float* scratch) { isa.upsampled_cross_entropy(a, band, scratch); });
 
   double total = 0, weight = 0;
   for (int64_t band = 0; band < bands; ++band) total += a.partial_loss[band], weight += a.partial_weight[band];
@@ -66,7 +67,8 @@ std::tuple<Tensor, Tensor, Tensor> upsampled_cross_entropy_forward(Tensor logits
 STABLE_TORCH_LIBRARY_FRAGMENT(spcl_fast_native, m) {
   m.def(
       "upsampled_cross_entropy_forward(Tensor logits, Tensor labels, Tensor? class_weight, Tensor? pixel_weight, float temperature, "
-      "bool align_corners, int ignore_index, bool mean, bool per_pixel, bool needs_dlogits) -> (Tensor loss, Tensor dlogits, Tensor report)");
+      "bool align_corners, int ignore_index, bool mean, bool per_pixel, bool needs_dlogits) "
+      "-> (Tensor loss, Tensor dlogits, Tensor report)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(spcl_fast_native, CPU, m) {

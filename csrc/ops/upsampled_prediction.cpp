@@ -11,8 +11,8 @@
 namespace spcl {
 namespace {
 
-std::tuple<Tensor, Tensor> upsampled_prediction(Tensor logits, int64_t height, int64_t width, std::optional<Tensor> thresholds, double temperature,
-                                                bool align_corners, int64_t ignore_index) {
+std::tuple<Tensor, Tensor> upsampled_prediction(Tensor logits, int64_t height, int64_t width, std::optional<Tensor> thresholds,
+                                                double temperature, bool align_corners, int64_t ignore_index) {
   STD_TORCH_CHECK(logits.size(1) <= 256, "spcl_fast_native: at most 256 classes fit a uint8 label");
   const Upsampling up(logits, height, width, temperature, align_corners);
   UpsampledPrediction a{up.view};
@@ -32,8 +32,8 @@ std::tuple<Tensor, Tensor> upsampled_prediction(Tensor logits, int64_t height, i
 
 STABLE_TORCH_LIBRARY_FRAGMENT(spcl_fast_native, m) {
   m.def(
-      "upsampled_prediction(Tensor logits, int height, int width, Tensor? thresholds, float temperature, bool align_corners, int ignore_index) "
-      "-> (Tensor labels, Tensor confidence)");
+      "upsampled_prediction(Tensor logits, int height, int width, Tensor? thresholds, float temperature, bool align_corners, "
+      "int ignore_index) -> (Tensor labels, Tensor confidence)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(spcl_fast_native, CPU, m) { m.impl("upsampled_prediction", TORCH_BOX(&spcl::upsampled_prediction)); }

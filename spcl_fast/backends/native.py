@@ -1,6 +1,7 @@
 """The C++ backend ("cpu"): csrc/ through torch.ops.spcl_fast_native. Same primitives as reference.py, on CPU tensors.
 
-One pass over the features in the forward, one in the backward; the only feature-sized allocation is the gradient.
+One pass over the features in the forward, one in the backward; the only feature-sized allocation is the gradient. The up-sampled ops
+allocate no up-sampled map: results of the labels' size and, for the gradient, at most twice the logits in float32.
 """
 
 from __future__ import annotations
