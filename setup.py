@@ -26,7 +26,9 @@ KERNEL_FLAGS = [
 ]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 X86_LEVELS = {"avx2": AVX2, "avx512": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]}
-KERNELS = [f"csrc/cpu/{op}.cpp" for op in ("prototype_contrastive_loss", "class_moments")]
+OPS = ("prototype_contrastive_loss", "class_moments", "upsampled_cross_entropy", "upsampled_prediction")
+KERNELS = [f"csrc/cpu/{op}.cpp" for op in OPS]
+MODULE = [f"csrc/ops/{part}.cpp" for part in (*OPS, "levels", "pages", "module")]
 
 
 def levels() -> dict[str, list[str]]:
@@ -91,7 +93,7 @@ def native_extension() -> Extension:
     if len(levels()) > 1:
         flags.append("-DSPCL_HAS_X86_LEVELS")
     if NO_TORCH is not None:
-        return Extension("spcl_fast._C", ["csrc/ops.cpp"], optional=True)
+        return Extension("spcl_fast._C", MODULE, optional=True)
     from torch.utils.cpp_extension import CppExtension, library_paths
 
     try:
@@ -104,8 +106,8 @@ def native_extension() -> Extension:
     libraries = [f"-Wl,-rpath,{origin}" for origin in ("$ORIGIN/../torch/lib", *library_paths())] if sys.platform == "linux" else []
     return CppExtension(
         "spcl_fast._C",
-        ["csrc/ops.cpp"],
-        include_dirs=["csrc", *include],
+        MODULE,
+        include_dirs=[str(ROOT / "csrc"), *include],
         depends=sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*") if p.is_file()),
         extra_link_args=libraries,  # so that _C imports before torch does
         extra_compile_args=[*flags, f'-DSPCL_CXX_FLAGS="{said}"'],

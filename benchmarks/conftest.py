@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import cpu_context  # noqa: E402
-from cpu_context import Problem  # noqa: E402
+from cpu_context import Problem, UpsampledProblem  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,6 +21,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(params=cpu_context.SHAPES, ids=lambda name: name.replace("'", "_prime"))
 def problem(request: pytest.FixtureRequest) -> Problem:
     return cpu_context.make_problem(request.param)
+
+
+@pytest.fixture(params=cpu_context.UPSAMPLED_SHAPES, ids=lambda name: name.replace("'", "_prime"))
+def upsampled_problem(request: pytest.FixtureRequest) -> UpsampledProblem:
+    return cpu_context.make_upsampled_problem(request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +40,7 @@ def _threads():
 def figure(benchmark) -> Callable:
     """figure(op, problem, peer, call, rounds): time `call` and keep the result beside the others of this op and shape."""
 
-    def time_it(op: str, problem: Problem, peer: str, call: Callable[[], object], rounds: int) -> None:
+    def time_it(op: str, problem: Problem | UpsampledProblem, peer: str, call: Callable[[], object], rounds: int) -> None:
         benchmark.group = f"{op} {problem.name}"
         benchmark.pedantic(call, rounds=rounds, iterations=1, warmup_rounds=2 if rounds > 4 else 1)
         if benchmark.disabled:

@@ -24,6 +24,11 @@ SHAPES = {  # B, D, h, w, K; float32
     "C'": (1, 512, 128, 256, 150),
     "E'": (2, 64, 256, 512, 19),
 }
+UPSAMPLED_SHAPES = {  # B, K, h, w, H, W; float32
+    "U1": (1, 19, 91, 161, 720, 1280),
+    "U2": (2, 19, 128, 256, 512, 1024),
+    "U3'": (2, 150, 64, 64, 256, 256),
+}
 RESULTS = Path(__file__).parent / "results" / "cpu_ops.json"
 THREADS = int(os.environ.get("SPCL_FAST_BENCH_THREADS", "2"))
 
@@ -39,17 +44,63 @@ class Problem:
     def num_classes(self) -> int:
         return len(self.prototypes)
 
+    @property
+    def shape(self) -> dict[str, int]:
+        return dict(zip("BDhwK", SHAPES[self.name], strict=True))
+
+
+@dataclass(frozen=True)
+class UpsampledProblem:
+    name: str
+    logits: torch.Tensor
+    labels: torch.Tensor  # uint8 [B, H, W] in blocks of 8 x 8, a tenth of them ignored
+
+    @property
+    def shape(self) -> dict[str, int]:
+        return dict(zip("BKhwHW", UPSAMPLED_SHAPES[self.name], strict=True))
+
+
+def _blocks_of_labels(batch: int, height: int, width: int, num_classes: int, generator: torch.Generator) -> torch.Tensor:
+    blocks = torch.randint(0, num_classes, (batch, height // 8 + 1, width // 8 + 1), generator=generator)
+    blocks[torch.rand(blocks.shape, generator=generator) < 0.1] = 255
+    return blocks.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, :height, :width].to(torch.uint8).contiguous()
+
 
 @functools.lru_cache(maxsize=1)
 def make_problem(name: str) -> Problem:
     batch, dim, height, width, num_classes = SHAPES[name]
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(batch, dim, height, width, generator=generator)
-    blocks = torch.randint(0, num_classes, (batch, height // 8 + 1, width // 8 + 1), generator=generator)
-    blocks[torch.rand(blocks.shape, generator=generator) < 0.1] = 255
-    labels = blocks.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, :height, :width].to(torch.uint8).contiguous()
+    labels = _blocks_of_labels(batch, height, width, num_classes, generator)
     prototypes = torch.nn.functional.normalize(torch.randn(num_classes, dim, generator=generator), dim=1)
     return Problem(name, features.requires_grad_(), labels, prototypes)
+
+
+@functools.lru_cache(maxsize=1)
+def make_upsampled_problem(name: str) -> UpsampledProblem:
+    batch, num_classes, low_height, low_width, height, width = UPSAMPLED_SHAPES[name]
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(batch, num_classes, low_height, low_width, generator=generator)
+    return UpsampledProblem(name, logits.requires_grad_(), _blocks_of_labels(batch, height, width, num_classes, generator))
+
+
+def _best_ms(call: Callable[[], object]) -> float:
+    """The best of 7, after one to warm up."""
+    times = []
+    for _ in range(8):
+        start = time.perf_counter()
+        call()
+        times.append(1e3 * (time.perf_counter() - start))
+    return min(times[1:])
+
+
+@functools.lru_cache(maxsize=1)
+def exp_ms(name: str) -> float:
+    """One torch.exp over a map as large as the up-sampled logits, into a map that is there already."""
+    batch, num_classes, _, _, height, width = UPSAMPLED_SHAPES[name]
+    full = torch.randn(batch, num_classes, height, width, generator=torch.Generator().manual_seed(0))
+    out = torch.empty_like(full)
+    return _best_ms(lambda: torch.exp(full, out=out))
 
 
 @functools.lru_cache(maxsize=1)
@@ -68,15 +119,7 @@ def floors_ms(name: str) -> dict[str, float]:
             torch.mm(prototypes, image.flatten(1), out=logits)
             torch.mm(prototypes.t(), weight, out=gradient)
 
-    def best(call: Callable[[], None]) -> float:
-        times = []
-        for _ in range(8):
-            start = time.perf_counter()
-            call()
-            times.append(1e3 * (time.perf_counter() - start))
-        return min(times[1:])
-
-    return {"copy": best(copy), "products": best(products)}
+    return {"copy": _best_ms(copy), "products": _best_ms(products)}
 
 
 # ---- figures ------------------------------------------------------------------------------------------------------
@@ -85,17 +128,15 @@ figures: dict[str, dict[str, dict]] = {}  # op -> shape -> {"shape", "times", "s
 _load = os.getloadavg()[0]
 
 
-def entry(op: str, problem: Problem) -> dict:
-    batch, dim, height, width, num_classes = SHAPES[problem.name]
-    shape = {"B": batch, "D": dim, "h": height, "w": width, "K": num_classes}
-    return figures.setdefault(op, {}).setdefault(problem.name, {"shape": shape, "times": {}, "skipped": {}})
+def entry(op: str, problem: Problem | UpsampledProblem) -> dict:
+    return figures.setdefault(op, {}).setdefault(problem.name, {"shape": problem.shape, "times": {}, "skipped": {}})
 
 
-def note_skipped(op: str, problem: Problem, peer: str, reason: str) -> None:
+def note_skipped(op: str, problem: Problem | UpsampledProblem, peer: str, reason: str) -> None:
     entry(op, problem)["skipped"][peer] = reason
 
 
-def set_floor(op: str, problem: Problem, floor_ms: float, words: str) -> None:
+def set_floor(op: str, problem: Problem | UpsampledProblem, floor_ms: float, words: str) -> None:
     entry(op, problem)["floor"] = {"ms": round(floor_ms, 3), "is": words}
 
 

@@ -138,6 +138,144 @@ def test_moments_are_as_accurate_as_eager_wherever_their_inputs_lie(problem, nor
         assert got.squares is None
 
 
+# ---- up-sampled ------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def upsampled_problems(draw):
+    """Node and pixel counts straddle vectors and the panel of 64, class counts the block of 32; ratios up and down, sizes of 1."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    batch, width = draw(st.integers(1, 2)), draw(st.integers(1, 40))
+    height = draw(st.one_of(st.integers(1, 9), st.sampled_from([40, 67])))  # a band is more than one cell from 17 or 33 on
+    num_classes = draw(st.one_of(st.integers(1, 20), st.sampled_from([31, 33, 65, 100])))
+    across = draw(st.sampled_from([1, max(1, width // 3), max(1, width - 1), width, width + 1, 2 * width - 1, 4 * width, 8 * width + 3]))
+    down = draw(st.sampled_from([1, max(1, height // 3), height, height + 1, 3 * height, 4 * height + 1]))
+    dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16]))
+    logits = torch.randn(batch, num_classes, height, width, generator=generator) * draw(st.sampled_from([0.1, 3.0, 30.0, 300.0]))
+    labels = torch.randint(0, num_classes, (batch, down, across), generator=generator)
+    ignored = torch.rand(labels.shape, generator=generator) < draw(st.sampled_from([0.0, 0.3, 0.95]))
+    labels = labels.masked_fill(ignored, 120).to(draw(st.sampled_from(LABEL_DTYPES)))
+    if draw(st.booleans()):  # strides that are not the labels' own size
+        labels = labels.transpose(1, 2).contiguous().transpose(1, 2)
+    weights = {
+        "class_weight": torch.rand(num_classes, generator=generator) + 0.1 if draw(st.booleans()) else None,
+        "pixel_weight": torch.rand(labels.shape, generator=generator) if draw(st.booleans()) else None,
+    }
+    settings = {"temperature": draw(st.sampled_from([0.3, 1.0, 1.8])), "align_corners": draw(st.booleans())}
+    return laid_out(logits.to(dtype), draw(st.sampled_from(LAYOUTS))), labels, weights, settings, generator
+
+
+@settings(max_examples=EXAMPLES)
+@given(problem=upsampled_problems(), reduction=st.sampled_from(["mean", "sum", "none"]))
+def test_upsampled_loss_is_as_accurate_as_eager_wherever_its_inputs_lie(problem, reduction):
+    logits, labels, weights, arguments, generator = problem
+    arguments = arguments | weights | {"reduction": reduction, "ignore_index": 120}
+    incoming = torch.rand(labels.shape if reduction == "none" else (), generator=generator)
+
+    def value_and_gradient(function, logits, **more):
+        logits = logits.detach().requires_grad_()
+        loss = function(logits, labels, **arguments, **more)
+        return loss.detach(), torch.autograd.grad((loss * incoming).sum(), logits)[0]
+
+    got = value_and_gradient(sf.upsampled_cross_entropy, logits, backend="cpu")
+    if (labels == 120).all():
+        assert all(torch.all(g == 0) for g in got)
+        return
+    eager, truth = value_and_gradient(oracle.upsampled, logits, dtype=torch.float32), value_and_gradient(oracle.upsampled, logits.double())
+    largest = logits.double().abs().max().item() / arguments["temperature"]  # two roundings of a logit are what cancels in a pixel's loss
+    pixels = max(1, labels[0].numel() // logits[0, 0].numel()) if reduction != "mean" else 1  # and what adds up in a node, at most about
+    for g, e, t, terms in zip(got, eager, truth, (1 + largest, pixels * (1 + largest) / arguments["temperature"]), strict=True):
+        assert_accurate(g, e, t, terms, arguments["temperature"])
+
+
+@settings(max_examples=EXAMPLES)
+@given(problem=upsampled_problems(), with_thresholds=st.booleans())
+def test_upsampled_prediction_wherever_its_inputs_lie(problem, with_thresholds):
+    logits, labels, _, arguments, generator = problem
+    num_classes, size = logits.shape[1], labels.shape[1:]
+    thresholds = torch.rand(num_classes, generator=generator) if with_thresholds else None
+    got = sf.upsampled_prediction(logits, size, thresholds=thresholds, ignore_index=120, backend="cpu", **arguments)
+    up = torch.nn.functional.interpolate(logits.double(), size, mode="bilinear", align_corners=arguments["align_corners"])
+    probability = (up / arguments["temperature"]).softmax(1)
+    top, best = probability.max(1)
+    rounding = 2**-22 * (1 + logits.double().abs().max().item() / arguments["temperature"])
+    torch.testing.assert_close(got.confidence.double(), top, rtol=2 * rounding, atol=0)
+    second = probability.topk(min(2, num_classes), 1).values[:, -1] if num_classes > 1 else torch.zeros_like(top)
+    clear = top - second > 4 * rounding
+    expected = best
+    if thresholds is not None:
+        clear &= (top - thresholds.double()[best]).abs() > 4 * rounding
+        expected = best.masked_fill(top < thresholds.double()[best], 120)
+    assert torch.equal(got.labels.long()[clear], expected[clear])
+
+
+def upsampled(logits, labels, **arguments):
+    logits = logits.detach().requires_grad_()
+    loss = sf.upsampled_cross_entropy(logits, labels, backend="cpu", **arguments)
+    return loss.detach(), torch.autograd.grad(loss.sum(), logits)[0]
+
+
+@pytest.mark.parametrize("num_classes", [19, 1000])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_upsampled_ops_give_the_same_bits_for_any_number_of_threads(num_classes, reduction):
+    logits, labels, _ = large_problem((2, num_classes, 41, 23), num_classes)
+    labels = labels.repeat_interleave(3, 1).repeat_interleave(5, 2)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            prediction = sf.upsampled_prediction(logits[:, :200], labels.shape[1:], backend="cpu")
+            results.append((*upsampled(logits, labels, reduction=reduction), *prediction))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("size", [(64, 96), (5, 7)], ids=["by permutation", "by gather"])
+def test_a_bound_far_above_every_logit_does_no_harm(size):
+    """Between two nodes that are sure of different classes, what bounds a pixel's logits lies 1000 above the largest of them."""
+    logits = torch.full((1, 3, 8, 12), -1000.0)
+    logits[:, 0, ::2], logits[:, 1, 1::2] = 1000.0, 1000.0
+    labels = torch.zeros(1, *size, dtype=torch.uint8)
+    got, eager = upsampled(logits, labels), value_and_gradient_of(oracle.upsampled, logits, labels, dtype=torch.float32)
+    truth = value_and_gradient_of(oracle.upsampled, logits.double(), labels)
+    for g, e, t in zip(got, eager, truth, strict=True):
+        oracle.assert_as_accurate(g, e, t)
+    confidence = sf.upsampled_prediction(logits, size, backend="cpu").confidence
+    up = torch.nn.functional.interpolate(logits.double(), size, mode="bilinear", align_corners=True)
+    torch.testing.assert_close(confidence.double(), up.softmax(1).amax(1), rtol=1e-3, atol=0)
+
+
+def value_and_gradient_of(function, logits, labels, **arguments):
+    logits = logits.detach().requires_grad_()
+    loss = function(logits, labels, **arguments)
+    return loss.detach(), torch.autograd.grad(loss, logits)[0]
+
+
+def test_an_ignored_pixel_may_lie_on_nan_among_labelled_neighbours():
+    logits, _, _ = large_problem((1, 7, 9, 40), 7)
+    labels = torch.randint(0, 7, (1, 9, 20), generator=torch.Generator().manual_seed(2))
+    labels[0, 0, 3] = 255
+    clean = upsampled(logits, labels, align_corners=False)  # halved across: nodes 6 and 7 are read by pixel 3 alone
+    for value in (torch.nan, torch.inf):
+        logits[0, 2, 0, 6] = value
+        loss, gradient = upsampled(logits, labels, align_corners=False)
+        torch.testing.assert_close((loss, gradient), clean)
+        assert torch.all(gradient[0, :, 0, 6:8] == 0)
+
+
+def test_upsampled_bad_labels_are_named_at_any_stride():
+    logits = torch.zeros(2, 5, 4, 4)
+    labels = torch.zeros(2, 16, 16, dtype=torch.int64)
+    labels[1, 12, 6], labels[1, 12, 7], labels[1, 13, 0] = 77, -3, 78
+    for strided in (labels, labels.transpose(1, 2).contiguous().transpose(1, 2), labels.to(torch.int8), labels.to(torch.uint64)):
+        with pytest.raises(ValueError, match=r"label 77 at pixel \(image 1, row 12, column 6\)"):
+            sf.upsampled_cross_entropy(logits, strided, backend="cpu")
+    with pytest.raises(ValueError, match=r"label -1 at pixel|label 18446744073709551615 at pixel"):
+        sf.upsampled_cross_entropy(logits, torch.full((2, 16, 16), 2**64 - 1, dtype=torch.uint64), ignore_index=-1, backend="cpu")
+
+
 # ---- larger than a tile, a group, a chunk ---------------------------------------------------------------------------
 
 
@@ -215,7 +353,8 @@ def test_what_the_backend_does_not_do_is_said_in_words():
     assert "reference backend takes float64" in native.why_not("class_moments", **what | {"dtype": torch.float64})
     assert "no `variances`" in native.why_not("prototype_contrastive_loss", **what | {"has_variances": True})
     assert "CPU tensors, not on cuda:0" in native.why_not("class_moments", **what | {"device": torch.device("cuda", 0)})
-    assert "has no upsampled_prediction" in native.why_not("upsampled_prediction", **what)
+    assert "takes float64" in native.why_not("upsampled_prediction", **what | {"dtype": torch.float64})
+    assert native.why_not("upsampled_cross_entropy", **what) is None
 
 
 def test_a_bad_label_is_reported_on_the_labels_own_grid():

@@ -16,7 +16,8 @@ from spcl_fast import backends
 WHAT = {"device": torch.device("cpu"), "dtype": torch.float32, "num_classes": 5, "dim": 5, "has_variances": False}
 LOSS = [b for b in ("reference", "cpu") if backends.why_not("upsampled_cross_entropy", b, **WHAT) is None]
 PREDICTION = [b for b in ("reference", "cpu") if backends.why_not("upsampled_prediction", b, **WHAT) is None]
-SIZES = [((5, 7), (40, 56)), ((5, 7), (33, 50)), ((13, 9), (6, 4)), ((5, 7), (5, 7)), ((1, 1), (8, 8)), ((6, 6), (1, 1)), ((1, 9), (4, 3))]
+SIZES = [((5, 7), (40, 56)), ((5, 7), (33, 50)), ((13, 9), (6, 4)), ((5, 7), (5, 7)), ((1, 1), (8, 8)), ((6, 6), (1, 1)), ((1, 9), (4, 3)),
+         ((150, 9), (40, 12))]  # fmt: skip  # the last: cells without a pixel inside a band
 
 
 def problem(low, high, num_classes=5, dtype=torch.float32):
@@ -134,10 +135,14 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+# Of one up-sampled map, 40 MB. Allowed: results and weights of the labels' size, strips of the reference, low-resolution gradients.
+SHARE = {"reference": 0.75, "cpu": 0.25}
+
+
 @pytest.mark.parametrize("backend", sorted(set(LOSS) & set(PREDICTION)))
 def test_no_up_sampled_map_is_ever_allocated(backend):
     peak_bytes = 1024 * int(subprocess.run([sys.executable, "-c", PEAK, backend], check=True, capture_output=True, text=True).stdout)
-    assert peak_bytes < 0.75 * 4 * 19 * 512 * 1024  # one such map; labels, weights and results of the labels' size are allowed
+    assert peak_bytes < SHARE[backend] * 4 * 19 * 512 * 1024
 
 
 @pytest.mark.parametrize("backend", PREDICTION)

@@ -28,6 +28,7 @@ struct Labels {
   int64_t stride_b;
   const int64_t* row;
   const int64_t* col;
+  bool rows_of_pixels;  // the features' grid is the labels' own, and consecutive pixels of a row are consecutive in memory
   int64_t ignore_index, num_classes;
 };
 
@@ -95,8 +96,48 @@ struct Moments {
   int64_t* first_bad;
 };
 
-// The kernels of one instruction set, each for one tile. `scratch` (its size in floats from the function before it) is 64-byte aligned and
-// the calling thread's own; `group` says which partial sum to add to.
+// How one axis is up-sampled: pixel i lies between the nodes lower[i] and upper[i], weight[i] of the way to the upper one. All three are
+// padded with their last entry to a multiple of kPanel.
+struct Axis {
+  int64_t nodes, pixels;
+  const int32_t* lower;
+  const int32_t* upper;  // lower + 1; at the last node the node itself, with weight 0
+  const float* weight;
+};
+
+// Logits between whose nodes the pixels lie. Cell (row) c holds the rows of pixels [first_row[c], first_row[c + 1]), between the rows of
+// nodes c and c + 1; band i of an image is its cells [i * h / bands, (i + 1) * h / bands).
+struct Upsampled {
+  Features logits;           // [B, K, h, w]
+  Axis y, x;
+  const int64_t* first_row;  // [h + 1]
+  int64_t bands;
+  int64_t panel_nodes;       // nodes that kPanel pixels of a row lie between, at most
+  float factor;              // log2(e) / temperature
+};
+
+struct UpsampledCrossEntropy : Upsampled {
+  Features pixels;            // no data: the sizes of the labels' grid [B, H, W]
+  Labels labels;
+  const float* class_weight;  // [K] or nullptr
+  PixelMap pixel_weight;
+  float* loss_map;            // [B, H, W] or nullptr
+  float* dlogits;             // [B, K, h, w], of the sum of the losses by logits * factor; nullptr: not wanted
+  float* overlap;             // [B * bands][K][w]: what a band gives to the first row of nodes of the next one
+  double* partial_loss;       // [B * bands]
+  double* partial_weight;     // [B * bands]
+  int64_t* first_bad;         // as in ContrastForward
+};
+
+struct UpsampledPrediction : Upsampled {
+  const float* thresholds;  // [K] or nullptr
+  uint8_t ignore_index;
+  uint8_t* labels;          // [B, H, W]
+  float* confidence;        // [B, H, W]
+};
+
+// The kernels of one instruction set, each for one tile or band. `scratch` (its size in floats from the function before it) is 64-byte
+// aligned and the calling thread's own; `group` says which partial sum to add to.
 #define SPCL_DECLARE_KERNELS(ISA)                                                                   \
   namespace ISA {                                                                                   \
   int64_t contrast_forward_scratch(const ContrastForward&);                                         \
@@ -105,6 +146,10 @@ struct Moments {
   void contrast_backward(const ContrastBackward&, int64_t tile, int64_t group, float* scratch);     \
   int64_t class_moments_scratch(const Moments&);                                                    \
   void class_moments(const Moments&, int64_t tile, int64_t group, float* scratch);                  \
+  int64_t upsampled_cross_entropy_scratch(const UpsampledCrossEntropy&);                            \
+  void upsampled_cross_entropy(const UpsampledCrossEntropy&, int64_t band, float* scratch);         \
+  int64_t upsampled_prediction_scratch(const UpsampledPrediction&);                                 \
+  void upsampled_prediction(const UpsampledPrediction&, int64_t band, float* scratch);              \
   }
 
 SPCL_DECLARE_KERNELS(avx512)

@@ -33,11 +33,29 @@ SPCL_LOCAL Span make_span(const Features& x, int64_t image, int64_t first, int64
 
 // ---- labels -----------------------------------------------------------------------------------------------------
 
+// The common case without a branch a pixel: `count` labels side by side, none of them bad; else false.
+template <class T>
+SPCL_INLINE bool read_row_of_labels(const T* data, const Labels& labels, int count, int32_t* out, int* labelled) {
+  int64_t used = 0, bad = 0;
+  for (int p = 0; p < count; ++p) {
+    const int64_t value = (int64_t)data[p];
+    const bool inside = (uint64_t)value < (uint64_t)labels.num_classes, ignored = value == labels.ignore_index;
+    out[p] = inside && !ignored ? (int32_t)value : -1;
+    used += inside && !ignored, bad += !inside && (!ignored || (sizeof(T) == 8 && (T)-1 > 0));
+  }
+  for (int p = count; p < kPanel; ++p) out[p] = -1;
+  *labelled = (int)used;
+  return bad == 0;
+}
+
 template <class T>
 SPCL_LOCAL int read_labels(const Labels& labels, const Features& x, const Span& span, int32_t* out, int64_t* first_bad) {
   const T* data = (const T*)labels.data + span.image * labels.stride_b;
   int64_t i = span.first / x.width, j = span.first % x.width;
   int labelled = 0;
+  const bool one_row = labels.rows_of_pixels && j + span.count <= x.width;
+  if (one_row && read_row_of_labels(data + labels.row[i] + labels.col[j], labels, span.count, out, &labelled)) return labelled;
+  labelled = 0;
   for (int p = 0; p < span.count; ++p) {
     T raw = data[labels.row[i] + labels.col[j]];
     bool huge = (T)-1 > 0 && sizeof(T) == 8 && (int64_t)raw < 0;  // an unsigned value that int64 cannot hold

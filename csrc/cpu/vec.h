@@ -110,6 +110,18 @@ SPCL_INLINE float load_one(const T* p) {
 template <>
 inline __attribute__((always_inline)) float load_one(const float* p) { return *p; }
 
+// The first `count` < V values, and zeros.
+template <class T>
+SPCL_INLINE vf load_first(const T* p, int64_t count) {
+  T lane[V] = {};
+  for (int64_t i = 0; i < count; ++i) lane[i] = p[i];
+  return load(lane);
+}
+#if defined(__AVX512F__)
+template <>
+inline __attribute__((always_inline)) vf load_first(const float* p, int64_t count) { return (vf)_mm512_maskz_loadu_ps((1u << count) - 1, p); }
+#endif
+
 template <class T>
 SPCL_INLINE void store_one(T* p, float value) {
   T lane[V];
@@ -118,6 +130,48 @@ SPCL_INLINE void store_one(T* p, float value) {
 }
 template <>
 inline __attribute__((always_inline)) void store_one(float* p, float value) { *p = value; }
+
+// ---- lanes ------------------------------------------------------------------------------------------------------
+
+// Whether a lane of a comparison is true.
+SPCL_INLINE bool any(vi mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#elif defined(__SSE2__)
+  return _mm_movemask_ps((__m128)mask) != 0;
+#else
+  for (int i = 0; i < V; ++i)
+    if (mask[i]) return true;
+  return false;
+#endif
+}
+
+// Lane i: from[index[i]], for indices below V.
+SPCL_INLINE vf permute(vf from, vi index) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_permutexvar_ps((__m512i)index, (__m512)from);
+#elif defined(__AVX2__)
+  return (vf)_mm256_permutevar8x32_ps((__m256)from, (__m256i)index);
+#else
+  vf out;
+  for (int i = 0; i < V; ++i) out[i] = from[index[i]];
+  return out;
+#endif
+}
+
+SPCL_INLINE vf gather(const float* from, vi index) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_i32gather_ps((__m512i)index, from, 4);
+#elif defined(__AVX2__)
+  return (vf)_mm256_i32gather_ps(from, (__m256i)index, 4);
+#else
+  vf out;
+  for (int i = 0; i < V; ++i) out[i] = from[index[i]];
+  return out;
+#endif
+}
 
 // ---- exp and log ------------------------------------------------------------------------------------------------
 
@@ -139,6 +193,29 @@ SPCL_INLINE vf exp(vf x) {
   vf scaled = (vf)((vi)q + ((vi)shifted << 23));  // the low bits of `shifted` are n; what is above them leaves by the left
   vf result = select(x < -87.3f, vf{}, scaled);
   return select(x != x, x, result);
+}
+
+// 2^x for x <= 100, within 1 ulp; 2^-100 below that; NaN for NaN. Where the sum of such numbers is what counts: no subnormals, few steps.
+SPCL_INLINE vf exp2(vf x) {
+  x = larger(splat(-100.0f), x);
+#if defined(__AVX512F__)
+  vf n = (vf)_mm512_roundscale_ps((__m512)x, 0);
+#else
+  const vf magic = splat(0x1.8p23f);  // as in exp
+  vf shifted = x + magic, n = shifted - magic;
+#endif
+  vf r = x - n, q = splat(1.53473201e-4f);  // minimax on [-1/2, 1/2]: within 2e-9
+  q = q * r + 1.34001545e-3f;
+  q = q * r + 9.61848424e-3f;
+  q = q * r + 5.55032808e-2f;
+  q = q * r + 2.402264692e-1f;
+  q = q * r + 6.931472062e-1f;
+  q = q * r + 1.0f;
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)q, (__m512)n);
+#else
+  return (vf)((vi)q + ((vi)shifted << 23));
+#endif
 }
 
 // Of normal positive numbers, within 1 ulp; NaN for NaN and for infinity (the sums of exponentials here are finite or NaN).

@@ -1,6 +1,7 @@
 """The C++ backend ("cpu"): csrc/ through torch.ops.spcl_fast_native. Same primitives as reference.py, on CPU tensors.
 
-One pass over the features in the forward, one in the backward; the only feature-sized allocation is the gradient.
+One pass over the features in the forward, one in the backward; the only feature-sized allocation is the gradient. The up-sampled ops
+allocate no up-sampled map: results of the labels' size and, for the gradient, at most twice the logits in float32.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from .labels import bad_label_message
 
-_OPS = ("prototype_contrastive_loss", "class_moments")
+_OPS = ("prototype_contrastive_loss", "class_moments", "upsampled_cross_entropy", "upsampled_prediction")
 _LARGE_BYTES = 4 << 20
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -80,6 +81,21 @@ def class_moments(features, labels, num_classes, *, normalize, squares, ignore_i
     *outputs, report = _native.class_moments(features, labels, num_classes, normalize, squares, ignore_index)
     _raise_for(report, num_classes, ignore_index)
     return tuple(outputs)
+
+
+def upsampled_cross_entropy_forward(
+    logits, labels, class_weight, pixel_weight, *, temperature, align_corners, ignore_index, reduction, needs_dlogits
+) -> tuple[Tensor, Tensor]:
+    loss, dlogits, report = _native.upsampled_cross_entropy_forward(
+        logits.detach(), labels, _plain(class_weight), _floats(pixel_weight), temperature, align_corners, ignore_index,
+        reduction == "mean", reduction == "none", needs_dlogits,
+    )  # fmt: skip
+    _raise_for(report, logits.shape[1], ignore_index)
+    return loss, dlogits
+
+
+def upsampled_prediction(logits, size, thresholds, *, temperature, align_corners, ignore_index) -> tuple[Tensor, Tensor]:
+    return _native.upsampled_prediction(logits.detach(), *size, _plain(thresholds), temperature, align_corners, ignore_index)
 
 
 def _empty_gradient(features: Tensor) -> Tensor:

@@ -1,0 +1,122 @@
+// Up-sampled logits, a vector of pixels at a time: never a map of them.
+//
+// A thread walks a panel of kPanel columns of pixels down the rows of a band. The nodes it lies between are packed once a row of nodes,
+// times log2(e) / temperature; a row of pixels blends two such rows into one, in L1; a vector of pixels is then two permutations of
+// that row's nodes.
+#pragma once
+#include "tile.h"
+
+namespace spcl {
+namespace SPCL_ISA {
+
+constexpr float kLn2 = 0.693147180559945f;
+constexpr float kSmallestSum = 0x1p-60f;  // of powers of two that exp2 cuts off at 2^-100: a larger sum has not felt it
+constexpr int64_t kTermsAtOnce = 32;      // a sum over classes is a sum of such sums, which loses less than one long chain
+
+struct Band {
+  int64_t image, first, last;  // cells [first, last)
+};
+
+SPCL_LOCAL Band band_of(const Upsampled& a, int64_t band) {
+  const int64_t i = band % a.bands, height = a.logits.height;
+  return {band / a.bands, i * height / a.bands, (i + 1) * height / a.bands};
+}
+
+// The nodes that pixels [first_pixel, first_pixel + count) of a row lie between.
+struct Window {
+  int64_t image, first_pixel;
+  int count;
+  int64_t first, nodes;
+};
+
+SPCL_LOCAL Window window_of(const Upsampled& a, int64_t image, int64_t first_pixel) {
+  const int count = (int)smaller(kPanel, a.x.pixels - first_pixel);
+  const int64_t first = a.x.lower[first_pixel];
+  return {image, first_pixel, count, first, a.x.upper[first_pixel + count - 1] - first + 1};
+}
+
+// Between the rows of packed nodes: a vector may be loaded from any node.
+SPCL_INLINE int64_t node_stride(const Upsampled& a) { return (a.panel_nodes + V - 1) / V * V + V; }
+
+// ---- nodes in ---------------------------------------------------------------------------------------------------
+
+template <class T>
+SPCL_LOCAL void pack_nodes(const Upsampled& a, const Window& window, int64_t row, float* out) {
+  const Features& x = a.logits;
+  const T* from = (const T*)x.data + window.image * x.stride_b + row * x.stride_h + window.first * x.stride_w;
+  const int64_t stride = node_stride(a);
+  for (int64_t k = 0; k < x.dim; ++k, from += x.stride_d, out += stride) {
+    int64_t n = 0;
+    if (x.stride_w == 1) {
+      for (; n + V <= window.nodes; n += V) store(out + n, load(from + n) * a.factor);
+      if (n < window.nodes) store(out + n, load_first(from + n, window.nodes - n) * a.factor);
+      continue;
+    }
+    for (; n < window.nodes; ++n) out[n] = load_one(from + n * x.stride_w) * a.factor;
+    for (; n % V; ++n) out[n] = 0;
+  }
+}
+
+// The window's nodes of one row -> out [K][node_stride], times the factor, zero up to a whole vector.
+SPCL_LOCAL void pack_nodes(const Upsampled& a, const Window& window, int64_t row, float* out) {
+  switch (a.logits.type) {
+    case kFloat32: return pack_nodes<float>(a, window, row, out);
+    case kBFloat16: return pack_nodes<bfloat16>(a, window, row, out);
+    default: return pack_nodes<float16>(a, window, row, out);
+  }
+}
+
+// Two rows of nodes -> the row between them, [K + 1][node_stride]: the last holds each node's largest logit. Interpolated as the logits
+// are, these are an upper bound of a pixel's logits.
+SPCL_LOCAL void blend(const Upsampled& a, const Window& window, const float* lower, const float* upper, float weight, float* out) {
+  const int64_t stride = node_stride(a), num_classes = a.logits.dim;
+  const vf of_upper = splat(weight), of_lower = splat(1.0f - weight);
+  for (int64_t n = 0; n < window.nodes; n += V) {
+    vf top = splat(-__builtin_inff());
+    for (int64_t k = 0; k < num_classes; ++k) {
+      vf value = load(lower + k * stride + n) * of_lower + load(upper + k * stride + n) * of_upper;
+      store(out + k * stride + n, value);
+      top = larger(value, top);
+    }
+    store(out + num_classes * stride + n, top);
+  }
+}
+
+// ---- a vector of pixels -----------------------------------------------------------------------------------------
+
+// Where V consecutive pixels lie in a row of nodes.
+struct Taps {
+  int64_t first;     // the first pixel's lower node, counted from the window's first
+  vi lower, upper;   // counted from there
+  vf of_lower, of_upper;
+  bool near;         // all within a vector
+};
+
+SPCL_INLINE Taps taps_of(const Upsampled& a, const Window& window, int64_t pixel) {
+  const int64_t at = window.first_pixel + pixel;
+  const int32_t first = a.x.lower[at];
+  vf weight = load(a.x.weight + at);
+  const bool near = a.x.upper[at + V - 1] - first < V;
+  return {first - window.first, load(a.x.lower + at) - first, load(a.x.upper + at) - first, 1.0f - weight, weight, near};
+}
+
+template <bool kNear>
+SPCL_INLINE vf interpolate(const float* row, const Taps& t) {
+  if constexpr (kNear) {
+    vf nodes = load(row + t.first);
+    return permute(nodes, t.lower) * t.of_lower + permute(nodes, t.upper) * t.of_upper;
+  } else {
+    return gather(row + t.first, t.lower) * t.of_lower + gather(row + t.first, t.upper) * t.of_upper;
+  }
+}
+
+// The true largest logit of each pixel.
+template <bool kNear>
+SPCL_LOCAL vf largest(const float* rows, int64_t stride, int64_t num_classes, const Taps& t) {
+  vf most = splat(-__builtin_inff());
+  for (int64_t k = 0; k < num_classes; ++k) most = larger(interpolate<kNear>(rows + k * stride, t), most);
+  return most;
+}
+
+}  // namespace SPCL_ISA
+}  // namespace spcl
