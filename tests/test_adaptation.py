@@ -1,4 +1,4 @@
-"""The adaptation experiments on tiny generated runs: plans, shared stages, signals without labels, result lines and what is made of them."""
+"""The adaptation experiments on tiny generated runs: plans, shared stages, signals without labels, lines and what is made of them."""
 
 from __future__ import annotations
 
