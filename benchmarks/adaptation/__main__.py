@@ -68,10 +68,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> int:
     plan = read_plan(args.plan)
-    waiting = [(seed, pair) for seed, pair in itertools.product(plan.seeds, plan.pairs)]
+    waiting = list(itertools.product(plan.seeds, plan.pairs))
     running: dict[subprocess.Popen, str] = {}
     worst = 0
-    previous = signal.signal(signal.SIGTERM, _stopped)
+    previous = {number: signal.signal(number, _stopped) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         while waiting or running:
             while waiting and len(running) < args.jobs:
@@ -87,12 +87,13 @@ def _run(args: argparse.Namespace) -> int:
             process.terminate()  # each saves its state
         for process in running:
             process.wait()
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     return worst
 
 
 def _stopped(number: int, frame: object) -> None:
-    raise Interrupted(f"Stopped by {signal.Signals(number).name}; the running seeds saved their state. Start the same command to go on.")
+    raise Interrupted(f"Stopped by {signal.Signals(number).name}; the running seeds save their state. Start the same command to go on.")
 
 
 def _start(args: argparse.Namespace, pair: str, seed: int) -> subprocess.Popen:
