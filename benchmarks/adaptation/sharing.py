@@ -42,8 +42,7 @@ def depends_on(stage: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         stages.add(one := waiting.pop())
         waiting.extend(inputs(one, settings))
     sections = {*_COMMON, *(_SECTION.get(one, one) for one in stages)}
-    chosen = {key: value for key, value in settings.items() if any(key == name or key.startswith(f"{name}.") for name in sections)}
-    return chosen | {"stages": sorted(stages)}
+    return {key: value for key, value in settings.items() if any(key == name or key.startswith(f"{name}.") for name in sections)}
 
 
 def take_over(stage: str, config: Config) -> Path | None:
