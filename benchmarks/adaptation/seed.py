@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def line_of(config: Config) -> dict[str, Any]:
         "seed": config.seed,
         "settings_sha256": recipe_sha256(config),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": {"spcl_fast": importlib.metadata.version("spcl_fast"), **summary["machine"], "system": platform.machine()},
+        "versions": {"spcl_fast": importlib.metadata.version("spcl_fast"), "commit": _commit(), **summary["machine"]},
         "nets": {NETS[stage]: {**summary[NETS[stage]], "signals": run.read_json(f"{stage}/signals.json")} for stage in trained},
         "pseudo_labels": {stage: _kept(run.read_json(f"{stage}/thresholds.json")) for stage in PSEUDO_LABELS if stage in config.stages},
         "seconds": summary["seconds"],
@@ -76,3 +76,12 @@ def _kept(record: dict[str, Any] | None) -> dict[str, Any] | None:
     predicted, kept = record["predicted_pixels"], record["kept_pixels"]
     by_class = {name: kept[name] / count if count else None for name, count in predicted.items()}
     return {"kept_share": sum(kept.values()) / max(sum(predicted.values()), 1), "by_class": by_class, "thresholds": record["thresholds"]}
+
+
+def _commit() -> str | None:
+    """Of this checkout, with a + where tracked files differ from it; None where there is no git."""
+    command = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+    try:
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
