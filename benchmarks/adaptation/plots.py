@@ -42,7 +42,7 @@ def _nets(axes: Axes, settings: Lines) -> None:
                 axes.plot([where] * len(found.values), found.values, ".", color="black", markersize=4)
     axes.set_xticks(range(len(shown)), shown)
     axes.set_ylabel("mIoU on target validation images, %")
-    axes.legend()
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=8)
 
 
 def _differences(axes: Axes, compared: list[tuple[str, Spread]]) -> None:
