@@ -1,0 +1,81 @@
+"""Result lines, results/<pair>.jsonl: only ever added to, the last one of a setting and seed counts. And what can be said of several."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spcl_fast.errors import DataError
+
+
+def add_line(path: Path, line: dict[str, Any]) -> None:
+    """In one write, so that seeds side by side do not mix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab", buffering=0) as file:
+        file.write(json.dumps(line).encode() + b"\n")
+        os.fsync(file.fileno())
+
+
+def latest(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """(setting, seed) -> its last line; empty without a file. Raises DataError for a line that is none."""
+    found = {}
+    for number, text in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
+        try:
+            line = json.loads(text)
+            found[line["setting"], line["seed"]] = line
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}, line {number} is no result: {error!r}. Remove it; the run is made anew from its folder.") from None
+    return found
+
+
+def by_setting(path: Path) -> dict[str, dict[int, dict[str, Any]]]:
+    """setting -> seed -> line. Raises DataError where the seeds of a setting were run with different recipes."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for (setting, seed), line in sorted(latest(path).items(), key=lambda item: item[0][1]):
+        found.setdefault(setting, {})[seed] = line
+    for setting, lines in found.items():
+        if len({line["settings_sha256"] for line in lines.values()}) > 1:
+            raise DataError(
+                f"{path}: the seeds of {setting} have different settings. Run the others again, or name the new ones otherwise."
+            )
+    return found
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and its standard error; the error of a single value is not known (NaN)."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return sum(self.values) / len(self.values)
+
+    @property
+    def error(self) -> float:
+        n = len(self.values)
+        return math.sqrt(sum((v - self.mean) ** 2 for v in self.values) / (n - 1) / n) if n > 1 else math.nan
+
+    def text(self, form: str = ".1f") -> str:
+        return f"{self.mean:{form}} ± {self.error:{form.lstrip('+')}}" if len(self.values) > 1 else f"{self.mean:{form}}"
+
+
+def spread(values: Iterable[float | None]) -> Spread | None:
+    """None where there is no value."""
+    known = tuple(value for value in values if value is not None)
+    return Spread(known) if known else None
+
+
+def miou(line: dict[str, Any], net: str) -> float | None:
+    return line["nets"][net]["miou"] if net in line["nets"] else None
+
+
+def paired(a: dict[int, dict], net_a: str, b: dict[int, dict], net_b: str) -> Spread | None:
+    """The difference in mIoU, seed by seed, over the seeds that both have."""
+    pairs = [(miou(a[seed], net_a), miou(b[seed], net_b)) for seed in sorted(a.keys() & b.keys())]
+    return spread(x - y for x, y in pairs if x is not None and y is not None)

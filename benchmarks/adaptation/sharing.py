@@ -1,0 +1,70 @@
+"""Stages that settings have in common are done once: a finished one is copied from another run of the same pair and seed.
+
+Which stages those are follows from the two Configs alone. The product has the last word: it refuses a stage whose record is not its own.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from spcl_fast.config import Config
+from spcl_fast.train.identity import flat_settings
+from spcl_fast.train.log import Run
+
+_COMMON = ("source", "target", "model", "evaluate", "seed", "loop.precision", "loop.channels_last", "loop.checkpoint_every")
+_SECTION = {"pseudo_labels": "pseudo_label", "pseudo_labels_2": "pseudo_label"}
+_BESIDE = {"prototypes": "prototypes.safetensors"}  # what a stage writes outside of its folder
+
+
+def inputs(stage: str, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """The stages whose results `stage` starts from."""
+    start = "warmup" if "warmup" in settings["stages"] else "source_only"
+    return {
+        "control": ("source_only",),
+        "warmup": ("source_only",) if settings["warmup.init"] == "source_only" else (),
+        "prototypes": (start,),
+        "pseudo_labels": (start,),
+        "adapt": (start, "prototypes", "pseudo_labels"),
+        "pseudo_labels_2": ("adapt",),
+        "distill": ("adapt", "pseudo_labels_2"),
+    }.get(stage, ())
+
+
+def depends_on(stage: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a run's flat settings those that the result of `stage` depends on, through the stages before it too."""
+    stages, waiting = set(), [stage]
+    while waiting:
+        stages.add(one := waiting.pop())
+        waiting.extend(inputs(one, settings))
+    sections = {*_COMMON, *(_SECTION.get(one, one) for one in stages)}
+    return {key: value for key, value in settings.items() if any(key == name or key.startswith(f"{name}.") for name in sections)}
+
+
+def take_over(stage: str, config: Config) -> Path | None:
+    """Copy a finished `stage` of the same settings from a run beside this one, whole or not at all. -> the run it came from."""
+    run = Run(Path(config.runs_dir) / config.name)
+    if run.path(stage).exists():  # done, or under way: the product goes on with it
+        return None
+    wanted = depends_on(stage, flat_settings(config))
+    for file in sorted(Path(config.runs_dir).glob("*/config.yaml")):
+        donor = Run(file.parent)
+        if donor.done(stage) is None or depends_on(stage, _settings_in(file)) != wanted:
+            continue
+        run.folder.mkdir(parents=True, exist_ok=True)
+        if stage in _BESIDE:
+            shutil.copyfile(donor.path(_BESIDE[stage]), run.path(_BESIDE[stage]))
+        copy = run.path(f"{stage}.copying")
+        shutil.rmtree(copy, ignore_errors=True)  # of a copy that was cut short
+        shutil.copytree(donor.path(stage), copy)
+        copy.rename(run.path(stage))
+        return donor.folder
+    return None
+
+
+def _settings_in(file: Path) -> dict[str, Any]:
+    return flat_settings(yaml.safe_load(file.read_text(encoding="utf-8")))
