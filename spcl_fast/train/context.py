@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..config import AugmentConfig, Config, TrainConfig
 from ..data import Batch, ClassSet, Dataset, class_frequency, dataset_of, train_batches, with_pseudo_labels, write_label_png
+from ..data.augment import output_size
 from ..errors import CheckpointError, DataError
 from ..models import SegmentationModel, build_model
 from . import distributed
@@ -20,6 +21,7 @@ from .checkpoint import Checkpoint
 from .device import Precision, choose_device
 from .evaluate import evaluate_model
 from .identity import step_seed
+from .lean import LeanModel, lean_model
 from .log import Run
 from .loop import fit, load_modules, poly_schedule
 from .signals import StopRequest
@@ -127,6 +129,15 @@ class Context:
     def source_stage(self) -> str:
         """Which net prototypes, pseudo-labels and adaptation start from: the warm-up's, or source-only's where there was no warm-up."""
         return "warmup" if self.run.done("warmup") else "source_only"
+
+    def image_shape(self, train: TrainConfig, side: str, augment: AugmentConfig) -> tuple[int, ...]:
+        """[B, 3, H, W] of what one forward of a stage sees."""
+        width, height = output_size(augment, getattr(self.config, side).size)
+        return (train.batch_size // self.config.loop.accumulate, 3, height, width)
+
+    def lean(self, model: SegmentationModel, shapes: list[tuple[int, ...]]) -> LeanModel:
+        """The net with the loop's settings on precision and memory."""
+        return lean_model(model, self.config.loop, self.precision, shapes)
 
     def optimizer(self, model: SegmentationModel, train: TrainConfig) -> torch.optim.Optimizer:
         groups = model.parameter_groups(train.lr, train.head_multiplier)

@@ -1,9 +1,11 @@
-"""Peak memory of this process, on the CPU (resident set) or on a GPU (allocated by torch), in bytes."""
+"""Peak memory of this process, on the CPU (resident set) or on a GPU (allocated by torch), in bytes; of a step also by phase."""
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -36,6 +38,67 @@ def peak_bytes(device: torch.device | str = "cpu") -> int:
 def resident_bytes() -> int:
     """What is resident now; the peak where the system does not say."""
     return _status_bytes("VmRSS") or _rusage_bytes()
+
+
+# ---- phases of a step ----------------------------------------------------------------------------------------------------------------
+
+PHASES = ("data", "forward", "loss", "backward", "step")
+_recorder: PhaseRecorder | None = None
+
+
+class PhaseRecorder:
+    """What wants to know in which phase a step is; `enter` is called at every change."""
+
+    phase = "step"
+
+    def enter(self, name: str) -> None:
+        self.phase = name
+
+
+@contextlib.contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Tell the recorder, if there is one, that a step is in this phase now. Nested: the inner one counts."""
+    if _recorder is None:
+        yield
+        return
+    outer = _recorder.phase
+    _recorder.enter(name)
+    try:
+        yield
+    finally:
+        if _recorder is not None:
+            _recorder.enter(outer)
+
+
+@contextlib.contextmanager
+def recording(recorder: PhaseRecorder) -> Iterator[PhaseRecorder]:
+    """Inside, phases are told to `recorder`."""
+    global _recorder
+    before, _recorder = _recorder, recorder
+    try:
+        yield recorder
+    finally:
+        _recorder = before
+
+
+class PhasePeaks(PhaseRecorder):
+    """Measured peak of each phase of one step. A reading at each change of phase, so for one step, not for all: on the CPU the system walks
+    the page tables for it.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        self.peaks: dict[str, int] = {}
+        reset_peak(self.device)
+
+    def enter(self, name: str) -> None:
+        self.close()
+        super().enter(name)
+
+    def close(self) -> None:
+        """Read the peak of the phase that ends."""
+        self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), peak_bytes(self.device))
+        reset_peak(self.device)
 
 
 def _status_bytes(key: str) -> int:
