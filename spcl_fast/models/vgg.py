@@ -31,7 +31,7 @@ class VGG16(nn.Sequential, Chain):
         return (2, 4, 7)  # after each pooling
 
 
-def vgg16() -> nn.Sequential:
+def vgg16() -> VGG16:
     layers: list[nn.Module] = []
     inputs = 3
     for entry in LAYERS:
@@ -43,6 +43,6 @@ def vgg16() -> nn.Sequential:
     for outputs, dilation in ((512, 2), (512, 2), (512, 2), (CHANNELS, 4), (CHANNELS, 4)):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=dilation, dilation=dilation), nn.ReLU(inplace=True)]
         inputs = outputs
-    backbone = nn.Sequential(*layers)
+    backbone = VGG16(*layers)
     init_convs(backbone)
     return backbone

@@ -17,6 +17,7 @@ from ..data.augment import output_size
 from ..errors import CheckpointError, DataError
 from ..models import SegmentationModel, build_model
 from . import distributed
+from .absorb import AbsorbingSGD
 from .checkpoint import Checkpoint
 from .device import Precision, choose_device
 from .evaluate import evaluate_model
@@ -141,9 +142,12 @@ class Context:
 
     def optimizer(self, model: SegmentationModel, train: TrainConfig) -> torch.optim.Optimizer:
         groups = model.parameter_groups(train.lr, train.head_multiplier)
+        fused = self.device.type == "cuda"  # the default there (foreach) makes one more copy of all gradients
         if train.optimizer == "adamw":
-            return torch.optim.AdamW(groups, lr=train.lr, weight_decay=train.weight_decay)
-        return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay)
+            return torch.optim.AdamW(groups, lr=train.lr, weight_decay=train.weight_decay, fused=fused or None)
+        if self.config.loop.absorb_gradients:
+            return AbsorbingSGD(groups, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay)
+        return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay, fused=fused or None)
 
     # --- a stage ------------------------------------------------------------------------------------------------------------------
 

@@ -40,6 +40,11 @@ class LeanModel:
         with self._forward():
             return self.model.features(images)
 
+    def classify(self, features: Tensor) -> Tensor:
+        """Logits of features that were computed before."""
+        with self.precision.autocast():
+            return self.model.classify(features)
+
     def grid(self, images: Tensor) -> tuple[int, int]:
         """Height and width of the features of such images; one forward for a size that was not seen before."""
         size = tuple(images.shape[2:])
@@ -62,7 +67,9 @@ def lean_model(model: SegmentationModel, settings: LoopConfig, precision: Precis
         model.chain.cuts = _cuts(model, settings.checkpoint, precision, shapes)
     if settings.compile:
         model.feature_extractor.compile()
-    return LeanModel(model, precision, offload=settings.offload and precision.device.type == "cuda")
+    if settings.offload and precision.device.type != "cuda":
+        raise ConfigError(f"loop.offload: the net is on {precision.device}, whose memory is the host's already; leave it out.")
+    return LeanModel(model, precision, offload=settings.offload)
 
 
 def _cuts(model: SegmentationModel, checkpoint: str, precision: Precision, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
@@ -150,8 +157,12 @@ class _Host:
 
     def __init__(self, tensor: Tensor) -> None:
         self.device = tensor.device
-        self.tensor = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-        self.tensor.copy_(tensor, non_blocking=tensor.is_cuda)
+        with memory.phase("host"):
+            self.tensor = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            self.tensor.copy_(tensor, non_blocking=tensor.is_cuda)
+
+    def back(self) -> Tensor:
+        return torch.empty_like(self.tensor, device=self.device, pin_memory=False).copy_(self.tensor, non_blocking=True)
 
 
 def offloaded(model: SegmentationModel) -> torch.autograd.graph.saved_tensors_hooks:
@@ -171,6 +182,6 @@ def offloaded(model: SegmentationModel) -> torch.autograd.graph.saved_tensors_ho
         return copy
 
     def unpack(saved: Tensor | _Host) -> Tensor:
-        return saved if isinstance(saved, Tensor) else saved.tensor.to(saved.device, non_blocking=True)
+        return saved if isinstance(saved, Tensor) else saved.back()
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

@@ -88,6 +88,9 @@ def fit(
     Interrupted (a stop signal; state saved). Waits for the device only where a line is logged or a checkpoint written.
     """
     own = {"iterations": iterations, "seed": seed, "precision": settings.precision, "channels_last": settings.channels_last}
+    # these change the order of additions; at their defaults they are left out, so that runs of before they existed go on
+    default = LoopConfig()
+    own |= {name: value for name in ("accumulate", "absorb_gradients") if (value := getattr(settings, name)) != getattr(default, name)}
     whole = {**flat_settings(identity or {}), "stage": stage, **own}
     loop = _Loop(stage, run, TrainingState(modules, optimizers), iterations, seed, settings, whole)
     with run.exclusive(), stop_requests() as stop:

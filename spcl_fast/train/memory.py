@@ -92,8 +92,9 @@ class PhasePeaks(PhaseRecorder):
         reset_peak(self.device)
 
     def enter(self, name: str) -> None:
-        self.close()
-        super().enter(name)
+        if name in PHASES:  # copies to the host are part of the phase they fall into
+            self.close()
+            super().enter(name)
 
     def close(self) -> None:
         """Read the peak of the phase that ends."""

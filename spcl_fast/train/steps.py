@@ -241,6 +241,6 @@ def diagnostics(net: LeanModel, features: Tensor, labels: Tensor, bank: Prototyp
     """What shows a collapse while the loss still falls: predicted and kept shares of each class on target, prototype norms."""
     num_classes = bank.prototypes.shape[0]
     with memory.phase("loss"):
-        predicted = F.one_hot(net.model.classify(features).argmax(1), num_classes).float().mean((0, 1, 2))
+        predicted = F.one_hot(net.classify(features).argmax(1), num_classes).float().mean((0, 1, 2))
         kept = F.one_hot(labels.long().clamp_max(num_classes), num_classes + 1).float().mean((0, 1, 2))[:num_classes]
     return {"predicted_share": predicted, "kept_share": kept, "prototype_norm": bank.prototypes.norm(dim=1)}
