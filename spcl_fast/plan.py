@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -68,18 +69,22 @@ def fit(config: Config, stages: list[str], limit_bytes: int) -> Fit:
     """
     trained = [stage for stage in stages if stage in TRAINED] or stages
     num_classes = num_classes_of(config)
-    first = [predict(config, stage, num_classes=num_classes) for stage in trained]
-    hungry = max(first, key=lambda p: p.peak_bytes).stage
+
+    @functools.cache
+    def of(changed: Config, stage: str) -> Prediction:
+        return predict(changed, stage, num_classes=num_classes)
+
+    hungry = max((of(config, stage) for stage in trained), key=lambda p: p.peak_bytes).stage
     least: Prediction | None = None
     for scale in _SCALES:
         for group in _candidates(config, trained, scale):
-            tried = [(flags, predict(apply_flags(config, flags), hungry, num_classes=num_classes)) for flags in group]
+            tried = [(flags, of(apply_flags(config, flags), hungry)) for flags in group]
             smallest = min((p for _, p in tried), key=lambda p: p.peak_bytes)
             least = smallest if least is None or smallest.peak_bytes < least.peak_bytes else least
             fitting = [(flags, p) for flags, p in tried if p.peak_bytes <= limit_bytes]
             for flags, _ in sorted(fitting, key=lambda pair: pair[1].flops):
                 changed = apply_flags(config, flags)
-                found = [predict(changed, stage, num_classes=num_classes) for stage in stages]
+                found = [of(changed, stage) for stage in stages]
                 if all(p.peak_bytes <= limit_bytes for p in found):
                     return Fit(flags, changed, found)
         if least is not None and least.floor_bytes > limit_bytes:

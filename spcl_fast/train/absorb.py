@@ -29,6 +29,7 @@ class AbsorbingSGD(torch.optim.SGD):
         self._taking_part: list[bool] | None = None
         for group in self.param_groups:
             for parameter in group["params"]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
                 parameter.register_post_accumulate_grad_hook(self._absorb_of(group))
 
     def _absorb_of(self, group: dict[str, Any]) -> Callable[[Tensor], None]:
@@ -45,7 +46,7 @@ class AbsorbingSGD(torch.optim.SGD):
         """v <- m v + d w, once a step."""
         self._touched[parameter] = None
         state = self.state[parameter]
-        if state.get("momentum_buffer") is None:
+        if state.get("momentum_buffer") is None:  # restored from a run of plain SGD that never had a gradient for it
             state["momentum_buffer"] = torch.zeros_like(parameter)
         state["momentum_buffer"].mul_(group["momentum"]).add_(parameter, alpha=group["weight_decay"])
 

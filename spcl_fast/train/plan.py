@@ -45,7 +45,7 @@ class Prediction:
 
 
 @dataclasses.dataclass
-class _Work:
+class Work:
     """What is counted: a step with its batch, and whose state is there before it."""
 
     model: SegmentationModel
@@ -70,27 +70,33 @@ def predict(config: Config, stage: str, *, released: bool = False, num_classes: 
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     num_classes = num_classes_of(config) if num_classes is None else num_classes
-    on_cpu = config.loop.device == "cpu"
-    live = LiveBytes(cpu_workspace if on_cpu else None)
     with FakeTensorMode():
-        work = _released(config, num_classes) if released else _work(config, stage, num_classes)
-        with memory.recording(live), live, _gradients_held(live, work):
-            _hold_state(live, work)
-            live.start()
-            work.step(work.batch, 0)
-            for optimizer in work.optimizers:
-                optimizer.step()
-    return _prediction(stage, "released" if released else "ours", live.result, work)
+        work = released_work(config, num_classes) if released else work_of(config, stage, num_classes)
+        counted = count_step(work, on_cpu=config.loop.device == "cpu")
+    return _prediction(stage, "released" if released else "ours", counted, work)
 
 
-def _prediction(stage: str, loop: str, counted: Counted, work: _Work) -> Prediction:
+def count_step(work: Work, *, on_cpu: bool) -> Counted:
+    """One step of `work` with every byte counted, on fake tensors or on real ones, which move by a first step and then by this one."""
+    live = LiveBytes(cpu_workspace if on_cpu else None)
+    with memory.recording(live), live, _gradients_held(live, work):
+        _hold_state(live, work)
+        live.start()
+        work.step(work.batch, 0)
+        for optimizer in work.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return live.result
+
+
+def _prediction(stage: str, loop: str, counted: Counted, work: Work) -> Prediction:
     categories = {name: counted.at_peak[name] for name in CATEGORIES if name in counted.at_peak}
     phases = {name: counted.phases[name] for name in memory.PHASES if name in counted.phases}
     cuts = work.model.chain.cuts if work.model.chain is not None else ()
     return Prediction(stage, loop, counted.peak, categories, phases, counted.flops, cuts, counted.host, _floor(work))
 
 
-def _floor(work: _Work) -> int:
+def _floor(work: Work) -> int:
     fixed = {id(t): t.nbytes for module in (work.model, *work.modules) for t in (*module.parameters(), *module.buffers())}
     gradients = 0
     for optimizer in work.optimizers:
@@ -100,7 +106,7 @@ def _floor(work: _Work) -> int:
     return sum(fixed.values()) + gradients
 
 
-def _hold_state(live: LiveBytes, work: _Work) -> None:
+def _hold_state(live: LiveBytes, work: Work) -> None:
     """Weights, buffers, the optimisers' state as after a first step, and the batch."""
     for module in (work.model, *work.modules):
         live.hold(module.parameters(), "weights")
@@ -108,17 +114,23 @@ def _hold_state(live: LiveBytes, work: _Work) -> None:
     live.hold(work.tensors, "weights")
     for domain in work.batch if isinstance(work.batch, tuple) else (work.batch,):
         live.hold((domain.images, domain.labels), "data")
+    prepare(work)
+    for optimizer in work.optimizers:
+        live.hold((value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)), "optimizer")
+
+
+def prepare(work: Work) -> None:
+    """Give the optimisers the state that they have after their first step."""
     for optimizer in work.optimizers:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        live.hold((value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)), "optimizer")
 
 
 @contextlib.contextmanager
-def _gradients_held(live: LiveBytes, work: _Work) -> Iterator[None]:
+def _gradients_held(live: LiveBytes, work: Work) -> Iterator[None]:
     """Inside, gradients become a category of their own as soon as a parameter has one."""
 
     def hold(parameter: Tensor) -> None:
@@ -137,25 +149,25 @@ def _gradients_held(live: LiveBytes, work: _Work) -> Iterator[None]:
 # ---- the stages ----------------------------------------------------------------------------------------------------------------------
 
 
-def _work(config: Config, stage: str, num_classes: int) -> _Work:
+def work_of(config: Config, stage: str, num_classes: int) -> Work:
     context = Context(dataclasses.replace(config, loop=dataclasses.replace(config.loop, device="cpu", offload=False, compile=False)))
     if stage not in TRAINED:
         return _inference(config, stage, _model(config, num_classes), context)
     train: TrainConfig = getattr(config, stage)
     model = _model(config, num_classes, freeze_bn=train.freeze_bn if stage == "distill" else None).train()
     if config.loop.channels_last:
-        model.to(memory_format=torch.channels_last)
+        _to_channels_last(model)
     domains = _domains(config, stage)
     shapes = [context.image_shape(train, side, augment) for side, augment in domains]
     batches = tuple(_batch(config, side, augment, train.batch_size) for side, augment in domains)
     net = context.lean(model, shapes)
     net.offload = config.loop.offload
-    work = _Work(model, lambda batch, it: {}, batches if len(batches) > 1 else batches[0], [context.optimizer(model, train)])
+    work = Work(model, lambda batch, it: {}, batches if len(batches) > 1 else batches[0], [context.optimizer(model, train)])
     work.step = _step(config, stage, net, num_classes, work)
     return work
 
 
-def _step(config: Config, stage: str, net: LeanModel, num_classes: int, work: _Work) -> Step:
+def _step(config: Config, stage: str, net: LeanModel, num_classes: int, work: Work) -> Step:
     """The stage's step; what else it needs is added to `work`."""
     train, accumulate = getattr(config, stage), config.loop.accumulate
     weight = torch.ones(num_classes) if train.class_weight_power else None
@@ -184,7 +196,7 @@ def _domains(config: Config, stage: str) -> list[tuple[str, AugmentConfig]]:
     return [("target" if stage == "oracle" else "source", train.augment)]
 
 
-def _inference(config: Config, stage: str, model: SegmentationModel, context: Context) -> _Work:
+def _inference(config: Config, stage: str, model: SegmentationModel, context: Context) -> Work:
     """`prototypes`, `pseudo_labels`: one image forward, its prediction at the size of use."""
     side = "source" if stage == "prototypes" else "target"
     width, height = config.source.size if side == "source" else config.target.eval_size
@@ -198,10 +210,10 @@ def _inference(config: Config, stage: str, model: SegmentationModel, context: Co
             upsampled_prediction(logits, (height, width))
         return {}
 
-    return _Work(model.eval(), step, Batch(images, torch.empty(1, height, width, dtype=torch.uint8), [""]))
+    return Work(model.eval(), step, Batch(images, torch.empty(1, height, width, dtype=torch.uint8), [""]))
 
 
-def _released(config: Config, num_classes: int) -> _Work:
+def released_work(config: Config, num_classes: int) -> Work:
     """The released loop at the same sizes: float32, no setting of ours."""
     train, model = config.adapt, _model(config, num_classes).train()
     unfold_batch_norm(model)
@@ -211,7 +223,15 @@ def _released(config: Config, num_classes: int) -> _Work:
     prototypes = torch.zeros(model.channels, num_classes)
     groups = model.parameter_groups(train.lr, train.head_multiplier)
     optimizer = torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay)
-    return _Work(model, released_step(model, prototypes, train), batch, [optimizer], tensors=[prototypes])
+    return Work(model, released_step(model, prototypes, train), batch, [optimizer], tensors=[prototypes])
+
+
+def _to_channels_last(model: nn.Module) -> None:
+    """`model.to(memory_format=...)`, which refuses fake parameters."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.dim() == 4:
+                module._parameters[name] = nn.Parameter(parameter.detach().contiguous(memory_format=torch.channels_last))
 
 
 def _model(config: Config, num_classes: int, freeze_bn: bool | None = None) -> SegmentationModel:
