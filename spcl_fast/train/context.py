@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -178,11 +179,23 @@ class Context:
             settings=self.config.loop,
             identity=self.identity(stage, train, after),
             at_checkpoint=lambda done: self._select(stage, model, done),
+            plan=lambda: self._planned(stage),
         )
         if result.skipped:
             self.run.say(f"{stage}: finished before ({result.steps} iterations)")
         if not result.skipped or self.run.read_json(f"{stage}/evaluation.json") is None:
             self.judge(stage, self.model_of(stage) if self.config.evaluate.selection != "last" else model)
+
+    def _planned(self, stage: str) -> int | None:
+        """What `spcl-fast plan` says for this device; None where it cannot tell, which must not stop a training."""
+        from .plan import predict  # counts a step of fake tensors: seconds, once a stage
+
+        config = replace(self.config, loop=replace(self.config.loop, device=self.device.type))
+        try:
+            return predict(config, stage, num_classes=len(self.classes)).peak_bytes
+        except Exception as error:
+            self.run.say(f"{stage}: its memory could not be predicted: {type(error).__name__}: {error}")
+            return None
 
     def identity(self, stage: str, settings: Any, after: tuple[str, ...] = ()) -> dict[str, Any]:
         """What the stage's result depends on; the stages before it by the hash of theirs."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+from ..config import LoopConfig
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -38,6 +41,36 @@ def peak_bytes(device: torch.device | str = "cpu") -> int:
 def resident_bytes() -> int:
     """What is resident now; the peak where the system does not say."""
     return _status_bytes("VmRSS") or _rusage_bytes()
+
+
+# ---- out of memory -------------------------------------------------------------------------------------------------------------------
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """A GPU's allocator, the CPU's (torch raises a plain RuntimeError there), or Python's own."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def release(device: torch.device) -> None:
+    """Give freed blocks back, so that a checkpoint can be written."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def remedy(settings: LoopConfig, stage: str) -> str:
+    """The next setting to change: those that cost no accuracy first, in the order of their cost."""
+    steps = (
+        (settings.precision == "fp32", "--loop.precision bf16"),
+        (settings.checkpoint != "auto" and not settings.compile, "--loop.checkpoint auto"),
+        (not settings.absorb_gradients, "--loop.absorb_gradients (with sgd)"),
+        (settings.accumulate == 1, f"--loop.accumulate N, with N a divisor of {stage}.batch_size"),
+        (not settings.offload and settings.device != "cpu", "--loop.offload"),
+    )
+    next_one = next((flag for wanted, flag in steps if wanted), "a smaller --source.size and --target.size")
+    return f"Try {next_one}; `spcl-fast plan {stage} --fit 4GiB`, with your memory, finds what fits."
 
 
 # ---- phases of a step ----------------------------------------------------------------------------------------------------------------
