@@ -7,16 +7,20 @@ BinhuiXie/SPCL, commit 9e5bab7, written anew.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import AdaptConfig
-from ..data import Batch
 from ..models import SegmentationModel
 from ..models.norm import FrozenBatchNorm2d
 from . import memory
 from .steps import IGNORE, Step, backward
+
+if TYPE_CHECKING:
+    from ..data import Batch
 
 
 class _ReleasedBatchNorm(nn.Module):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +19,14 @@ from torch import Tensor
 
 from ..bank import PrototypeBank
 from ..config import AdaptConfig, DistillConfig, TrainConfig, WarmupConfig
-from ..data import Batch
 from ..models import Discriminator
 from ..models.chain import statistics_kept
 from ..ops import agreement_labels, labels_on, prototype_contrastive_loss, upsampled_cross_entropy
 from . import memory
 from .lean import LeanModel
+
+if TYPE_CHECKING:
+    from ..data import Batch  # at run time any dataclass with images, labels, names: steps need no reader of files
 
 Step = Callable[[Any, int], dict[str, Tensor]]
 IGNORE = 255
