@@ -434,7 +434,7 @@ def test_out_of_memory_saves_the_step_before_and_names_the_setting(tmp_path, und
         stage.fit(tmp_path)
     text = str(caught.value)
     assert caught.value.exit_code == 2 and "Out of memory at step 7 of tiny on cpu" in text and "step_00000007" in text
-    assert "Try --loop.precision bf16; `spcl-fast plan tiny --fit 4GiB`" in text
+    assert "Start the same command with --loop.checkpoint auto to go on; `spcl-fast plan tiny --fit 4GiB`" in text
     again = TinyStage()
     assert again.fit(tmp_path).resumed_from == 7
     assert same_bits(again.state(), undisturbed[0])
@@ -479,14 +479,16 @@ def test_any_other_error_is_no_lack_of_memory(tmp_path):
 
 
 def test_the_remedy_is_the_next_setting_that_is_not_taken_yet():
-    settings, told = LoopConfig(device="cuda"), []
-    for change in ({"precision": "bf16"}, {"checkpoint": "auto"}, {"absorb_gradients": True}, {"accumulate": 4}, {"offload": True}, {}):
-        told.append(memory.remedy(settings, "adapt").split(";")[0])
+    settings, told = LoopConfig(), []
+    for change in ({"checkpoint": "auto"}, {"offload": True}, {"precision": "bf16"}, {"absorb_gradients": True}, {"accumulate": 4}, {}):
+        told.append(memory.remedy(settings, "adapt", torch.device("cuda")).split(";")[0])
         settings = dataclasses.replace(settings, **change)
-    assert [text.split()[1] for text in told[:5]] == [
-        "--loop.precision", "--loop.checkpoint", "--loop.absorb_gradients", "--loop.accumulate", "--loop.offload",
-    ]  # fmt: skip
-    assert told[5] == "Try a smaller --source.size and --target.size"
+    wanted = ("checkpoint auto", "offload", "precision bf16", "absorb_gradients", "accumulate N, with N a divisor of adapt.batch_size")
+    assert all(f"with --loop.{flag}" in text for flag, text in zip(wanted, told, strict=False))
+    assert ["same command" in text for text in told] == [True, True, False, False, False, False]
+    assert told[5] == "Start a run of another name with a smaller --source.size and --target.size"
+    on_cpu = memory.remedy(LoopConfig(checkpoint="auto"), "adapt", torch.device("cpu"))
+    assert "offload" not in on_cpu and "--loop.precision bf16" in on_cpu
 
 
 # --- memory in the log ---

@@ -374,8 +374,7 @@ class _Loop:
         paths = self.store.paths()
         saved = f"The newest state is in {paths[0]}" if paths else "There was no step to save yet"
         raise OutOfMemory(
-            f"Out of memory at step {it} of {self.stage} on {self.device}. {saved}. {memory.remedy(self.settings, self.stage)} "
-            "Then start the same command again."
+            f"Out of memory at step {it} of {self.stage} on {self.device}. {saved}. {memory.remedy(self.settings, self.stage, self.device)}"
         )
 
     def _seconds(self) -> float:

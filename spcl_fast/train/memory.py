@@ -60,17 +60,24 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def remedy(settings: LoopConfig, stage: str) -> str:
-    """The next setting to change: those that cost no accuracy first, in the order of their cost."""
-    steps = (
-        (settings.precision == "fp32", "--loop.precision bf16"),
+def remedy(settings: LoopConfig, stage: str, device: torch.device) -> str:
+    """The next setting to change: first those with which the same run goes on, then those that change its numbers."""
+    same_run = (
         (settings.checkpoint != "auto" and not settings.compile, "--loop.checkpoint auto"),
-        (not settings.absorb_gradients, "--loop.absorb_gradients (with sgd)"),
-        (settings.accumulate == 1, f"--loop.accumulate N, with N a divisor of {stage}.batch_size"),
-        (not settings.offload and settings.device != "cpu", "--loop.offload"),
+        (not settings.offload and device.type == "cuda", "--loop.offload"),
     )
-    next_one = next((flag for wanted, flag in steps if wanted), "a smaller --source.size and --target.size")
-    return f"Try {next_one}; `spcl-fast plan {stage} --fit 4GiB`, with your memory, finds what fits."
+    new_run = (
+        (settings.precision == "fp32", "--loop.precision bf16"),
+        (not settings.absorb_gradients, "--loop.absorb_gradients (with sgd)"),
+        (settings.accumulate == 1, f"--loop.accumulate N, with N a divisor of {stage}.batch_size,"),
+        (True, "a smaller --source.size and --target.size"),
+    )
+    flag = next((flag for wanted, flag in same_run if wanted), None)
+    if flag is not None:
+        advice = f"Start the same command with {flag} to go on"
+    else:
+        advice = f"Start a run of another name with {next(flag for wanted, flag in new_run if wanted)}"
+    return f"{advice}; `spcl-fast plan {stage} --fit 4GiB`, with your memory, finds what fits."
 
 
 # ---- phases of a step ----------------------------------------------------------------------------------------------------------------
