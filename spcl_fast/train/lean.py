@@ -157,6 +157,7 @@ class _Host:
 
     def __init__(self, tensor: Tensor) -> None:
         self.device = tensor.device
+        self.storage = weakref.ref(tensor.untyped_storage())  # its address may belong to another tensor later
         with memory.phase("host"):
             self.tensor = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
             self.tensor.copy_(tensor, non_blocking=tensor.is_cuda)
@@ -177,7 +178,7 @@ def offloaded(model: SegmentationModel) -> torch.autograd.graph.saved_tensors_ho
             return tensor
         key = (_storage(tensor), tensor._version, tensor.storage_offset(), tensor.shape, tensor.stride())
         copy = copies.get(key)
-        if copy is None:
+        if copy is None or copy.storage() is not tensor.untyped_storage():
             copy = copies[key] = _Host(tensor)
         return copy
 
