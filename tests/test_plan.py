@@ -67,10 +67,10 @@ def test_what_autograd_keeps_is_alive_until_its_backward():
         ("adapt", {}),
         ("adapt", {"loop.precision": "bf16", "loop.checkpoint": "auto", "loop.absorb_gradients": "true"}),
         ("adapt", {"loop.checkpoint": "block", "loop.accumulate": "2", "loop.channels_last": "true"}),
-        ("adapt", {"loop.offload": "true", "model.name": "lite0"}),
-        ("warmup", {"loop.checkpoint": "stage"}),
-        ("distill", {"loop.checkpoint": "auto"}),
-        ("source_only", {"loop.absorb_gradients": "true", "model.name": "lite0"}),
+        ("adapt", {"loop.offload": "true", "model.name": "lite0", "source.size": "320x240", "target.size": "320x240"}),
+        ("warmup", {"loop.checkpoint": "stage", "model.name": "tiny"}),
+        ("distill", {"loop.checkpoint": "auto", "model.name": "lite0"}),
+        ("source_only", {"loop.absorb_gradients": "true", "model.name": "tiny"}),
         ("prototypes", {}),
         ("released", {}),
     ],
@@ -135,13 +135,13 @@ def words_of(**changes):
 
 
 def test_a_preset_is_planned_without_data_on_the_disk(capsys):
-    code, told = run(capsys, "adapt", "--preset", "gta5_cityscapes", "--against", "released", *words_of(**{"loop.device": "auto"}))
+    code, told = run(capsys, "adapt", "--preset", "gta5_cityscapes", "--against", "released", *words_of(**TINY | {"loop.device": "auto"}))
     assert code == 0
     assert "adapt, released loop" in told.out and "peak by phase" in told.out and "not yet measured on a GPU" in told.out
 
 
 def test_json_has_every_stage_of_the_run(capsys):
-    code, told = run(capsys, "--preset", "gta5_cityscapes", "--json", *words_of())
+    code, told = run(capsys, "--preset", "gta5_cityscapes", "--json", *words_of(**TINY))
     record = json.loads(told.out)
     assert code == 0 and [entry["stage"] for entry in record["stages"]] == ["warmup", "prototypes", "pseudo_labels", "adapt", "distill"]
     for entry in record["stages"]:

@@ -105,12 +105,23 @@ def _flops(func: Any, args: tuple[Any, ...], out: Any) -> int:
 
 
 def cpu_workspace(func: Any, args: tuple[Any, ...], out: Any) -> int:
-    """What oneDNN allocates inside a convolution of tensors that are not channels_last: copies in its own layout of all that it reads and
-    writes. channels_last tensors are used as they are; there the weights alone are copied.
+    """What oneDNN allocates inside a convolution, as measured call by call (x86 with AVX-512, torch 2.13; docs/memory.md).
+
+    Tensors that are not channels_last are copied into its own layout; channels_last ones are used as they are, but for the weights. The
+    backward of a bfloat16 convolution wider than 1x1 copies input and gradient once more. A float32 one whose outputs are no multiple of 16
+    channels, such as a classifier, lays out its columns for a matrix product.
     """
     if func not in _CONVOLUTIONS:
         return 0
-    tensors = [leaf for leaf in (*tree_leaves(args), *tree_leaves(out)) if isinstance(leaf, Tensor) and leaf.dim() == 4]
-    if tensors[0].is_contiguous(memory_format=torch.channels_last) and not tensors[0].is_contiguous():
-        tensors = [args[1] if func is torch.ops.aten.convolution.default else args[2]]
-    return sum(tensor.nbytes for tensor in tensors)
+    forward = func is torch.ops.aten.convolution.default
+    x, weight, y = (args[0], args[1], out) if forward else (args[1], args[2], args[0])
+    as_it_is = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    kernel = weight.shape[2:].numel()
+    if forward:
+        return weight.nbytes + (0 if as_it_is else x.nbytes + y.nbytes)
+    total = 2 * weight.nbytes + (0 if as_it_is else 2 * x.nbytes + y.nbytes)
+    if kernel > 1 and x.dtype == torch.bfloat16:
+        total += x.nbytes + y.nbytes
+    if kernel > 1 and x.dtype == torch.float32 and not as_it_is and y.shape[1] % 16:
+        total += kernel * x.nbytes
+    return total
