@@ -302,3 +302,18 @@ def test_a_net_without_blocks_refuses_to_recompute():
 def test_offload_on_the_cpu_is_refused():
     with pytest.raises(ConfigError, match="loop.offload: the net is on cpu, whose memory is the host's already"):
         lean_model(build_model("tiny", 4), LoopConfig(offload=True), Precision(CPU), [(1, 3, 32, 32)])
+
+
+def test_compile_is_of_the_body_and_changes_no_key(monkeypatch):
+    """With a backend that runs the traced graph as it is: the frozen convolutions must trace without a break."""
+    import functools
+
+    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="eager", fullgraph=True))
+    plain, compiled = net_of("deeplab_v2_resnet18"), net_of("deeplab_v2_resnet18", compile=True)
+    results = []
+    for net in (plain, compiled):
+        net.features(batch(0).images).square().mean().backward()
+        results.append({key: p.grad for key, p in net.model.named_parameters() if p.grad is not None})
+    assert compiled.model.feature_extractor._compiled_call_impl is not None
+    assert compiled.model.state_dict().keys() == plain.model.state_dict().keys()
+    assert_close(results[1], results[0])
