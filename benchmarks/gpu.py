@@ -41,6 +41,7 @@ def parts() -> dict:
     """name -> (function, seconds it needs at least). In the order of running: no speed is looked at before the answers are right."""
     import gpu_correct
     import gpu_speed
+    import gpu_step
 
     return {
         "correct": (gpu_correct.accuracy, 20),
@@ -52,6 +53,7 @@ def parts() -> dict:
         "moments": (gpu_speed.moments, 15),
         "contrast": (gpu_speed.contrast, 40),
         "upsample": (gpu_speed.upsample, 20),
+        "step": (gpu_step.adapt_steps, 60),
         "tests": (gpu_correct.test_suite, 60),
         "compile": (gpu_correct.compiled, 20),
         "compiled_peers": (gpu_speed.compiled_peers, 60),
@@ -61,7 +63,7 @@ def parts() -> dict:
 
 def sources_hash() -> str:
     digest = hashlib.sha256()
-    for folder in ("kernels", "spcl_fast/ops", "spcl_fast/backends", "benchmarks"):
+    for folder in ("kernels", "spcl_fast/ops", "spcl_fast/backends", "spcl_fast/models", "spcl_fast/train", "benchmarks"):
         for path in sorted((offline.ROOT / folder).rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -68,6 +68,11 @@ class PrototypeBank(nn.Module):
             )
         if predictions is not None:
             labels = self._agreement(features, labels, predictions)
+        return self.move_(*self.moments(features, labels))
+
+    @torch.no_grad()
+    def moments(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums [K, D] and counts [K] of a batch, or of a part of one: parts add up."""
         moments = ops.class_moments(
             features,
             labels,
@@ -76,7 +81,12 @@ class PrototypeBank(nn.Module):
             ignore_index=self.ignore_index,
             backend=self.backend,
         )
-        sums, counts = _summed_over_ranks(moments.sums, moments.counts)
+        return moments.sums, moments.counts
+
+    @torch.no_grad()
+    def move_(self, sums: Tensor, counts: Tensor) -> PrototypeBank:
+        """Move the prototypes by a batch's sums and counts, which are added over all ranks first. No host sync."""
+        sums, counts = _summed_over_ranks(sums, counts)
         present = (counts >= self.min_pixels)[:, None]
         mean = sums / counts.clamp_min(1)[:, None]
         moved = self.keep * self.prototypes + (1 - self.keep) * mean

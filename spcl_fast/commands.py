@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from . import settings
 from .errors import ConfigError, DataError
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _RECIPE = ("source", "target", "model", "loop")  # sections of settings that nearly every command shows in its help
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Command:
     """One row of the table: what `-h` says and what is called."""
 
@@ -85,11 +85,33 @@ def _report(args: argparse.Namespace) -> None:
     print(f"report: {write_report(args.folder)}")
 
 
-def _plan(args: argparse.Namespace) -> NoReturn:
-    raise ConfigError(
-        "predicting peak memory is not built yet. What there is: a run logs the measured peak of every stage (summary.json, "
-        "peak_memory_bytes), and the settings that lower it most are target.size, source.size and batch_size."
-    )
+def _plan(args: argparse.Namespace) -> None:
+    """Needs no data on the disk but, for `folders`, the list of classes."""
+    config = _resolve(args)
+    if config is None:
+        return
+    from .rules import check_config
+
+    check_config(config, ())
+    from . import plan
+
+    stages, fitted = plan.stages_of(config, args.stage), None
+    check_config(dataclasses.replace(config, source=_rooted(config.source), target=_rooted(config.target)), tuple(stages))
+    if args.fit:
+        fitted = plan.fit(config, stages, plan.parse_bytes(args.fit))
+        config = fitted.config
+    found = plan.predictions(config, stages if fitted is None else [], args.against) + (fitted.predictions if fitted else [])
+    if args.json:
+        print(json.dumps(plan.as_json(found, config, fitted), indent=1))
+        return
+    print(plan.as_table(found, config))
+    if fitted is not None:
+        print(f"\nfits into {args.fit}{': ' + fitted.words() if fitted.flags else ' as it is'}")
+
+
+def _rooted(domain: DataConfig) -> DataConfig:
+    """The domain as if its data were there: planning reads none."""
+    return domain if domain.root else dataclasses.replace(domain, root=".")
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -218,9 +240,9 @@ def _run_folder(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("stage", nargs="?", help="a trained stage, such as adapt")
-    parser.add_argument("--fit", metavar="SIZE", help="memory to fit into, such as 4GiB")
-    parser.add_argument("--against", metavar="NAME", help="also show another loop: released")
+    parser.add_argument("stage", nargs="?", help="a stage, such as adapt (default: all of the run)")
+    parser.add_argument("--fit", metavar="SIZE", help="find the fastest settings that fit into this, such as 4GiB")
+    parser.add_argument("--against", metavar="NAME", help="also show another loop of adapt: released")
     parser.add_argument("--json", action="store_true", help="as JSON")
 
 
@@ -293,7 +315,11 @@ COMMANDS: dict[str, Command] = {
         _side,
     ),
     "plan": Command(
-        "peak memory of a stage, predicted (not built yet)", "spcl-fast plan adapt --preset gta5_cityscapes", _plan, (), _plan_arguments
+        "peak memory of a stage, predicted without a GPU; settings that fit",
+        "spcl-fast plan adapt --preset gta5_cityscapes --adapt.batch_size 1 --fit 4GiB",
+        _plan,
+        _RECIPE,
+        _plan_arguments,
     ),
     "report": Command("write report.html of a run again", "spcl-fast report runs/demo", _report, None, _run_folder),
     "bench": Command("the benchmarks of a checkout", "spcl-fast bench contrast", _bench, None, _keyword),

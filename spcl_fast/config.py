@@ -135,6 +135,11 @@ class LoopConfig:
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     precision: str = "fp32"  # fp32 | bf16 (autocast; losses stay fp32)
     channels_last: bool = False
+    checkpoint: str = "none"  # none | stage | block | auto (smallest peak): parts of the net whose forward the backward repeats
+    offload: bool = False  # keep what the backward needs in the host's memory (GPU only)
+    accumulate: int = 1  # micro-batches that a step's batch is split into; the means stay those over the whole batch
+    absorb_gradients: bool = False  # add every gradient to the SGD momentum as soon as it is there: none is alive between layers
+    compile: bool = False  # torch.compile the net's body
     workers: int = 2  # data loading processes
     log_every: int = 20
     checkpoint_every: int = 500

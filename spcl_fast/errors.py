@@ -29,6 +29,12 @@ class CheckpointError(SpclFastError):
     exit_code = 5
 
 
+class OutOfMemory(SpclFastError):
+    """A step did not fit into memory; the state before it was saved. The remedy is another setting, hence its exit code."""
+
+    exit_code = 2
+
+
 class Interrupted(SpclFastError):
     """Stopped by a signal after the state was saved; starting the same command again goes on."""
 

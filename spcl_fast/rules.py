@@ -29,6 +29,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "init": ("weights", "source_only"),
     "absent": ("keep", "decay"),
     "precision": ("fp32", "bf16"),
+    "loop.checkpoint": ("none", "stage", "block", "auto"),
     "selection": ("last", "source_val", "target_val"),
     "tta": ("none", "flip"),
 }
@@ -44,7 +45,7 @@ _RANGES: dict[str, tuple[Any, str]] = {
     **dict.fromkeys(("class_weight_power", "jitter", "warmup_iterations", "workers", "overlays", "seed"), _NOT_NEGATIVE),
     **dict.fromkeys(("keep", "quantile", "flip", "blur", "rare_crop", "momentum"), _SHARE),
     **dict.fromkeys(("iterations", "schedule_iterations", "batch_size", "images", "train_images", "min_pixels", "feature_dim"), _COUNT),
-    **dict.fromkeys(("log_every", "checkpoint_every", "checkpoints_kept", "num_classes"), _COUNT),
+    **dict.fromkeys(("log_every", "checkpoint_every", "checkpoints_kept", "num_classes", "accumulate"), _COUNT),
     **dict.fromkeys(("size", "eval_size", "estimate_size", "crop"), _SIZE),
     "scale": (lambda x: 0 < x[0] <= x[1], "the smallest and the largest factor, such as 0.5,1.5"),
 }
@@ -53,7 +54,8 @@ _RANGES: dict[str, tuple[Any, str]] = {
 def check_config(config: Config, stages: tuple[str, ...] | None = None) -> None:
     """Raise ConfigError with every broken rule, if any; `stages` are those about to run (default: the config's own)."""
     stages = config.stages if stages is None else stages
-    problems = [*_values(config), *_stage_names(config), *_run(config), *_schedules(config, stages), *_domains(config, stages)]
+    problems = [*_values(config), *_stage_names(config), *_run(config), *_schedules(config, stages), *_memory(config, stages)]
+    problems += _domains(config, stages)
     if problems:
         raise ConfigError("\n  ".join(problems))
 
@@ -94,6 +96,21 @@ def _schedules(config: Config, stages: tuple[str, ...]) -> Iterator[str]:
                 f"{name}.schedule_iterations: got {stage.schedule_iterations}, expected at least {name}.iterations "
                 f"({stage.iterations}): the learning rate is 0 from there on; null ends it at the last iteration"
             )
+
+
+def _memory(config: Config, stages: tuple[str, ...]) -> Iterator[str]:
+    loop = config.loop
+    if loop.compile and loop.checkpoint != "none":
+        yield f"loop.checkpoint: got {loop.checkpoint!r} with loop.compile, expected none: a compiled body decides itself what it keeps"
+    for name in (name for name in _TRAINED if name in stages):
+        stage: TrainConfig = getattr(config, name)
+        if loop.accumulate >= 1 and stage.batch_size % loop.accumulate:
+            yield (
+                f"loop.accumulate: got {loop.accumulate}, expected a divisor of {name}.batch_size ({stage.batch_size}): "
+                "the parts of a batch are equally large"
+            )
+        if loop.absorb_gradients and (stage.optimizer != "sgd" or not stage.momentum):
+            yield f"loop.absorb_gradients: {name} has {stage.optimizer} with momentum {stage.momentum}, expected sgd with momentum"
 
 
 def _domains(config: Config, stages: tuple[str, ...]) -> Iterator[str]:

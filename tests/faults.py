@@ -249,7 +249,7 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def metrics_without_times(run: Run) -> list[dict[str, Any]]:
-    times = {"seconds", "images_per_s", "data_wait", "peak_memory_bytes"}
+    times = {"seconds", "images_per_s", "data_wait", "peak_memory_bytes", "phase_peak_bytes"}
     return [{key: value for key, value in record.items() if key not in times} for record in run.metrics()]
 
 

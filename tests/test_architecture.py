@@ -32,8 +32,9 @@ ALLOWED = {
     "compat": {"errors", "ops", "losses", "bank", "thresholds"},
     "train": {"errors", "config", "settings", "rules", "models", "data", "report", "ops", "losses", "bank", "thresholds", "compat"},
     "apply": {"errors", "config", "models", "data", "ops", "report", "train"},
+    "plan": {"errors", "config", "settings", "train"},
     "doctor": {"errors", "ops", "backends"},
-    "commands": LEAVES | {"apply", "doctor", "train", "kernels"},  # kernels: its tuner
+    "commands": LEAVES | {"apply", "doctor", "plan", "train", "kernels"},  # kernels: its tuner
     "cli": {"errors", "settings", "commands"},
     "__main__": {"cli"},
     "__init__": {"ops", "backends", "losses", "bank", "thresholds"},

@@ -107,11 +107,6 @@ def test_adapt_without_source_is_refused_before_anything_is_read(capsys, stages)
     assert not stages
 
 
-def test_plan_says_in_words_that_it_is_not_built(capsys):
-    told = fails(capsys, 2, "plan", "adapt", "--preset", "gta5_cityscapes", "--fit", "4GiB")
-    assert "not built yet" in told and "peak_memory_bytes" in told
-
-
 @pytest.mark.parametrize(
     "error",
     [

@@ -211,7 +211,7 @@ def test_make_gpu_runs_through_on_tiny_shapes_without_a_gpu(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("--dry-run is for machines without a GPU")
     script, out = SOURCE.parent / "benchmarks" / "gpu.py", tmp_path / "dry.json"
-    command = [sys.executable, str(script), "--dry-run", "--out", str(out), "--parts", "determinism,graph,moments,contrast,upsample,sanitizer"]
+    command = [sys.executable, str(script), "--dry-run", "--out", str(out), "--parts", "determinism,graph,moments,contrast,upsample,step,sanitizer"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stdout + done.stderr
     parts = json.loads(out.read_text())["parts"]

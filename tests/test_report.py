@@ -70,6 +70,8 @@ def records(stage, steps, rng):
             "images_per_s": 9.5,
             "data_wait": 0.04,
             "peak_memory_bytes": 900 << 20,
+            "predicted_peak_bytes": 612 << 20,
+            "phase_peak_bytes": {"forward": 700 << 20, "loss": 710 << 20, "backward": 890 << 20, "step": 400 << 20},
         }
         if stage == "warmup":
             line |= {"adversarial": 0.69 + rng.normal(0, 0.02), "discriminator": 0.69 - 0.1 * (1 - fall)}
@@ -374,3 +376,20 @@ def test_the_table_needs_neither_torch_nor_matplotlib():
         "import sys, spcl_fast.report, spcl_fast.report.tables; print([m for m in ('torch', 'matplotlib', 'jinja2') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_the_ledger_has_every_phase_beside_the_plan(tmp_path):
+    page = write_report(make_run(tmp_path / "run")).read_text()
+    ledger = page[page.index("Memory by phase of a step") :]
+    for text in ("<th>forward</th>", "<th>backward</th>", "890 MiB", "612 MiB", "No setting that saves memory was on"):
+        assert text in ledger
+    (tmp_path / "run" / "config.yaml").write_text("name: streets\nloop: {precision: bf16, checkpoint: auto, accumulate: 1}\n")
+    assert "Settings that save memory: precision bf16, checkpoint auto." in write_report(tmp_path / "run").read_text()
+
+
+def test_a_log_of_before_plans_existed_has_no_ledger(tmp_path):
+    run = make_run(tmp_path / "run")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kept = [{k: v for k, v in line.items() if k not in ("predicted_peak_bytes", "phase_peak_bytes")} for line in lines]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, kept)) + "\n")
+    assert "Memory by phase of a step" not in write_report(run).read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -151,6 +152,23 @@ def test_what_the_release_left_is_taken_over(finished, tmp_path):
     labelled = tiny_config(tmp_path, "labelled", **{"pseudo_label.folder": folder})
     run_stages(labelled, ("source_only", "prototypes", "pseudo_labels", "adapt"))
     assert not list(Context(labelled).run.path("pseudo_labels").glob("*.png")) and Context(labelled).run.done("adapt")
+
+
+def test_a_lean_run_logs_plan_and_phases_and_resumes_bit_for_bit(tmp_path):
+    lean = {"checkpoint": "auto", "accumulate": "2", "absorb_gradients": "true", "precision": "bf16", "checkpoint_every": "1"}
+    sgd = {f"{stage}.optimizer": "sgd" for stage in ("source_only", "adapt")}
+    config = tiny_config(tmp_path, **{f"loop.{key}": value for key, value in lean.items()}, **sgd)
+    stages = ("source_only", "prototypes", "pseudo_labels", "adapt")
+    run_stages(config, stages)
+    context = Context(config)
+    line = context.run.metrics("adapt")[-1]
+    assert line["predicted_peak_bytes"] > 0 and {"forward", "loss", "backward"} <= line["phase_peak_bytes"].keys()
+    whole = context.checkpoint("adapt").tensors
+    context.run.path("adapt", "done.json").unlink()
+    shutil.rmtree(context.run.path("adapt", "checkpoints", "step_00000002"))
+    run_stages(config, stages)
+    again = context.checkpoint("adapt").tensors
+    assert again.keys() == whole.keys() and all(torch.equal(again[key], value) for key, value in whole.items())
 
 
 def test_what_is_not_the_releases_is_refused_in_words(tmp_path):

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .chain import Chain
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -54,6 +56,11 @@ class SegmentationModel(nn.Module):
     def classify(self, features: Tensor) -> Tensor:
         """[B, D, h, w] -> logits [B, K, h, w]."""
         return self.classifier(features)
+
+    @property
+    def chain(self) -> Chain | None:
+        """The part of the extractor whose segments can be recomputed in the backward; None where the net is not made of blocks."""
+        return next((module for module in self.feature_extractor.modules() if isinstance(module, Chain)), None)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features = self.features(images)

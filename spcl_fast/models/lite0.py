@@ -10,11 +10,14 @@ Source: Tan, Le, EfficientNet (arXiv 1905.11946), and its "lite" variant among t
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import SegmentationModel, linear_classifier
+from .chain import Block, Chain, run_blocks
 from .norm import FrozenBatchNorm2d, batch_norm, conv_norm, init_convs
 
 EPS = 1e-3  # the published BatchNorm's
@@ -31,13 +34,18 @@ SKIP_BLOCK = 4  # the last block at stride 8
 class SameConv2d(nn.Conv2d):
     """Convolution with TensorFlow's SAME padding: output ceil(size / stride), the odd pixel of padding at the bottom and right."""
 
-    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def pad(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """x with the odd pixel of padding, and the padding that is left to the convolution."""
         kernel, stride = self.kernel_size[0], self.stride[0]
         total = [max((-(-size // stride) - 1) * stride + kernel - size, 0) for size in x.shape[-2:]]
         padding = (total[0] // 2, total[1] // 2)
         if total[0] % 2 or total[1] % 2:
             x = F.pad(x, (padding[1], total[1] - padding[1], padding[0], total[0] - padding[0]))
             padding = (0, 0)
+        return x, padding
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x, padding = self.pad(x)
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
@@ -65,7 +73,7 @@ class InvertedBottleneck(nn.Module):
 
 
 class Lite0Encoder(nn.Module):
-    """[B, 3, H, W] -> (skip [B, 40, H/8, W/8], deep [B, 112, H/16, W/16]), sizes rounded up."""
+    """[B, 3, H, W] -> (skip [B, 40, H/8, W/8], deep [B, 112, H/16, W/16]), sizes rounded up; the blocks pass on (deep, skip)."""
 
     skip_channels, deep_channels = 40, 112
 
@@ -83,14 +91,21 @@ class Lite0Encoder(nn.Module):
             if block.residual and isinstance(block._bn2, FrozenBatchNorm2d):
                 block._bn2.weight.fill_(0.5)
 
+    def blocks(self) -> list[Block]:
+        """Stem and blocks; from SKIP_BLOCK on they carry the skip along."""
+        before, after = self._blocks[: SKIP_BLOCK + 1], self._blocks[SKIP_BLOCK + 1 :]
+        return [self.stem, *before, *(functools.partial(_beside, block) for block in after)]
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = F.relu6(conv_norm(self._conv_stem, self._bn0, x), inplace=True)
-        skip = x
-        for index, block in enumerate(self._blocks):
-            x = block(x)
-            if index == SKIP_BLOCK:
-                skip = x
-        return skip, x
+        deep, skip = run_blocks(self.blocks(), (x,))
+        return skip, deep
+
+    def stem(self, x: Tensor) -> Tensor:
+        return F.relu6(conv_norm(self._conv_stem, self._bn0, x), inplace=True)
+
+
+def _beside(block: nn.Module, x: Tensor, skip: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return block(x), x if skip is None else skip
 
 
 class SkipHead(nn.Module):
@@ -116,7 +131,7 @@ def _groups(channels: int) -> int:
     return max(groups for groups in range(1, wanted + 1) if channels % groups == 0)
 
 
-class Lite0Features(nn.Module):
+class Lite0Features(Chain):
     def __init__(self, feature_dim: int, frozen: bool) -> None:
         super().__init__()
         self.encoder = Lite0Encoder(frozen)
@@ -125,7 +140,13 @@ class Lite0Features(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu":  # oneDNN's depthwise convolutions: a training step takes two thirds of the time in this layout
             x = x.contiguous(memory_format=torch.channels_last)
-        return self.head(*self.encoder(x))
+        return super().forward(x)
+
+    def blocks(self) -> list[Block]:
+        return [*self.encoder.blocks(), lambda deep, skip: self.head(skip, deep)]
+
+    def stages(self) -> tuple[int, ...]:
+        return (1, 2, 4, 6, 9)  # the first block of each entry of STAGES, after the stem
 
 
 def lite0(num_classes: int, *, feature_dim: int, freeze_bn: bool) -> SegmentationModel:

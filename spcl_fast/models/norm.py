@@ -10,7 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -52,12 +54,47 @@ def batch_norm(channels: int, *, frozen: bool, eps: float) -> nn.Module:
 def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
     """norm(conv(x)); with a frozen norm one convolution with scaled weights, differentiable in `conv.weight` and `x`.
 
-    Costs one copy of the weights (kept for the backward) instead of two passes over the output.
+    Saves two passes over the output. The scaled weights are made again in the backward: only `x` and the weights themselves are kept.
     """
     if not isinstance(norm, FrozenBatchNorm2d):
         return norm(conv(x))
-    scale, shift = norm.scale_shift()
-    return conv._conv_forward(x, conv.weight * scale.view(-1, 1, 1, 1), shift)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x, padding = conv.pad(x) if hasattr(conv, "pad") else (x, conv.padding)
+    return _ScaledConv.apply(x, conv.weight, *norm.scale_shift(), conv.stride, padding, conv.dilation, conv.groups)
+
+
+class _ScaledConv(torch.autograd.Function):
+    """conv(x, weight * scale) + shift in the dtype of x; scale and shift are constants.
+
+    Autograd on the formula would keep the scaled weights, and under autocast their cast, until the backward: 4 or 2 bytes a weight.
+    """
+
+    @staticmethod
+    def forward(x, weight, scale, shift, stride, padding, dilation, groups):
+        return F.conv2d(x, _scaled(weight, scale, x.dtype), shift.to(x.dtype), stride, padding, dilation, groups)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, scale, _, *ctx.geometry = inputs
+        ctx.save_for_backward(x, weight, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (x, weight, scale), (stride, padding, dilation, groups) = ctx.saved_tensors, ctx.geometry
+        wanted = [*ctx.needs_input_grad[:2], False]
+        scaled = _scaled(weight, scale, x.dtype)
+        dx, dweight, _ = torch.ops.aten.convolution_backward(
+            grad, x, scaled, None, stride, padding, dilation, False, [0] * len(stride), groups, wanted
+        )
+        if dweight is not None:
+            dweight = dweight.to(weight.dtype).mul_(scale.view(-1, 1, 1, 1))
+        return dx, dweight, None, None, None, None, None, None
+
+
+def _scaled(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return (weight * scale.view(-1, 1, 1, 1)).to(dtype)
 
 
 def init_convs(module: nn.Module) -> None:

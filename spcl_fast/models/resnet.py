@@ -6,9 +6,12 @@ torchvision does. Source: He et al., arXiv 1512.03385 (stride in the 3x3 convolu
 
 from __future__ import annotations
 
+import itertools
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .chain import Block, Chain
 from .norm import FrozenBatchNorm2d, batch_norm, conv_norm
 
 DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
@@ -62,7 +65,7 @@ def _add_relu(out: Tensor, x: Tensor, downsample: nn.Module | None) -> Tensor:
     return F.relu(out.add_(x), inplace=True)
 
 
-class ResNet(nn.Module):
+class ResNet(Chain):
     """[B, 3, H, W] -> [B, 512 or 2048, H/8, W/8]: everything of a classification ResNet up to layer4."""
 
     def __init__(self, name: str, *, frozen: bool, eps: float) -> None:
@@ -101,7 +104,12 @@ class ResNet(nn.Module):
             if isinstance(last, FrozenBatchNorm2d):
                 last.weight.fill_(len(blocks) ** -0.5)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(conv_norm(self.conv1, self.bn1, x), inplace=True)
-        x = F.max_pool2d(x, 3, 2, 1)
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+    def stem(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(F.relu(conv_norm(self.conv1, self.bn1, x), inplace=True), 3, 2, 1)
+
+    def blocks(self) -> list[Block]:
+        return [self.stem, *self.layer1, *self.layer2, *self.layer3, *self.layer4]
+
+    def stages(self) -> tuple[int, ...]:
+        layers = (self.layer1, self.layer2, self.layer3)
+        return tuple(itertools.accumulate((len(layer) for layer in layers), initial=1))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import SegmentationModel, linear_classifier
+from .chain import Block, Chain
 from .lite0 import SkipHead
 from .norm import init_convs
 
@@ -40,7 +41,7 @@ class Residual(nn.Module):
         return F.relu(x + self.second(F.relu(self.first(x), inplace=True)), inplace=True)
 
 
-class TinyFeatures(nn.Module):
+class TinyFeatures(Chain):
     def __init__(self, feature_dim: int) -> None:
         super().__init__()
         half, quarter, eighth = WIDTHS
@@ -55,10 +56,25 @@ class TinyFeatures(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu":
             x = x.contiguous(memory_format=torch.channels_last)
-        x = F.relu(self.stem(x), inplace=True)
-        skip = self.block4(F.relu(self.down4(x), inplace=True))
-        deep = self.blocks8(F.relu(self.down8(skip), inplace=True))
-        return self.head(skip, deep)
+        return super().forward(x)
+
+    def blocks(self) -> list[Block]:
+        def beside(block: nn.Module) -> Block:
+            return lambda deep, skip: (block(deep), skip)
+
+        def split(x: Tensor) -> tuple[Tensor, Tensor]:
+            return F.relu(self.down8(x), inplace=True), x
+
+        return [
+            lambda x: F.relu(self.stem(x), inplace=True),
+            lambda x: self.block4(F.relu(self.down4(x), inplace=True)),
+            split,
+            *(beside(block) for block in self.blocks8),
+            lambda deep, skip: self.head(skip, deep),
+        ]
+
+    def stages(self) -> tuple[int, ...]:
+        return (1, 2)
 
 
 def tiny(num_classes: int, *, feature_dim: int) -> SegmentationModel:

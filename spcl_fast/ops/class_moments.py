@@ -88,3 +88,9 @@ def agreement_labels(labels: Tensor, predictions: Tensor, *, ignore_index: int =
         raise ValueError(f"agreement_labels: one image each, got {list(labels.shape)} and {list(predictions.shape)}")
     labels = resize_nearest(labels, *predictions.shape[1:]).long()
     return labels.where(labels == predictions, ignore_index)
+
+
+def labels_on(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Labels [B, H, W] of any integer dtype on the grid `size` (height, width), as every op reads them: the nearest rule."""
+    checks.check_labels_tensor("labels_on", labels, 3, "[B, H, W]")
+    return resize_nearest(labels, *size)

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 
 from ..errors import CheckpointError
-from . import pictures, plots
+from . import memory, pictures, plots
 from .findings import find
 from .run_folder import NETS, RunFolder, number, read_run
 
@@ -85,6 +85,7 @@ def render(run: RunFolder) -> str:
         figures=figures,
         pseudo_labels=_pseudo_labels(run),
         stages=_stages(run),
+        memory=memory.ledger(run),
         machine=_machine(run),
         selection=SELECTION.get(str(run.summary.get("selection")), ""),
         settings=run.settings,

@@ -58,7 +58,7 @@ STYLE = {
     "lines.linewidth": 1.6,
     "figure.dpi": 160,
 }
-RESERVED = {"stage", "step", "seconds", "lr", "images_per_s", "data_wait", "peak_memory_bytes"}
+RESERVED = {"stage", "step", "seconds", "lr", "images_per_s", "data_wait", "peak_memory_bytes", "predicted_peak_bytes", "phase_peak_bytes"}
 
 
 @contextmanager

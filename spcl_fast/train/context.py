@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ from torch import Tensor, nn
 
 from ..config import AugmentConfig, Config, TrainConfig
 from ..data import Batch, ClassSet, Dataset, class_frequency, dataset_of, train_batches, with_pseudo_labels, write_label_png
+from ..data.augment import output_size
 from ..errors import CheckpointError, DataError
 from ..models import SegmentationModel, build_model
 from . import distributed
+from .absorb import AbsorbingSGD
 from .checkpoint import Checkpoint
 from .device import Precision, choose_device
 from .evaluate import evaluate_model
 from .identity import step_seed
+from .lean import LeanModel, lean_model
 from .log import Run
 from .loop import fit, load_modules, poly_schedule
 from .signals import StopRequest
@@ -128,11 +132,23 @@ class Context:
         """Which net prototypes, pseudo-labels and adaptation start from: the warm-up's, or source-only's where there was no warm-up."""
         return "warmup" if self.run.done("warmup") else "source_only"
 
+    def image_shape(self, train: TrainConfig, side: str, augment: AugmentConfig) -> tuple[int, ...]:
+        """[B, 3, H, W] of what one forward of a stage sees."""
+        width, height = output_size(augment, getattr(self.config, side).size)
+        return (train.batch_size // self.config.loop.accumulate, 3, height, width)
+
+    def lean(self, model: SegmentationModel, shapes: list[tuple[int, ...]]) -> LeanModel:
+        """The net with the loop's settings on precision and memory."""
+        return lean_model(model, self.config.loop, self.precision, shapes)
+
     def optimizer(self, model: SegmentationModel, train: TrainConfig) -> torch.optim.Optimizer:
         groups = model.parameter_groups(train.lr, train.head_multiplier)
+        fused = self.device.type == "cuda"  # the default there (foreach) makes one more copy of all gradients
         if train.optimizer == "adamw":
-            return torch.optim.AdamW(groups, lr=train.lr, weight_decay=train.weight_decay)
-        return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay)
+            return torch.optim.AdamW(groups, lr=train.lr, weight_decay=train.weight_decay, fused=fused or None)
+        if self.config.loop.absorb_gradients:
+            return AbsorbingSGD(groups, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay)
+        return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay, fused=fused or None)
 
     # --- a stage ------------------------------------------------------------------------------------------------------------------
 
@@ -163,11 +179,23 @@ class Context:
             settings=self.config.loop,
             identity=self.identity(stage, train, after),
             at_checkpoint=lambda done: self._select(stage, model, done),
+            plan=lambda: self._planned(stage),
         )
         if result.skipped:
             self.run.say(f"{stage}: finished before ({result.steps} iterations)")
         if not result.skipped or self.run.read_json(f"{stage}/evaluation.json") is None:
             self.judge(stage, self.model_of(stage) if self.config.evaluate.selection != "last" else model)
+
+    def _planned(self, stage: str) -> int | None:
+        """What `spcl-fast plan` says for this device; None where it cannot tell, which must not stop a training."""
+        from .plan import predict  # counts a step of fake tensors: seconds, once a stage
+
+        config = replace(self.config, loop=replace(self.config.loop, device=self.device.type))
+        try:
+            return predict(config, stage, num_classes=len(self.classes)).peak_bytes
+        except Exception as error:
+            self.run.say(f"{stage}: its memory could not be predicted: {type(error).__name__}: {error}")
+            return None
 
     def identity(self, stage: str, settings: Any, after: tuple[str, ...] = ()) -> dict[str, Any]:
         """What the stage's result depends on; the stages before it by the hash of theirs."""

@@ -13,26 +13,29 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..config import LoopConfig, TrainConfig
-from ..errors import CheckpointError, DataError, Interrupted, NumericError
+from ..errors import CheckpointError, DataError, Interrupted, NumericError, OutOfMemory
 from . import distributed, memory
 from .checkpoint import Checkpoint, CheckpointStore, read_checkpoint
 from .device import choose_device, move
 from .identity import flat_settings, settings_difference, step_seed
 from .log import Run
 from .meter import Meter, first_not_finite, numeric_error
+from .pace import Closing, Pace
 from .progress import Progress
 from .signals import StopRequest, stop_requests
 from .state import TrainingState
 
 Step = Callable[[Any, int], Mapping[str, Tensor]]
 NAMES_SHOWN = 16  # file names in an error
+_COLUMNS = {"stage", "step", "seconds", "lr", "images_per_s", "data_wait"}
+_COLUMNS |= {"peak_memory_bytes", "predicted_peak_bytes", "phase_peak_bytes"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +74,7 @@ def fit(
     settings: LoopConfig,
     identity: Any = None,
     at_checkpoint: Callable[[int], None] | None = None,
+    plan: Callable[[], int | None] | None = None,
 ) -> FitResult:
     """Train `modules` for `iterations` steps, or what is left of them; afterwards they hold the final state, also if it was there before.
 
@@ -84,12 +88,18 @@ def fit(
     at_checkpoint(done) is called on every process before each regular checkpoint is written: one on the disk means that its call was
         complete. It must leave the modules as it found them, modes too.
 
-    Raises NumericError (a value that is not finite; no checkpoint ever holds one), CheckpointError, DataError (no more batches),
-    Interrupted (a stop signal; state saved). Waits for the device only where a line is logged or a checkpoint written.
+    plan() -> predicted peak bytes of a step, for the log (None: unknown); asked once, before the first step.
+
+    Raises OutOfMemory (where it can, with the state before that step saved), NumericError (a value that is not finite; no checkpoint ever
+    holds one), CheckpointError, DataError (no more batches), Interrupted (a stop signal; state saved). Waits for the device only where a
+    line is logged or a checkpoint written.
     """
     own = {"iterations": iterations, "seed": seed, "precision": settings.precision, "channels_last": settings.channels_last}
+    # these change the order of additions; at their defaults they are left out, so that runs of before they existed go on
+    default = LoopConfig()
+    own |= {name: value for name in ("accumulate", "absorb_gradients") if (value := getattr(settings, name)) != getattr(default, name)}
     whole = {**flat_settings(identity or {}), "stage": stage, **own}
-    loop = _Loop(stage, run, TrainingState(modules, optimizers), iterations, seed, settings, whole)
+    loop = _Loop(stage, run, TrainingState(modules, optimizers), iterations, seed, settings, whole, plan)
     with run.exclusive(), stop_requests() as stop:
         if loop.skip_finished():
             return loop.result(skipped=True)
@@ -104,7 +114,15 @@ class _Loop:
     """The state of one `fit`: how far it is, and where it writes."""
 
     def __init__(
-        self, stage: str, run: Run, state: TrainingState, iterations: int, seed: int, settings: LoopConfig, identity: dict[str, Any]
+        self,
+        stage: str,
+        run: Run,
+        state: TrainingState,
+        iterations: int,
+        seed: int,
+        settings: LoopConfig,
+        identity: dict[str, Any],
+        plan: Callable[[], int | None] | None,
     ) -> None:
         self.stage, self.run, self.state = stage, run, state
         self.iterations, self.seed, self.settings, self.identity = iterations, seed, settings, identity
@@ -118,6 +136,9 @@ class _Loop:
         self.seconds_before = 0.0
         self.peak_before = 0
         self.names: deque[tuple[int, list[str]]] = deque()
+        self.plan = plan
+        self.predicted: int | None = None
+        self.phases: dict[str, int] | None = None  # measured once, at the second step of this process
 
     # --- before and after --------------------------------------------------------------------------------------------------------------
 
@@ -207,15 +228,17 @@ class _Loop:
     ) -> None:
         if self.done >= self.iterations:
             return self._save()
+        self.predicted = self.plan() if self.plan is not None and distributed.is_main() else None
         feed = iter(batches(self.done))  # after the signal handlers are set: data-loading processes inherit them
-        pace = _Pace(self.done)
+        pace = Pace(self.done)
         progress = Progress(self.stage, self.iterations, self.done, self.run.output, self.run.writes)
-        with contextlib.closing(_Closing(feed)), progress:
+        with contextlib.closing(Closing(feed)), progress:
             while self.done < self.iterations:
                 batch = self._fetch(feed, stop, pace)
                 if distributed.any_rank(stop.requested):
                     self._stop(stop)
-                self._iterate(step, move(batch, self.device), schedule)
+                with self._measured():
+                    self._iterate(step, batch, schedule)
                 pace.images += len(self.names[-1][1])
                 progress.advance(self.done)
                 last = self.done == self.iterations
@@ -226,7 +249,7 @@ class _Loop:
                         at_checkpoint(self.done)
                     self._save()
 
-    def _fetch(self, feed: Iterator[Any], stop: StopRequest, pace: _Pace) -> Any:
+    def _fetch(self, feed: Iterator[Any], stop: StopRequest, pace: Pace) -> Any:
         if stop.requested:
             return None
         started = time.monotonic()
@@ -246,13 +269,23 @@ class _Loop:
         self.names.append((it, batch_names(batch)))
         torch.manual_seed(step_seed(self.seed, self.stage, it, distributed.rank()))
         self.state.set_rates(schedule(it))
-        values = step(batch, it)
-        self.state.reduce_gradients()
-        self.state.update()
+        self.state.remember()
+        updating, failed = False, False
+        try:
+            values = step(move(batch, self.device), it)
+            self.state.reduce_gradients()
+            updating = True
+            self.state.update()
+        except Exception as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            failed = True
+        if failed:  # outside of `except`, whose traceback keeps the step's tensors alive
+            self._out_of_memory(it, whole=not updating and self.state.forget_step())
         self.meter.add(values, it)
         self.done = it + 1
 
-    def _log(self, pace: _Pace) -> dict[str, Any]:
+    def _log(self, pace: Pace) -> dict[str, Any]:
         values = self._checked_values()
         self.meter.reset()
         record = {
@@ -263,8 +296,11 @@ class _Loop:
             **values,
             **pace.read(),
             "peak_memory_bytes": self._peak(),
+            "predicted_peak_bytes": self.predicted,
+            "phase_peak_bytes": self.phases,
         }
-        if len(record) != len(values) + 7:
+        record = {key: value for key, value in record.items() if value is not None}
+        if not values.keys().isdisjoint(_COLUMNS):
             raise ValueError(f"step of {self.stage} returned a name that the log keeps for itself: {sorted(values)}")
         self.run.append_metrics(record)
         return record
@@ -317,44 +353,35 @@ class _Loop:
         where = f"its state is in {self.store.paths()[0]}" if self.store.paths() else "before its first step"
         raise Interrupted(f"Stopped by {stop.name} at step {self.done} of {self.stage}; {where}. Start the same command again to go on.")
 
+    @contextlib.contextmanager
+    def _measured(self) -> Iterator[None]:
+        """The peak of every phase of the second step: the first one allocates what stays."""
+        if self.done != self.resumed_from + 1:
+            yield
+            return
+        peak_so_far = self._peak()
+        with memory.recording(memory.PhasePeaks(self.device)) as recorder:
+            yield
+            recorder.close()
+        self.phases = {name: recorder.peaks[name] for name in memory.PHASES if name in recorder.peaks}
+        self.peak_before = max(peak_so_far, *self.phases.values())
+
+    def _out_of_memory(self, it: int, whole: bool) -> NoReturn:
+        """`whole`: weights, optimisers and buffers are those before the step. Several processes save nothing: one of them hangs."""
+        memory.release(self.device)
+        if whole and it > 0 and distributed.world_size() == 1:
+            self._save()
+        paths = self.store.paths()
+        saved = f"The newest state is in {paths[0]}" if paths else "There was no step to save yet"
+        raise OutOfMemory(
+            f"Out of memory at step {it} of {self.stage} on {self.device}. {saved}. {memory.remedy(self.settings, self.stage, self.device)}"
+        )
+
     def _seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.started
 
     def _peak(self) -> int:
         return max(self.peak_before, memory.peak_bytes(self.device))
-
-
-class _Pace:
-    """Images a second and the share of time spent waiting for data since the last line, and the time left."""
-
-    def __init__(self, done: int) -> None:
-        self.images = 0
-        self.waited = 0.0
-        self._since = self._start = time.monotonic()
-        self._first = done
-
-    def read(self) -> dict[str, float]:
-        now = time.monotonic()
-        elapsed = max(now - self._since, 1e-9)
-        images = sum(distributed.gather_objects(self.images))
-        result = {"images_per_s": round(images / elapsed, 3), "data_wait": round(min(1.0, self.waited / elapsed), 4)}
-        self.images, self.waited, self._since = 0, 0.0, now
-        return result
-
-    def seconds_left(self, done: int, iterations: int) -> float:
-        return (time.monotonic() - self._start) / max(done - self._first, 1) * (iterations - done)
-
-
-class _Closing:
-    """`close` for any iterator: generators have one, others need none."""
-
-    def __init__(self, feed: Iterator[Any]) -> None:
-        self._feed = feed
-
-    def close(self) -> None:
-        close = getattr(self._feed, "close", None)
-        if close is not None:
-            close()
 
 
 def batch_names(batch: Any) -> list[str]:

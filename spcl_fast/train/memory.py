@@ -1,12 +1,17 @@
-"""Peak memory of this process, on the CPU (resident set) or on a GPU (allocated by torch), in bytes."""
+"""Peak memory of this process, on the CPU (resident set) or on a GPU (allocated by torch), in bytes; of a step also by phase."""
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+from ..config import LoopConfig
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -36,6 +41,105 @@ def peak_bytes(device: torch.device | str = "cpu") -> int:
 def resident_bytes() -> int:
     """What is resident now; the peak where the system does not say."""
     return _status_bytes("VmRSS") or _rusage_bytes()
+
+
+# ---- out of memory -------------------------------------------------------------------------------------------------------------------
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """A GPU's allocator, the CPU's (torch raises a plain RuntimeError there), or Python's own."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def release(device: torch.device) -> None:
+    """Give freed blocks back, so that a checkpoint can be written."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def remedy(settings: LoopConfig, stage: str, device: torch.device) -> str:
+    """The next setting to change: first those with which the same run goes on, then those that change its numbers."""
+    same_run = (
+        (settings.checkpoint != "auto" and not settings.compile, "--loop.checkpoint auto"),
+        (not settings.offload and device.type == "cuda", "--loop.offload"),
+    )
+    new_run = (
+        (settings.precision == "fp32", "--loop.precision bf16"),
+        (not settings.absorb_gradients, "--loop.absorb_gradients (with sgd)"),
+        (settings.accumulate == 1, f"--loop.accumulate N, with N a divisor of {stage}.batch_size,"),
+        (True, "a smaller --source.size and --target.size"),
+    )
+    flag = next((flag for wanted, flag in same_run if wanted), None)
+    if flag is not None:
+        advice = f"Start the same command with {flag} to go on"
+    else:
+        advice = f"Start a run of another name with {next(flag for wanted, flag in new_run if wanted)}"
+    return f"{advice}; `spcl-fast plan {stage} --fit 4GiB`, with your memory, finds what fits."
+
+
+# ---- phases of a step ----------------------------------------------------------------------------------------------------------------
+
+PHASES = ("data", "forward", "loss", "backward", "step")
+_recorder: PhaseRecorder | None = None
+
+
+class PhaseRecorder:
+    """What wants to know in which phase a step is; `enter` is called at every change."""
+
+    phase = "step"
+
+    def enter(self, name: str) -> None:
+        self.phase = name
+
+
+@contextlib.contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Tell the recorder, if there is one, that a step is in this phase now. Nested: the inner one counts."""
+    if _recorder is None:
+        yield
+        return
+    outer = _recorder.phase
+    _recorder.enter(name)
+    try:
+        yield
+    finally:
+        if _recorder is not None:
+            _recorder.enter(outer)
+
+
+@contextlib.contextmanager
+def recording(recorder: PhaseRecorder) -> Iterator[PhaseRecorder]:
+    """Inside, phases are told to `recorder`."""
+    global _recorder
+    before, _recorder = _recorder, recorder
+    try:
+        yield recorder
+    finally:
+        _recorder = before
+
+
+class PhasePeaks(PhaseRecorder):
+    """Measured peak of each phase of one step. A reading at each change of phase, so for one step, not for all: on the CPU the system walks
+    the page tables for it.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        self.peaks: dict[str, int] = {}
+        reset_peak(self.device)
+
+    def enter(self, name: str) -> None:
+        if name in PHASES:  # copies to the host are part of the phase they fall into
+            self.close()
+            super().enter(name)
+
+    def close(self) -> None:
+        """Read the peak of the phase that ends."""
+        self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), peak_bytes(self.device))
+        reset_peak(self.device)
 
 
 def _status_bytes(key: str) -> int:

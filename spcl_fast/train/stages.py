@@ -1,17 +1,14 @@
 """SPCL, stage by stage (arXiv 2111.12358). A stage reads what earlier ones wrote into the run folder and writes what later ones read.
 
-A trained stage is a function `step(batch, iteration) -> {name: tensor}` that goes backward itself, one domain at a time, so that one graph
-is alive at once; everything else is `Context.train`.
+A trained stage is one of `steps.py` on its nets and its batches; everything else is `Context.train`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..bank import PrototypeBank
@@ -20,11 +17,12 @@ from ..config import Config, PseudoLabelConfig, SourceConfig
 from ..data import Batch, Dataset, eval_batches, write_label_png
 from ..errors import CheckpointError
 from ..models import Discriminator, SegmentationModel
-from ..ops import agreement_labels, class_moments, prototype_contrastive_loss, upsampled_cross_entropy, upsampled_prediction
+from ..ops import agreement_labels, class_moments, upsampled_prediction
 from ..thresholds import PseudoLabelThresholds
 from . import distributed, memory
 from .context import Context
 from .signals import stop_requests
+from .steps import adapt_step, distill_step, supervised_step, warmup_step
 from .summary import keep_samples, write_summary
 from .tensorfile import read_tensors, replace_tensors
 
@@ -55,13 +53,8 @@ def _supervised(
     dataset = context.dataset(side, "train")
     class_weight = context.class_weight(dataset, train.class_weight_power)
 
-    def step(batch: Batch, it: int) -> dict[str, Tensor]:
-        with context.precision.autocast():
-            _, logits = model(batch.images)
-        loss = upsampled_cross_entropy(logits, batch.labels, temperature=train.temperature, class_weight=class_weight)
-        loss.backward()
-        return {"segmentation": loss.detach()}
-
+    net = context.lean(model, [context.image_shape(train, side, train.augment)])
+    step = supervised_step(net, train, class_weight, context.config.loop.accumulate)
     context.train(stage, model, step, context.batches(stage, side, dataset, train, train.augment), train, after=after)
 
 
@@ -78,30 +71,8 @@ def warmup(context: Context) -> None:
     dataset = context.dataset("source", "train")
     class_weight = context.class_weight(dataset, train.class_weight_power)
 
-    def domain_loss(maps: Tensor, is_source: bool) -> Tensor:
-        verdict = discriminator(maps)
-        return F.binary_cross_entropy_with_logits(verdict, torch.full_like(verdict, float(is_source)))
-
-    def step(batch: tuple[Batch, Batch], it: int) -> dict[str, Tensor]:
-        source, target = batch
-        with context.precision.autocast():
-            _, logits = model(source.images)
-        segmentation = upsampled_cross_entropy(logits, source.labels, temperature=train.temperature, class_weight=class_weight)
-        segmentation.backward()
-        source_maps = _softmax_maps(logits.detach() / train.temperature, source.images)
-
-        with context.precision.autocast():
-            _, logits = model(target.images)
-        target_maps = _softmax_maps(logits, target.images)
-        discriminator.requires_grad_(False)
-        adversarial = domain_loss(target_maps, is_source=True)
-        (train.adversarial_weight * adversarial).backward()
-
-        discriminator.requires_grad_(True)
-        discrimination = 0.5 * domain_loss(source_maps, is_source=True) + 0.5 * domain_loss(target_maps.detach(), is_source=False)
-        discrimination.backward()
-        return {"segmentation": segmentation.detach(), "adversarial": adversarial.detach(), "discriminator": discrimination.detach()}
-
+    net = context.lean(model, [context.image_shape(train, side, train.augment) for side in ("source", "target")])
+    step = warmup_step(net, discriminator, train, class_weight, context.config.loop.accumulate)
     target = context.dataset("target", "train", labels=False)
     context.train(
         "warmup",
@@ -116,11 +87,6 @@ def warmup(context: Context) -> None:
         modules={"discriminator": discriminator},
         optimizers={"discriminator": torch.optim.Adam(discriminator.parameters(), lr=train.discriminator_lr, betas=(0.9, 0.99))},
     )
-
-
-def _softmax_maps(logits: Tensor, images: Tensor) -> Tensor:
-    """The discriminator's input, at the images' size as in the release."""
-    return F.interpolate(logits.float(), images.shape[2:], mode="bilinear", align_corners=True).softmax(1)
 
 
 def _pairs(
@@ -282,33 +248,11 @@ def adapt(context: Context) -> None:
     source_data, target_data = context.dataset("source", "train"), context.pseudo_labelled("pseudo_labels")
     class_weight = context.class_weight(source_data, train.class_weight_power)
 
-    def contrast(features: Tensor, labels: Tensor) -> Tensor:
-        return prototype_contrastive_loss(
-            features, labels, bank.prototypes, temperature=train.contrast_temperature, normalize=train.normalize
-        )
+    def shown(it: int) -> bool:
+        return (it + 1) % context.config.loop.log_every == 0 or it + 1 == train.iterations
 
-    def step(batch: tuple[Batch, Batch], it: int) -> dict[str, Tensor]:
-        source, target = batch
-        with context.precision.autocast():
-            features, logits = model(source.images)
-        agreed = agreement_labels(source.labels, logits.argmax(1))
-        bank.update_(features.detach(), agreed)
-        segmentation = upsampled_cross_entropy(logits, source.labels, temperature=train.temperature, class_weight=class_weight)
-        source_contrast = contrast(features, agreed)
-        (segmentation + train.contrast_weight * source_contrast).backward()
-
-        with context.precision.autocast():
-            features = model.features(target.images)
-        target_contrast = contrast(features, target.labels)
-        (train.contrast_weight * target_contrast).backward()
-        chance = math.log(num_classes)  # at a high temperature the loss itself says nothing: log what is above ln K
-        values = {
-            "segmentation": segmentation.detach(),
-            "source_excess": source_contrast.detach() - chance,
-            "target_excess": target_contrast.detach() - chance,
-        }
-        return values | _diagnostics(context, model, features, target.labels, it, bank)
-
+    shapes = [context.image_shape(train, "source", train.augment), context.image_shape(train, "target", train.target_augment)]
+    step = adapt_step(context.lean(model, shapes), bank, train, class_weight, context.config.loop.accumulate, shown)
     context.train(
         "adapt",
         model,
@@ -322,19 +266,6 @@ def adapt(context: Context) -> None:
         modules={"bank": bank},
     )
     keep_samples(context, model, bank.prototypes)
-
-
-@torch.no_grad()
-def _diagnostics(
-    context: Context, model: SegmentationModel, features: Tensor, labels: Tensor, it: int, bank: PrototypeBank
-) -> dict[str, Tensor]:
-    """What shows a collapse while the loss still falls: predicted and kept shares of each class on target, prototype norms."""
-    if (it + 1) % context.config.loop.log_every and it + 1 != context.config.adapt.iterations:
-        return {}
-    num_classes = len(context.classes)
-    predicted = F.one_hot(model.classify(features.detach()).argmax(1), num_classes).float().mean((0, 1, 2))
-    kept = F.one_hot(labels.long().clamp_max(num_classes), num_classes + 1).float().mean((0, 1, 2))[:num_classes]
-    return {"predicted_share": predicted, "kept_share": kept, "prototype_norm": bank.prototypes.norm(dim=1)}
 
 
 def load_prototypes(context: Context) -> Tensor:
@@ -352,18 +283,10 @@ def distill(context: Context) -> None:
     source_data, target_data = context.dataset("source", "train"), context.pseudo_labelled("pseudo_labels_2")
     class_weight = context.class_weight(source_data, train.class_weight_power)
 
-    def loss_on(batch: Batch, weight: float, class_weight: Tensor | None) -> Tensor:
-        with context.precision.autocast():
-            _, logits = model(batch.images)
-        loss = upsampled_cross_entropy(logits, batch.labels, temperature=train.temperature, class_weight=class_weight)
-        (weight * loss).backward()
-        return loss.detach()
-
-    def step(batch: Batch | tuple[Batch, Batch], it: int) -> dict[str, Tensor]:
-        if not train.source_weight:
-            return {"distillation": loss_on(batch, 1.0, None)}
-        source, target = batch
-        return {"segmentation": loss_on(source, train.source_weight, class_weight), "distillation": loss_on(target, 1.0, None)}
+    shapes = [context.image_shape(train, "target", train.augment)]
+    if train.source_weight:
+        shapes.append(context.image_shape(train, "source", context.config.adapt.augment))
+    step = distill_step(context.lean(model, shapes), train, class_weight, context.config.loop.accumulate)
 
     batches = context.batches("distill", "target", target_data, train, train.augment)
     if train.source_weight:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import distributed
+from .absorb import AbsorbingSGD
 from .statetree import flatten, unflatten
 
 _OPTIMIZER = "optimizer-"
@@ -27,6 +28,8 @@ class TrainingState:
         # those that no optimiser owns too: their gradients would grow without end
         self._every_parameter = list({id(p): p for module in modules.values() for p in module.parameters()}.values())
         self._every_parameter += [p for _, p in self._parameters()]
+        self._buffers = list({id(b): b for module in modules.values() for b in module.buffers()}.values())
+        self._kept: list[Tensor] = []
         self._with_gradient: list[bool] | None = None
         self._clear_gradients()
 
@@ -102,6 +105,23 @@ class TrainingState:
         for optimizer in self.optimizers.values():
             optimizer.step()
         self._clear_gradients()
+
+    def remember(self) -> None:
+        """Keep what a step may change before its update: the buffers, all of them, as BatchNorm moves its own unseen by their version."""
+        if not self._kept:
+            self._kept = [torch.empty_like(buffer) for buffer in self._buffers]
+        if self._buffers:
+            torch._foreach_copy_(self._kept, self._buffers)
+
+    def forget_step(self) -> bool:
+        """After a step that failed before its update: drop its gradients, put the buffers back. -> whether the state is that before it.
+
+        It is not where gradients were absorbed: the momenta hold parts of the step.
+        """
+        self._clear_gradients()
+        if self._buffers:
+            torch._foreach_copy_(self._buffers, self._kept)
+        return not any(isinstance(optimizer, AbsorbingSGD) for optimizer in self.optimizers.values())
 
     def _clear_gradients(self) -> None:
         for parameter in self._every_parameter:
