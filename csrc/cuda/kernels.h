@@ -1,0 +1,73 @@
+// What the CUDA launchers take and give: plain structs, raw pointers, a stream; no torch. Every launcher only enqueues: no host sync, no
+// allocation, capturable in a CUDA graph. A section for each op.
+#pragma once
+#include <stdint.h>
+
+namespace spcl::gpu {
+
+using Stream = void*;        // a cudaStream_t
+using Status = const char*;  // nullptr, or what CUDA said in words that last
+
+constexpr float kNormEps = 1e-12f;  // of F.normalize
+
+enum FloatType : int { kFloat32, kBFloat16, kFloat16 };
+enum LabelType : int { kUInt8, kInt8, kUInt16, kInt16, kUInt32, kInt32, kUInt64, kInt64 };
+
+// [B, D, h, w] with any strides, counted in elements.
+struct Features {
+  void* data;
+  FloatType type;
+  int64_t batch, dim, height, width;
+  int64_t stride_b, stride_d, stride_h, stride_w;
+};
+
+// [B, H, W] with any strides. Pixel (i, j) of a grid of other size reads (nearest(i, scale_h, H), nearest(j, scale_w, W)): see pixels.cuh.
+struct Labels {
+  const void* data;
+  LabelType type;
+  int64_t height, width;
+  int64_t stride_b, stride_h, stride_w;
+  float scale_h, scale_w;  // H / h and W / w, divided in float32 as F.interpolate does
+  int64_t ignore_index, num_classes;
+  int64_t* flag;  // maximum of the bad labels that were met: see backends/labels.py
+};
+
+// One float a pixel; data == nullptr stands for ones, strides 0 for one number.
+struct PixelMap {
+  const float* data;
+  int64_t stride_b, stride_h, stride_w;
+};
+
+// ---- class_moments ----------------------------------------------------------------------------------------------
+
+// How the pixels are cut: range r is `tiles_per_range` tiles of `tile_pixels` pixels, tile t lies in image t / tiles_per_image. A function of
+// the problem's sizes (and of the shared memory a block may have), never of the number of multiprocessors.
+struct MomentsPlan {
+  int64_t tile_pixels, tiles_per_image, tiles, tiles_per_range, ranges;
+  int64_t slice;         // channels of a block; all of them where it forms the norms itself
+  int64_t slices;
+  bool own_norms;        // the block forms the norms; else norms [B * P] are a pass of their own
+  int threads;
+  int64_t sums_floats;   // sizes of the workspaces: partial sums (squares: the same again), counts, norms
+  int64_t counts_ints, norms_floats;
+};
+
+struct Moments {
+  Features x;
+  Labels labels;
+  MomentsPlan plan;
+  int64_t num_classes;
+  bool normalize;
+  float* norms;            // [B, P] 1 / |x|, workspace; nullptr where it is not needed
+  float* partial_sums;     // [ranges][K][D], workspace
+  float* partial_squares;  // the same, or nullptr
+  int* partial_counts;     // [ranges][K], workspace
+  float* sums;             // [K][D]
+  float* squares;          // [K][D] or nullptr
+  int64_t* counts;         // [K]
+};
+
+MomentsPlan plan_moments(const Features& x, int64_t num_classes, bool normalize);
+Status class_moments(const Moments& a, Stream stream);
+
+}  // namespace spcl::gpu
