@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import fcntl
 import hashlib
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILT = ROOT / "build" / "cuda_emulator"
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 FLAGS = [
-    "-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-g1", "-DSPCL_EMULATED", "-Wall", "-Wno-unknown-pragmas",
+    "-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-fno-gnu-unique", "-fvisibility=hidden", "-DSPCL_EMULATED", "-Wall", "-Wno-unknown-pragmas",
     f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}", f"-I{ROOT / 'tests' / 'cuda_emulator'}",
 ]  # fmt: skip
 ORDERS = {"forward": (0, 0), "reverse": (1, 0), "random": (2, 1), "another random": (2, 2)}
@@ -38,7 +39,7 @@ def library(name: str, sources: Sequence[str], replace: Sequence[tuple[str, str,
         objects = [_object(source, headers, replace, flags) for source in ("tests/cuda_emulator/cuda_emulator.cpp", *sources)]
         out = BUILT / f"{name}-{_digest(*(o.name for o in objects), *flags)}.so"
         if not out.exists():
-            _run([COMPILER, "-shared", "-o", out.with_suffix(".tmp"), *objects, *(f for f in flags if f.startswith(("-L", "-l", "-Wl")))])
+            _run([COMPILER, "-shared", "-Wl,-Bsymbolic", "-o", out.with_suffix(".tmp"), *objects, *(f for f in flags if f.startswith(("-L", "-l", "-Wl")))])
             out.with_suffix(".tmp").replace(out)
     return out
 
@@ -67,8 +68,7 @@ def _planted(path: Path, replace) -> str:
 def _object(source: str, headers: tuple[str, ...], replace, flags: Sequence[str]) -> Path:
     path = ROOT / source
     text = _planted(path, replace)
-    surroundings = sorted([*ROOT.glob("csrc/cuda/*.h"), *ROOT.glob("csrc/cuda/*.cuh"), *ROOT.glob("tests/cuda_emulator/*.h")])
-    digest = _digest(text, *(_planted(p, replace) for p in surroundings), *FLAGS, *flags, torch.__version__)
+    digest = _digest(text, *(_planted(p, replace) for p in _included(path)), *FLAGS, *flags, torch.__version__)
     out = BUILT / f"{path.stem}-{digest}.o"
     if not out.exists():
         copy = out.with_suffix(".cpp")
@@ -78,6 +78,19 @@ def _object(source: str, headers: tuple[str, ...], replace, flags: Sequence[str]
         out.with_suffix(".tmp").replace(out)
         copy.unlink()
     return out
+
+
+def _included(path: Path) -> list[Path]:
+    """Our own headers that a source opens, however far down."""
+    found, left = set(), [path]
+    while left:
+        for name in re.findall(r'^#include "([^"]+)"', left.pop().read_text(), re.MULTILINE):
+            for folder in (path.parent, ROOT / "csrc" / "cuda", ROOT / "tests" / "cuda_emulator"):
+                header = folder / name
+                if header.is_file() and header not in found:
+                    found.add(header)
+                    left.append(header)
+    return sorted(found)
 
 
 def _digest(*parts: str) -> str:

@@ -372,6 +372,7 @@ const char* run(Body body, void* argument, dim3 blocks, unsigned threads, unsign
 
 // ---- what tests call --------------------------------------------------------------------------------------------
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 // 0 forward, 1 reverse, 2 random with this seed: of the blocks, and of the threads of a block.

@@ -29,7 +29,7 @@ __global__ void sample_kernel(const float* in, float* out, int n, int fault) {
 }  // namespace
 }  // namespace spcl::gpu
 
-extern "C" const char* sample(const float* in, float* out, int n, int fault) {
+extern "C" __attribute__((visibility("default"))) const char* sample(const float* in, float* out, int n, int fault) {
   using namespace spcl::gpu;
   const unsigned threads = 64, blocks = (n + threads - 1) / threads;
   return launch(sample_kernel, Grid{blocks, threads, (threads + threads / 32) * sizeof(float)}, nullptr, in, out, n, fault);
