@@ -37,9 +37,10 @@ def library(name: str, sources: Sequence[str], replace: Sequence[tuple[str, str,
     with _lock():
         headers = _planted_headers(replace)
         objects = [_object(source, headers, replace, flags) for source in ("tests/cuda_emulator/cuda_emulator.cpp", *sources)]
-        out = BUILT / f"{name}-{_digest(*(o.name for o in objects), *flags)}.so"
+        linking = [f for f in flags if f.startswith(("-l", "-L", "-Wl"))]
+        out = BUILT / f"{name}-{digest(*(o.name for o in objects), *flags)}.so"
         if not out.exists():
-            _run([COMPILER, "-shared", "-Wl,-Bsymbolic", "-o", out.with_suffix(".tmp"), *objects, *(f for f in flags if f.startswith(("-L", "-l", "-Wl")))])
+            _run([COMPILER, "-shared", "-Wl,-Bsymbolic", "-o", out.with_suffix(".tmp"), *objects, *linking])
             out.with_suffix(".tmp").replace(out)
     return out
 
@@ -49,7 +50,7 @@ def _planted_headers(replace) -> tuple[str, ...]:
     changed = [(path, old, new) for name, old, new in replace for path in ROOT.glob(f"csrc/cuda/{name}") if path.suffix in (".h", ".cuh")]
     if not changed:
         return ()
-    folder = BUILT / f"planted-{_digest(repr(replace))}"
+    folder = BUILT / f"planted-{digest(repr(replace))}"
     folder.mkdir(exist_ok=True)
     for path in (*ROOT.glob("csrc/cuda/*.h"), *ROOT.glob("csrc/cuda/*.cuh")):
         (folder / path.name).write_text(_planted(path, replace))
@@ -68,12 +69,12 @@ def _planted(path: Path, replace) -> str:
 def _object(source: str, headers: tuple[str, ...], replace, flags: Sequence[str]) -> Path:
     path = ROOT / source
     text = _planted(path, replace)
-    digest = _digest(text, *(_planted(p, replace) for p in _included(path)), *FLAGS, *flags, torch.__version__)
+    digest = digest(text, *(_planted(p, replace) for p in _included(path)), *FLAGS, *(() if path.suffix == ".cu" else (*flags, torch.__version__)))
     out = BUILT / f"{path.stem}-{digest}.o"
     if not out.exists():
         copy = out.with_suffix(".cpp")
         copy.write_text(f'#line 1 "{path}"\n{text}')
-        compiling = [f for f in flags if not f.startswith(("-l", "-L", "-Wl"))]
+        compiling = [] if path.suffix == ".cu" else [f for f in flags if not f.startswith(("-l", "-L", "-Wl"))]
         _run([COMPILER, "-x", "c++", "-c", copy, "-o", out.with_suffix(".tmp"), *headers, f"-I{path.parent}", *FLAGS, *compiling])
         out.with_suffix(".tmp").replace(out)
         copy.unlink()
@@ -93,7 +94,7 @@ def _included(path: Path) -> list[Path]:
     return sorted(found)
 
 
-def _digest(*parts: str) -> str:
+def digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
