@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILT = ROOT / "build" / "cuda_emulator"
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 FLAGS = [
-    "-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-fno-gnu-unique", "-fvisibility=hidden", "-DSPCL_EMULATED", "-Wall", "-Wno-unknown-pragmas",
-    f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}", f"-I{ROOT / 'tests' / 'cuda_emulator'}",
+    "-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-fno-gnu-unique", "-fvisibility=hidden", "-DSPCL_EMULATED",
+    "-Wall", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}", f"-I{ROOT / 'tests' / 'cuda_emulator'}",
 ]  # fmt: skip
 ORDERS = {"forward": (0, 0), "reverse": (1, 0), "random": (2, 1), "another random": (2, 2)}
 
@@ -69,13 +69,13 @@ def _planted(path: Path, replace) -> str:
 def _object(source: str, headers: tuple[str, ...], replace, flags: Sequence[str]) -> Path:
     path = ROOT / source
     text = _planted(path, replace)
-    digest = digest(text, *(_planted(p, replace) for p in _included(path)), *FLAGS, *(() if path.suffix == ".cu" else (*flags, torch.__version__)))
-    out = BUILT / f"{path.stem}-{digest}.o"
+    for_torch = [f for f in flags if not f.startswith(("-l", "-L", "-Wl"))] if path.name.startswith("bind") else []
+    text_of_headers = [_planted(header, replace) for header in _included(path)]
+    out = BUILT / f"{path.stem}-{digest(text, *text_of_headers, *FLAGS, *for_torch, torch.__version__)}.o"
     if not out.exists():
         copy = out.with_suffix(".cpp")
         copy.write_text(f'#line 1 "{path}"\n{text}')
-        compiling = [] if path.suffix == ".cu" else [f for f in flags if not f.startswith(("-l", "-L", "-Wl"))]
-        _run([COMPILER, "-x", "c++", "-c", copy, "-o", out.with_suffix(".tmp"), *headers, f"-I{path.parent}", *FLAGS, *compiling])
+        _run([COMPILER, "-x", "c++", "-c", copy, "-o", out.with_suffix(".tmp"), *headers, f"-I{path.parent}", *FLAGS, *for_torch])
         out.with_suffix(".tmp").replace(out)
         copy.unlink()
     return out
