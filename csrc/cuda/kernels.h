@@ -70,4 +70,76 @@ struct Moments {
 MomentsPlan plan_moments(const Features& x, int64_t num_classes, bool normalize);
 Status class_moments(const Moments& a, Stream stream);
 
+// ---- prototype_contrastive_loss ---------------------------------------------------------------------------------
+
+struct Contrast {
+  Features x;
+  Labels labels;
+  const void* prototypes;     // [K, D] contiguous, x's type
+  const float* class_weight;  // [K] or nullptr
+  PixelMap pixel_weight;
+  int64_t num_classes;        // at most kMaxContrastClasses, contrast_plan.h
+  float temperature;
+  bool normalize;
+};
+
+struct ContrastForward : Contrast {
+  bool mean;
+  float* loss_map;     // [B, P], or nullptr: then loss and denominator are formed
+  float* loss;         // []
+  float* denominator;  // []
+  float* partial;      // [2][contrast_blocks], workspace
+  float* lse;          // [B, P] or nullptr
+  float* inv_norm;     // [B, P] or nullptr
+  float* logits;       // [B, K, P] or nullptr
+};
+
+struct ContrastBackward : Contrast {
+  PixelMap grad;             // the incoming gradient, a scalar as a map with strides 0
+  const float* denominator;  // []
+  const float* lse;          // [B, P]
+  const float* inv_norm;     // [B, P]
+  const float* logits;       // [B, K, P] or nullptr: computed again
+  Features dx;               // same shape and type as x; data == nullptr: not wanted
+  float* dprototypes;        // [K, D] or nullptr: not wanted
+  float* partial;            // [groups][K][D], workspace; not needed where groups == 1
+};
+
+int64_t contrast_blocks(const Features& x);                              // of the forward
+int64_t contrast_partial_floats(const Features& x, int64_t num_classes);  // of the prototypes' gradient; 0: none
+Status prototype_contrastive_forward(const ContrastForward& a, Stream stream);
+Status prototype_contrastive_backward(const ContrastBackward& a, Stream stream);
+
+// ---- upsampled_cross_entropy and upsampled_prediction -----------------------------------------------------------
+
+// Logits [B, K, h, w] on the way to height x width pixels. Sizes, and offsets within one image and class, under 2^31.
+struct Upsampling {
+  Features logits;
+  int64_t height, width;
+  bool align_corners;
+  double temperature;
+};
+
+struct UpsampledCrossEntropy : Upsampling {
+  Labels labels;              // [B, height, width]
+  const float* class_weight;  // [K] or nullptr
+  PixelMap pixel_weight;
+  bool mean;
+  float* loss_map;    // [B, height, width], or nullptr: then the loss is formed
+  float* loss;        // []
+  float* dlogits;     // [B, K, h, w], for an incoming gradient of 1, or nullptr: not wanted
+  double* workspace;  // of upsampled_cross_entropy_workspace doubles
+};
+
+struct UpsampledPrediction : Upsampling {
+  const float* thresholds;  // [K] or nullptr
+  int ignore_index;
+  uint8_t* labels;          // [B, height, width]
+  float* confidence;        // the same
+};
+
+int64_t upsampled_cross_entropy_workspace(const UpsampledCrossEntropy& a);
+Status upsampled_cross_entropy(const UpsampledCrossEntropy& a, Stream stream);
+Status upsampled_prediction(const UpsampledPrediction& a, Stream stream);
+
 }  // namespace spcl::gpu

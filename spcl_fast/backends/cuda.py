@@ -13,9 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import reference
 from .labels import label_flag
 
-OPS = ("class_moments",)
+OPS = ("prototype_contrastive_loss", "class_moments")
+# The whole row of a pixel's logits is in shared memory: 99 KB a block on sm_86 and sm_89, 163 KB and more elsewhere.
+_MAX_CONTRAST_CLASSES, _MAX_CONTRAST_CLASSES_SMALL = 240, 128
+_CACHED_BYTES = 1024
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DEVICES = ("cuda",)
 _native = torch.ops.spcl_fast_cuda
@@ -48,7 +52,56 @@ def why_not(op: str, *, device: torch.device, dtype: torch.dtype, num_classes: i
         return "the CUDA kernels do not have the variance term; use backend='reference'"
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
         return "the CUDA kernels need compute capability 8.0 or newer"
+    if op == "prototype_contrastive_loss" and num_classes > _max_contrast_classes(device):
+        return f"{op} in CUDA takes at most {_max_contrast_classes(device)} classes on this device; use backend='triton'"
     return missing()
+
+
+def _max_contrast_classes(device: torch.device) -> int:
+    small = device.type == "cuda" and torch.cuda.get_device_capability(device) in ((8, 6), (8, 9), (12, 0))
+    return _MAX_CONTRAST_CLASSES_SMALL if small else _MAX_CONTRAST_CLASSES
+
+
+def saves_logits(num_classes: int, dim: int, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether 4 K bytes a pixel are saved for the backward: where they are few beside the features, and a block's 64 pixels are too many
+    bytes to be found in L2 when they are read again. Not yet measured on a GPU."""
+    return num_classes * 4 <= dim and dim * dtype.itemsize > _CACHED_BYTES
+
+
+def prototype_contrastive_forward(
+    features, labels, prototypes, class_weight, pixel_weight, variances, *, temperature, normalize, ignore_index, reduction, save
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> loss, denominator, lse [B, P], inv_norm [B, P], logits [B, K, P] or empty. Contract: `reference.py`."""
+    if features.numel() == 0:
+        return reference.prototype_contrastive_forward(
+            features, labels, prototypes, class_weight, pixel_weight, variances,
+            temperature=temperature, normalize=normalize, ignore_index=ignore_index, reduction=reduction, save=save,
+        )  # fmt: skip
+    return _native.prototype_contrastive_forward(
+        features, labels, prototypes.to(features.dtype).contiguous(), _plain(class_weight), pixel_weight, label_flag(features.device),
+        temperature, normalize, ignore_index, reduction == "mean", reduction == "none", save,
+        saves_logits(*prototypes.shape, features.dtype),
+    )  # fmt: skip
+
+
+def prototype_contrastive_backward(
+    grad_loss, features, labels, prototypes, class_weight, pixel_weight, variances, lse, inv_norm, logits, denominator,
+    *, temperature, normalize, ignore_index, reduction, needs_dfeatures, needs_dprototypes,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """-> dfeatures (features' dtype and layout) or empty, dprototypes [K, D] float32 or empty. Contract: `reference.py`."""
+    dfeatures = torch.empty_like(features) if needs_dfeatures else features.new_empty(0)
+    if features.numel() == 0:
+        return dfeatures, features.new_zeros(prototypes.shape if needs_dprototypes else 0, dtype=torch.float32)
+    dprototypes = _native.prototype_contrastive_backward(
+        grad_loss.float(), features, labels, prototypes.to(features.dtype).contiguous(), _plain(class_weight), pixel_weight,
+        lse, inv_norm, logits, denominator, dfeatures, label_flag(features.device), temperature, normalize, ignore_index,
+        needs_dfeatures, needs_dprototypes,
+    )  # fmt: skip
+    return dfeatures, dprototypes
+
+
+def _plain(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float().contiguous()
 
 
 def class_moments(features, labels, num_classes, *, normalize, squares, ignore_index) -> tuple[Tensor, Tensor, Tensor]:

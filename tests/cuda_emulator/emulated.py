@@ -27,8 +27,8 @@ class Backend:
         self.name = f"spcl_fast_cuda_{build.digest(repr(ops), repr(replace))}"
         sources = [f"csrc/cuda/{op}.cu" for op in ops] + [f"csrc/cuda/bind_{op}.cpp" for op in ops]
         self.path = build.library(self.name, [s for s in sources if (build.ROOT / s).exists()], replace, _torch_flags())
-        self.handle = build.load(self.path)
         os.environ["SPCL_EMULATED_NAME"] = self.name  # read by the library's registration
+        self.handle = build.load(self.path)
         torch.ops.load_library(str(self.path))
         self.ops = getattr(torch.ops, self.name)
 
