@@ -133,15 +133,14 @@ template <>
 __device__ __forceinline__ __half from_float<__half>(float v) { return __float2half_rn(v); }
 
 // 16 bytes of features as floats.
-__device__ __forceinline__ void unpack(const uint4& raw, float (&out)[4]) {
-  out[0] = __uint_as_float(raw.x), out[1] = __uint_as_float(raw.y), out[2] = __uint_as_float(raw.z), out[3] = __uint_as_float(raw.w);
-}
 template <class T>
-__device__ __forceinline__ void unpack(const uint4& raw, float (&out)[8]) {
+__device__ __forceinline__ void unpack(const uint4& raw, float (&out)[16 / sizeof(T)]) {
   const unsigned word[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    if constexpr (sizeof(T) == 2 && std::is_same_v<T, __nv_bfloat16>) {
+    if constexpr (std::is_same_v<T, float>) {
+      out[i] = __uint_as_float(word[i]);
+    } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
       out[2 * i] = __uint_as_float(word[i] << 16), out[2 * i + 1] = __uint_as_float(word[i] & 0xffff0000u);
     } else {
       out[2 * i] = __half2float(__ushort_as_half(static_cast<unsigned short>(word[i] & 0xffffu)));
