@@ -85,7 +85,7 @@ struct Contrast {
 
 struct ContrastForward : Contrast {
   bool mean;
-  float* loss_map;     // [B, P], or nullptr: then loss and denominator are formed
+  float* loss_map;     // [B, P], or nullptr: then loss is formed
   float* loss;         // []
   float* denominator;  // []
   float* partial;      // [2][contrast_blocks], workspace

@@ -16,7 +16,7 @@ struct ForwardKernel : ContrastInput {
   const float* class_weight;
   PixelMap pixel_weight;
   float temperature;
-  float *loss_map, *partial, *lse, *inv_norm, *logits;
+  float *loss_map, *denominator, *partial, *lse, *inv_norm, *logits;
 };
 
 // Softmax and loss of pixel p -> table, lse, inv_norm, logits.
@@ -55,6 +55,7 @@ __global__ void __launch_bounds__(kContrastThreads) contrast_forward_kernel(cons
   tile_dots<T>(a, tile, 0, a.warps, a.shared, table);
   for_each_pixel([&](int p, int part) { finish_pixel(a, tile, table, p, part); });
   __syncthreads();
+  if (a.loss_map && blockIdx.x == 0 && threadIdx.x == 0) *a.denominator = 1;
   if (a.loss_map || threadIdx.x >= 32) return;
   const float loss = warp_sum(table->loss[threadIdx.x] + table->loss[threadIdx.x + 32]);
   const float weight = warp_sum(table->weight[threadIdx.x] + table->weight[threadIdx.x + 32]);
@@ -86,7 +87,7 @@ Status forward(const ContrastForward& from, Stream stream) {
   a.shared = contrast_shared<sizeof(T)>(from.num_classes, 0);
   a.warps = contrast_warps(from.num_classes, ContrastShape<sizeof(T)>::kClasses);
   a.labels = from.labels, a.class_weight = from.class_weight, a.pixel_weight = from.pixel_weight, a.temperature = from.temperature;
-  a.loss_map = from.loss_map, a.partial = from.partial, a.lse = from.lse, a.inv_norm = from.inv_norm, a.logits = from.logits;
+  a.loss_map = from.loss_map, a.denominator = from.denominator, a.partial = from.partial, a.lse = from.lse, a.inv_norm = from.inv_norm, a.logits = from.logits;
   const int64_t blocks = contrast_blocks(from.x);
   const Grid grid{dim3(static_cast<unsigned>(blocks)), a.warps.count * 32u, static_cast<size_t>(a.shared.bytes)};
   if (Status failed = launch(contrast_forward_kernel<T>, grid, stream, a); failed || from.loss_map) return failed;
