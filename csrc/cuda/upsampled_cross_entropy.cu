@@ -13,9 +13,15 @@ namespace {
 constexpr int kClasses = 4;       // classes between two barriers
 constexpr int kLabelBlocks = 256;  // partial sums of the labels' weights
 
+// What a block needs now and then is kept here, not in the registers of every thread: a window of pixels wants them all.
 struct Shared {
   double scratch[kUpWarps];
-  float sums[2][kClasses][kUpWarps][32];  // [upper, lower nodes][class][warp][cell]
+  float sums[2][kClasses][kUpWarps][32];           // [upper, lower nodes][class][warp][cell]
+  float losses[kUpThreads], weights[kUpThreads];  // of a thread's own pixels
+  int64_t image;
+  int first_row, first_column;  // of the block's cells
+  Range nodes;                  // the rows of nodes that it owns
+  bool first_tile, first_strip;
 };
 
 // ---- the mean's denominator -------------------------------------------------------------------------------------
@@ -48,33 +54,30 @@ __device__ float inverse_denominator(const CrossEntropyTask& task, double* scrat
 
 // ---- the loss ---------------------------------------------------------------------------------------------------
 
-// One lane's share of a block, and where it stands.
-struct Lane {
-  int64_t image;
-  int tile, strip;
-  int warp, lane;
-  int cell, part;        // its cell along the row, from 0; which part of the cell's columns
-  int cell_column;
-  CornerOffsets corners;
-  bool mine_across;      // the loss of this column of cells is counted here, not by the block before
-};
-
-__device__ __forceinline__ Lane lane_of(const CrossEntropyTask& task) {
-  Lane at;
+// Which part of the map is the block's.
+__device__ __forceinline__ void find_place(const CrossEntropyTask& task, Shared& shared) {
   const CellPlan& plan = task.plan;
-  at.tile = static_cast<int>(blockIdx.x % plan.tiles);
-  const int64_t rest = blockIdx.x / plan.tiles;
-  at.strip = static_cast<int>(rest % plan.strips), at.image = rest / plan.strips;
-  at.warp = threadIdx.x / 32, at.lane = threadIdx.x % 32;
-  at.cell = at.lane / plan.lanes_per_cell, at.part = at.lane % plan.lanes_per_cell;
-  at.cell_column = plan.first_column(at.tile) + at.cell;
-  at.mine_across = at.cell >= plan.halo || at.tile == 0;
-  return at;
+  if (threadIdx.x == 0) {
+    const int tile = static_cast<int>(blockIdx.x % plan.tiles), strip = static_cast<int>(blockIdx.x / plan.tiles % plan.strips);
+    shared.image = blockIdx.x / plan.tiles / plan.strips;
+    shared.first_row = plan.first_row(strip), shared.first_column = plan.first_column(tile);
+    shared.nodes = {shared.first_row + 1, min(task.y.size, shared.first_row + plan.group_rows() * plan.groups)};
+    shared.first_tile = tile == 0, shared.first_strip = strip == 0;
+  }
+  shared.losses[threadIdx.x] = 0.0f, shared.weights[threadIdx.x] = 0.0f;
+  __syncthreads();
 }
+
+// A lane's cell: the first column of cells and row of cells are the halo, and are another block's unless there is none before.
+struct Lane {
+  int warp, lane;
+  int cell, part;  // along the row, from 0; which part of the cell's columns
+  CornerOffsets corners;
+};
 
 // Reads the labels of a window. Returns whether any pixel has a class; adds the class weights of the lane's own pixels.
 template <int kRows, int kColumns>
-__device__ __forceinline__ bool read_codes(const CrossEntropyTask& task, const PixelPlace& place, const Window& window, bool mine, float& weight_sum) {
+__device__ __forceinline__ bool read_codes(const CrossEntropyTask& task, const PixelPlace& place, const Window& window, bool mine, float& weight) {
   const Labels& labels = task.labels;
   const int64_t first = place.image * labels.stride_b + place.row * labels.stride_h + place.column * labels.stride_w;
   bool any = false;
@@ -86,7 +89,7 @@ __device__ __forceinline__ bool read_codes(const CrossEntropyTask& task, const P
       if (i < window.rows && j < window.columns) code = class_at(labels, first + i * labels.stride_h + j * labels.stride_w);
       place.codes[(i * kColumns + j) * kUpThreads] = static_cast<int16_t>(code);
       any |= code >= 0;
-      if (mine && code != kNoClass) weight_sum += code == kBadLabel ? NAN : class_weight_of(task, code);
+      if (mine && code != kNoClass) weight += code == kBadLabel ? NAN : class_weight_of(task, code);
     }
   }
   return any;
@@ -103,27 +106,26 @@ __device__ __forceinline__ float2 node_sums(Corners g, int lanes_per_cell) {
 
 // Writes, or adds to, the block's nodes around its cells: classes k0 on, cell rows cell_row on. The nodes between two groups of cell rows
 // belong to both: the later one adds.
-__device__ __forceinline__ void gather_nodes(const CrossEntropyTask& task, const Lane& at, const Shared& shared, int k0, int cell_row, bool later_group, bool again) {
+__device__ __forceinline__ void gather_nodes(const CrossEntropyTask& task, const Lane& at, const Shared& shared, int k0, int cell_row, bool again) {
   const CellPlan& plan = task.plan;
-  const int rows = plan.group_rows(), node_column = plan.first_column(at.tile) + at.lane;
-  const int first_node = plan.first_row(at.strip) + 1, end_node = min(task.y.size, first_node + rows * plan.groups - 1);
+  const int rows = plan.group_rows(), node_column = shared.first_column + at.lane;
   const bool owned = at.lane >= 1 && at.lane < plan.cells() && node_column < task.x.size;
   for (int n = at.warp; n < kClasses * (rows + 1); n += kUpWarps) {
     const int c = n / (rows + 1), i = n - c * (rows + 1), k = k0 + c, node = cell_row + i;
-    if (!owned || k >= task.num_classes || node < first_node || node >= end_node) continue;
+    if (!owned || k >= task.num_classes || node < shared.nodes.begin || node >= shared.nodes.end) continue;
     float sum = 0.0f;
     for (int s = 0; s < plan.row_warps; ++s) {
       if (i > 0) sum += shared.sums[1][c][(i - 1) * plan.row_warps + s][at.lane];
       if (i < rows) sum += shared.sums[0][c][i * plan.row_warps + s][at.lane];
     }
-    float* to = task.dlogits + ((at.image * task.num_classes + k) * task.y.size + node) * task.x.size + node_column;
-    *to = again || (later_group && i == 0) ? *to + sum : sum;
+    float* to = task.dlogits + ((shared.image * task.num_classes + k) * task.y.size + node) * task.x.size + node_column;
+    *to = again || (i == 0 && node > shared.nodes.begin) ? *to + sum : sum;
   }
 }
 
 template <class Pixels, class T>
 __device__ __forceinline__ void gradient(const CrossEntropyTask& task, const Lane& at, Shared& shared, const Pixels& pixels, const T* plane,
-                                         const Window& window, const PixelPlace& place, float bound, float scale, bool live, int cell_row, bool later_group, bool again) {
+                                         const Window& window, const PixelPlace& place, float bound, float scale, bool live, int cell_row, bool again) {
   int next = next_code<Pixels::kRows * Pixels::kColumns>(place, -1);
 #pragma unroll 1
   for (int k0 = 0; k0 < task.num_classes; k0 += kClasses) {
@@ -143,7 +145,7 @@ __device__ __forceinline__ void gradient(const CrossEntropyTask& task, const Lan
       if (at.part == 0) shared.sums[0][c][at.warp][at.cell] = nodes.x, shared.sums[1][c][at.warp][at.cell] = nodes.y;
     }
     __syncthreads();
-    gather_nodes(task, at, shared, k0, cell_row, later_group, again);
+    gather_nodes(task, at, shared, k0, cell_row, again);
     __syncthreads();
   }
 }
@@ -151,26 +153,26 @@ __device__ __forceinline__ void gradient(const CrossEntropyTask& task, const Lan
 // All windows of one group of cell rows. Pixels: how a window's pixels are held, NarrowWindow or WideWindow.
 template <class Pixels, class T, int kPixels, bool kGradient>
 __device__ __forceinline__ void group_of_rows(const CrossEntropyTask& task, const Lane& at, Shared& shared, const T* image,
-                                              int group, int cell_row, float bound, float scale, double& loss_sum, float& weight_sum) {
+                                              int cell_row, float bound, float scale) {
   const CellPlan& plan = task.plan;
-  const int row = cell_row + at.warp / plan.row_warps;
-  const bool mine = at.mine_across && (row >= plan.first_row(at.strip) + plan.halo || at.strip == 0);
-  const Range rows = pixels_of(task.y, row), columns = pixels_of(task.x, at.cell_column);
+  const int row = cell_row + at.warp / plan.row_warps, column = shared.first_column + at.cell;
+  const bool mine = (at.cell >= plan.halo || shared.first_tile) && (row >= shared.first_row + plan.halo || shared.first_strip);
+  const Range rows = pixels_of(task.y, row), columns = pixels_of(task.x, column);
   const int windows = (static_cast<int>(most_pixels(task.y)) + Pixels::kRows - 1) / Pixels::kRows;
   bool again = false;
   for (int w = 0; w < windows; w += plan.row_warps) {
     for (int step = 0; step < plan.column_steps; ++step, again = true) {
       const Range part = part_of(columns, step * plan.lanes_per_cell + at.part, plan.column_steps * plan.lanes_per_cell);
-      const Window window = window_at(task, row, at.cell_column, window_of(rows, w + at.warp % plan.row_warps, Pixels::kRows), part);
+      const Window window = window_at(task, row, column, window_of(rows, w + at.warp % plan.row_warps, Pixels::kRows), part);
       float* values = reinterpret_cast<float*>(&shared + 1);
-      const PixelPlace place{at.image, window.row, window.column, values + threadIdx.x,
+      const PixelPlace place{shared.image, window.row, window.column, values + threadIdx.x,
                              reinterpret_cast<int16_t*>(values + kPixels * kUpThreads) + threadIdx.x};
-      const bool live = __any_sync(kAllLanes, read_codes<Pixels::kRows, Pixels::kColumns>(task, place, window, mine, weight_sum));
+      const bool live = __any_sync(kAllLanes, read_codes<Pixels::kRows, Pixels::kColumns>(task, place, window, mine, shared.weights[threadIdx.x]));
       Pixels pixels;
-      loss_sum += pixels.losses(task, image, at.corners, window, place, live ? task.num_classes : 0, bound, scale, mine);
+      shared.losses[threadIdx.x] += pixels.losses(task, image, at.corners, window, place, live ? task.num_classes : 0, bound, scale, mine);
       if constexpr (kGradient) {
         if (!__syncthreads_or(live) && again) continue;
-        gradient(task, at, shared, pixels, image, window, place, bound, scale, live, cell_row, group > 0, again);
+        gradient(task, at, shared, pixels, image, window, place, bound, scale, live, cell_row, again);
       }
     }
   }
@@ -180,25 +182,24 @@ template <class T, int kRows, int kColumns, bool kGradient>
 __global__ __launch_bounds__(kUpThreads, 2) void cross_entropy_kernel(const CrossEntropyTask task) {
   Shared& shared = *shared_memory<Shared>();
   const float scale = kGradient ? inverse_denominator(task, shared.scratch) * task.inv_temperature : 0.0f;
-  Lane at = lane_of(task);
-  const T* image = static_cast<const T*>(task.logits) + at.image * task.stride_b;
-  double loss_sum = 0.0;
-  float weight_sum = 0.0f;
+  find_place(task, shared);
+  const int lane = threadIdx.x % 32;
+  Lane at{static_cast<int>(threadIdx.x) / 32, lane, lane / task.plan.lanes_per_cell, lane % task.plan.lanes_per_cell, {}};
+  const T* image = static_cast<const T*>(task.logits) + shared.image * task.stride_b;
 #pragma unroll 1
   for (int group = 0; group < task.plan.groups; ++group) {
-    const int cell_row = task.plan.first_row(at.strip) + group * task.plan.group_rows();
+    const int cell_row = shared.first_row + group * task.plan.group_rows();
     if (cell_row >= task.y.size) break;
-    at.corners = corner_offsets(task, cell_row + at.warp / task.plan.row_warps, at.cell_column);
+    at.corners = corner_offsets(task, cell_row + at.warp / task.plan.row_warps, shared.first_column + at.cell);
     const Bounds bounds = bounds_of(task, image, at.corners);
     if (__syncthreads_and(bounds.narrow)) {
-      group_of_rows<NarrowWindow<kRows, kColumns>, T, kRows * kColumns, kGradient>(task, at, shared, image, group, cell_row, bounds.top, scale, loss_sum, weight_sum);
+      group_of_rows<NarrowWindow<kRows, kColumns>, T, kRows * kColumns, kGradient>(task, at, shared, image, cell_row, bounds.top, scale);
     } else {
-      group_of_rows<WideWindow<kColumns>, T, kRows * kColumns, kGradient>(task, at, shared, image, group, cell_row, 0.0f, scale, loss_sum, weight_sum);
+      group_of_rows<WideWindow<kColumns>, T, kRows * kColumns, kGradient>(task, at, shared, image, cell_row, 0.0f, scale);
     }
   }
-  loss_sum = block_sum(loss_sum, shared.scratch);
-  const double weights = block_sum(weight_sum, shared.scratch);
-  if (threadIdx.x == 0) task.partial[blockIdx.x] = loss_sum, task.partial[gridDim.x + blockIdx.x] = weights;
+  const double losses = block_sum(shared.losses[threadIdx.x], shared.scratch), weights = block_sum(shared.weights[threadIdx.x], shared.scratch);
+  if (threadIdx.x == 0) task.partial[blockIdx.x] = losses, task.partial[gridDim.x + blockIdx.x] = weights;
 }
 
 // One block: the sums over all blocks, in a fixed order -> loss.
@@ -216,10 +217,10 @@ struct Shape {
   int rows, columns;
 };
 
-// The window a lane holds: a cell whole, as far as registers go.
+// The window a lane holds: a cell's columns whole, as far as registers go, or half of them.
 Shape shape_of(const Upsampling& a) {
   const int64_t pixels = most_pixels(make_axis(static_cast<int>(a.logits.width), static_cast<int>(a.width), a.align_corners));
-  return pixels <= 3 ? Shape{3, 3} : pixels <= 5 ? Shape{5, 5} : Shape{4, 9};
+  return pixels <= 3 ? Shape{3, 3} : pixels <= 5 || pixels == 9 || pixels == 10 ? Shape{5, 5} : Shape{4, 8};
 }
 
 CrossEntropyTask make_cross_entropy_task(const UpsampledCrossEntropy& a, const Shape& shape) {
@@ -259,7 +260,7 @@ Status upsampled_cross_entropy(const UpsampledCrossEntropy& a, Stream stream) {
     using T = decltype(type);
     if (shape.columns == 3) return launch_shape<T, 3, 3>(task, a.logits.batch, stream);
     if (shape.columns == 5) return launch_shape<T, 5, 5>(task, a.logits.batch, stream);
-    return launch_shape<T, 4, 9>(task, a.logits.batch, stream);
+    return launch_shape<T, 4, 8>(task, a.logits.batch, stream);
   });
   if (status || a.loss_map) return status;
   return launch(finish_kernel, Grid{1, kUpThreads, sizeof(Shared)}, stream, a.workspace, blocks_of(task, a.logits.batch), a.mean, a.loss);

@@ -194,7 +194,7 @@ Status launch_shape(const UpsampledPrediction& a, Stream stream) {
 Status upsampled_prediction(const UpsampledPrediction& a, Stream stream) {
   const int64_t pixels = most_pixels(make_axis(static_cast<int>(a.logits.width), static_cast<int>(a.width), a.align_corners));
   if (pixels <= 3) return launch_shape<3, 3>(a, stream);
-  return pixels <= 5 ? launch_shape<5, 5>(a, stream) : launch_shape<2, 9>(a, stream);
+  return pixels <= 5 ? launch_shape<4, 5>(a, stream) : launch_shape<2, 9>(a, stream);
 }
 
 }  // namespace spcl::gpu

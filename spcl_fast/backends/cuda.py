@@ -16,9 +16,10 @@ from torch import Tensor
 from . import reference
 from .labels import label_flag
 
-OPS = ("prototype_contrastive_loss", "class_moments")
+OPS = ("prototype_contrastive_loss", "class_moments", "upsampled_cross_entropy", "upsampled_prediction")
 # The whole row of a pixel's logits is in shared memory: 99 KB a block on sm_86 and sm_89, 163 KB and more elsewhere.
 _MAX_CONTRAST_CLASSES, _MAX_CONTRAST_CLASSES_SMALL = 240, 128
+_MAX_CLASSES = {"upsampled_cross_entropy": 32767, "upsampled_prediction": 256}  # a class in shared memory is an int16, in the result a uint8
 _CACHED_BYTES = 1024
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DEVICES = ("cuda",)
@@ -54,6 +55,8 @@ def why_not(op: str, *, device: torch.device, dtype: torch.dtype, num_classes: i
         return "the CUDA kernels need compute capability 8.0 or newer"
     if op == "prototype_contrastive_loss" and num_classes > _max_contrast_classes(device):
         return f"{op} in CUDA takes at most {_max_contrast_classes(device)} classes on this device; use backend='triton'"
+    if num_classes > _MAX_CLASSES.get(op, num_classes):
+        return f"{op} in CUDA takes at most {_MAX_CLASSES[op]} classes"
     return missing()
 
 
@@ -107,3 +110,30 @@ def _plain(tensor: Tensor | None) -> Tensor | None:
 def class_moments(features, labels, num_classes, *, normalize, squares, ignore_index) -> tuple[Tensor, Tensor, Tensor]:
     """-> sums [K, D], counts [K] int64, squares [K, D] or empty. A pixel with a bad label is left out and raises the flag."""
     return _native.class_moments(features, labels, label_flag(features.device), num_classes, normalize, squares, ignore_index)
+
+
+def upsampled_cross_entropy_forward(
+    logits, labels, class_weight, pixel_weight, *, temperature, align_corners, ignore_index, reduction, needs_dlogits
+) -> tuple[Tensor, Tensor]:
+    """-> loss, dlogits [B, K, h, w] float32 of the reduced loss (incoming gradient 1), or empty. Contract: `reference.py`."""
+    if labels.numel() == 0:
+        loss = torch.zeros(labels.shape if reduction == "none" else (), dtype=torch.float32, device=logits.device)
+        return loss, torch.zeros(logits.shape if needs_dlogits else 0, dtype=torch.float32, device=logits.device)
+    return _native.upsampled_cross_entropy(
+        _within_32_bits(logits), labels, _plain(class_weight), None if pixel_weight is None else pixel_weight.float(),
+        label_flag(logits.device), temperature, align_corners, ignore_index, reduction == "mean", reduction == "none", needs_dlogits,
+    )  # fmt: skip
+
+
+def upsampled_prediction(logits, size, thresholds, *, temperature, align_corners, ignore_index) -> tuple[Tensor, Tensor]:
+    """-> labels uint8 [B, H, W] (ignore_index below the threshold), confidence float32 [B, H, W]. Contract: `reference.py`."""
+    if logits.numel() == 0:
+        shape = (logits.shape[0], *size)
+        return logits.new_empty(shape, dtype=torch.uint8), logits.new_empty(shape, dtype=torch.float32)
+    return _native.upsampled_prediction(_within_32_bits(logits), *size, _plain(thresholds), temperature, align_corners, ignore_index)
+
+
+def _within_32_bits(logits: Tensor) -> Tensor:
+    """The kernels' offsets within one image and class; a view that is wider than that is copied, and low-resolution logits are small."""
+    _, _, h, w = logits.shape
+    return logits if (h - 1) * logits.stride(2) + (w - 1) * logits.stride(3) < 2**31 else logits.contiguous()
