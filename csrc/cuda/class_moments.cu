@@ -24,8 +24,8 @@ static Status launch_ranges(const Moments& a, Stream stream) {
 
 Status class_moments(const Moments& a, Stream stream) {
   if (Status wrong = launch_ranges(a, stream)) return wrong;
-  const Grid grid{static_cast<unsigned>(a.num_classes * ceil_div(a.x.dim, 32)), kTotalWarps * 32, kTotalWarps * 32 * sizeof(double)};
-  return launch(moments_total_kernel, grid, stream, a);
+  const unsigned blocks = static_cast<unsigned>(ceil_div(total_rows(a), kTotalWarps / total_parts(a)));
+  return launch(moments_total_kernel, Grid{blocks, kTotalWarps * 32, kTotalWarps * 32 * sizeof(double)}, stream, a);
 }
 
 }  // namespace spcl::gpu

@@ -257,7 +257,8 @@ template <class T>
 __device__ __forceinline__ void clear_block(const MomentsBlock<T>& b) {
   const int thread = threadIdx.x, threads = blockDim.x;
   for (int i = b.lane; i < b.m.mark_words; i += 32) b.marks[i] = 0;
-  for (int64_t k = thread; k < b.a.num_classes; k += threads) b.counts[k] = 0;
+  if (b.m.mark_words || b.d0 == 0)  // counts in global memory belong to the range's first slice alone
+    for (int64_t k = thread; k < b.a.num_classes; k += threads) b.counts[k] = 0;
   if (b.m.mark_words) return;
   // too many classes for marks: every sum starts at 0, each set by the thread that adds to it
   for (int own = 0; own < kOwnChannels; ++own) {
@@ -272,7 +273,7 @@ __device__ __forceinline__ void clear_block(const MomentsBlock<T>& b) {
 }
 
 template <class T, bool kSquares>
-__global__ void __launch_bounds__(kMostThreads) moments_kernel(const __grid_constant__ Moments a) {
+__global__ void __launch_bounds__(kMostThreads, 1) moments_kernel(const __grid_constant__ Moments a) {
   const MomentsBlock<T> b(a);
   MomentsWalk<T, kSquares> sums(b);
   const int pixels = b.tile_pixels(), thread = threadIdx.x;
@@ -349,41 +350,59 @@ __global__ void __launch_bounds__(kNormThreads) norms_kernel(const Features x, f
 
 constexpr int kTotalWarps = 8;
 
-// The ranges of one class, added for 32 channels in a fixed order; only ranges that have the class were written.
-__device__ __forceinline__ float add_ranges(const Moments& a, const float* from, int64_t k, int64_t d, double* shared) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+// 32 channels of a class: one warp, or all warps of a block where there are many ranges.
+struct TotalPlace {
+  int64_t k, d;
+  int part, parts;  // which of the warps that share it
+  bool inside;
+};
+
+SPCL_BOTH int total_parts(const Moments& a) { return a.plan.ranges >= kTotalWarps ? kTotalWarps : 1; }
+SPCL_BOTH int64_t total_rows(const Moments& a) { return a.num_classes * ceil_div(a.x.dim, 32); }
+
+SPCL_BOTH TotalPlace total_place(const Moments& a, int64_t block, int thread) {
+  const int parts = total_parts(a), warp = thread / 32;
+  const int64_t row = block * (kTotalWarps / parts) + warp / parts, chunks = ceil_div(a.x.dim, 32), k = row / chunks;
+  const int64_t d = (row - k * chunks) * 32 + thread % 32;
+  return {k, d, warp % parts, parts, k < a.num_classes && d < a.x.dim};
+}
+
+// The ranges of one class, added in a fixed order; only ranges that have the class were written.
+__device__ __forceinline__ float add_ranges(const Moments& a, const float* from, const TotalPlace& t, double* shared) {
   double sum = 0;
 #pragma unroll 4
-  for (int64_t g = warp; g < a.plan.ranges; g += kTotalWarps)
-    if (a.partial_counts[g * a.num_classes + k] > 0 && d < a.x.dim) sum += from[(g * a.num_classes + k) * a.x.dim + d];
-  shared[warp * 32 + lane] = sum;
+  for (int64_t g = t.part; g < a.plan.ranges; g += t.parts)
+    if (t.inside && a.partial_counts[g * a.num_classes + t.k] > 0) sum += from[(g * a.num_classes + t.k) * a.x.dim + t.d];
+  if (t.parts == 1) return static_cast<float>(sum);
+  shared[threadIdx.x] = sum;
   __syncthreads();
   sum = 0;
-  for (int w = 0; w < kTotalWarps; ++w) sum += shared[w * 32 + lane];
+  for (int w = 0; w < kTotalWarps; ++w) sum += shared[w * 32 + threadIdx.x % 32];
   __syncthreads();
   return static_cast<float>(sum);
 }
 
-// Pixels of a class, the same in every thread.
+// Pixels of a class, the same in every lane.
 __device__ __forceinline__ int64_t add_counts(const Moments& a, int64_t k) {
-  int64_t sum = 0;
+  long long sum = 0;
   for (int64_t g = threadIdx.x % 32; g < a.plan.ranges; g += 32) sum += a.partial_counts[g * a.num_classes + k];
-  for (int lanes = 16; lanes; lanes >>= 1) sum += __shfl_xor_sync(kAllLanes, static_cast<long long>(sum), lanes);
+  for (int lanes = 16; lanes; lanes >>= 1) sum += __shfl_xor_sync(kAllLanes, sum, lanes);
   return sum;
 }
 
 __global__ void __launch_bounds__(kTotalWarps * 32) moments_total_kernel(const __grid_constant__ Moments a) {
   double* shared = shared_memory<double>();  // [warps][32]
-  const int64_t chunks = ceil_div(a.x.dim, 32), k = blockIdx.x / chunks, d = (blockIdx.x - k * chunks) * 32 + threadIdx.x % 32;
-  const float sum = add_ranges(a, a.partial_sums, k, d, shared);
-  if (threadIdx.x < 32 && d < a.x.dim) a.sums[k * a.x.dim + d] = sum;
+  const TotalPlace t = total_place(a, blockIdx.x, threadIdx.x);
+  const bool mine = t.inside && t.part == 0;
+  const float sum = add_ranges(a, a.partial_sums, t, shared);
+  if (mine) a.sums[t.k * a.x.dim + t.d] = sum;
   if (a.squares) {
-    const float square = add_ranges(a, a.partial_squares, k, d, shared);
-    if (threadIdx.x < 32 && d < a.x.dim) a.squares[k * a.x.dim + d] = square;
+    const float square = add_ranges(a, a.partial_squares, t, shared);
+    if (mine) a.squares[t.k * a.x.dim + t.d] = square;
   }
-  if (threadIdx.x < 32 && d < 32) {
-    const int64_t count = add_counts(a, k);
-    if (threadIdx.x == 0) a.counts[k] = count;
+  if (t.d < 32 && t.part == 0 && t.k < a.num_classes) {  // a whole warp, whatever D is
+    const int64_t count = add_counts(a, t.k);
+    if (t.d == 0) a.counts[t.k] = count;
   }
 }
 
