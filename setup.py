@@ -1,11 +1,16 @@
-"""Builds spcl_fast._C where torch and a compiler are found. Where not, the install is pure Python and says why.
+"""Builds spcl_fast._C where torch and a compiler are found, and spcl_fast._cuda where nvcc and a CUDA build of torch are, too.
 
-The kernels of csrc/cpu are compiled once per instruction set; which one runs is decided on the machine that runs them.
+Where not, the install goes on without them and says why. The kernels of csrc/cpu are compiled once per instruction set; which one runs is
+decided on the machine that runs them. Those of csrc/cuda are compiled for every architecture of CUDA_ARCHS; no GPU is needed for that.
 """
 
+import concurrent.futures
 import importlib.util
 import os
 import platform
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +19,7 @@ from setuptools.command.build_ext import build_ext as PlainBuild
 
 ROOT = Path(__file__).parent
 REASON_FILE = "native_build.txt"  # beside _C: "built", or why it was not
+CUDA_REASON_FILE = "cuda_build.txt"  # the same of _cuda
 # No -ffast-math: NaN and infinity must come through. -ffp-contract=fast lets a * b + c be one instruction.
 KERNEL_FLAGS = [
     "-std=c++20",
@@ -27,6 +33,13 @@ KERNEL_FLAGS = [
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 X86_LEVELS = {"avx2": AVX2, "avx512": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]}
 KERNELS = [f"csrc/cpu/{op}.cpp" for op in ("prototype_contrastive_loss", "class_moments")]
+
+# Compiled for each of these, and as PTX of the last for what comes later. SPCL_FAST_CUDA_ARCHS="90a" builds for one machine alone.
+CUDA_ARCHS = os.environ.get("SPCL_FAST_CUDA_ARCHS", "80 86 89 90a 100").replace(";", " ").split()
+CUDA_FLAGS = ["-std=c++20", "-O3", "-Icsrc/cuda", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "0"]
+# The CUDA runtime is linked in: the extension does not care which one torch brought along.
+CUDART = ["-lcudart_static", "-lrt", "-lpthread", "-ldl", "-Wl,--exclude-libs,ALL"]
+STABLE_ABI = ["-std=c++20", "-O2", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 
 
 def levels() -> dict[str, list[str]]:
@@ -68,6 +81,8 @@ class BuildNative(BASE):
         self.record(reason)
 
     def build_extension(self, ext):
+        if ext.name.endswith("._cuda"):
+            return self.build_cuda(ext)
         for level, flags in levels().items():
             folder = Path(self.build_temp) / level
             ext.extra_objects += self.compiler.compile(
@@ -75,19 +90,106 @@ class BuildNative(BASE):
             )
         super().build_extension(ext)
 
+    def build_cuda(self, ext):
+        """Kernels by nvcc, glue by the C++ compiler; what fails here leaves everything else as it is."""
+        reason = NO_CUDA
+        if reason is None:
+            try:
+                ext.extra_objects += compile_cuda(Path(self.build_temp) / "cuda")
+                super().build_extension(ext)
+            except Exception as error:
+                reason = f"the CUDA build failed: {str(error).strip()[-2000:] or type(error).__name__}"
+        self.cuda_reason = reason
+
     def record(self, reason):
+        cuda_reason = reason or getattr(self, "cuda_reason", NO_CUDA)
         folders = {Path(self.get_ext_fullpath("spcl_fast._C")).parent, *([ROOT / "spcl_fast"] if self.inplace else [])}
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / REASON_FILE).write_text((reason or "built") + "\n")
-        if reason is not None:
-            for stale in (s for folder in folders for s in folder.glob("_C.*")):
-                stale.unlink()
-            print(f"spcl_fast: no native kernels: {reason}", file=sys.stderr)
+            (folder / CUDA_REASON_FILE).write_text((cuda_reason or "built") + "\n")
+        for why, name, what in ((reason, "_C", "native"), (cuda_reason, "_cuda", "CUDA")):
+            if why is not None:
+                for stale in (s for folder in folders for s in folder.glob(f"{name}.*")):
+                    stale.unlink()
+                print(f"spcl_fast: no {what} kernels: {why}", file=sys.stderr)
+
+
+def nvcc_path() -> str | None:
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    named = [str(Path(home) / "bin" / "nvcc") for home in homes if home]
+    return next(filter(None, map(shutil.which, [*named, "nvcc", "/usr/local/cuda/bin/nvcc"])), None)
+
+
+def why_no_cuda() -> str | None:
+    """None where the CUDA kernels can be built, else the reason. A GPU is not asked for."""
+    if NO_TORCH is not None:
+        return NO_TORCH
+    import torch
+
+    if os.environ.get("SPCL_FAST_NO_CUDA"):
+        return "SPCL_FAST_NO_CUDA was set when the package was built"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA; build again beside a CUDA build of torch"
+    nvcc = nvcc_path()
+    if nvcc is None:
+        return "nvcc was not found (CUDA_HOME, PATH, /usr/local/cuda) when the package was built"
+    found = re.search(r"release (\d+)\.(\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    if found is None:
+        return f"{nvcc} does not say its version"
+    if int(found[1]) > int(torch.version.cuda.split(".")[0]):
+        return f"{nvcc} is of CUDA {found[1]}.{found[2]} and torch of CUDA {torch.version.cuda}: a driver for torch may be too old for it"
+    return None
+
+
+def cuda_archs(nvcc: str) -> list[str]:
+    """Of CUDA_ARCHS those that this nvcc knows."""
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    return [arch for arch in CUDA_ARCHS if f"sm_{arch}" in known or f"sm_{arch.rstrip('a')}" in known]
+
+
+def compile_cuda(folder: Path) -> list[str]:
+    """Every csrc/cuda/*.cu to an object, several at once; RuntimeError with nvcc's words where one fails."""
+    nvcc = nvcc_path()
+    archs = cuda_archs(nvcc)
+    folder.mkdir(parents=True, exist_ok=True)
+    code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    code.append(f"-gencode=arch=compute_{archs[-1].rstrip('a')},code=compute_{archs[-1].rstrip('a')}")
+
+    def compile_one(source: Path) -> str:
+        out = folder / f"{source.stem}.o"
+        done = subprocess.run([nvcc, *CUDA_FLAGS, *code, "-c", str(source), "-o", str(out)], capture_output=True, text=True, cwd=ROOT)
+        if done.returncode:
+            raise RuntimeError(done.stderr or done.stdout)
+        return str(out)
+
+    folder = folder.resolve()
+    with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
+        return list(pool.map(compile_one, sorted(ROOT.glob("csrc/cuda/*.cu"))))
+
+
+def cuda_extension() -> Extension:
+    from torch.utils.cpp_extension import CppExtension, library_paths
+
+    home, nvcc = Path(nvcc_path()).resolve().parents[1], nvcc_path()
+    return CppExtension(
+        "spcl_fast._cuda",
+        sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/bind*.cpp")),
+        include_dirs=["csrc/cuda"],
+        library_dirs=[str(home / "lib64"), str(home / "lib")],
+        extra_link_args=[*CUDART, *torch_rpaths(library_paths())],
+        extra_compile_args=[*STABLE_ABI, f'-DSPCL_CUDA_ARCHS="{" ".join(cuda_archs(nvcc))}"', f'-DSPCL_CUDA_TOOLKIT="{home.name}"'],
+        optional=True,
+    )
+
+
+def torch_rpaths(library_paths: list[str]) -> list[str]:
+    """So that an extension imports before torch does."""
+    return [f"-Wl,-rpath,{origin}" for origin in ("$ORIGIN/../torch/lib", *library_paths)] if sys.platform == "linux" else []
 
 
 def native_extension() -> Extension:
-    flags = ["-std=c++20", "-O2", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    flags = list(STABLE_ABI)
     if len(levels()) > 1:
         flags.append("-DSPCL_HAS_X86_LEVELS")
     if NO_TORCH is not None:
@@ -101,22 +203,22 @@ def native_extension() -> Extension:
     except ImportError:
         include = []  # torch ships a copy of the headers
     said = " ".join(KERNEL_FLAGS + [f"[{level}: {' '.join(extra)}]" for level, extra in levels().items() if extra])
-    libraries = [f"-Wl,-rpath,{origin}" for origin in ("$ORIGIN/../torch/lib", *library_paths())] if sys.platform == "linux" else []
     return CppExtension(
         "spcl_fast._C",
         ["csrc/ops.cpp"],
         include_dirs=["csrc", *include],
         depends=sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*") if p.is_file()),
-        extra_link_args=libraries,  # so that _C imports before torch does
+        extra_link_args=torch_rpaths(library_paths()),
         extra_compile_args=[*flags, f'-DSPCL_CXX_FLAGS="{said}"'],
         optional=True,
     )
 
 
+NO_CUDA = why_no_cuda()
 setup(
     packages=["spcl_fast"] + [f"spcl_fast.{p}" for p in ("ops", "backends", "compat", "models", "data", "train", "report", "kernels")],
     package_dir={"spcl_fast": "spcl_fast", "spcl_fast.kernels": "kernels"},
     package_data={"spcl_fast": ["presets/*.yaml"], "spcl_fast.report": ["*.html"]},
-    ext_modules=[native_extension()],
+    ext_modules=[native_extension(), *([] if NO_CUDA else [cuda_extension()])],
     cmdclass={"build_ext": BuildNative},
 )
