@@ -20,7 +20,8 @@ class PrototypeBank(nn.Module):
     normalize         average unit features (as SPCL) or the features themselves.
 
     With torch.distributed initialised, the batch's sums and counts are added over all ranks first, in one all-reduce, so every rank holds
-    the same bits. Source: arXiv 2111.12358; `train_ours.py` of the released code.
+    the same bits. In one process the cuda backend moves the prototypes in the kernel that ends the class sums: one read of the features,
+    nothing of [K, D] beside the prototypes leaves it. Source: arXiv 2111.12358; `train_ours.py` of the released code.
     """
 
     prototypes: Tensor
@@ -68,20 +69,14 @@ class PrototypeBank(nn.Module):
             )
         if predictions is not None:
             labels = self._agreement(features, labels, predictions)
-        moments = ops.class_moments(
-            features,
-            labels,
-            self.prototypes.shape[0],
-            normalize=self.normalize,
-            ignore_index=self.ignore_index,
-            backend=self.backend,
-        )
+        average = {"keep": self.keep, "min_pixels": self.min_pixels, "decay_absent": self.absent == "decay"}
+        settings = {"normalize": self.normalize, "ignore_index": self.ignore_index, "backend": self.backend}
+        if not _distributed():
+            ops.move_prototypes_(self.prototypes, features, labels, **average, **settings)
+            return self
+        moments = ops.class_moments(features, labels, self.prototypes.shape[0], **settings)
         sums, counts = _summed_over_ranks(moments.sums, moments.counts)
-        present = (counts >= self.min_pixels)[:, None]
-        mean = sums / counts.clamp_min(1)[:, None]
-        moved = self.keep * self.prototypes + (1 - self.keep) * mean
-        otherwise = self.prototypes if self.absent == "keep" else self.keep * self.prototypes
-        self.prototypes.copy_(torch.where(present, moved, otherwise))
+        self.prototypes.copy_(ops.moved_prototypes(self.prototypes, sums, counts, **average))
         return self
 
     def load_(self, prototypes: Tensor) -> PrototypeBank:
@@ -105,10 +100,12 @@ class PrototypeBank(nn.Module):
         return f"num_classes={self.prototypes.shape[0]}, dim={self.prototypes.shape[1]}, keep={self.keep}, absent={self.absent!r}"
 
 
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def _summed_over_ranks(sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """One all-reduce of sums and counts packed together; float64 holds counts to 2**53 exactly."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return sums, counts
     packed = torch.cat([sums.double(), counts.double()[:, None]], 1)
     torch.distributed.all_reduce(packed)
     return packed[:, :-1].float(), packed[:, -1].long()

@@ -19,7 +19,7 @@ INTEGERS = [torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, to
 def cuda():
     from cuda_emulator.emulated import Backend
 
-    return Backend("class_moments")
+    return Backend("class_moments", "source_step")
 
 
 def problem(shape, num_classes, size=None, dtype=torch.float32, layout="nchw", seed=0):
@@ -148,6 +148,23 @@ def test_a_pixel_without_length_is_finite(cuda):
     assert_right(moments(cuda, features, labels, 5), features, labels, 5)
 
 
+@pytest.mark.parametrize("absent", ["keep", "decay"])
+@pytest.mark.parametrize(("shape", "num_classes"), [((2, 40, 17, 23), 5), ((1, 70, 5, 7), 40)])
+def test_the_bank_moves_its_prototypes_in_the_kernel_as_it_does_elsewhere(cuda, shape, num_classes, absent):
+    features, labels = problem(shape, num_classes)
+    labels[labels == 1] = 255  # an absent class
+    banks = [
+        sf.PrototypeBank(num_classes, shape[1], keep=0.3, absent=absent, backend=name).load_(torch.ones(num_classes, shape[1]))
+        for name in ("cuda", "reference")
+    ]
+    for step in range(2):
+        with cuda.taken(("forward", "reverse")[step]):
+            banks[0].update_(features, labels)
+        banks[1].update_(features, labels)
+    torch.testing.assert_close(banks[0].prototypes, banks[1].prototypes, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(banks[0].prototypes[1], torch.full((shape[1],), 1.0 if absent == "keep" else 0.3**2))
+
+
 BUGS = {
     "the norm of another pixel": ("class_moments.cuh", "squares[w * tile_pixels() + p]", "squares[w * tile_pixels() + (p ^ 1)]"),
     "one channel too few": ("class_moments.cuh", "channels(static_cast<int>(min(", "channels(-1 + static_cast<int>(min("),
@@ -159,7 +176,7 @@ BUGS = {
     "ignored pixels in a mixed unit": ("class_moments.cuh", "if (cls < 0) return;", "if (cls < 0) cls = 0;"),
     "not waited for the copies": ("class_moments.cuh", "    copy_async_wait<0>();\n    __syncwarp();", "    __syncwarp();"),
     "no barrier before the norms": ("class_moments.cuh", "b.square_rows();\n    __syncthreads();", "b.square_rows();"),
-    "the last range lost": ("class_moments.cuh", "g < a.plan.ranges; g += t.parts", "g + 1 < a.plan.ranges; g += t.parts"),
+    "the last range lost": ("class_totals.cuh", "g < a.plan.ranges; g += t.parts", "g + 1 < a.plan.ranges; g += t.parts"),
     "a pixel too many at the image's end": ("class_moments.h", "static_cast<int>(left <", "static_cast<int>(1 + left <"),
     "counts cleared by every slice": ("class_moments.cuh", "if (b.m.mark_words || b.d0 == 0)", "if (true)"),
 }  # fmt: skip
@@ -172,7 +189,7 @@ PROBLEMS_FOR_BUGS = [((2, 40, 7, 9), torch.float32, 5), ((2, 34, 11, 31), torch.
 def test_a_planted_bug_is_seen(bug):
     from cuda_emulator.emulated import Backend
 
-    planted = Backend("class_moments", replace=(BUGS[bug],))
+    planted = Backend("class_moments", "source_step", replace=(BUGS[bug],))
     with pytest.raises((AssertionError, RuntimeError)):
         for shape, dtype, classes in PROBLEMS_FOR_BUGS:
             features, labels = problem(shape, classes, dtype=dtype)

@@ -1,5 +1,6 @@
-// class_moments: the launches. See class_moments.cuh for how it works.
+// class_moments: the launches and the total. See class_moments.cuh for how it works.
 #include "class_moments.cuh"
+#include "class_totals.cuh"
 
 namespace spcl::gpu {
 
@@ -7,8 +8,7 @@ MomentsPlan plan_moments(const Features& x, int64_t num_classes, bool normalize)
   return moments_plan(x, num_classes, normalize, shared_memory_limit());
 }
 
-// The ranges: everything but their sum.
-static Status launch_ranges(const Moments& a, Stream stream) {
+Status launch_ranges(const Moments& a, Stream stream) {
   if (a.plan.ranges == 0) return nullptr;
   return with_float_type(a.x.type, [&](auto type) -> Status {
     using T = decltype(type);
@@ -22,10 +22,25 @@ static Status launch_ranges(const Moments& a, Stream stream) {
   });
 }
 
+__global__ void __launch_bounds__(kTotalWarps * 32) moments_total_kernel(const __grid_constant__ Moments a) {
+  double* shared = shared_memory<double>();  // [warps][32]
+  const TotalPlace t = total_place(a, blockIdx.x, threadIdx.x);
+  const bool mine = t.inside && t.part == 0;
+  const float sum = add_ranges(a, a.partial_sums, t, shared);
+  if (mine) a.sums[t.k * a.x.dim + t.d] = sum;
+  if (a.squares) {
+    const float square = add_ranges(a, a.partial_squares, t, shared);
+    if (mine) a.squares[t.k * a.x.dim + t.d] = square;
+  }
+  if (t.d < 32 && t.part == 0 && t.k < a.num_classes) {  // a whole warp, whatever D is
+    const int64_t count = add_counts(a, t.k);
+    if (t.d == 0) a.counts[t.k] = count;
+  }
+}
+
 Status class_moments(const Moments& a, Stream stream) {
   if (Status wrong = launch_ranges(a, stream)) return wrong;
-  const unsigned blocks = static_cast<unsigned>(ceil_div(total_rows(a), kTotalWarps / total_parts(a)));
-  return launch(moments_total_kernel, Grid{blocks, kTotalWarps * 32, kTotalWarps * 32 * sizeof(double)}, stream, a);
+  return launch(moments_total_kernel, Grid{total_blocks(a), kTotalWarps * 32, kTotalWarps * 32 * sizeof(double)}, stream, a);
 }
 
 }  // namespace spcl::gpu

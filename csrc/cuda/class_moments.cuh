@@ -24,8 +24,8 @@ struct MomentsBlock {
   const int warp, lane;
 
   __device__ __forceinline__ MomentsBlock(const Moments& args)
-      : a(args), m(moments_memory(args.plan, sizeof(T), args.num_classes)), range(blockIdx.x / args.plan.slices),
-        d0((blockIdx.x - range * args.plan.slices) * args.plan.slice),
+      : a(args), m(moments_memory(args.plan, sizeof(T), args.num_classes)), range(range_of_block(args.plan, blockIdx.x)),
+        d0(blockIdx.x % args.plan.slices * args.plan.slice),
         channels(static_cast<int>(min(args.plan.slice, args.x.dim - d0))), warp(threadIdx.x / 32), lane(threadIdx.x % 32) {
     rows = shared_memory<unsigned char>();
     inv = reinterpret_cast<float*>(rows + m.inv);
@@ -346,64 +346,6 @@ __global__ void __launch_bounds__(kNormThreads) norms_kernel(const Features x, f
   float sum = 0;
   for (int w = 0; w < warps; ++w) sum += partial[w * 32 + lane];
   norms[first + lane] = inverse_norm(sum);
-}
-
-constexpr int kTotalWarps = 8;
-
-// 32 channels of a class: one warp, or all warps of a block where there are many ranges.
-struct TotalPlace {
-  int64_t k, d;
-  int part, parts;  // which of the warps that share it
-  bool inside;
-};
-
-SPCL_BOTH int total_parts(const Moments& a) { return a.plan.ranges >= kTotalWarps ? kTotalWarps : 1; }
-SPCL_BOTH int64_t total_rows(const Moments& a) { return a.num_classes * ceil_div(a.x.dim, 32); }
-
-SPCL_BOTH TotalPlace total_place(const Moments& a, int64_t block, int thread) {
-  const int parts = total_parts(a), warp = thread / 32;
-  const int64_t row = block * (kTotalWarps / parts) + warp / parts, chunks = ceil_div(a.x.dim, 32), k = row / chunks;
-  const int64_t d = (row - k * chunks) * 32 + thread % 32;
-  return {k, d, warp % parts, parts, k < a.num_classes && d < a.x.dim};
-}
-
-// The ranges of one class, added in a fixed order; only ranges that have the class were written.
-__device__ __forceinline__ float add_ranges(const Moments& a, const float* from, const TotalPlace& t, double* shared) {
-  double sum = 0;
-#pragma unroll 4
-  for (int64_t g = t.part; g < a.plan.ranges; g += t.parts)
-    if (t.inside && a.partial_counts[g * a.num_classes + t.k] > 0) sum += from[(g * a.num_classes + t.k) * a.x.dim + t.d];
-  if (t.parts == 1) return static_cast<float>(sum);
-  shared[threadIdx.x] = sum;
-  __syncthreads();
-  sum = 0;
-  for (int w = 0; w < kTotalWarps; ++w) sum += shared[w * 32 + threadIdx.x % 32];
-  __syncthreads();
-  return static_cast<float>(sum);
-}
-
-// Pixels of a class, the same in every lane.
-__device__ __forceinline__ int64_t add_counts(const Moments& a, int64_t k) {
-  long long sum = 0;
-  for (int64_t g = threadIdx.x % 32; g < a.plan.ranges; g += 32) sum += a.partial_counts[g * a.num_classes + k];
-  for (int lanes = 16; lanes; lanes >>= 1) sum += __shfl_xor_sync(kAllLanes, sum, lanes);
-  return sum;
-}
-
-__global__ void __launch_bounds__(kTotalWarps * 32) moments_total_kernel(const __grid_constant__ Moments a) {
-  double* shared = shared_memory<double>();  // [warps][32]
-  const TotalPlace t = total_place(a, blockIdx.x, threadIdx.x);
-  const bool mine = t.inside && t.part == 0;
-  const float sum = add_ranges(a, a.partial_sums, t, shared);
-  if (mine) a.sums[t.k * a.x.dim + t.d] = sum;
-  if (a.squares) {
-    const float square = add_ranges(a, a.partial_squares, t, shared);
-    if (mine) a.squares[t.k * a.x.dim + t.d] = square;
-  }
-  if (t.d < 32 && t.part == 0 && t.k < a.num_classes) {  // a whole warp, whatever D is
-    const int64_t count = add_counts(a, t.k);
-    if (t.d == 0) a.counts[t.k] = count;
-  }
 }
 
 }  // namespace spcl::gpu

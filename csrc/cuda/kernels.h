@@ -70,6 +70,19 @@ struct Moments {
 MomentsPlan plan_moments(const Features& x, int64_t num_classes, bool normalize);
 Status class_moments(const Moments& a, Stream stream);
 
+// ---- source_step ------------------------------------------------------------------------------------------------
+
+// The moving average that the sums feed: prototype <- keep * prototype + (1 - keep) * sum / count, in the kernel that adds the partial sums.
+struct PrototypeMove {
+  float* prototypes;  // [K][D], in place
+  float keep;
+  int64_t min_pixels;  // a class with fewer is absent
+  bool decay_absent;   // an absent class: prototype <- keep * prototype; else it stays
+};
+
+// a.sums, a.squares and a.counts are not written and may be nullptr.
+Status move_prototypes(const Moments& a, const PrototypeMove& move, Stream stream);
+
 // ---- prototype_contrastive_loss ---------------------------------------------------------------------------------
 
 struct Contrast {

@@ -112,6 +112,14 @@ def class_moments(features, labels, num_classes, *, normalize, squares, ignore_i
     return _native.class_moments(features, labels, label_flag(features.device), num_classes, normalize, squares, ignore_index)
 
 
+def move_prototypes(prototypes, features, labels, *, keep, min_pixels, decay_absent, normalize, ignore_index) -> None:
+    """class_moments whose total moves `prototypes` [K, D] in place: the sums never reach memory as a whole."""
+    _native.move_prototypes(
+        prototypes, features, labels, label_flag(features.device), keep, min_pixels, decay_absent, normalize, ignore_index
+    )
+
+
+
 def upsampled_cross_entropy_forward(
     logits, labels, class_weight, pixel_weight, *, temperature, align_corners, ignore_index, reduction, needs_dlogits
 ) -> tuple[Tensor, Tensor]:
