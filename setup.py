@@ -98,7 +98,7 @@ class BuildNative(BASE):
                 ext.extra_objects += compile_cuda(Path(self.build_temp) / "cuda")
                 super().build_extension(ext)
             except Exception as error:
-                reason = f"the CUDA build failed: {str(error).strip()[-2000:] or type(error).__name__}"
+                reason = f"the CUDA build failed: {' '.join(str(error).split())[-1000:] or type(error).__name__}"
         self.cuda_reason = reason
 
     def record(self, reason):
@@ -115,10 +115,26 @@ class BuildNative(BASE):
                 print(f"spcl_fast: no {what} kernels: {why}", file=sys.stderr)
 
 
+def cuda_homes() -> list[Path]:
+    named = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    on_path = shutil.which("nvcc")
+    return [*named, *([Path(on_path).resolve().parents[1]] if on_path else []), Path("/usr/local/cuda")]
+
+
 def nvcc_path() -> str | None:
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-    named = [str(Path(home) / "bin" / "nvcc") for home in homes if home]
-    return next(filter(None, map(shutil.which, [*named, "nvcc", "/usr/local/cuda/bin/nvcc"])), None)
+    return next(filter(None, map(shutil.which, [str(home / "bin" / "nvcc") for home in cuda_homes()])), None)
+
+
+def cudart_folder() -> Path | None:
+    """Where libcudart_static.a lies; nvcc may be a link or a script far from it."""
+    below = ("lib64", "lib", f"targets/{platform.machine()}-linux/lib")
+    folders = (home / folder for home in cuda_homes() for folder in below)
+    return next((folder for folder in folders if (folder / "libcudart_static.a").is_file()), None)
+
+
+def nvcc_version(nvcc: str) -> str | None:
+    found = re.search(r"release (\d+\.\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    return found and found[1]
 
 
 def why_no_cuda() -> str | None:
@@ -134,11 +150,13 @@ def why_no_cuda() -> str | None:
     nvcc = nvcc_path()
     if nvcc is None:
         return "nvcc was not found (CUDA_HOME, PATH, /usr/local/cuda) when the package was built"
-    found = re.search(r"release (\d+)\.(\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
-    if found is None:
+    version = nvcc_version(nvcc)
+    if version is None:
         return f"{nvcc} does not say its version"
-    if int(found[1]) > int(torch.version.cuda.split(".")[0]):
-        return f"{nvcc} is of CUDA {found[1]}.{found[2]} and torch of CUDA {torch.version.cuda}: a driver for torch may be too old for it"
+    if int(version.split(".")[0]) > int(torch.version.cuda.split(".")[0]):
+        return f"{nvcc} is of CUDA {version} and torch of CUDA {torch.version.cuda}: a driver for torch may be too old for it"
+    if cudart_folder() is None:
+        return f"{nvcc} is there, and libcudart_static.a is not (in lib64 of CUDA_HOME, of nvcc, of /usr/local/cuda)"
     return None
 
 
@@ -171,14 +189,14 @@ def compile_cuda(folder: Path) -> list[str]:
 def cuda_extension() -> Extension:
     from torch.utils.cpp_extension import CppExtension, library_paths
 
-    home, nvcc = Path(nvcc_path()).resolve().parents[1], nvcc_path()
+    nvcc = nvcc_path()
     return CppExtension(
         "spcl_fast._cuda",
         sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/bind*.cpp")),
         include_dirs=["csrc/cuda"],
-        library_dirs=[str(home / "lib64"), str(home / "lib")],
+        library_dirs=[str(cudart_folder())],
         extra_link_args=[*CUDART, *torch_rpaths(library_paths())],
-        extra_compile_args=[*STABLE_ABI, f'-DSPCL_CUDA_ARCHS="{" ".join(cuda_archs(nvcc))}"', f'-DSPCL_CUDA_TOOLKIT="{home.name}"'],
+        extra_compile_args=[*STABLE_ABI, f'-DSPCL_CUDA_ARCHS="{" ".join(cuda_archs(nvcc))}"', f'-DSPCL_CUDA_TOOLKIT="{nvcc_version(nvcc)}"'],
         optional=True,
     )
 
