@@ -38,7 +38,7 @@ struct ContrastDots<float> {
   float sums[Shape::kSums];  // [class][pixel of 4], then squares [4]
 
   // Channels of one stage: x [kChunk][kRow], proto [kChunk][padded classes].
-  __device__ __forceinline__ void add(const float* x, const float* proto, int padded, const ContrastWarps& warps, const ContrastPart& part, int64_t) {
+  __device__ __forceinline__ void add(const float* x, const float* proto, int padded, const ContrastWarps& warps, const ContrastPart& part, int) {
     const int own = Shape::kChunk / warps.slices, first = part.slice * own;
 #pragma unroll 2
     for (int c = first + part.lane / 16; c < first + own; c += 2) {
@@ -79,8 +79,8 @@ struct ContrastDots {
   static constexpr int kSteps = Shape::kClasses / 16;
   float sums[Shape::kSums];  // [step of 16 classes][product of 8 pixels][fragment of 4], then squares [8]
 
-  // Channels of one stage: x [kChunk][kRow], proto [padded classes][kProtoRow]. odd_rows: bit c % 2 tells whether row c is shifted.
-  __device__ __forceinline__ void add(const T* x, const T* proto, int, const ContrastWarps& warps, const ContrastPart& part, int64_t odd_rows) {
+  // Channels of one stage: x [kChunk][kRow], proto [padded classes][kProtoRow]. shifts: see shifts_of.
+  __device__ __forceinline__ void add(const T* x, const T* proto, int, const ContrastWarps& warps, const ContrastPart& part, int shifts) {
     const int own = Shape::kChunk / warps.slices, q = part.lane % 4, g = part.lane / 4;
     for (int c = part.slice * own; c < (part.slice + 1) * own; c += 16) {
       uint32_t a[kSteps][4], v[4][4];
@@ -92,7 +92,7 @@ struct ContrastDots {
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        read_eight(v[i], x + (c + 2 * q + i % 2 + i / 2 * 8) * Shape::kRow, g * 8, static_cast<int>(odd_rows >> i % 2 & 1));
+        read_eight(v[i], x + (c + 2 * q + i % 2 + i / 2 * 8) * Shape::kRow, g * 8, shifts >> i % 2 & 1);
         add_squares(v[i]);
       }
 #pragma unroll
@@ -173,7 +173,7 @@ __device__ void tile_dots(const ContrastInput& a, const ContrastTile& tile, int6
 #pragma unroll
   for (int i = 0; i < Shape::kSums; ++i) dots.sums[i] = 0;
   for (int64_t s = 0; s < shared.stages - 1; ++s) load(s);
-  const int64_t shifts = shift_of<T>(a.x, a.access, tile, 0) | shift_of<T>(a.x, a.access, tile, 1) << 1;
+  const int shifts = shifts_of<T>(a.x, a.access, tile);
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     if (shared.stages == 3) copy_async_wait<1>();
     else copy_async_wait<0>();

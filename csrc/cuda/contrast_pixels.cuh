@@ -38,19 +38,30 @@ __device__ __forceinline__ Logits saved_logits(const float* logits, const Contra
   return {logits + (tile.image * a.num_classes + k0) * a.pixels + tile.first + min(p, tile.count - 1), a.pixels, 1.0f};
 }
 
+// Row and column of pixel p of the tile; an image has fewer than 2^31 pixels, so the division is a short one.
+struct Place {
+  int64_t i, j;
+};
+__device__ __forceinline__ Place place_of(const ContrastTile& tile, int p, int64_t width) {
+  const unsigned n = static_cast<unsigned>(tile.first) + p, i = n / static_cast<unsigned>(width);
+  return {i, n - i * static_cast<unsigned>(width)};
+}
+
 // Classes and addresses of the tile's pixels. One thread a pixel; ends with a barrier.
 __device__ __forceinline__ void read_pixels(const ContrastInput& a, const Labels& labels, const ContrastTile& tile, PixelTable* table) {
   const int p = threadIdx.x;
   if (p < kTile) {
-    table->cls[p] = p < tile.count ? read_class(labels, tile.image, tile.first + p, a.x.width) : kNoClass;
-    table->x_at[p] = pixel_offset(a.x, tile.image, tile.first + min(p, tile.count - 1));
+    const Place at = place_of(tile, min(p, tile.count - 1), a.x.width);
+    table->cls[p] = p < tile.count ? class_at(labels, label_offset(labels, tile.image, at.i, at.j)) : kNoClass;
+    table->x_at[p] = tile.image * a.x.stride_b + at.i * a.x.stride_h + at.j * a.x.stride_w;
   }
   __syncthreads();
 }
 
 __device__ __forceinline__ float pixel_weight_at(const PixelMap& map, const ContrastTile& tile, int p, int64_t width) {
-  const int64_t n = tile.first + p, i = n / width;
-  return pixel_value(map, tile.image, i, n - i * width);
+  if (!map.data) return 1.0f;
+  const Place at = place_of(tile, p, width);
+  return pixel_value(map, tile.image, at.i, at.j);
 }
 
 // s = grad * class weight * pixel weight / denominator of a labelled pixel; 0 where nothing is labelled at all, whatever grad is.

@@ -41,48 +41,73 @@ __device__ __forceinline__ int shift_of(const Features& x, Access access, const 
   return static_cast<int>((reinterpret_cast<uintptr_t>(tile_of<T>(x, tile)) / 2 + d * x.stride_d) & 1);
 }
 
+// Bit 0 for even rows, bit 1 for odd ones.
+template <class T>
+__device__ __forceinline__ int shifts_of(const Features& x, Access access, const ContrastTile& tile) {
+  return shift_of<T>(x, access, tile, 0) | shift_of<T>(x, access, tile, 1) << 1;
+}
+
+// The loops of this file walk rows: a thread keeps its place in the row and steps from row to row, so that a copy costs an addition.
+
 template <class T>
 __device__ __forceinline__ void stage_vectors(const Features& x, const ContrastTile& tile, int64_t d0, T* to) {
   using Shape = ContrastShape<sizeof(T)>;
   constexpr int kEach = 16 / sizeof(T), kPieces = kTile / kEach;
-  const T* from = tile_of<T>(x, tile);
-  for (int i = threadIdx.x; i < Shape::kChunk * kPieces; i += blockDim.x) {
-    const int c = i / kPieces, p = i % kPieces * kEach;
-    const int given = d0 + c < x.dim ? max(0, min(kEach, tile.count - p)) * static_cast<int>(sizeof(T)) : 0;
-    copy_async<16>(to + c * Shape::kRow + p, given ? from + (d0 + c) * x.stride_d + p : from, given);
+  const int p = threadIdx.x % kPieces * kEach, step = blockDim.x / kPieces;
+  const int given = max(0, min(kEach, tile.count - p)) * static_cast<int>(sizeof(T));
+  const T* tensor = tile_of<T>(x, tile);
+  int c = threadIdx.x / kPieces;
+  const T* from = tensor + (d0 + c) * x.stride_d + p;
+  for (; c < Shape::kChunk; c += step, from += step * x.stride_d) {
+    const bool there = given > 0 && d0 + c < x.dim;
+    copy_async<16>(to + c * Shape::kRow + p, there ? from : tensor, there ? given : 0);
   }
 }
 
+// A warp a row, a lane a word; the 65th half float of a shifted row is in a word of its own.
 template <class T>
 __device__ __forceinline__ void stage_rows(const Features& x, const ContrastTile& tile, int64_t d0, T* to) {
   using Shape = ContrastShape<sizeof(T)>;
-  constexpr int kWords = sizeof(T) == 4 ? kTile : kTile / 2 + 1;
-  const T* from = tile_of<T>(x, tile);
-  for (int i = threadIdx.x; i < Shape::kChunk * kWords; i += blockDim.x) {
-    const int c = i / kWords, word = i % kWords;
-    const int64_t d = d0 + c;
-    int begin = word, given = word < tile.count ? 4 : 0;
-    if constexpr (sizeof(T) == 2) begin = word_begin(word, shift_of<T>(x, kRows, tile, d)), given = word_given(begin, tile.count);
-    if (d >= x.dim) given = 0;
-    const T* at = from + (given ? d * x.stride_d + begin : -shift_of<T>(x, kRows, tile, 0));
-    copy_async<4>(to + c * Shape::kRow + word * (4 / sizeof(T)), at, given);
+  constexpr int kEach = 4 / sizeof(T);
+  const int lane = threadIdx.x % 32, step = blockDim.x / 32, shifts = shifts_of<T>(x, kRows, tile);
+  const T* aligned = tile_of<T>(x, tile) - (shifts & 1);  // where nothing is read, the address must still be one of a word
+  int c = threadIdx.x / 32;
+  const T* row = tile_of<T>(x, tile) + (d0 + c) * x.stride_d;
+  for (; c < Shape::kChunk; c += step, row += step * x.stride_d) {
+    const int shifted = shifts >> (c & 1) & 1;
+    const bool inside = d0 + c < x.dim;
+    for (int word = lane; word < kTile / kEach + (sizeof(T) == 2 && shifted); word += 32) {
+      const int begin = sizeof(T) == 2 ? word_begin(word, shifted) : word;
+      const int given = !inside ? 0 : sizeof(T) == 2 ? word_given(begin, tile.count) : word < tile.count ? 4 : 0;
+      copy_async<4>(to + c * Shape::kRow + word * kEach, given ? row + begin : aligned, given);
+    }
   }
 }
 
 // Half floats cannot be copied one by one without the registers: these wait for memory here.
 template <class T>
+__device__ __forceinline__ void stage_one(const T* data, int64_t at, bool there, T* to) {
+  const T* from = there ? data + at : data;
+  if constexpr (sizeof(T) == 4) copy_async<4>(to, from, there ? 4 : 0);
+  else *to = there ? *from : from_float<T>(0.0f);
+}
+
+template <class T>
 __device__ __forceinline__ void stage_gathered(const Features& x, const ContrastTile& tile, const int64_t* offset, int64_t d0, T* to) {
   using Shape = ContrastShape<sizeof(T)>;
   const T* data = static_cast<const T*>(x.data);
-  const bool along_channels = x.stride_d == 1;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, step = blockDim.x / 32;
+  if (x.stride_d == 1) {
+    for (int c = lane; c < Shape::kChunk; c += 32)
 #pragma unroll 8
-  for (int i = threadIdx.x; i < Shape::kChunk * kTile; i += blockDim.x) {
-    const int c = along_channels ? i % Shape::kChunk : i / kTile, p = along_channels ? i / Shape::kChunk : i % kTile;
-    const bool there = p < tile.count && d0 + c < x.dim;
-    const T* from = there ? data + offset[p] + (d0 + c) * x.stride_d : data;
-    if constexpr (sizeof(T) == 4) copy_async<4>(to + c * Shape::kRow + p, from, there ? 4 : 0);
-    else to[c * Shape::kRow + p] = there ? *from : from_float<T>(0.0f);
+      for (int p = warp; p < kTile; p += step)
+        stage_one(data, offset[p] + d0 + c, p < tile.count && d0 + c < x.dim, to + c * Shape::kRow + p);
+    return;
   }
+  for (int p = lane; p < kTile; p += 32)
+#pragma unroll 8
+    for (int c = warp; c < Shape::kChunk; c += step)
+      stage_one(data, offset[p] + (d0 + c) * x.stride_d, p < tile.count && d0 + c < x.dim, to + c * Shape::kRow + p);
 }
 
 // Channels [d0, d0 + kChunk) of the tile -> to [kChunk][kRow], 0 beyond D and beyond the image. There after a wait and a barrier.
@@ -93,24 +118,30 @@ __device__ __forceinline__ void stage_pixels(const Features& x, Access access, c
   else stage_gathered(x, tile, offset, d0, to);
 }
 
-// from [channels][kRow], not shifted -> channels [d0, d0 + channels) of dx, as far as they are there.
+// from [kChunk][kRow], not shifted -> channels [d0, d0 + kChunk) of dx, as far as they are there.
 template <class T>
 __device__ __forceinline__ void store_pixels(const Features& dx, Access access, const ContrastTile& tile, const int64_t* offset, int64_t d0, const T* from) {
   using Shape = ContrastShape<sizeof(T)>;
+  const int64_t left = dx.dim - d0;
+  const int channels = left < Shape::kChunk ? static_cast<int>(left) : Shape::kChunk;
   if (access == kVectors && tile.count == kTile) {
     constexpr int kEach = 16 / sizeof(T), kPieces = kTile / kEach;
-    T* to = tile_of<T>(dx, tile);
-    for (int i = threadIdx.x; i < Shape::kChunk * kPieces; i += blockDim.x) {
-      const int c = i / kPieces, p = i % kPieces * kEach;
-      if (d0 + c < dx.dim) *reinterpret_cast<uint4*>(to + (d0 + c) * dx.stride_d + p) = *reinterpret_cast<const uint4*>(from + c * Shape::kRow + p);
-    }
+    const int p = threadIdx.x % kPieces * kEach, step = blockDim.x / kPieces;
+    int c = threadIdx.x / kPieces;
+    T* to = tile_of<T>(dx, tile) + (d0 + c) * dx.stride_d + p;
+    for (; c < channels; c += step, to += step * dx.stride_d) *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from + c * Shape::kRow + p);
     return;
   }
-  const bool along_channels = access == kGather && dx.stride_d == 1;
-  T* data = access == kGather ? static_cast<T*>(dx.data) : tile_of<T>(dx, tile);
-  for (int i = threadIdx.x; i < Shape::kChunk * kTile; i += blockDim.x) {
-    const int c = along_channels ? i % Shape::kChunk : i / kTile, p = along_channels ? i / Shape::kChunk : i % kTile;
-    if (p < tile.count && d0 + c < dx.dim) data[(access == kGather ? offset[p] : p) + (d0 + c) * dx.stride_d] = from[c * Shape::kRow + p];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, step = blockDim.x / 32;
+  if (access == kGather && dx.stride_d == 1) {
+    for (int p = warp; p < tile.count; p += step)
+      for (int c = lane; c < channels; c += 32) static_cast<T*>(dx.data)[offset[p] + d0 + c] = from[c * Shape::kRow + p];
+    return;
+  }
+  T* first = access == kGather ? static_cast<T*>(dx.data) : tile_of<T>(dx, tile);
+  for (int p = lane; p < tile.count; p += 32) {
+    T* to = first + (access == kGather ? offset[p] : p) + (d0 + warp) * dx.stride_d;
+    for (int c = warp; c < channels; c += step, to += step * dx.stride_d) *to = from[c * Shape::kRow + p];
   }
 }
 
@@ -128,31 +159,27 @@ __device__ __forceinline__ void stage_prototypes(const T* proto, int64_t num_cla
   using Shape = ContrastShape<sizeof(T)>;
   if (rows_aligned(proto, dim)) {
     constexpr int kEach = 16 / sizeof(T), kPieces = Shape::kChunk / kEach;
-    for (int i = threadIdx.x; i < rows * kPieces; i += blockDim.x) {
-      const int k = i / kPieces, c = i % kPieces * kEach;
+    const int c = threadIdx.x % kPieces * kEach, step = blockDim.x / kPieces;
+    int k = threadIdx.x / kPieces;
+    const T* from = proto + (k0 + k) * dim + d0 + c;
+    for (; k < rows; k += step, from += step * dim) {
       const bool there = k0 + k < num_classes && d0 + c < dim;
-      copy_async<16>(to + k * Shape::kProtoRow + c, there ? proto + (k0 + k) * dim + d0 + c : proto, there ? 16 : 0);
+      copy_async<16>(to + k * Shape::kProtoRow + c, there ? from : proto, there ? 16 : 0);
     }
     return;
   }
+  for (int c = threadIdx.x % 32; c < Shape::kChunk; c += 32)
 #pragma unroll 4
-  for (int i = threadIdx.x; i < rows * Shape::kChunk; i += blockDim.x) {
-    const int k = i / Shape::kChunk, c = i % Shape::kChunk;
-    const bool there = k0 + k < num_classes && d0 + c < dim;
-    const T* from = there ? proto + (k0 + k) * dim + d0 + c : proto;
-    if constexpr (sizeof(T) == 4) copy_async<4>(to + k * Shape::kProtoRow + c, from, there ? 4 : 0);
-    else to[k * Shape::kProtoRow + c] = there ? *from : from_float<T>(0.0f);
-  }
+    for (int k = threadIdx.x / 32; k < rows; k += blockDim.x / 32)
+      stage_one(proto, (k0 + k) * dim + d0 + c, k0 + k < num_classes && d0 + c < dim, to + k * Shape::kProtoRow + c);
 }
 
 // The same, transposed: -> to [kChunk][rows].
 __device__ __forceinline__ void stage_prototype_columns(const float* proto, int64_t num_classes, int64_t dim, int64_t k0, int rows, int64_t d0, float* to) {
-  constexpr int kChunk = ContrastShape<4>::kChunk;
-  for (int i = threadIdx.x; i < rows * kChunk; i += blockDim.x) {
-    const int k = i / kChunk, c = i % kChunk;
-    const bool there = k0 + k < num_classes && d0 + c < dim;
-    copy_async<4>(to + c * rows + k, there ? proto + (k0 + k) * dim + d0 + c : proto, there ? 4 : 0);
-  }
+  static_assert(ContrastShape<4>::kChunk == 32);
+  const int c = threadIdx.x % 32;
+  for (int k = threadIdx.x / 32; k < rows; k += blockDim.x / 32)
+    stage_one(proto, (k0 + k) * dim + d0 + c, k0 + k < num_classes && d0 + c < dim, to + c * rows + k);
 }
 
 // Pixels in registers ----------------------------------------------------------------------------------------------

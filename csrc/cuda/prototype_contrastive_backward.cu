@@ -64,14 +64,16 @@ __device__ __forceinline__ void weigh_pixel(const BackwardKernel& a, const Contr
   if (part) return;
   const float s = cls >= 0 ? pixel_scale(a.class_weight, a.pixel_weight, a.grad, a.denominator, tile, p, cls, a.x.width) : 0.0f;
   const bool radial = a.normalize && inv < 1.0f / kNormEps;  // a clamped norm is a constant
-  table->along[p] = cls == kBadLabel ? NAN : s * (inv / a.temperature);
+  table->along[p] = cls == kNoClass ? 0.0f : cls == kBadLabel || isnan(c) ? NAN : s * (inv / a.temperature);
   table->inward[p] = radial ? s * (c * inv * inv) : 0.0f;
-  if (a.dx_access == kGather && p < tile.count) table->dx_at[p] = pixel_offset(a.dx, tile.image, tile.first + p);
+  if (a.dx_access != kGather || p >= tile.count) return;
+  const Place place = place_of(tile, p, a.x.width);
+  table->dx_at[p] = tile.image * a.dx.stride_b + place.i * a.dx.stride_h + place.j * a.dx.stride_w;
 }
 
-// Exactly 0 where nothing is labelled, whatever x holds.
-__device__ __forceinline__ float gradient_of(float product, float x, int cls, float along, float inward) {
-  return cls == kNoClass ? 0.0f : along * product - inward * x;
+// Exactly 0 where nothing is labelled, whatever x holds. (A labelled NaN made `along` NaN.)
+__device__ __forceinline__ float gradient_of(float product, float x, float along, float inward) {
+  return along == 0 ? 0.0f : along * product - inward * x;
 }
 
 template <class T>
@@ -107,16 +109,15 @@ struct ContrastProduct<float> {
   }
 
   // x [kChunk][kRow], which may be unwritten where it is not used -> the gradient, in place.
-  __device__ __forceinline__ void finish(float* x, const PixelTable* table, bool uses_x, int64_t) {
+  __device__ __forceinline__ void finish(float* x, const PixelTable* table, bool uses_x, int) {
     const int p = threadIdx.x % 16 * 4;
+    const float4 along = *reinterpret_cast<const float4*>(table->along + p), inward = *reinterpret_cast<const float4*>(table->inward + p);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       float4* at = reinterpret_cast<float4*>(x + (channel() + i) * Shape::kRow + p);
-      float v[4] = {0, 0, 0, 0};
-      if (uses_x) v[0] = at->x, v[1] = at->y, v[2] = at->z, v[3] = at->w;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) v[j] = gradient_of(sums[i][j], v[j], table->cls[p + j], table->along[p + j], table->inward[p + j]);
-      *at = make_float4(v[0], v[1], v[2], v[3]);
+      const float4 v = uses_x ? *at : make_float4(0, 0, 0, 0);
+      *at = make_float4(gradient_of(sums[i][0], v.x, along.x, inward.x), gradient_of(sums[i][1], v.y, along.y, inward.y),
+                        gradient_of(sums[i][2], v.z, along.z, inward.z), gradient_of(sums[i][3], v.w, along.w, inward.w));
     }
   }
 };
@@ -152,24 +153,25 @@ struct ContrastProduct {
   }
 
   // A row belongs to 4 lanes of one warp: all read (a shifted row reaches into the next lane's words), then all write, not shifted.
-  __device__ __forceinline__ void finish(T* x, const PixelTable* table, bool uses_x, int64_t odd_rows) {
+  __device__ __forceinline__ void finish(T* x, const PixelTable* table, bool uses_x, int shifts) {
     const int q = threadIdx.x % 4, g = threadIdx.x % 32 / 4;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       T* row = x + (channel() + r * 8 + g) * Shape::kRow;
       uint32_t v[8] = {};
       if (uses_x) {
-        const int shifted = static_cast<int>(odd_rows >> g % 2 & 1);
+        const int shifted = shifts >> g % 2 & 1;
         read_eight(*reinterpret_cast<uint32_t(*)[4]>(v), row, 16 * q, shifted);
         read_eight(*reinterpret_cast<uint32_t(*)[4]>(v + 4), row, 16 * q + 8, shifted);
       }
       __syncwarp();
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
+      for (int j = 0; j < 8; j += 2) {
         const int p = backward_pixel(j, 2 * q);
-        const float2 pair = to_floats<T>(v[j]);
-        v[j] = to_halves<T>(gradient_of(sums[j][2 * r], pair.x, table->cls[p], table->along[p], table->inward[p]),
-                            gradient_of(sums[j][2 * r + 1], pair.y, table->cls[p + 1], table->along[p + 1], table->inward[p + 1]));
+        const float4 along = *reinterpret_cast<const float4*>(table->along + p), inward = *reinterpret_cast<const float4*>(table->inward + p);
+        const float2 low = to_floats<T>(v[j]), high = to_floats<T>(v[j + 1]);
+        v[j] = to_halves<T>(gradient_of(sums[j][2 * r], low.x, along.x, inward.x), gradient_of(sums[j][2 * r + 1], low.y, along.y, inward.y));
+        v[j + 1] = to_halves<T>(gradient_of(sums[j + 1][2 * r], high.x, along.z, inward.z), gradient_of(sums[j + 1][2 * r + 1], high.y, along.w, inward.w));
       }
       uint4* to = reinterpret_cast<uint4*>(row + 16 * q);
       to[0] = make_uint4(v[0], v[1], v[2], v[3]), to[1] = make_uint4(v[4], v[5], v[6], v[7]);
@@ -196,7 +198,7 @@ __device__ void write_gradient(const BackwardKernel& a, const ContrastTile& tile
   };
 
   const bool works = threadIdx.x < kProductThreads;
-  const int64_t shifts = shift_of<T>(a.x, a.access, tile, 0) | shift_of<T>(a.x, a.access, tile, 1) << 1;
+  const int shifts = shifts_of<T>(a.x, a.access, tile);
   ContrastProduct<T> product;
   for (int64_t s = 0; s < a.shared.stages - 1; ++s) load(s);
   for (int64_t item = 0; item < items; ++item) {

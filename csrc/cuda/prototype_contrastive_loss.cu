@@ -100,6 +100,8 @@ Status forward(const ContrastForward& from, Stream stream) {
 int64_t contrast_blocks(const Features& x) { return x.batch * contrast_tiles(x.height * x.width); }
 
 Status prototype_contrastive_forward(const ContrastForward& a, Stream stream) {
+  if (a.num_classes > kMaxContrastClasses) return "more than 240 classes";
+  if (a.x.height * a.x.width > INT32_MAX) return "an image of 2^31 pixels or more";
   return with_float_type(a.x.type, [&](auto one) { return forward<decltype(one)>(a, stream); });
 }
 

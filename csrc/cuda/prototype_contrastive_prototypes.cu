@@ -63,8 +63,8 @@ struct PrototypeSums {
   }
 
   // x [kOwnChannels][kRow], weights [kPiece][kOwnRow].
-  __device__ __forceinline__ void add(const T* x, const float* weights, const PixelTable* table, int64_t odd_rows) {
-    const int shifted = static_cast<int>(odd_rows >> column % 2 & 1);
+  __device__ __forceinline__ void add(const T* x, const float* weights, const PixelTable* table, int shifts) {
+    const int shifted = shifts >> column % 2 & 1;
     for (int p = 0; p < kTile; p += 4) {
       const int4 cls = *reinterpret_cast<const int4*>(table->cls + p);
       float4 v[4];
@@ -109,8 +109,7 @@ __global__ void __launch_bounds__(kThreads) contrast_prototypes_kernel(const __g
     copy_async_commit();
     copy_async_wait<0>();
     __syncthreads();
-    const int64_t shifts = shift_of<T>(a.x, a.access, tile, 0) | shift_of<T>(a.x, a.access, tile, 1) << 1;
-    own.add(x, weights, table, shifts);
+    own.add(x, weights, table, shifts_of<T>(a.x, a.access, tile));
     __syncthreads();
   }
   own.write(a.partial + (static_cast<int64_t>(blockIdx.y) * a.num_classes + k0) * a.x.dim + d0, min(int64_t{Shape::kClasses}, a.num_classes - k0),
