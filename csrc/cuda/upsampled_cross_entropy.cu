@@ -125,7 +125,7 @@ __device__ __forceinline__ void gather_nodes(const CrossEntropyTask& task, const
 
 template <class Pixels, class T>
 __device__ __forceinline__ void gradient(const CrossEntropyTask& task, const Lane& at, Shared& shared, const Pixels& pixels, const T* plane,
-                                         const Window& window, const PixelPlace& place, float bound, float scale, bool live, int cell_row, bool again) {
+                                         const Window& window, const PixelPlace& place, float bound, bool live, int cell_row, bool again) {
   int next = next_code<Pixels::kRows * Pixels::kColumns>(place, -1);
 #pragma unroll 1
   for (int k0 = 0; k0 < task.num_classes; k0 += kClasses) {
@@ -134,11 +134,9 @@ __device__ __forceinline__ void gradient(const CrossEntropyTask& task, const Lan
       const int k = k0 + c;
       float2 nodes{0.0f, 0.0f};
       if (live && k < task.num_classes) {  // the same for all lanes of a warp
-        Moments2 sum = pixels.moments(exponents(load_corners(plane, at.corners), window, task.factor, bound), window);
-        if (k == next) {
-          subtract_labels<Pixels::kRows, Pixels::kColumns>(task, place, k, scale, sum);
-          next = next_code<Pixels::kRows * Pixels::kColumns>(place, k);
-        }
+        const bool labelled = k == next;
+        const Moments2 sum = pixels.moments(exponents(load_corners(plane, at.corners), window, task.factor, bound), window, place, k, labelled);
+        if (labelled) next = next_code<Pixels::kRows * Pixels::kColumns>(place, k);
         nodes = node_sums(to_corners(sum, window), task.plan.lanes_per_cell);
         plane += task.stride_k;
       }
@@ -172,7 +170,7 @@ __device__ __forceinline__ void group_of_rows(const CrossEntropyTask& task, cons
       shared.losses[threadIdx.x] += pixels.losses(task, image, at.corners, window, place, live ? task.num_classes : 0, bound, scale, mine);
       if constexpr (kGradient) {
         if (!__syncthreads_or(live) && again) continue;
-        gradient(task, at, shared, pixels, image, window, place, bound, scale, live, cell_row, again);
+        gradient(task, at, shared, pixels, image, window, place, bound, live, cell_row, again);
       }
     }
   }

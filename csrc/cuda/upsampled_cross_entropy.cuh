@@ -22,7 +22,7 @@ struct CrossEntropyTask : UpsamplingTask {
 struct PixelPlace {
   int64_t image;
   int row, column;
-  float* values;  // first the exponential of the pixel's own class
+  float* values;  // the exponential of the pixel's own class, then the sum of the others
   int16_t* codes;  // its class, kNoClass or kBadLabel
   __device__ __forceinline__ float& value(int n) const { return values[n * kUpThreads]; }
   __device__ __forceinline__ int code(int n) const { return codes[n * kUpThreads]; }
@@ -45,21 +45,6 @@ __device__ __forceinline__ int next_code(const PixelPlace& place, int after) {
     if (code > after && code < next) next = code;
   }
   return next;
-}
-
-// Takes the labelled pixels' own part, weight * 1, from the sums of class k.
-template <int kRows, int kColumns>
-__device__ __forceinline__ void subtract_labels(const CrossEntropyTask& task, const PixelPlace& place, int k, float scale, Moments2& sum) {
-  const float class_scale = class_weight_of(task, k) * scale;
-#pragma unroll 1
-  for (int i = 0; i < kRows; ++i) {
-#pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
-      if (place.code(i * kColumns + j) != k) continue;
-      const float weight = pixel_weight_at(task, place, i, j) * class_scale;
-      sum.all -= weight, sum.column -= weight * j, sum.row -= weight * i, sum.both -= weight * (i * j);
-    }
-  }
 }
 
 // A pixel's loss in the reduction's units and its weight in the gradient. Writes the loss map.
@@ -112,28 +97,42 @@ struct NarrowWindow {
       }
       if (labelled) next = next_code<kRows * kColumns>(place, k);
     }
-#pragma unroll
-    for (int n = 0; n < kRows * kColumns; ++n) place.value(n) = scale[n / kColumns][n % kColumns] / place.value(n);
     float sum = 0.0f;
-#pragma unroll 1
-    for (int i = 0; i < window.rows; ++i)
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      __syncwarp();  // else the compiler would load all rows' weights first, and have no registers left
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
         const int n = i * kColumns + j, code = place.code(n);
-        const float weight = weight_of(task, place, code, i, j);
-        if (j < window.columns) sum += settle_pixel(task, place, code, i, j, mine, logf(place.value(n)), weight);
-        place.value(n) = weight * gradient_scale;
+        const float weight = weight_of(task, place, code, i, j), total = scale[i][j], of_label = place.value(n);
+        if (i < window.rows && j < window.columns) sum += settle_pixel(task, place, code, i, j, mine, logf(total / of_label), weight);
+        place.value(n) = total - of_label;
+        scale[i][j] = code >= 0 ? __fdividef(weight * gradient_scale, total) : 0.0f;
       }
-#pragma unroll
-    for (int n = 0; n < kRows * kColumns; ++n) {
-      float& of_pixel = scale[n / kColumns][n % kColumns];
-      of_pixel = place.code(n) >= 0 ? __fdividef(place.value(n), of_pixel) : 0.0f;
     }
     return sum;
   }
 
-  __device__ __forceinline__ Moments2 moments(const Exponents& e, const Window& window) const {
-    return geometric_moments(e, window.rows, scale);
+  // The sums of a class's gradient. A pixel of that class has -(all other exponentials) in the place of its own: 1 - p without cancellation.
+  __device__ __forceinline__ Moments2 moments(const Exponents& e, const Window& window, const PixelPlace& place, int k, bool labelled) const {
+    if (!labelled) return geometric_moments(e, window.rows, scale);
+    const float down = exp2_fast(e.down);
+    float first = exp2_fast(e.first);
+    Moments2 sum{0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      if (i >= window.rows) continue;
+      float value[kColumns];
+      geometric_row(first, exp2_fast(e.across_at(i)), value);
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        const int n = i * kColumns + j, code = place.code(n);
+        const float g = code < 0 ? 0.0f : scale[i][j] * (code == k ? -place.value(n) : value[j]);
+        sum.all += g, sum.column += g * j, sum.row += g * i, sum.both += g * (i * j);
+      }
+      first *= down;
+    }
+    return sum;
   }
 };
 
@@ -170,20 +169,22 @@ struct WideWindow {
     float sum = 0.0f;
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
-      const int code = j < window.columns && window.rows ? place.code(j) : kNoClass;
-      const float weight = weight_of(task, place, code, 0, j), total = log2f(scale[j]);
-      if (j < window.columns && window.rows) sum += settle_pixel(task, place, code, 0, j, mine, (total - of_label[j]) * kLn2, weight);
-      lse[j] = largest[j] + total;
-      scale[j] = code >= 0 ? weight * gradient_scale : 0.0f;
+      const int code = place.code(j);
+      const float weight = weight_of(task, place, code, 0, j), total = scale[j], bits = log2f(total);
+      if (window.rows && j < window.columns) sum += settle_pixel(task, place, code, 0, j, mine, (bits - of_label[j]) * kLn2, weight);
+      place.value(j) = (total - exp2_fast(of_label[j])) / total;
+      lse[j] = largest[j] + bits;
+      scale[j] = weight * gradient_scale;
     }
     return sum;
   }
 
-  __device__ __forceinline__ Moments2 moments(const Exponents& e, const Window&) const {
+  __device__ __forceinline__ Moments2 moments(const Exponents& e, const Window&, const PixelPlace& place, int k, bool) const {
     Moments2 sum{0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
-      const float g = scale[j] == 0.0f ? 0.0f : exp2_fast(exponent_at(e, j) - lse[j]) * scale[j];
+      const int code = place.code(j);
+      const float g = code < 0 ? 0.0f : scale[j] * (code == k ? -place.value(j) : exp2_fast(exponent_at(e, j) - lse[j]));
       sum.all += g, sum.column += g * j;
     }
     return sum;
