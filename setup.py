@@ -190,13 +190,14 @@ def cuda_extension() -> Extension:
     from torch.utils.cpp_extension import CppExtension, library_paths
 
     nvcc = nvcc_path()
+    archs = cuda_archs(nvcc)
     return CppExtension(
         "spcl_fast._cuda",
         sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/bind*.cpp")),
         include_dirs=["csrc/cuda"],
         library_dirs=[str(cudart_folder())],
         extra_link_args=[*CUDART, *torch_rpaths(library_paths())],
-        extra_compile_args=[*STABLE_ABI, f'-DSPCL_CUDA_ARCHS="{" ".join(cuda_archs(nvcc))}"', f'-DSPCL_CUDA_TOOLKIT="{nvcc_version(nvcc)}"'],
+        extra_compile_args=[*STABLE_ABI, f'-DSPCL_CUDA_ARCHS="{" ".join(archs)}"', f'-DSPCL_CUDA_TOOLKIT="{nvcc_version(nvcc)}"'],
         optional=True,
     )
 
