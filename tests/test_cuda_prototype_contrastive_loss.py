@@ -237,6 +237,18 @@ def test_same_bits_whatever_the_order_of_threads_and_blocks(built, shape, num_cl
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("step", [1, 2])
+def test_offsets_beyond_32_bits(cuda, step, dtype):
+    """A view that spans 3 x 2**30 elements of memory, of which a few pages are ever touched."""
+    features, labels, prototypes = problem((2, 2, 3, 21), size=(3, 21), dtype=dtype)
+    memory = torch.empty(3 * 2**30 + 63 * step, dtype=dtype)
+    far = memory.as_strided(features.shape, (2**31, 2**30, 21 * step, step)).copy_(features)
+    got, expected = (run(tensor, labels, prototypes, temperature=0.3) for tensor in (far, features))
+    for g, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(g, e)
+
+
 @pytest.mark.parametrize("shape", [(0, 8, 3, 3), (1, 8, 1, 1)])
 def test_empty_batch_and_single_pixel(cuda, shape):
     features, labels, prototypes = problem(shape, size=shape[2:], ignored=0)
@@ -301,10 +313,12 @@ BUGS = {
     "logits of another image": (FORWARD, "a.logits[({} * num_classes + k)", "tile.image", "0"),
     "pixel weight in the denominator": (FORWARD, "table->weight[p] = {};", "weight", "weight * loss"),
     "bad label not seen": (FORWARD, "else if ({})", "cls == kBadLabel", "false"),
-    "channels beyond D of aligned rows": (TILE, "given > 0 && {};", "d0 + c < x.dim", "d0 + c <= x.dim"),
+    "channels beyond D of aligned rows": (TILE, "from, {} ? given : 0", "c < channels", "c < channels + 1"),
     "pixels beyond the image of aligned rows": (TILE, "{} * static_cast<int>(sizeof(T))", "max(0, min(kEach, tile.count - p))", "kEach"),
-    "channels beyond D of other rows": (TILE, "inside = {};", "d0 + c < x.dim", "d0 + c <= x.dim"),
-    "one channel too many": (TILE, "static_cast<int>({}) : Shape::kChunk", "left", "left + 1"),
+    "channels beyond D of half rows": (TILE, "row, {} ? even_given", "c < channels", "c < channels + 1"),
+    "last pixel of a shifted row": (TILE, "{} ? word_given(last", "c < channels", "c < channels && tile.count < kTile"),
+    "channels beyond D of other rows": (TILE, "count = {} ? tile.count", "c < channels", "c < channels + 1"),
+    "one channel too many": (TILE, "const int channels = {};", "channels_from<T>(dx, d0)", "channels_from<T>(dx, d0) + 1"),
     "wrong batch offset": (TILE, "static_cast<T*>(x.data) + {}", "tile.image * x.stride_b", "tile.image * x.stride_d"),
     "wrong shift": (TILE, "{} / 2 + d", "reinterpret_cast<uintptr_t>(tile_of<T>(x, tile))", "uintptr_t{0}"),
     "end of a shifted row": (TILE, "out[3] >> 16 | {} << 16", "next", "0u"),

@@ -48,46 +48,64 @@ __device__ __forceinline__ int shifts_of(const Features& x, Access access, const
 }
 
 // The loops of this file walk rows: a thread keeps its place in the row and steps from row to row, so that a copy costs an addition.
+// A copy of which nothing is given reads nothing, wherever its address points.
+
+// How many of the channels from d0 on are there, at most kChunk.
+template <class T>
+__device__ __forceinline__ int channels_from(const Features& x, int64_t d0) {
+  const int64_t left = x.dim - d0;
+  return left < ContrastShape<sizeof(T)>::kChunk ? static_cast<int>(left) : ContrastShape<sizeof(T)>::kChunk;
+}
 
 template <class T>
 __device__ __forceinline__ void stage_vectors(const Features& x, const ContrastTile& tile, int64_t d0, T* to) {
   using Shape = ContrastShape<sizeof(T)>;
   constexpr int kEach = 16 / sizeof(T), kPieces = kTile / kEach;
-  const int p = threadIdx.x % kPieces * kEach, step = blockDim.x / kPieces;
+  const int p = threadIdx.x % kPieces * kEach, step = blockDim.x / kPieces, channels = channels_from<T>(x, d0);
   const int given = max(0, min(kEach, tile.count - p)) * static_cast<int>(sizeof(T));
-  const T* tensor = tile_of<T>(x, tile);
   int c = threadIdx.x / kPieces;
-  const T* from = tensor + (d0 + c) * x.stride_d + p;
-  for (; c < Shape::kChunk; c += step, from += step * x.stride_d) {
-    const bool there = given > 0 && d0 + c < x.dim;
-    copy_async<16>(to + c * Shape::kRow + p, there ? from : tensor, there ? given : 0);
+  const T* from = tile_of<T>(x, tile) + (d0 + c) * x.stride_d + p;
+  for (; c < Shape::kChunk; c += step, from += step * x.stride_d) copy_async<16>(to + c * Shape::kRow + p, from, c < channels ? given : 0);
+}
+
+// A warp a row, a lane a word.
+__device__ __forceinline__ void stage_rows(const Features& x, const ContrastTile& tile, int64_t d0, float* to) {
+  using Shape = ContrastShape<4>;
+  const int lane = threadIdx.x % 32, step = blockDim.x / 32, channels = channels_from<float>(x, d0);
+  int c = threadIdx.x / 32;
+  const float* row = tile_of<float>(x, tile) + (d0 + c) * x.stride_d + lane;
+  for (; c < Shape::kChunk; c += step, row += step * x.stride_d) {
+    const int count = c < channels ? tile.count : 0;
+    float* out = to + c * Shape::kRow + lane;
+    copy_async<4>(out, row, lane < count ? 4 : 0);
+    copy_async<4>(out + 32, row + 32, lane + 32 < count ? 4 : 0);
   }
 }
 
-// A warp a row, a lane a word; the 65th half float of a shifted row is in a word of its own.
+// A warp an even row and the odd one after it, a lane a word of each; then the last half float of each shifted row, in a word of its own.
 template <class T>
 __device__ __forceinline__ void stage_rows(const Features& x, const ContrastTile& tile, int64_t d0, T* to) {
-  using Shape = ContrastShape<sizeof(T)>;
-  constexpr int kEach = 4 / sizeof(T);
-  const int lane = threadIdx.x % 32, step = blockDim.x / 32, shifts = shifts_of<T>(x, kRows, tile);
-  const T* aligned = tile_of<T>(x, tile) - (shifts & 1);  // where nothing is read, the address must still be one of a word
-  int c = threadIdx.x / 32;
-  const T* row = tile_of<T>(x, tile) + (d0 + c) * x.stride_d;
+  using Shape = ContrastShape<2>;
+  const int lane = threadIdx.x % 32, step = blockDim.x / 32 * 2, shifts = shifts_of<T>(x, kRows, tile), channels = channels_from<T>(x, d0);
+  const int even = word_begin(lane, shifts & 1), odd = word_begin(lane, shifts >> 1);
+  const int even_given = word_given(even, tile.count), odd_given = word_given(odd, tile.count);
+  int c = threadIdx.x / 32 * 2;
+  const T* row = tile_of<T>(x, tile) + (d0 + c) * x.stride_d + even;
+  const int64_t next = x.stride_d + odd - even;
   for (; c < Shape::kChunk; c += step, row += step * x.stride_d) {
-    const int shifted = shifts >> (c & 1) & 1;
-    const bool inside = d0 + c < x.dim;
-    for (int word = lane; word < kTile / kEach + (sizeof(T) == 2 && shifted); word += 32) {
-      const int begin = sizeof(T) == 2 ? word_begin(word, shifted) : word;
-      const int given = !inside ? 0 : sizeof(T) == 2 ? word_given(begin, tile.count) : word < tile.count ? 4 : 0;
-      copy_async<4>(to + c * Shape::kRow + word * kEach, given ? row + begin : aligned, given);
-    }
+    T* out = to + c * Shape::kRow + 2 * lane;
+    copy_async<4>(out, row, c < channels ? even_given : 0);
+    copy_async<4>(out + Shape::kRow, row + next, c + 1 < channels ? odd_given : 0);
   }
+  c = threadIdx.x;
+  if (c >= Shape::kChunk || !(shifts >> (c & 1) & 1)) return;
+  const int last = word_begin(32, 1);
+  copy_async<4>(to + c * Shape::kRow + 64, tile_of<T>(x, tile) + (d0 + c) * x.stride_d + last, c < channels ? word_given(last, tile.count) : 0);
 }
 
 // Half floats cannot be copied one by one without the registers: these wait for memory here.
 template <class T>
-__device__ __forceinline__ void stage_one(const T* data, int64_t at, bool there, T* to) {
-  const T* from = there ? data + at : data;
+__device__ __forceinline__ void stage_one(const T* from, bool there, T* to) {
   if constexpr (sizeof(T) == 4) copy_async<4>(to, from, there ? 4 : 0);
   else *to = there ? *from : from_float<T>(0.0f);
 }
@@ -96,18 +114,18 @@ template <class T>
 __device__ __forceinline__ void stage_gathered(const Features& x, const ContrastTile& tile, const int64_t* offset, int64_t d0, T* to) {
   using Shape = ContrastShape<sizeof(T)>;
   const T* data = static_cast<const T*>(x.data);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, step = blockDim.x / 32;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, step = blockDim.x / 32, channels = channels_from<T>(x, d0);
   if (x.stride_d == 1) {
     for (int c = lane; c < Shape::kChunk; c += 32)
 #pragma unroll 8
-      for (int p = warp; p < kTile; p += step)
-        stage_one(data, offset[p] + d0 + c, p < tile.count && d0 + c < x.dim, to + c * Shape::kRow + p);
+      for (int p = warp; p < kTile; p += step) stage_one(data + offset[p] + d0 + c, p < tile.count && c < channels, to + c * Shape::kRow + p);
     return;
   }
-  for (int p = lane; p < kTile; p += 32)
+  for (int p = lane; p < kTile; p += 32) {
+    const T* from = data + offset[p] + d0 * x.stride_d;
 #pragma unroll 8
-    for (int c = warp; c < Shape::kChunk; c += step)
-      stage_one(data, offset[p] + (d0 + c) * x.stride_d, p < tile.count && d0 + c < x.dim, to + c * Shape::kRow + p);
+    for (int c = warp; c < Shape::kChunk; c += step) stage_one(from + c * x.stride_d, p < tile.count && c < channels, to + c * Shape::kRow + p);
+  }
 }
 
 // Channels [d0, d0 + kChunk) of the tile -> to [kChunk][kRow], 0 beyond D and beyond the image. There after a wait and a barrier.
@@ -122,8 +140,7 @@ __device__ __forceinline__ void stage_pixels(const Features& x, Access access, c
 template <class T>
 __device__ __forceinline__ void store_pixels(const Features& dx, Access access, const ContrastTile& tile, const int64_t* offset, int64_t d0, const T* from) {
   using Shape = ContrastShape<sizeof(T)>;
-  const int64_t left = dx.dim - d0;
-  const int channels = left < Shape::kChunk ? static_cast<int>(left) : Shape::kChunk;
+  const int channels = channels_from<T>(dx, d0);
   if (access == kVectors && tile.count == kTile) {
     constexpr int kEach = 16 / sizeof(T), kPieces = kTile / kEach;
     const int p = threadIdx.x % kPieces * kEach, step = blockDim.x / kPieces;
@@ -162,16 +179,14 @@ __device__ __forceinline__ void stage_prototypes(const T* proto, int64_t num_cla
     const int c = threadIdx.x % kPieces * kEach, step = blockDim.x / kPieces;
     int k = threadIdx.x / kPieces;
     const T* from = proto + (k0 + k) * dim + d0 + c;
-    for (; k < rows; k += step, from += step * dim) {
-      const bool there = k0 + k < num_classes && d0 + c < dim;
-      copy_async<16>(to + k * Shape::kProtoRow + c, there ? from : proto, there ? 16 : 0);
-    }
+    for (; k < rows; k += step, from += step * dim)
+      copy_async<16>(to + k * Shape::kProtoRow + c, from, k0 + k < num_classes && d0 + c < dim ? 16 : 0);
     return;
   }
   for (int c = threadIdx.x % 32; c < Shape::kChunk; c += 32)
 #pragma unroll 4
     for (int k = threadIdx.x / 32; k < rows; k += blockDim.x / 32)
-      stage_one(proto, (k0 + k) * dim + d0 + c, k0 + k < num_classes && d0 + c < dim, to + k * Shape::kProtoRow + c);
+      stage_one(proto + (k0 + k) * dim + d0 + c, k0 + k < num_classes && d0 + c < dim, to + k * Shape::kProtoRow + c);
 }
 
 // The same, transposed: -> to [kChunk][rows].
@@ -179,7 +194,7 @@ __device__ __forceinline__ void stage_prototype_columns(const float* proto, int6
   static_assert(ContrastShape<4>::kChunk == 32);
   const int c = threadIdx.x % 32;
   for (int k = threadIdx.x / 32; k < rows; k += blockDim.x / 32)
-    stage_one(proto, (k0 + k) * dim + d0 + c, k0 + k < num_classes && d0 + c < dim, to + c * rows + k);
+    stage_one(proto + (k0 + k) * dim + d0 + c, k0 + k < num_classes && d0 + c < dim, to + c * rows + k);
 }
 
 // Pixels in registers ----------------------------------------------------------------------------------------------

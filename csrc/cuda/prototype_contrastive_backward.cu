@@ -6,6 +6,7 @@
 // whatever the loss scale, and half floats lose nothing to underflow. c is formed from the rounded w: dx stays orthogonal to x.
 // A block owns 64 pixels of one image and all D channels: weights once, from saved logits or logits formed again, then D in chunks. A chunk
 // of x is staged, becomes the gradient in place and is stored by the same rules. Moves: x once or twice (the second time from L2), dx once.
+// The tiles are walked in reverse: what the forward read last may still be in L2.
 #include "contrast_pixels.cuh"
 
 namespace spcl::gpu {
@@ -221,7 +222,7 @@ __device__ void write_gradient(const BackwardKernel& a, const ContrastTile& tile
 template <class T>
 __global__ void __launch_bounds__(kContrastThreads) contrast_backward_kernel(const __grid_constant__ BackwardKernel a) {
   PixelTable* table = reinterpret_cast<PixelTable*>(shared_memory<unsigned char>() + a.shared.pixels_at);
-  const ContrastTile tile = contrast_tile(blockIdx.x, a.pixels);
+  const ContrastTile tile = contrast_tile(gridDim.x - 1 - blockIdx.x, a.pixels);
   read_pixels(a, a.labels, tile, table);
   if (!a.logits) tile_dots<T>(a, tile, 0, a.warps, a.shared, table);
   for_each_pixel([&](int p, int part) { weigh_pixel<T>(a, tile, table, p, part); });
