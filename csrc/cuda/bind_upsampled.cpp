@@ -14,9 +14,9 @@ void set_input(Upsampling& a, const Tensor& logits, int64_t height, int64_t widt
                   "spcl_fast cuda backend: sizes, and offsets within an image and class, must be under 2**31");
 }
 
-std::tuple<Tensor, Tensor> cross_entropy(Tensor logits, Tensor labels, std::optional<Tensor> class_weight, std::optional<Tensor> pixel_weight,
-                                         Tensor flag, double temperature, bool align_corners, int64_t ignore_index, bool mean, bool per_pixel,
-                                         bool needs_dlogits) {
+std::tuple<Tensor, Tensor> cross_entropy(Tensor logits, Tensor labels, std::optional<Tensor> class_weight,
+                                         std::optional<Tensor> pixel_weight, Tensor flag, double temperature, bool align_corners,
+                                         int64_t ignore_index, bool mean, bool per_pixel, bool needs_dlogits) {
   const OnDevice device(logits);
   UpsampledCrossEntropy a{};
   set_input(a, logits, labels.size(1), labels.size(2), temperature, align_corners);
@@ -51,8 +51,9 @@ std::tuple<Tensor, Tensor> prediction(Tensor logits, int64_t height, int64_t wid
 
 SPCL_OPS(m) {
   m.def(
-      "upsampled_cross_entropy(Tensor logits, Tensor labels, Tensor? class_weight, Tensor? pixel_weight, Tensor(a!) flag, float temperature, "
-      "bool align_corners, int ignore_index, bool mean, bool per_pixel, bool needs_dlogits) -> (Tensor loss, Tensor dlogits)");
+      "upsampled_cross_entropy(Tensor logits, Tensor labels, Tensor? class_weight, Tensor? pixel_weight, Tensor(a!) flag, "
+      "float temperature, bool align_corners, int ignore_index, bool mean, bool per_pixel, bool needs_dlogits) "
+      "-> (Tensor loss, Tensor dlogits)");
   m.def(
       "upsampled_prediction(Tensor logits, int height, int width, Tensor? thresholds, float temperature, bool align_corners, "
       "int ignore_index) -> (Tensor labels, Tensor confidence)");

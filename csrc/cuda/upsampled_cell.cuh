@@ -2,9 +2,9 @@
 //
 // Within a cell a logit is bilinear, so along equally spaced pixels of a row its exponential is a geometric sequence:
 //   2^z(i, j) = first * down^i * across_i^j
-// An exponential a row, cell and class and two more, instead of one a pixel and class; a sum over the pixels is a polynomial in `across`, by
-// Horner's rule one multiply-add a pixel, and its first moment, which the gradient needs, one more. (across_i is a geometric sequence too,
-// but powers of powers would lose too many bits.)
+// An exponential a row, cell and class and two more, instead of one a pixel and class; a sum over the pixels is a polynomial in `across`,
+// by Horner's rule one multiply-add a pixel, and its first moment, which the gradient needs, one more. (across_i is a geometric sequence
+// too, but powers of powers would lose too many bits.)
 // That holds where no factor leaves float32: `narrow` cells, those whose logits all lie within kMostBits of each other. The others take
 // every pixel's own maximum and own exponentials.
 #pragma once
@@ -84,8 +84,8 @@ struct Window {
   Ramp y, x;
 };
 
-__device__ __forceinline__ Window window_at(const UpsamplingTask& task, int cell_row, int cell_column, const Range& rows, const Range& columns) {
-  return {rows.begin, columns.begin, rows.count(), columns.count(), ramp_of(task.y, cell_row, rows), ramp_of(task.x, cell_column, columns)};
+__device__ __forceinline__ Window window_at(const UpsamplingTask& task, int row, int column, const Range& rows, const Range& columns) {
+  return {rows.begin, columns.begin, rows.count(), columns.count(), ramp_of(task.y, row, rows), ramp_of(task.x, column, columns)};
 }
 
 // log2 of a window's factors: first, relative to a bound of the logits, across in the first row, down in the first column; and what each

@@ -5,6 +5,8 @@
 // what the cells around each of its nodes have found, a few classes at a time, in shared memory.
 // Instructions, not bytes, are the bound (upsampled_cell.cuh says how few exponentials it takes). Bytes: labels as they are, twice with the
 // gradient of a mean; the low-resolution logits, three times through the caches; dlogits once. Extra memory: 16 bytes a block.
+#include <algorithm>
+
 #include "upsampled_cross_entropy.cuh"
 
 namespace spcl::gpu {
@@ -27,10 +29,12 @@ struct Shared {
 // ---- the mean's denominator -------------------------------------------------------------------------------------
 
 // partial[block]: the summed class weights of its labels; NaN where one is bad. Reads the labels once, each block a fixed share of rows.
-__global__ __launch_bounds__(kUpThreads) void label_weight_kernel(const Labels labels, int64_t rows, const float* class_weight, double* partial) {
+__global__ __launch_bounds__(kUpThreads) void label_weight_kernel(const Labels labels, int64_t rows, const float* class_weight,
+                                                                  double* partial) {
   Shared& shared = *shared_memory<Shared>();
+  const int64_t warps = gridDim.x * static_cast<int64_t>(kUpWarps);
   double sum = 0.0;
-  for (int64_t row = blockIdx.x * static_cast<int64_t>(kUpWarps) + threadIdx.x / 32; row < rows; row += gridDim.x * static_cast<int64_t>(kUpWarps)) {
+  for (int64_t row = blockIdx.x * static_cast<int64_t>(kUpWarps) + threadIdx.x / 32; row < rows; row += warps) {
     const int64_t image = row / labels.height, first = image * labels.stride_b + (row - image * labels.height) * labels.stride_h;
     float of_row = 0.0f;
 #pragma unroll 4
@@ -77,7 +81,8 @@ struct Lane {
 
 // Reads the labels of a window. Returns whether any pixel has a class; adds the class weights of the lane's own pixels.
 template <int kRows, int kColumns>
-__device__ __forceinline__ bool read_codes(const CrossEntropyTask& task, const PixelPlace& place, const Window& window, bool mine, float& weight) {
+__device__ __forceinline__ bool read_codes(const CrossEntropyTask& task, const PixelPlace& place, const Window& window, bool mine,
+                                           float& weight) {
   const Labels& labels = task.labels;
   const int64_t first = place.image * labels.stride_b + place.row * labels.stride_h + place.column * labels.stride_w;
   bool any = false;
@@ -106,7 +111,8 @@ __device__ __forceinline__ float2 node_sums(Corners g, int lanes_per_cell) {
 
 // Writes, or adds to, the block's nodes around its cells: classes k0 on, cell rows cell_row on. The nodes between two groups of cell rows
 // belong to both: the later one adds.
-__device__ __forceinline__ void gather_nodes(const CrossEntropyTask& task, const Lane& at, const Shared& shared, int k0, int cell_row, bool again) {
+__device__ __forceinline__ void gather_nodes(const CrossEntropyTask& task, const Lane& at, const Shared& shared, int k0, int cell_row,
+                                             bool again) {
   const CellPlan& plan = task.plan;
   const int rows = plan.group_rows(), node_column = shared.first_column + at.lane;
   const bool owned = at.lane >= 1 && at.lane < plan.cells() && node_column < task.x.size;
@@ -135,7 +141,8 @@ __device__ __forceinline__ void gradient(const CrossEntropyTask& task, const Lan
       float2 nodes{0.0f, 0.0f};
       if (live && k < task.num_classes) {  // the same for all lanes of a warp
         const bool labelled = k == next;
-        const Moments2 sum = pixels.moments(exponents(load_corners(plane, at.corners), window, task.factor, bound), window, place, k, labelled);
+        const Exponents e = exponents(load_corners(plane, at.corners), window, task.factor, bound);
+        const Moments2 sum = pixels.moments(e, window, place, k, labelled);
         if (labelled) next = next_code<Pixels::kRows * Pixels::kColumns>(place, k);
         nodes = node_sums(to_corners(sum, window), task.plan.lanes_per_cell);
         plane += task.stride_k;
@@ -165,7 +172,8 @@ __device__ __forceinline__ void group_of_rows(const CrossEntropyTask& task, cons
       float* values = reinterpret_cast<float*>(&shared + 1);
       const PixelPlace place{shared.image, window.row, window.column, values + threadIdx.x,
                              reinterpret_cast<int16_t*>(values + kPixels * kUpThreads) + threadIdx.x};
-      const bool live = __any_sync(kAllLanes, read_codes<Pixels::kRows, Pixels::kColumns>(task, place, window, mine, shared.weights[threadIdx.x]));
+      const bool labelled = read_codes<Pixels::kRows, Pixels::kColumns>(task, place, window, mine, shared.weights[threadIdx.x]);
+      const bool live = __any_sync(kAllLanes, labelled);
       Pixels pixels;
       shared.losses[threadIdx.x] += pixels.losses(task, image, at.corners, window, place, live ? task.num_classes : 0, bound, scale, mine);
       if constexpr (kGradient) {
@@ -196,7 +204,8 @@ __global__ __launch_bounds__(kUpThreads, 2) void cross_entropy_kernel(const Cros
       group_of_rows<WideWindow<kColumns>, T, kRows * kColumns, kGradient>(task, at, shared, image, cell_row, 0.0f, scale);
     }
   }
-  const double losses = block_sum(shared.losses[threadIdx.x], shared.scratch), weights = block_sum(shared.weights[threadIdx.x], shared.scratch);
+  const double losses = block_sum(shared.losses[threadIdx.x], shared.scratch);
+  const double weights = block_sum(shared.weights[threadIdx.x], shared.scratch);
   if (threadIdx.x == 0) task.partial[blockIdx.x] = losses, task.partial[gridDim.x + blockIdx.x] = weights;
 }
 
@@ -227,15 +236,15 @@ CrossEntropyTask make_cross_entropy_task(const UpsampledCrossEntropy& a, const S
   task.labels = a.labels, task.class_weight = a.class_weight, task.pixel_weight = a.pixel_weight;
   task.loss_map = a.loss_map, task.dlogits = a.dlogits;
   task.inv_temperature = static_cast<float>(1.0 / a.temperature);
-  const int64_t rows = a.logits.batch * a.height;
-  task.denominators = !a.dlogits || !a.mean ? 0 : static_cast<int>(rows < kLabelBlocks * kUpWarps ? (rows + kUpWarps - 1) / kUpWarps : kLabelBlocks);
+  task.denominators = a.dlogits && a.mean ? std::min(ceil_div(a.logits.batch * a.height, kUpWarps), kLabelBlocks) : 0;
   task.partial = a.workspace, task.partial_denominator = task.denominators ? a.workspace + 2 * blocks_of(task, a.logits.batch) : nullptr;
   return task;
 }
 
 template <class T, int kRows, int kColumns>
 Status launch_shape(const CrossEntropyTask& task, int64_t batch, Stream stream) {
-  const Grid grid{static_cast<unsigned>(blocks_of(task, batch)), kUpThreads, sizeof(Shared) + kRows * kColumns * kUpThreads * (sizeof(float) + sizeof(int16_t))};
+  const size_t of_pixels = kRows * kColumns * kUpThreads * (sizeof(float) + sizeof(int16_t));
+  const Grid grid{static_cast<unsigned>(blocks_of(task, batch)), kUpThreads, sizeof(Shared) + of_pixels};
   return task.dlogits ? launch(cross_entropy_kernel<T, kRows, kColumns, true>, grid, stream, task)
                       : launch(cross_entropy_kernel<T, kRows, kColumns, false>, grid, stream, task);
 }

@@ -18,7 +18,7 @@ struct CrossEntropyTask : UpsamplingTask {
   double* partial;  // [2][blocks]: losses, class weights
 };
 
-// Where a lane finds what belongs to its window's pixels. In shared memory, pixel n of the window at [n * kUpThreads]: it is seldom looked at.
+// Where a lane finds what belongs to its window's pixels. Shared memory, since it is seldom looked at; pixel n at [n * kUpThreads].
 struct PixelPlace {
   int64_t image;
   int row, column;
@@ -32,10 +32,12 @@ __device__ __forceinline__ float pixel_weight_at(const CrossEntropyTask& task, c
   return pixel_value(task.pixel_weight, place.image, place.row + i, place.column + j);
 }
 
-__device__ __forceinline__ float class_weight_of(const CrossEntropyTask& task, int k) { return task.class_weight ? __ldg(task.class_weight + k) : 1.0f; }
+__device__ __forceinline__ float class_weight_of(const CrossEntropyTask& task, int k) {
+  return task.class_weight ? __ldg(task.class_weight + k) : 1.0f;
+}
 
-// Classes are walked upwards, and a lane waits for the next one that a pixel of its window is labelled with: seldom, since maps are piecewise
-// constant. Until then labels cost one comparison a class.
+// Classes are walked upwards, and a lane waits for the next one that a pixel of its window is labelled with: seldom, since maps are
+// piecewise constant. Until then labels cost one comparison a class.
 template <int kPixels>
 __device__ __forceinline__ int next_code(const PixelPlace& place, int after) {
   int next = kNoMore;
@@ -105,7 +107,8 @@ struct NarrowWindow {
       for (int j = 0; j < kColumns; ++j) {
         const int n = i * kColumns + j, code = place.code(n);
         const float weight = weight_of(task, place, code, i, j), total = scale[i][j], of_label = place.value(n);
-        if (i < window.rows && j < window.columns) sum += settle_pixel(task, place, code, i, j, mine, logf(total / of_label), weight);
+        if (i < window.rows && j < window.columns)
+          sum += settle_pixel(task, place, code, i, j, mine, logf(total / of_label), weight);
         place.value(n) = total - of_label;
         scale[i][j] = code >= 0 ? __fdividef(weight * gradient_scale, total) : 0.0f;
       }
@@ -113,8 +116,9 @@ struct NarrowWindow {
     return sum;
   }
 
-  // The sums of a class's gradient. A pixel of that class has -(all other exponentials) in the place of its own: 1 - p without cancellation.
-  __device__ __forceinline__ Moments2 moments(const Exponents& e, const Window& window, const PixelPlace& place, int k, bool labelled) const {
+  // The sums of a class's gradient. A pixel of that class has -(all other exponentials) in place of its own: p - 1 without cancellation.
+  __device__ __forceinline__ Moments2 moments(const Exponents& e, const Window& window, const PixelPlace& place, int k,
+                                              bool labelled) const {
     if (!labelled) return geometric_moments(e, window.rows, scale);
     const float down = exp2_fast(e.down);
     float first = exp2_fast(e.first);

@@ -16,9 +16,12 @@ struct PredictionTask : UpsamplingTask {
   int64_t warps;
 };
 
-// A row of a warp's results on the way out. What is bound for an address of a 16-byte boundary lies on one here.
+// What a warp needs when its window is done, kept here rather than in every lane's registers; and a row of its results on the way out. What
+// is bound for an address of a 16-byte boundary lies on one here.
 template <int kColumns>
 struct StagedRow {
+  int64_t image;
+  Range across;  // the columns of all the warp's lanes
   __align__(16) float confidence[32 * kColumns + 4];
   __align__(16) uint8_t labels[32 * kColumns + 16];
 };
@@ -54,7 +57,8 @@ struct NarrowPixels {
   int label[kRows][kColumns];
 
   template <class T>
-  __device__ __forceinline__ void predict(const UpsamplingTask& task, const T* plane, const CornerOffsets& at, const Window& window, float bound) {
+  __device__ __forceinline__ void predict(const UpsamplingTask& task, const T* plane, const CornerOffsets& at, const Window& window,
+                                          float bound) {
     float total[kRows][kColumns];
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
@@ -93,7 +97,8 @@ struct WidePixels {
   int label[1][kColumns];
 
   template <class T>
-  __device__ __forceinline__ void predict(const UpsamplingTask& task, const T* image, const CornerOffsets& at, const Window& window, float) {
+  __device__ __forceinline__ void predict(const UpsamplingTask& task, const T* image, const CornerOffsets& at, const Window& window,
+                                          float) {
     float total[kColumns];
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) best[0][j] = -INFINITY, total[j] = 0.0f, label[0][j] = 0;
@@ -120,17 +125,18 @@ struct WidePixels {
   }
 };
 
-// One window: predicts it and writes it. across: the columns of all the warp's lanes.
+// One window: predicts it and writes it.
 template <class Pixels, class T>
-__device__ __forceinline__ void predict_window(const PredictionTask& task, int64_t image, const T* logits, const CornerOffsets& at,
-                                               const Window& window, const Range& across, float bound, StagedRow<Pixels::kColumns>& staged) {
+__device__ __forceinline__ void predict_window(const PredictionTask& task, const T* logits, const CornerOffsets& at, const Window& window,
+                                               float bound, StagedRow<Pixels::kColumns>& staged) {
   Pixels pixels;
   pixels.predict(task, logits, at, window, bound);
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < Pixels::kRows; ++i) {
-    if (i >= window.rows) continue;  // the same for the whole warp
-    const int64_t to = (image * task.y.out + window.row + i) * task.x.out + across.begin;
+    if (i >= window.rows) break;  // the same for the whole warp
+    const Range across = staged.across;
+    const int64_t to = (staged.image * task.y.out + window.row + i) * task.x.out + across.begin;
     const int column = window.column - across.begin;
     const int shift_confidence = beyond_boundary(task.confidence + to), shift_label = beyond_boundary(task.labels + to);
     __syncwarp();  // the row before has left
@@ -166,13 +172,16 @@ __global__ __launch_bounds__(kUpThreads, 2) void prediction_kernel(const Predict
   const int height = narrow ? kRows : 1;
   for (int step = 0; step < plan.column_steps; ++step) {
     const Range mine = part_of(columns, step * plan.lanes_per_cell + part, plan.column_steps * plan.lanes_per_cell);
-    const Range across{__shfl_sync(kAllLanes, mine.begin, 0), __shfl_sync(kAllLanes, mine.end, 31)};
+    __syncwarp();
+    if (lane == 0) staged.image = image, staged.across.begin = mine.begin;
+    if (lane == 31) staged.across.end = mine.end;
+    __syncwarp();
     for (int w = 0; w * height < rows.count(); ++w) {
       const Window window = window_at(task, row, cell_column, window_of(rows, w, height), mine);
       if (narrow) {
-        predict_window<NarrowPixels<kRows, kColumns>>(task, image, logits, at, window, across, bounds.top, staged);
+        predict_window<NarrowPixels<kRows, kColumns>>(task, logits, at, window, bounds.top, staged);
       } else {
-        predict_window<WidePixels<kColumns>>(task, image, logits, at, window, across, 0.0f, staged);
+        predict_window<WidePixels<kColumns>>(task, logits, at, window, 0.0f, staged);
       }
     }
   }
@@ -186,7 +195,9 @@ Status launch_shape(const UpsampledPrediction& a, Stream stream) {
   task.thresholds = a.thresholds, task.ignore_index = a.ignore_index, task.labels = a.labels, task.confidence = a.confidence;
   task.warps = a.logits.batch * (a.logits.height + 1) * task.plan.tiles;
   const Grid grid{static_cast<unsigned>((task.warps + kUpWarps - 1) / kUpWarps), kUpThreads, kUpWarps * sizeof(StagedRow<kColumns>)};
-  return with_float_type(a.logits.type, [&](auto type) { return launch(prediction_kernel<decltype(type), kRows, kColumns>, grid, stream, task); });
+  return with_float_type(a.logits.type, [&](auto type) {
+    return launch(prediction_kernel<decltype(type), kRows, kColumns>, grid, stream, task);
+  });
 }
 
 }  // namespace

@@ -19,7 +19,7 @@ from .labels import label_flag
 OPS = ("prototype_contrastive_loss", "class_moments", "upsampled_cross_entropy", "upsampled_prediction")
 # The whole row of a pixel's logits is in shared memory: 99 KB a block on sm_86 and sm_89, 163 KB and more elsewhere.
 _MAX_CONTRAST_CLASSES, _MAX_CONTRAST_CLASSES_SMALL = 240, 128
-_MAX_CLASSES = {"upsampled_cross_entropy": 32767, "upsampled_prediction": 256}  # a class in shared memory is an int16, in the result a uint8
+_MAX_CLASSES = {"upsampled_cross_entropy": 32767, "upsampled_prediction": 256}  # a class is an int16 in shared memory, a uint8 when written
 _CACHED_BYTES = 1024
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DEVICES = ("cuda",)

@@ -24,8 +24,8 @@ extern "C" void pixel_weight(int size, int out, int align_corners, int cell, int
   *weight = ramp.start + static_cast<float>(pixel - begin) * ramp.slope;
 }
 
-// Walks the plan as the kernels do. pixels [H][W]: how often a pixel is some block's own; nodes [h][w]: how often a node is, by a block that
-// has the cells before it, too. Returns the blocks, or -1 where a part of a cell has more than `columns` pixels.
+// Walks the plan as the kernels do. pixels [H][W]: how often a pixel is some block's own; nodes [h][w]: how often a node is, by a block
+// that has the cells before it, too. Returns the blocks, or -1 where a part of a cell has more than `columns` pixels.
 extern "C" int walk_plan(int h, int w, int H, int W, int align_corners, int images, int rows, int columns, int owns_nodes, int most_lanes,
                          int* pixels, int* nodes) {
   const Axis y = make_axis(h, H, align_corners), x = make_axis(w, W, align_corners);
