@@ -88,8 +88,9 @@ struct PrototypeSums {
   }
 };
 
+// Two blocks a multiprocessor are said so that ptxas takes the registers: left alone it spills on sm_100 for a third.
 template <class T>
-__global__ void __launch_bounds__(kThreads) contrast_prototypes_kernel(const __grid_constant__ PrototypeKernel a) {
+__global__ void __launch_bounds__(kThreads, 2) contrast_prototypes_kernel(const __grid_constant__ PrototypeKernel a) {
   using Shape = ContrastShape<sizeof(T)>;
   unsigned char* memory = shared_memory<unsigned char>();
   PixelTable* table = reinterpret_cast<PixelTable*>(memory + a.shared.pixels_at);
