@@ -169,7 +169,7 @@ BUGS = {
     "the norm of another pixel": ("class_moments.cuh", "squares[w * tile_pixels() + p]", "squares[w * tile_pixels() + (p ^ 1)]"),
     "one channel too few": ("class_moments.cuh", "channels(static_cast<int>(min(", "channels(-1 + static_cast<int>(min("),
     "one channel too many": ("class_moments.cuh", "channels(static_cast<int>(min(", "channels(1 + static_cast<int>(min("),
-    "the first image only": ("class_moments.cuh", "pixel_offset(a.x, t.image,", "pixel_offset(a.x, 0,"),
+    "the first image only": ("class_moments.cuh", "is_flat(a.x) ? t.image *", "is_flat(a.x) ? 0 *"),
     "no flush where the class changes": ("class_moments.cuh", "    flush();\n    current = cls;", "    current = cls;"),
     "a first sum added to what was there": ("class_moments.cuh", "*to = fresh ? sum[own] : *to + sum[own]", "*to = *to + sum[own]"),
     "a later sum not added": ("class_moments.cuh", "*to = fresh ? sum[own] : *to + sum[own]", "*to = sum[own]"),

@@ -43,7 +43,8 @@ struct MomentsBlock {
   // ---- loading: what this warp walks --------------------------------------------------------------------------
 
   __device__ __forceinline__ const T* pixel_data(const TilePlace& t, int p) const {
-    return static_cast<const T*>(a.x.data) + pixel_offset(a.x, t.image, t.first + p) + d0 * a.x.stride_d;
+    const int64_t at = is_flat(a.x) ? t.image * a.x.stride_b + (t.first + p) * a.x.stride_w : pixel_offset(a.x, t.image, t.first + p);
+    return static_cast<const T*>(a.x.data) + at + d0 * a.x.stride_d;
   }
 
   __device__ __forceinline__ bool aligned() const {
@@ -64,37 +65,51 @@ struct MomentsBlock {
       }
   }
 
-  __device__ __forceinline__ void copy_one(T* to, const T* from) const {
-    if constexpr (sizeof(T) == 4) copy_async<4>(to, from);
-    else *to = *from;
+  // to(i) <- from(i) for i < count: 4-byte ones by cp.async, 2-byte ones (which it cannot) through registers, kBatch on their way at once.
+  template <class To, class From>
+  __device__ __forceinline__ void copy(int count, const To& to, const From& from) const {
+    if constexpr (sizeof(T) == 4) {
+#pragma unroll 4
+      for (int i = 0; i < count; ++i) copy_async<4>(to(i), from(i));
+    } else {
+      constexpr int kBatch = 16;
+      int i = 0;
+      for (T batch[kBatch]; i + kBatch <= count; i += kBatch) {
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) batch[j] = __ldg(from(i + j));
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) *to(i + j) = batch[j];
+      }
+#pragma unroll 1
+      for (; i < count; ++i) *to(i) = __ldg(from(i));
+    }
   }
 
   // Lanes along pixels; rows of any alignment, pixels of any stride.
   __device__ __forceinline__ void load_pixels(const TilePlace& t) const {
-    const int lanes = min(tile_pixels(), 32), step = 32 / lanes;
+    const int lanes = min(tile_pixels(), 32), step = 32 / lanes, skip = lane / lanes;
     for (int p = lane & (lanes - 1); p < t.pixels; p += lanes) {
-      const T* from = pixel_data(t, p);
+      const T* data = pixel_data(t, p);
       for (int own = 0; own < kOwnChannels; ++own) {
-        const int first = first_row(own), count = min(32, channels - first);
-#pragma unroll 16
-        for (int r = lane / lanes; r < count; r += step) copy_one(row(first + r) + p, from + (first + r) * a.x.stride_d);
+        const int first = first_row(own) + skip, left = min(32 - skip, channels - first);
+        copy((left + step - 1) / step, [&](int i) { return row(first + i * step) + p; },
+             [&](int i) { return data + (first + i * step) * a.x.stride_d; });
       }
     }
   }
 
   // Lanes along channels, which are neighbours in memory: each lane loads its own rows.
   __device__ __forceinline__ void load_channels(const TilePlace& t) const {
+    const T* data = pixel_data(t, 0);
     for (int own = 0; own < kOwnChannels; ++own) {
       const int d = first_row(own) + lane;
-      if (d >= channels) continue;
-#pragma unroll 8
-      for (int p = 0; p < t.pixels; ++p) copy_one(row(d) + p, pixel_data(t, p) + d);
+      if (d < channels) copy(t.pixels, [&](int p) { return row(d) + p; }, [&](int p) { return data + p * a.x.stride_w + d; });
     }
   }
 
   __device__ __forceinline__ void load(const TilePlace& t) const {
     if (aligned()) load_units(t);
-    else if (a.x.stride_d == 1 && a.x.stride_w != 1) load_channels(t);
+    else if (a.x.stride_d == 1 && a.x.stride_w != 1 && is_flat(a.x)) load_channels(t);
     else load_pixels(t);
     copy_async_commit();
   }
