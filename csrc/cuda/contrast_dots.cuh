@@ -18,6 +18,10 @@ struct ContrastInput {
   bool normalize;
 };
 
+inline ContrastInput input_of(const Contrast& a) {
+  return {a.x, access_of(a.x), a.prototypes, a.num_classes, a.x.height * a.x.width, a.normalize};
+}
+
 // This thread's part in the dot products.
 struct ContrastPart {
   int group, slice;  // of the warp; group >= groups: none

@@ -138,7 +138,8 @@ __device__ __forceinline__ void stage_pixels(const Features& x, Access access, c
 
 // from [kChunk][kRow], not shifted -> channels [d0, d0 + kChunk) of dx, as far as they are there.
 template <class T>
-__device__ __forceinline__ void store_pixels(const Features& dx, Access access, const ContrastTile& tile, const int64_t* offset, int64_t d0, const T* from) {
+__device__ __forceinline__ void store_pixels(const Features& dx, Access access, const ContrastTile& tile, const int64_t* offset, int64_t d0,
+                                             const T* from) {
   using Shape = ContrastShape<sizeof(T)>;
   const int channels = channels_from<T>(dx, d0);
   if (access == kVectors && tile.count == kTile) {
@@ -146,7 +147,8 @@ __device__ __forceinline__ void store_pixels(const Features& dx, Access access, 
     const int p = threadIdx.x % kPieces * kEach, step = blockDim.x / kPieces;
     int c = threadIdx.x / kPieces;
     T* to = tile_of<T>(dx, tile) + (d0 + c) * dx.stride_d + p;
-    for (; c < channels; c += step, to += step * dx.stride_d) *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from + c * Shape::kRow + p);
+    for (; c < channels; c += step, to += step * dx.stride_d)
+      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from + c * Shape::kRow + p);
     return;
   }
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, step = blockDim.x / 32;
@@ -190,7 +192,8 @@ __device__ __forceinline__ void stage_prototypes(const T* proto, int64_t num_cla
 }
 
 // The same, transposed: -> to [kChunk][rows].
-__device__ __forceinline__ void stage_prototype_columns(const float* proto, int64_t num_classes, int64_t dim, int64_t k0, int rows, int64_t d0, float* to) {
+__device__ __forceinline__ void stage_prototype_columns(const float* proto, int64_t num_classes, int64_t dim, int64_t k0, int rows, int64_t d0,
+                                                        float* to) {
   static_assert(ContrastShape<4>::kChunk == 32);
   const int c = threadIdx.x % 32;
   for (int k = threadIdx.x / 32; k < rows; k += blockDim.x / 32)

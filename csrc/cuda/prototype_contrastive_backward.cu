@@ -172,7 +172,8 @@ struct ContrastProduct {
         const float4 along = *reinterpret_cast<const float4*>(table->along + p), inward = *reinterpret_cast<const float4*>(table->inward + p);
         const float2 low = to_floats<T>(v[j]), high = to_floats<T>(v[j + 1]);
         v[j] = to_halves<T>(gradient_of(sums[j][2 * r], low.x, along.x, inward.x), gradient_of(sums[j][2 * r + 1], low.y, along.y, inward.y));
-        v[j + 1] = to_halves<T>(gradient_of(sums[j + 1][2 * r], high.x, along.z, inward.z), gradient_of(sums[j + 1][2 * r + 1], high.y, along.w, inward.w));
+        v[j + 1] = to_halves<T>(gradient_of(sums[j + 1][2 * r], high.x, along.z, inward.z),
+                                gradient_of(sums[j + 1][2 * r + 1], high.y, along.w, inward.w));
       }
       uint4* to = reinterpret_cast<uint4*>(row + 16 * q);
       to[0] = make_uint4(v[0], v[1], v[2], v[3]), to[1] = make_uint4(v[4], v[5], v[6], v[7]);
@@ -233,7 +234,7 @@ __global__ void __launch_bounds__(kContrastThreads) contrast_backward_kernel(con
 template <class T>
 Status backward(const ContrastBackward& from, Stream stream) {
   BackwardKernel a{};
-  static_cast<ContrastInput&>(a) = {from.x, access_of(from.x), from.prototypes, from.num_classes, from.x.height * from.x.width, from.normalize};
+  static_cast<ContrastInput&>(a) = input_of(from);
   a.shared = contrast_shared<sizeof(T)>(from.logits ? 0 : from.num_classes, from.num_classes);
   a.warps = contrast_warps(from.logits ? 1 : from.num_classes, ContrastShape<sizeof(T)>::kClasses);
   a.dx = from.dx, a.dx_access = access_of(from.dx);

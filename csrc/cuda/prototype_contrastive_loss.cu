@@ -63,7 +63,8 @@ __global__ void __launch_bounds__(kContrastThreads) contrast_forward_kernel(cons
 }
 
 // partial [2][count] -> loss, denominator; in double, by a fixed tree. A bad label makes both NaN.
-__global__ void __launch_bounds__(kFinishThreads) contrast_finish_kernel(const float* partial, int64_t count, bool mean, float* loss, float* denominator) {
+__global__ void __launch_bounds__(kFinishThreads)
+    contrast_finish_kernel(const float* partial, int64_t count, bool mean, float* loss, float* denominator) {
   double* sums = shared_memory<double>();
   double total = 0, weight = 0;
   for (int64_t i = threadIdx.x; i < count; i += kFinishThreads) total += partial[i], weight += partial[count + i];
@@ -83,11 +84,12 @@ __global__ void __launch_bounds__(kFinishThreads) contrast_finish_kernel(const f
 template <class T>
 Status forward(const ContrastForward& from, Stream stream) {
   ForwardKernel a{};
-  static_cast<ContrastInput&>(a) = {from.x, access_of(from.x), from.prototypes, from.num_classes, from.x.height * from.x.width, from.normalize};
+  static_cast<ContrastInput&>(a) = input_of(from);
   a.shared = contrast_shared<sizeof(T)>(from.num_classes, 0);
   a.warps = contrast_warps(from.num_classes, ContrastShape<sizeof(T)>::kClasses);
   a.labels = from.labels, a.class_weight = from.class_weight, a.pixel_weight = from.pixel_weight, a.temperature = from.temperature;
-  a.loss_map = from.loss_map, a.denominator = from.denominator, a.partial = from.partial, a.lse = from.lse, a.inv_norm = from.inv_norm, a.logits = from.logits;
+  a.loss_map = from.loss_map, a.denominator = from.denominator, a.partial = from.partial;
+  a.lse = from.lse, a.inv_norm = from.inv_norm, a.logits = from.logits;
   const int64_t blocks = contrast_blocks(from.x);
   const Grid grid{dim3(static_cast<unsigned>(blocks)), a.warps.count * 32u, static_cast<size_t>(a.shared.bytes)};
   if (Status failed = launch(contrast_forward_kernel<T>, grid, stream, a); failed || from.loss_map) return failed;

@@ -142,7 +142,7 @@ template <class T>
 Status gradient(const ContrastBackward& from, Stream stream) {
   const PrototypeGrid plan = grid_of(from.x, from.num_classes);
   PrototypeKernel a{};
-  static_cast<ContrastInput&>(a) = {from.x, access_of(from.x), from.prototypes, from.num_classes, from.x.height * from.x.width, from.normalize};
+  static_cast<ContrastInput&>(a) = input_of(from);
   a.shared = prototype_shared<sizeof(T)>(!from.logits);
   a.warps = contrast_warps(1, ContrastShape<sizeof(T)>::kClasses);
   a.groups = plan.groups;
@@ -152,8 +152,8 @@ Status gradient(const ContrastBackward& from, Stream stream) {
   const Grid grid{dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.groups.groups)), kThreads, static_cast<size_t>(a.shared.bytes)};
   if (Status failed = launch(contrast_prototypes_kernel<T>, grid, stream, a); failed || plan.groups.groups == 1) return failed;
   const int64_t size = from.num_classes * from.x.dim;
-  return launch(contrast_add_groups_kernel, Grid{dim3(static_cast<unsigned>((size + kAddThreads - 1) / kAddThreads)), kAddThreads}, stream, from.partial,
-                plan.groups.groups, size, from.dprototypes);
+  const Grid adding{dim3(static_cast<unsigned>((size + kAddThreads - 1) / kAddThreads)), kAddThreads};
+  return launch(contrast_add_groups_kernel, adding, stream, from.partial, plan.groups.groups, size, from.dprototypes);
 }
 
 }  // namespace
