@@ -105,6 +105,16 @@ def test_on_a_gpu_triton_is_taken_as_long_as_the_cuda_kernels_are_not_measured()
     assert "not yet measured" in backends.REMARKS["cuda"]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", backends.OPS)
+def test_the_cuda_kernels_agree_with_float64_on_a_gpu(op):
+    device = torch.device("cuda")
+    reason = backends.why_not(op, "cuda", device=device, dtype=torch.float32, num_classes=7, dim=24, has_variances=False)
+    if reason is not None:
+        pytest.skip(reason)
+    assert doctor.self_test(op, "cuda", device)[1] is None
+
+
 def test_a_torchvision_that_does_not_import_is_named(monkeypatch):
     monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "0.27.0")
     finder = types.SimpleNamespace(find_spec=lambda name, *rest: _fail() if name == "torchvision" else None)
