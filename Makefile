@@ -44,6 +44,7 @@ bench: install ## the benchmarks, peers in the same run (ARGS="-k moments")
 
 kernels-check: install ## compile every GPU kernel without a GPU: registers, shared memory, spills
 	@$(BIN)/python -m spcl_fast.kernels.check $(ARGS)
+	@$(BIN)/python -m spcl_fast.kernels.check_cuda
 
 gpu: ## on a machine with an NVIDIA GPU: build, GPU tests, memory checker, benchmarks
 	@$(GPU_PYTHON) benchmarks/gpu.py $(ARGS)

@@ -1,11 +1,16 @@
-"""Builds spcl_fast._C where torch and a compiler are found. Where not, the install is pure Python and says why.
+"""Builds spcl_fast._C where torch and a compiler are found, and spcl_fast._cuda where nvcc and a CUDA build of torch are, too.
 
-The kernels of csrc/cpu are compiled once per instruction set; which one runs is decided on the machine that runs them.
+Where not, the install goes on without them and says why. The kernels of csrc/cpu are compiled once per instruction set; which one runs is
+decided on the machine that runs them. Those of csrc/cuda are compiled for every architecture of CUDA_ARCHS; no GPU is needed for that.
 """
 
+import concurrent.futures
 import importlib.util
 import os
 import platform
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +19,7 @@ from setuptools.command.build_ext import build_ext as PlainBuild
 
 ROOT = Path(__file__).parent
 REASON_FILE = "native_build.txt"  # beside _C: "built", or why it was not
+CUDA_REASON_FILE = "cuda_build.txt"  # the same of _cuda
 # No -ffast-math: NaN and infinity must come through. -ffp-contract=fast lets a * b + c be one instruction.
 KERNEL_FLAGS = [
     "-std=c++20",
@@ -29,6 +35,13 @@ X86_LEVELS = {"avx2": AVX2, "avx512": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx5
 OPS = ("prototype_contrastive_loss", "class_moments", "upsampled_cross_entropy", "upsampled_prediction")
 KERNELS = [f"csrc/cpu/{op}.cpp" for op in OPS]
 MODULE = [f"csrc/ops/{part}.cpp" for part in (*OPS, "levels", "pages", "module")]
+
+# Compiled for each of these, and as PTX of the last for what comes later. SPCL_FAST_CUDA_ARCHS="90a" builds for one machine alone.
+CUDA_ARCHS = os.environ.get("SPCL_FAST_CUDA_ARCHS", "80 86 89 90a 100").replace(";", " ").split()
+CUDA_FLAGS = ["-std=c++20", "-O3", "-Icsrc/cuda", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "0"]
+# The CUDA runtime is linked in: the extension does not care which one torch brought along.
+CUDART = ["-lcudart_static", "-lrt", "-lpthread", "-ldl", "-Wl,--exclude-libs,ALL"]
+STABLE_ABI = ["-std=c++20", "-O2", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 
 
 def levels() -> dict[str, list[str]]:
@@ -70,6 +83,8 @@ class BuildNative(BASE):
         self.record(reason)
 
     def build_extension(self, ext):
+        if ext.name.endswith("._cuda"):
+            return self.build_cuda(ext)
         for level, flags in levels().items():
             folder = Path(self.build_temp) / level
             ext.extra_objects += self.compiler.compile(
@@ -77,19 +92,125 @@ class BuildNative(BASE):
             )
         super().build_extension(ext)
 
+    def build_cuda(self, ext):
+        """Kernels by nvcc, glue by the C++ compiler; what fails here leaves everything else as it is."""
+        reason = NO_CUDA
+        if reason is None:
+            try:
+                ext.extra_objects += compile_cuda(Path(self.build_temp) / "cuda")
+                super().build_extension(ext)
+            except Exception as error:
+                reason = f"the CUDA build failed: {' '.join(str(error).split())[-1000:] or type(error).__name__}"
+        self.cuda_reason = reason
+
     def record(self, reason):
+        cuda_reason = reason or getattr(self, "cuda_reason", NO_CUDA)
         folders = {Path(self.get_ext_fullpath("spcl_fast._C")).parent, *([ROOT / "spcl_fast"] if self.inplace else [])}
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / REASON_FILE).write_text((reason or "built") + "\n")
-        if reason is not None:
-            for stale in (s for folder in folders for s in folder.glob("_C.*")):
-                stale.unlink()
-            print(f"spcl_fast: no native kernels: {reason}", file=sys.stderr)
+            (folder / CUDA_REASON_FILE).write_text((cuda_reason or "built") + "\n")
+        for why, name, what in ((reason, "_C", "native"), (cuda_reason, "_cuda", "CUDA")):
+            if why is not None:
+                for stale in (s for folder in folders for s in folder.glob(f"{name}.*")):
+                    stale.unlink()
+                print(f"spcl_fast: no {what} kernels: {why}", file=sys.stderr)
+
+
+def cuda_homes() -> list[Path]:
+    named = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    on_path = shutil.which("nvcc")
+    return [*named, *([Path(on_path).resolve().parents[1]] if on_path else []), Path("/usr/local/cuda")]
+
+
+def nvcc_path() -> str | None:
+    return next(filter(None, map(shutil.which, [str(home / "bin" / "nvcc") for home in cuda_homes()])), None)
+
+
+def cudart_folder() -> Path | None:
+    """Where libcudart_static.a lies; nvcc may be a link or a script far from it."""
+    below = ("lib64", "lib", f"targets/{platform.machine()}-linux/lib")
+    folders = (home / folder for home in cuda_homes() for folder in below)
+    return next((folder for folder in folders if (folder / "libcudart_static.a").is_file()), None)
+
+
+def nvcc_version(nvcc: str) -> str | None:
+    found = re.search(r"release (\d+\.\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    return found and found[1]
+
+
+def why_no_cuda() -> str | None:
+    """None where the CUDA kernels can be built, else the reason. A GPU is not asked for."""
+    if NO_TORCH is not None:
+        return NO_TORCH
+    import torch
+
+    if os.environ.get("SPCL_FAST_NO_CUDA"):
+        return "SPCL_FAST_NO_CUDA was set when the package was built"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA; build again beside a CUDA build of torch"
+    nvcc = nvcc_path()
+    if nvcc is None:
+        return "nvcc was not found (CUDA_HOME, PATH, /usr/local/cuda) when the package was built"
+    version = nvcc_version(nvcc)
+    if version is None:
+        return f"{nvcc} does not say its version"
+    if int(version.split(".")[0]) > int(torch.version.cuda.split(".")[0]):
+        return f"{nvcc} is of CUDA {version} and torch of CUDA {torch.version.cuda}: a driver for torch may be too old for it"
+    if cudart_folder() is None:
+        return f"{nvcc} is there, and libcudart_static.a is not (in lib64 of CUDA_HOME, of nvcc, of /usr/local/cuda)"
+    return None
+
+
+def cuda_archs(nvcc: str) -> list[str]:
+    """Of CUDA_ARCHS those that this nvcc knows."""
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    return [arch for arch in CUDA_ARCHS if f"sm_{arch}" in known or f"sm_{arch.rstrip('a')}" in known]
+
+
+def compile_cuda(folder: Path) -> list[str]:
+    """Every csrc/cuda/*.cu to an object, several at once; RuntimeError with nvcc's words where one fails."""
+    nvcc = nvcc_path()
+    archs = cuda_archs(nvcc)
+    folder.mkdir(parents=True, exist_ok=True)
+    code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    code.append(f"-gencode=arch=compute_{archs[-1].rstrip('a')},code=compute_{archs[-1].rstrip('a')}")
+
+    def compile_one(source: Path) -> str:
+        out = folder / f"{source.stem}.o"
+        done = subprocess.run([nvcc, *CUDA_FLAGS, *code, "-c", str(source), "-o", str(out)], capture_output=True, text=True, cwd=ROOT)
+        if done.returncode:
+            raise RuntimeError(done.stderr or done.stdout)
+        return str(out)
+
+    folder = folder.resolve()
+    with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
+        return list(pool.map(compile_one, sorted(ROOT.glob("csrc/cuda/*.cu"))))
+
+
+def cuda_extension() -> Extension:
+    from torch.utils.cpp_extension import CppExtension, library_paths
+
+    nvcc = nvcc_path()
+    archs = cuda_archs(nvcc)
+    return CppExtension(
+        "spcl_fast._cuda",
+        sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/bind*.cpp")),
+        include_dirs=["csrc/cuda"],
+        library_dirs=[str(cudart_folder())],
+        extra_link_args=[*CUDART, *torch_rpaths(library_paths())],
+        extra_compile_args=[*STABLE_ABI, f'-DSPCL_CUDA_ARCHS="{" ".join(archs)}"', f'-DSPCL_CUDA_TOOLKIT="{nvcc_version(nvcc)}"'],
+        optional=True,
+    )
+
+
+def torch_rpaths(library_paths: list[str]) -> list[str]:
+    """So that an extension imports before torch does."""
+    return [f"-Wl,-rpath,{origin}" for origin in ("$ORIGIN/../torch/lib", *library_paths)] if sys.platform == "linux" else []
 
 
 def native_extension() -> Extension:
-    flags = ["-std=c++20", "-O2", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    flags = list(STABLE_ABI)
     if len(levels()) > 1:
         flags.append("-DSPCL_HAS_X86_LEVELS")
     if NO_TORCH is not None:
@@ -103,22 +224,22 @@ def native_extension() -> Extension:
     except ImportError:
         include = []  # torch ships a copy of the headers
     said = " ".join(KERNEL_FLAGS + [f"[{level}: {' '.join(extra)}]" for level, extra in levels().items() if extra])
-    libraries = [f"-Wl,-rpath,{origin}" for origin in ("$ORIGIN/../torch/lib", *library_paths())] if sys.platform == "linux" else []
     return CppExtension(
         "spcl_fast._C",
         MODULE,
         include_dirs=[str(ROOT / "csrc"), *include],
         depends=sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*") if p.is_file()),
-        extra_link_args=libraries,  # so that _C imports before torch does
+        extra_link_args=torch_rpaths(library_paths()),
         extra_compile_args=[*flags, f'-DSPCL_CXX_FLAGS="{said}"'],
         optional=True,
     )
 
 
+NO_CUDA = why_no_cuda()
 setup(
     packages=["spcl_fast"] + [f"spcl_fast.{p}" for p in ("ops", "backends", "compat", "models", "data", "train", "report", "kernels")],
     package_dir={"spcl_fast": "spcl_fast", "spcl_fast.kernels": "kernels"},
     package_data={"spcl_fast": ["presets/*.yaml"], "spcl_fast.report": ["*.html"]},
-    ext_modules=[native_extension()],
+    ext_modules=[native_extension(), *([] if NO_CUDA else [cuda_extension()])],
     cmdclass={"build_ext": BuildNative},
 )

@@ -11,6 +11,7 @@ Exit code 1 if a check failed.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import hashlib
 import json
@@ -38,12 +39,16 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def parts() -> dict:
-    """name -> (function, seconds it needs at least). In the order of running: no speed is looked at before the answers are right."""
+    """name -> (function, seconds it needs at least). In the order of running: no speed is looked at before the answers are right.
+
+    A name that ends in _cuda is the same part with the CUDA kernels instead of Triton's.
+    """
     import gpu_correct
     import gpu_speed
     import gpu_step
 
     return {
+        "build_cuda": (gpu_correct.build_cuda, 60),
         "correct": (gpu_correct.accuracy, 20),
         "graph": (gpu_correct.graphs_and_streams, 10),
         "determinism": (gpu_correct.determinism, 10),
@@ -58,13 +63,26 @@ def parts() -> dict:
         "compile": (gpu_correct.compiled, 20),
         "compiled_peers": (gpu_speed.compiled_peers, 60),
         "sanitizer": (gpu_correct.sanitizer, 60),
+        "source_step": (gpu_speed.source_step, 10),
+        "correct_cuda": (gpu_correct.accuracy, 20),
+        "graph_cuda": (gpu_correct.graphs_and_streams, 10),
+        "determinism_cuda": (gpu_correct.determinism, 10),
+        "big_cuda": (gpu_correct.beyond_2_31, 15),
+        "host_cuda": (gpu_speed.host_cost, 5),
+        "moments_cuda": (gpu_speed.moments, 15),
+        "contrast_cuda": (gpu_speed.contrast, 40),
+        "upsample_cuda": (gpu_speed.upsample, 20),
+        "source_step_cuda": (gpu_speed.source_step, 10),
+        "sanitizer_cuda": (gpu_correct.sanitizer, 60),
     }
 
 
 def sources_hash() -> str:
     digest = hashlib.sha256()
-    for folder in ("kernels", "spcl_fast/ops", "spcl_fast/backends", "spcl_fast/models", "spcl_fast/train", "benchmarks"):
-        for path in sorted((offline.ROOT / folder).rglob("*.py")):
+    for folder in ("kernels", "spcl_fast/ops", "spcl_fast/backends", "spcl_fast/models", "spcl_fast/train", "benchmarks", "csrc/cuda"):
+        for path in sorted((offline.ROOT / folder).rglob("*.[chp]*")):
+            if path.suffix not in (".py", ".cu", ".cuh", ".h", ".cpp"):
+                continue
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -100,6 +118,11 @@ def run_part(name: str, function, context: Context) -> dict:
     """Its result with state ok | failed | skipped; an exception is a failure that does not stop the other parts."""
     start = time.monotonic()
     try:
+        if name.endswith("_cuda") and name != "build_cuda":
+            context = dataclasses.replace(context, backend="cuda")
+            reason = context.lacks("class_moments", torch.float32, 19, 64)
+            if reason:
+                raise Skipped(reason)
         result = function(context)
         state = "failed" if result.get("failures") else "ok"
     except Skipped as reason:
@@ -133,6 +156,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.dry_run and (trouble := interpreter_trouble()):
         print(f"--dry-run: {trouble}", file=sys.stderr)
         return 1
+    import gpu_speed
+
     name = "dry_run" if options.dry_run else re.sub(r"[^a-z0-9]+", "_", machine()["gpu"].lower()).strip("_")
     path = options.out or RESULTS / f"{name}.json"
     wanted = options.parts.split(",") if options.parts else list(parts())
@@ -152,6 +177,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"[{name}] left for the next call: it needs {needs} s, {context.seconds_left:.0f} s are left", flush=True)
             continue
         results["parts"][name] = run_part(name, function, context)
+        results["cuda_beside_triton"] = gpu_speed.beside_triton(results["parts"])
         save(path, results)
     print(f"wrote {path}")
     return int(any(results["parts"].get(name, {}).get("state") == "failed" for name in wanted))

@@ -7,6 +7,8 @@ import time
 
 import torch
 
+from spcl_fast import backends
+
 
 @dataclasses.dataclass
 class Context:
@@ -15,10 +17,17 @@ class Context:
     device: torch.device
     dry: bool
     deadline: float
+    backend: str = "triton"  # the one that is checked and timed
 
     @property
     def seconds_left(self) -> float:
         return self.deadline - time.monotonic()
+
+
+    def lacks(self, op: str, dtype: torch.dtype, num_classes: int, dim: int) -> str | None:
+        """Why the backend cannot do it, or None."""
+        what = {"device": self.device, "dtype": dtype, "num_classes": num_classes, "dim": dim, "has_variances": False}
+        return backends.why_not(op, self.backend, **what)
 
 
 class Skipped(Exception):

@@ -15,6 +15,7 @@ from gpu_context import Context, Skipped
 from peers import formulas
 
 import spcl_fast as sf
+from spcl_fast import backends
 
 BENCHMARKS = Path(__file__).resolve().parent
 
@@ -71,21 +72,24 @@ def eager_contrast(features, labels, prototypes, temperature):
 
 def accuracy(context) -> dict:
     """Every op, dtype, temperature and kernel form against float64: at most twice the error of same-dtype eager."""
-    rows, failures = [], []
+    rows, failures, left_out = [], [], set()
     shapes = [((1, 40, 5, 7), 5), ((2, 9, 3, 5), 40)]
     if not context.dry:
         shapes = [((2, 256, 65, 129), 19), ((1, 2048, 31, 37), 19), ((1, 512, 64, 64), 150)]
         shapes += [((2, 256, 33, 48), 1900), ((1, 1024, 17, 23), 1900)]
     for (shape, classes), dtype, temperature in itertools.product(shapes, _dtypes(context), (0.05, 1.0, 100.0)):
         features, labels, prototypes = problem(context, shape, classes, dtype)
-        for layout in ("pixels", "channels"):
+        lacks = context.lacks("prototype_contrastive_loss", dtype, classes, shape[1])
+        if lacks:
+            left_out.add(lacks)
+        for layout in () if lacks else ("pixels", "channels"):
             features = features.contiguous(memory_format=torch.channels_last if layout == "channels" else torch.contiguous_format)
-            got = gradients(sf.prototype_contrastive_loss, features, labels, prototypes, temperature=temperature, backend="triton")
+            got = gradients(sf.prototype_contrastive_loss, features, labels, prototypes, temperature=temperature, backend=context.backend)
             eager = gradients(eager_contrast, features, labels, prototypes, temperature=temperature)
             truth = gradients(eager_contrast, features.double(), labels, prototypes.double(), temperature=temperature)
             rows.append(["contrast", str(dtype), list(shape), classes, layout, temperature, round(worst_ratio(got, eager, truth), 3)])
         if temperature == 1.0:
-            got = sf.class_moments(features, labels, classes, backend="triton")
+            got = sf.class_moments(features, labels, classes, backend=context.backend)
             truth = formulas.one_hot_sums(features.double(), labels, classes)
             eager = formulas.one_hot_sums(features, labels, classes)
             ratio = worst_ratio([got.sums], [eager], [truth])
@@ -95,11 +99,11 @@ def accuracy(context) -> dict:
         cases = [((1, 19, 33, 65), (257, 513)), ((2, 19, 32, 64), (128, 256)), ((1, 150, 65, 33), (40, 90))]
     for (shape, size), dtype in itertools.product(cases, _dtypes(context)):
         logits, labels = upsampling_problem(context, shape, size, dtype)
-        got = gradients(sf.upsampled_cross_entropy, logits, labels, backend="triton", temperature=1.8)
+        got = gradients(sf.upsampled_cross_entropy, logits, labels, backend=context.backend, temperature=1.8)
         eager = gradients(formulas.interpolate_cross_entropy, logits, labels, temperature=1.8)
         truth = gradients(_exact_upsampled, logits.double(), labels, temperature=1.8)
         rows.append(["upsample", str(dtype), list(shape), size, "", 1.8, round(worst_ratio(got, eager, truth), 3)])
-        got = sf.upsampled_prediction(logits, size, backend="triton")
+        got = sf.upsampled_prediction(logits, size, backend=context.backend)
         exact = F.interpolate(logits.double(), size, mode="bilinear", align_corners=True).softmax(1).max(1)
         worst = (got.confidence.double() - exact.values).abs().max().item()
         agree = (got.labels == exact.indices).double().mean().item()
@@ -107,7 +111,7 @@ def accuracy(context) -> dict:
             failures.append(f"prediction {dtype} {shape}: confidence off by {worst:.1e}, labels agree {agree:.5f}")
     failures += [f"{row}: error more than twice that of eager" for row in rows if not row[-1] <= 2]
     columns = ["op", "dtype", "shape", "classes or size", "layout", "temperature", "error over eager's"]
-    return {"columns": columns, "rows": rows, "failures": failures}
+    return {"columns": columns, "rows": rows, "left_out": sorted(left_out), "failures": failures}
 
 
 def _exact_upsampled(logits, labels, temperature):
@@ -120,16 +124,39 @@ def _calls(context):
     shape, low, size = ((1, 20, 3, 5), (1, 3, 3, 4), (9, 12)) if context.dry else ((2, 256, 64, 128), (2, 19, 33, 65), (256, 512))
     features, labels, prototypes = problem(context, shape, 5, torch.float32)
     logits, big = upsampling_problem(context, low, size, torch.float32)
+    asked = {"temperature": 0.1, "backend": context.backend}
     return {
-        "contrast": lambda: gradients(sf.prototype_contrastive_loss, features, labels, prototypes, temperature=0.1, backend="triton"),
-        "moments": lambda: sf.class_moments(features, labels, len(prototypes), squares=True, backend="triton"),
-        "upsample": lambda: gradients(sf.upsampled_cross_entropy, logits, big, backend="triton"),
-        "prediction": lambda: sf.upsampled_prediction(logits, size, backend="triton"),
+        "contrast": lambda: gradients(sf.prototype_contrastive_loss, features, labels, prototypes, **asked),
+        "moments": lambda: sf.class_moments(features, labels, len(prototypes), squares=True, backend=context.backend),
+        "upsample": lambda: gradients(sf.upsampled_cross_entropy, logits, big, backend=context.backend),
+        "prediction": lambda: sf.upsampled_prediction(logits, size, backend=context.backend),
     }
 
 
 def _differ(a, b) -> bool:
     return not all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def build_cuda(context) -> dict:
+    """The CUDA extension, built in place for this GPU alone where it is not there yet."""
+    if context.dry:
+        raise Skipped("needs a GPU and a CUDA build of torch")
+    cuda = backends.module("cuda")
+    if cuda.missing() is None:
+        return {"built": "before", "failures": []}
+    major, minor = torch.cuda.get_device_capability()
+    arch = f"{major}{minor}" + ("a" if major == 9 else "")
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    environment = os.environ | {"SPCL_FAST_CUDA_ARCHS": arch}
+    try:
+        run = subprocess.run(command, cwd=BENCHMARKS.parent, env=environment, capture_output=True, text=True, timeout=context.seconds_left)
+    except subprocess.TimeoutExpired:
+        return {"failures": ["building ran out of time"]}
+    cuda.missing.cache_clear()
+    reason = cuda.missing()
+    if reason and "nvcc was not found" in reason:
+        raise Skipped(reason)
+    return {"built": arch, "failures": [f"{reason}\n{run.stderr[-600:]}"] if reason else []}
 
 
 def graphs_and_streams(context) -> dict:
@@ -182,33 +209,33 @@ def beyond_2_31(context) -> dict:
     features = torch.randn(shape, device=context.device, dtype=dtype).requires_grad_()
     labels = torch.randint(0, 19, (127, 65, 129), device=context.device)
     prototypes = F.normalize(torch.randn(19, 2048, device=context.device), dim=1)
-    loss = sf.prototype_contrastive_loss(features, labels, prototypes, temperature=0.1, reduction="none", backend="triton")
+    loss = sf.prototype_contrastive_loss(features, labels, prototypes, temperature=0.1, reduction="none", backend=context.backend)
     (grad,) = torch.autograd.grad(loss.sum(), features)
     alone = features[-1:].detach().clone().requires_grad_()
-    loss_alone = sf.prototype_contrastive_loss(alone, labels[-1:], prototypes, temperature=0.1, reduction="none", backend="triton")
+    loss_alone = sf.prototype_contrastive_loss(alone, labels[-1:], prototypes, temperature=0.1, reduction="none", backend=context.backend)
     (grad_alone,) = torch.autograd.grad(loss_alone.sum(), alone)
     same("contrast loss", loss[-1:], loss_alone)
     same("contrast gradient", grad[-1:], grad_alone)
     only_last = torch.full_like(labels, 255)
     only_last[-1] = labels[-1]
-    sums = sf.class_moments(features.detach(), only_last, 19, backend="triton").sums
-    expected = sf.class_moments(alone.detach(), labels[-1:], 19, backend="triton").sums
+    sums = sf.class_moments(features.detach(), only_last, 19, backend=context.backend).sums
+    expected = sf.class_moments(alone.detach(), labels[-1:], 19, backend=context.backend).sums
     if not torch.allclose(sums, expected, rtol=1e-4, atol=1e-4):
         failures.append("moments: the last image differs from the same image alone")
     del features, grad, loss, alone, grad_alone
 
     logits = torch.randn(1025, 2, 16, 32, device=context.device).requires_grad_()
     labels = torch.randint(0, 2, (1025, 1024, 2048), device=context.device, dtype=torch.uint8)
-    loss = sf.upsampled_cross_entropy(logits, labels, reduction="sum", backend="triton")
+    loss = sf.upsampled_cross_entropy(logits, labels, reduction="sum", backend=context.backend)
     (grad,) = torch.autograd.grad(loss, logits)
     alone = logits[-1:].detach().clone().requires_grad_()
-    (grad_alone,) = torch.autograd.grad(sf.upsampled_cross_entropy(alone, labels[-1:], reduction="sum", backend="triton"), alone)
+    (grad_alone,) = torch.autograd.grad(sf.upsampled_cross_entropy(alone, labels[-1:], reduction="sum", backend=context.backend), alone)
     same("upsample, labels beyond 2**31", grad[-1:], grad_alone)
     del labels, grad, logits
 
     logits = torch.randn(55, 19, 1024, 2048, device=context.device, dtype=torch.bfloat16)
-    got = sf.upsampled_prediction(logits, (128, 256), backend="triton")
-    expected = sf.upsampled_prediction(logits[-1:].clone(), (128, 256), backend="triton")
+    got = sf.upsampled_prediction(logits, (128, 256), backend=context.backend)
+    expected = sf.upsampled_prediction(logits[-1:].clone(), (128, 256), backend=context.backend)
     same("prediction, logits beyond 2**31", got.confidence[-1:], expected.confidence)
     return {"peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1), "failures": failures}
 
@@ -221,8 +248,8 @@ def compiled(context) -> dict:
     logits, big = upsampling_problem(context, (1, 3, 3, 4), (9, 12), torch.float32)
 
     def both(features, labels, prototypes, logits, big):
-        contrast = sf.prototype_contrastive_loss(features, labels, prototypes, temperature=0.1, backend="triton")
-        return contrast + sf.upsampled_cross_entropy(logits, big, backend="triton")
+        contrast = sf.prototype_contrastive_loss(features, labels, prototypes, temperature=0.1, backend=context.backend)
+        return contrast + sf.upsampled_cross_entropy(logits, big, backend=context.backend)
 
     expected = gradients(both, features, labels, prototypes, logits, big)
     if _differ(expected, gradients(torch.compile(both, fullgraph=True, backend=backend), features, labels, prototypes, logits, big)):
@@ -267,7 +294,7 @@ def test_suite(context) -> dict:
 
 
 def sanitizer(context) -> dict:
-    """compute-sanitizer over one call of every op on odd shapes: memcheck and racecheck, 0 errors."""
+    """compute-sanitizer over one call of every op on odd shapes: memcheck, racecheck, initcheck, synccheck; 0 errors."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if context.dry or not Path(tool).exists():
         raise Skipped("compute-sanitizer is not here" if not context.dry else "needs a GPU")
@@ -275,7 +302,7 @@ def sanitizer(context) -> dict:
     for kind in ("memcheck", "racecheck", "initcheck", "synccheck"):
         if context.seconds_left < 45:
             break
-        command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, str(BENCHMARKS / "gpu_correct.py")]
+        command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, str(BENCHMARKS / "gpu_correct.py"), context.backend]
         try:
             run = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=max(30, context.seconds_left - 10))
         except subprocess.TimeoutExpired:
@@ -287,19 +314,21 @@ def sanitizer(context) -> dict:
     return {"tools": done, "failures": failures}
 
 
-def _every_op_once() -> None:
+def _every_op_once(backend: str) -> None:
     """What the sanitizer watches: each op and kernel form on odd shapes."""
-    context = Context(torch.device("cuda", 0), False, 0.0)
+    context = Context(torch.device("cuda", 0), False, 0.0, backend)
     for dtype, shape, classes in itertools.product((torch.float32, torch.bfloat16), ((2, 33, 5, 7), (1, 600, 3, 5)), (5, 70)):
         features, labels, prototypes = problem(context, shape, classes, dtype)
-        gradients(sf.prototype_contrastive_loss, features, labels, prototypes, temperature=0.1, backend="triton")
-        sf.class_moments(features, labels, classes, squares=True, backend="triton")
+        gradients(sf.prototype_contrastive_loss, features, labels, prototypes, temperature=0.1, backend=context.backend)
+        sf.class_moments(features, labels, classes, squares=True, backend=context.backend)
+        sf.class_moments(features, labels, 3000, backend=context.backend)
+        sf.PrototypeBank(classes, shape[1], backend=context.backend).to(context.device).update_(features, labels)
     for size in ((9, 17), (2, 3)):
         logits, labels = upsampling_problem(context, (2, 5, 3, 35), size, torch.float32)
-        gradients(sf.upsampled_cross_entropy, logits, labels, backend="triton")
-        sf.upsampled_prediction(logits, size, backend="triton")
+        gradients(sf.upsampled_cross_entropy, logits, labels, backend=context.backend)
+        sf.upsampled_prediction(logits, size, backend=context.backend)
     torch.cuda.synchronize()
 
 
 if __name__ == "__main__":
-    _every_op_once()
+    _every_op_once(sys.argv[1])

@@ -104,15 +104,16 @@ def host_cost(context) -> dict:
     features, labels, prototypes = problem(context, (1, 64, 8, 8), 19, torch.float32)
     logits, big = upsampling_problem(context, (1, 19, 4, 4), (16, 16), torch.float32)
     leaf, node = features.clone().requires_grad_(), logits.clone().requires_grad_()
-    kernels, inputs = backends.module("triton"), (features, labels, prototypes, None, None, None)
+    kernels, inputs = backends.module(context.backend), (features, labels, prototypes, None, None, None)
     settings = {"temperature": 0.1, "normalize": True, "ignore_index": 255, "reduction": "mean"}
+    asked = {"temperature": 0.1, "backend": context.backend}
     calls = {
         "primitive_forward": lambda: kernels.prototype_contrastive_forward(*inputs, **settings, save=True),
-        "forward": lambda: sf.prototype_contrastive_loss(features, labels, prototypes, temperature=0.1, backend="triton"),
-        "forward_backward": lambda: sf.prototype_contrastive_loss(leaf, labels, prototypes, temperature=0.1, backend="triton").backward(),
-        "class_moments": lambda: sf.class_moments(features, labels, 19, backend="triton"),
-        "upsampled_cross_entropy": lambda: sf.upsampled_cross_entropy(node, big, backend="triton").backward(),
-        "upsampled_prediction": lambda: sf.upsampled_prediction(logits, (16, 16), backend="triton"),
+        "forward": lambda: sf.prototype_contrastive_loss(features, labels, prototypes, **asked),
+        "forward_backward": lambda: sf.prototype_contrastive_loss(leaf, labels, prototypes, **asked).backward(),
+        "class_moments": lambda: sf.class_moments(features, labels, 19, backend=context.backend),
+        "upsampled_cross_entropy": lambda: sf.upsampled_cross_entropy(node, big, backend=context.backend).backward(),
+        "upsampled_prediction": lambda: sf.upsampled_prediction(logits, (16, 16), backend=context.backend),
     }
     repeats, cost = (1 if context.dry else 200), {}
     for name, call in calls.items():
@@ -170,16 +171,20 @@ def _floor_us(context, shape, dtype, passes: int, products: int) -> float:
 
 
 def contrast(context) -> dict:
-    rows, failures = [], []
+    rows, failures, left_out = [], [], {}
     peers, missing = formulas.contrast_peers()
     for (name, shape), dtype in ((s, d) for d in dtypes(context) for s in shapes(context).items()):
         *map_shape, classes = shape
+        lacks = context.lacks("prototype_contrastive_loss", dtype, classes, shape[1])
+        if lacks:
+            left_out[name] = lacks
+            continue
         features, labels, prototypes = problem(context, tuple(map_shape), classes, dtype)
         size = features.numel() * dtype.itemsize
         leaf = features.requires_grad_()
 
         def ours(leaf=leaf, labels=labels, prototypes=prototypes):
-            return sf.prototype_contrastive_loss(leaf, labels, prototypes, temperature=_TEMPERATURE, backend="triton")
+            return sf.prototype_contrastive_loss(leaf, labels, prototypes, temperature=_TEMPERATURE, backend=context.backend)
 
         def both(function, leaf=leaf):
             return torch.autograd.grad(function(), leaf)
@@ -203,7 +208,7 @@ def contrast(context) -> dict:
             )
         )  # fmt: skip
         del features, leaf, detached
-    return {"rows": rows, "peers_missing": missing, "failures": failures}
+    return {"rows": rows, "peers_missing": missing, "left_out": left_out, "failures": failures}
 
 
 def moments(context) -> dict:
@@ -211,7 +216,7 @@ def moments(context) -> dict:
     for (name, shape), dtype in ((s, d) for d in dtypes(context) for s in shapes(context).items()):
         *map_shape, classes = shape
         features, labels, _ = problem(context, tuple(map_shape), classes, dtype)
-        call = lambda f=features, y=labels, k=classes: sf.class_moments(f, y, k, backend="triton").sums  # noqa: E731
+        call = lambda f=features, y=labels, k=classes: sf.class_moments(f, y, k, backend=context.backend).sums  # noqa: E731
         wrong = _agree(f"moments {name} {dtype}", call(), formulas.one_hot_sums(features.float(), labels, classes), 1e-3)
         failures += wrong
         if wrong:
@@ -228,11 +233,51 @@ def moments(context) -> dict:
     return {"rows": rows, "failures": failures}
 
 
-def _ours_up(logits, labels):
-    return sf.upsampled_cross_entropy(logits, labels, temperature=1.8, backend="triton")
+def source_step(context) -> dict:
+    """What SPCL does with a source batch's features: move the prototypes, then loss and gradient. Three reads of them and one write."""
+    rows = []
+    for (name, shape), dtype in ((s, d) for d in dtypes(context) for s in list(shapes(context).items())[:2]):
+        *map_shape, classes = shape
+        features, labels, _ = problem(context, tuple(map_shape), classes, dtype)
+        bank = sf.PrototypeBank(classes, shape[1], backend=context.backend).to(context.device)
+        leaf = features.requires_grad_()
+
+        def step(bank=bank, leaf=leaf, labels=labels):
+            bank.update_(leaf, labels)
+            loss = sf.prototype_contrastive_loss(leaf, labels, bank.prototypes, temperature=_TEMPERATURE, backend=context.backend)
+            return torch.autograd.grad(loss, leaf)
+
+        size = features.numel() * dtype.itemsize
+        rows.append(_row(context, "source step", name, dtype, step, _floor_us(context, shape, dtype, 4, 2), 4 * size))
+    return {"rows": rows, "failures": []}
 
 
-def _eager_up(logits, labels):
+def beside_triton(parts: dict) -> list[dict]:
+    """Of each row that both backends have: how many times faster the CUDA kernels are. What a choice between them is made from."""
+    table = []
+    for name in (n for n in parts if n.endswith("_cuda")):
+        theirs = {_which(row): row for row in _timed(parts.get(name.removesuffix("_cuda"), {}))}
+        for row in _timed(parts[name]):
+            other = theirs.get(_which(row))
+            if other:
+                ratio = {k: round(other[k] / row[k], 2) for k in ("us", "graph_us") if other[k] and row[k]}
+                table.append({"op": row["op"], "shape": row["shape"], "dtype": row["dtype"], "times_faster": ratio})
+    return table
+
+
+def _timed(part: dict) -> list[dict]:
+    return [row for row in part.get("rows", []) if isinstance(row, dict) and "us" in row and "shape" in row]
+
+
+def _which(row: dict) -> tuple:
+    return row["op"], row["shape"], row["dtype"]
+
+
+def _ours_up(context, logits, labels):
+    return sf.upsampled_cross_entropy(logits, labels, temperature=1.8, backend=context.backend)
+
+
+def _eager_up(context, logits, labels):
     return formulas.interpolate_cross_entropy(logits, labels, 1.8)
 
 
@@ -243,7 +288,7 @@ def upsample(context) -> dict:
         leaf = logits.requires_grad_()
 
         def both(function, leaf=leaf, labels=labels):
-            return torch.autograd.grad(function(leaf, labels), leaf)[0]
+            return torch.autograd.grad(function(context, leaf, labels), leaf)[0]
 
         wrong = _agree(f"upsample {name} {dtype}", both(_ours_up), both(_eager_up), 1e-2 if dtype != torch.float32 else 1e-4)
         failures += wrong
@@ -256,7 +301,7 @@ def upsample(context) -> dict:
         if shape[1] <= 256:
             detached = logits.detach()
             peers = _peers_us(context, {"interpolate + softmax + max": lambda d=detached, s=size: formulas.interpolate_prediction(d, s)})
-            predict = lambda d=detached, s=size: sf.upsampled_prediction(d, s, backend="triton")  # noqa: E731
+            predict = lambda d=detached, s=size: sf.upsampled_prediction(d, s, backend=context.backend)  # noqa: E731
             rows.append(_row(context, "upsampled_prediction", name, dtype, predict, floor, peers_us=peers))
     return {"rows": rows, "failures": failures}
 

@@ -20,7 +20,8 @@ class PrototypeBank(nn.Module):
     normalize         average unit features (as SPCL) or the features themselves.
 
     With torch.distributed initialised, the batch's sums and counts are added over all ranks first, in one all-reduce, so every rank holds
-    the same bits. Source: arXiv 2111.12358; `train_ours.py` of the released code.
+    the same bits. In one process the cuda backend moves the prototypes in the kernel that ends the class sums: one read of the features,
+    nothing of [K, D] beside the prototypes leaves it. Source: arXiv 2111.12358; `train_ours.py` of the released code.
     """
 
     prototypes: Tensor
@@ -68,30 +69,23 @@ class PrototypeBank(nn.Module):
             )
         if predictions is not None:
             labels = self._agreement(features, labels, predictions)
+        if not _distributed():
+            ops.move_prototypes_(self.prototypes, features, labels, **self._average(), **self._settings())
+            return self
         return self.move_(*self.moments(features, labels))
 
     @torch.no_grad()
     def moments(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Sums [K, D] and counts [K] of a batch, or of a part of one: parts add up."""
-        moments = ops.class_moments(
-            features,
-            labels,
-            self.prototypes.shape[0],
-            normalize=self.normalize,
-            ignore_index=self.ignore_index,
-            backend=self.backend,
-        )
+        moments = ops.class_moments(features, labels, self.prototypes.shape[0], **self._settings())
         return moments.sums, moments.counts
 
     @torch.no_grad()
     def move_(self, sums: Tensor, counts: Tensor) -> PrototypeBank:
         """Move the prototypes by a batch's sums and counts, which are added over all ranks first. No host sync."""
-        sums, counts = _summed_over_ranks(sums, counts)
-        present = (counts >= self.min_pixels)[:, None]
-        mean = sums / counts.clamp_min(1)[:, None]
-        moved = self.keep * self.prototypes + (1 - self.keep) * mean
-        otherwise = self.prototypes if self.absent == "keep" else self.keep * self.prototypes
-        self.prototypes.copy_(torch.where(present, moved, otherwise))
+        if _distributed():
+            sums, counts = _summed_over_ranks(sums, counts)
+        self.prototypes.copy_(ops.moved_prototypes(self.prototypes, sums, counts, **self._average()))
         return self
 
     def load_(self, prototypes: Tensor) -> PrototypeBank:
@@ -100,6 +94,12 @@ class PrototypeBank(nn.Module):
             raise ValueError(f"PrototypeBank: expected prototypes {list(self.prototypes.shape)}, got {list(prototypes.shape)}")
         self.prototypes.copy_(prototypes)
         return self
+
+    def _settings(self) -> dict:
+        return {"normalize": self.normalize, "ignore_index": self.ignore_index, "backend": self.backend}
+
+    def _average(self) -> dict:
+        return {"keep": self.keep, "min_pixels": self.min_pixels, "decay_absent": self.absent == "decay"}
 
     def _agreement(self, features: Tensor, labels: Tensor, predictions: Tensor) -> Tensor:
         if features.dim() == 2:
@@ -115,10 +115,12 @@ class PrototypeBank(nn.Module):
         return f"num_classes={self.prototypes.shape[0]}, dim={self.prototypes.shape[1]}, keep={self.keep}, absent={self.absent!r}"
 
 
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def _summed_over_ranks(sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """One all-reduce of sums and counts packed together; float64 holds counts to 2**53 exactly."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return sums, counts
     packed = torch.cat([sums.double(), counts.double()[:, None]], 1)
     torch.distributed.all_reduce(packed)
     return packed[:, :-1].float(), packed[:, -1].long()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import __version__, ops
-from .backends import available_backends, pick
+from .backends import REMARKS, available_backends, pick
 
 _LIBRARIES = {  # name on the index -> extra that brings it
     "numpy": "", "triton": "", "jsonargparse": "train", "PyYAML": "train", "rich": "train", "pillow": "train", "kornia": "train",
@@ -34,7 +34,7 @@ def examine(say: Callable[[str], None] = print) -> int:
     _libraries(say)
     _torchvision(say)
     _devices(say)
-    broken += _compiled_part(say)
+    broken += _compiled_part(say) + _cuda_part(say)
     for device in _usable_devices():
         broken += _backends(device, say)
     say("")
@@ -105,6 +105,22 @@ def _compiled_part(say: Callable[[str], None]) -> list[str]:
     return []
 
 
+def _cuda_part(say: Callable[[str], None]) -> list[str]:
+    """The same of the CUDA kernels: never built is Triton's work, built and not loading is broken."""
+    record = Path(__file__).parent / "cuda_build.txt"  # written by setup.py
+    reason = record.read_text(encoding="utf-8").strip() if record.exists() else "the package was not installed by setup.py"
+    if reason != "built":
+        say(f"CUDA part: not there: {reason}. On a GPU the Triton backend does its work.")
+        return []
+    try:
+        module = importlib.import_module("spcl_fast._cuda")
+    except Exception as error:
+        say(f"CUDA part: built, and does not load: {error}. The Triton backend does its work.")
+        return [f"the CUDA part was built and does not load with torch {torch.__version__}; build it again: {error}"]
+    say(f"CUDA part: built with nvcc {module.toolkit} for {module.archs}")
+    return []
+
+
 def _joined(value: object) -> str:
     return (" ".join(map(str, value)) or "none") if isinstance(value, list | tuple) else str(value)
 
@@ -121,7 +137,9 @@ def _backends(device: torch.device, say: Callable[[str], None]) -> list[str]:
                 say(f"{name} not usable: {reason}")
                 continue
             error, problem = self_test(op, backend, device)
-            say(f"{name} {'usable, self-test passed' if problem is None else 'FAILED: ' + problem} (error against float64 {error:.0e})")
+            said = "usable, self-test passed" if problem is None else f"FAILED: {problem}"
+            remark = f"; {REMARKS[backend]}" if backend in REMARKS else ""
+            say(f"{name} {said} (error against float64 {error:.0e}){remark}")
             if problem is not None:
                 broken.append(f"{op} on backend {backend}, {device}: {problem}")
     say("  * is taken where none is asked for by name" + (" (SPCL_FAST_BACKEND)" if "SPCL_FAST_BACKEND" in os.environ else ""))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spcl_fast import backends, doctor
-from spcl_fast.backends import reference
+from spcl_fast.backends import cuda, reference
 from spcl_fast.cli import main
 
 
@@ -73,6 +73,46 @@ def test_a_compiled_part_that_was_built_and_does_not_load_is_broken_and_one_neve
     assert doctor._compiled_part(lines.append) == [] and "no compiler was found" in lines[0]
     (tmp_path / "native_build.txt").write_text("built\n")
     assert "build it again" in doctor._compiled_part(lines.append)[0]
+
+
+def test_a_cuda_part_that_does_not_load_is_broken_and_one_never_built_is_not(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "spcl_fast._cuda", None)
+    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "doctor.py"))
+    (tmp_path / "cuda_build.txt").write_text("nvcc was not found")
+    lines: list[str] = []
+    assert doctor._cuda_part(lines.append) == [] and "nvcc was not found" in lines[0]
+    (tmp_path / "cuda_build.txt").write_text("built\n")
+    assert "build it again" in doctor._cuda_part(lines.append)[0] and "Triton" in lines[1]
+
+
+def test_a_cuda_part_that_does_not_load_warns_once_and_leaves_the_work_to_triton(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "spcl_fast._cuda", None)
+    monkeypatch.setattr(cuda, "__file__", str(tmp_path / "backends" / "cuda.py"))
+    monkeypatch.setattr(cuda, "_DEVICES", ("cpu",))
+    (tmp_path / "cuda_build.txt").write_text("built\n")
+    what = {"device": torch.device("cpu"), "dtype": torch.float32, "num_classes": 19, "dim": 8, "has_variances": False}
+    cuda.missing.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="Triton kernels are used instead") as seen:
+            reasons = {cuda.why_not("class_moments", **what) for _ in range(3)}
+        assert len(seen) == 1 and len(reasons) == 1 and "built and does not load" in reasons.pop()
+    finally:
+        cuda.missing.cache_clear()
+
+
+def test_on_a_gpu_triton_is_taken_as_long_as_the_cuda_kernels_are_not_measured():
+    assert backends._ORDER["cuda"].index("triton") < backends._ORDER["cuda"].index("cuda")
+    assert "not yet measured" in backends.REMARKS["cuda"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", backends.OPS)
+def test_the_cuda_kernels_agree_with_float64_on_a_gpu(op):
+    device = torch.device("cuda")
+    reason = backends.why_not(op, "cuda", device=device, dtype=torch.float32, num_classes=7, dim=24, has_variances=False)
+    if reason is not None:
+        pytest.skip(reason)
+    assert doctor.self_test(op, "cuda", device)[1] is None
 
 
 def test_a_torchvision_that_does_not_import_is_named(monkeypatch):

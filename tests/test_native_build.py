@@ -6,9 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None\n"
@@ -28,7 +30,7 @@ def checkout(tmp_path: Path) -> Path:
     """A copy of what is built, without anything that was."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path / name)
-    built = shutil.ignore_patterns("_C*", "native_build.txt", "__pycache__")
+    built = shutil.ignore_patterns("_C*", "_cuda*", "native_build.txt", "cuda_build.txt", "__pycache__")
     for name in ("spcl_fast", "csrc", "kernels"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=built)
     return tmp_path
@@ -59,6 +61,26 @@ def test_what_cannot_be_built_is_a_reason_and_not_a_failed_install(checkout, bef
     asked = run(checkout, ASK)
     assert asked.returncode == 0, asked.stderr[-3000:]
     assert f"spcl_fast._C was not built: {reason}" in asked.stdout
+    assert reason in (checkout / "spcl_fast" / "cuda_build.txt").read_text()
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_a_torch_without_cuda_is_the_reason_of_a_missing_cuda_part(checkout):
+    done = run(checkout, "import sys; sys.argv = ['setup.py', '--version']\nimport runpy\nprint(runpy.run_path('setup.py')['NO_CUDA'])")
+    assert "was built without CUDA; build again beside a CUDA build of torch" in done.stdout
+
+
+def test_cuda_glue_compiles_beside_a_torch_without_cuda():
+    """No header of CUDA or c10/cuda is opened, and only what torch's stable ABI of 2.11 has is used."""
+    from torch.utils.cpp_extension import include_paths
+
+    compiler = shutil.which("g++") or pytest.skip("needs g++")
+    folders = [f"-isystem{path}" for path in (*include_paths(), sysconfig.get_paths()["include"])]
+    sources = sorted((ROOT / "csrc" / "cuda").glob("bind*.cpp"))
+    assert sources
+    flags = ["-std=c++20", "-fsyntax-only", "-fvisibility=hidden", "-Wall", "-Werror", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    done = subprocess.run([compiler, *flags, *folders, *map(str, sources)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_a_checkout_that_was_never_built_says_so(checkout):

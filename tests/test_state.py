@@ -26,6 +26,16 @@ def class_means(features, labels):
     return (sums / counts.clamp_min(1)[:, None]).float(), counts > 0
 
 
+def test_the_move_is_an_op_that_compiles_and_says_what_it_changes():
+    features, labels = torch.randn(2, 8, 5, 7), torch.randint(0, 4, (2, 5, 7))
+    settings = (0.1, 1, False, True, 255, "")
+    torch.library.opcheck(torch.ops.spcl_fast.move_prototypes_.default, (torch.ones(4, 8), features, labels, *settings))
+    eager, compiled = (sf.PrototypeBank(4, 8).load_(torch.ones(4, 8)) for _ in range(2))
+    eager.update_(features, labels)
+    torch.compile(lambda f, y: compiled.update_(f, y).prototypes, fullgraph=True, backend="aot_eager")(features, labels)
+    assert torch.equal(eager.prototypes, compiled.prototypes)
+
+
 def test_update_moves_present_classes_and_keeps_absent_ones():
     features, labels = batch()
     bank = sf.PrototypeBank(4, 8, keep=0.1).load_(torch.full((4, 8), 2.0))

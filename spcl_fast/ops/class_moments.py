@@ -76,6 +76,60 @@ def _(features, labels, num_classes, normalize, squares, ignore_index, backend):
     return sums, features.new_empty(num_classes, dtype=torch.int64), square_sums
 
 
+def move_prototypes_(
+    prototypes: Tensor,  # [K, D] float32, contiguous, moved in place
+    features: Tensor,  # [B, D, h, w] or [N, D]
+    labels: Tensor,  # [B, H, W] or [N], any integer dtype
+    *,
+    keep: float,
+    min_pixels: int = 1,
+    decay_absent: bool = False,
+    normalize: bool = True,
+    ignore_index: int = 255,
+    backend: str | None = None,
+) -> None:
+    """prototype_k <- keep * prototype_k + (1 - keep) * (mean (unit) feature of class k), as `PrototypeBank.update_` on one process.
+
+    A class with fewer than `min_pixels` pixels stays, or is multiplied by `keep` where `decay_absent`. No host sync. The cuda backend does
+    it in the kernel that adds the partial sums (the features are read once, sums and counts are not written); elsewhere it is
+    `class_moments` and `moved_prototypes`. Raises and allocates as `class_moments`.
+    """
+    checks.check_pixels("move_prototypes_", features, labels)
+    checks.check_ignore_index("move_prototypes_", ignore_index)
+    if features.dim() == 2:
+        features, labels = features.t()[None, :, :, None], labels[None, :, None]
+    _move_prototypes(prototypes, features.detach(), labels, keep, min_pixels, decay_absent, normalize, ignore_index, backend or "")
+
+
+@torch.library.custom_op("spcl_fast::move_prototypes_", mutates_args=("prototypes",))
+def _move_prototypes(
+    prototypes: Tensor, features: Tensor, labels: Tensor, keep: float, min_pixels: int, decay_absent: bool, normalize: bool,
+    ignore_index: int, backend: str,
+) -> None:  # fmt: skip
+    num_classes, dim = prototypes.shape
+    what = {"device": features.device, "dtype": features.dtype, "num_classes": num_classes, "dim": dim, "has_variances": False}
+    module = backends.module(backends.pick(_OP, backend or None, **what))
+    settings = {"normalize": normalize, "ignore_index": ignore_index}
+    if hasattr(module, "move_prototypes"):
+        average = {"keep": keep, "min_pixels": min_pixels, "decay_absent": decay_absent}
+        return module.move_prototypes(prototypes, features, labels, **average, **settings)
+    sums, counts, _ = module.class_moments(features, labels, num_classes, squares=False, **settings)
+    prototypes.copy_(moved_prototypes(prototypes, sums, counts, keep=keep, min_pixels=min_pixels, decay_absent=decay_absent))
+
+
+@_move_prototypes.register_fake
+def _(prototypes, features, labels, keep, min_pixels, decay_absent, normalize, ignore_index, backend):
+    return None
+
+
+def moved_prototypes(prototypes: Tensor, sums: Tensor, counts: Tensor, *, keep: float, min_pixels: int, decay_absent: bool) -> Tensor:
+    """The moving average itself: prototypes and sums [K, D], counts [K] -> [K, D]."""
+    present = (counts >= min_pixels)[:, None]
+    mean = sums / counts.clamp_min(1)[:, None]
+    moved = keep * prototypes + (1 - keep) * mean
+    return torch.where(present, moved, keep * prototypes if decay_absent else prototypes)
+
+
 def agreement_labels(labels: Tensor, predictions: Tensor, *, ignore_index: int = 255) -> Tensor:
     """Labels at the predictions' size, with ignore_index where the prediction differs: the source mask of SPCL.
 

@@ -1,0 +1,75 @@
+// What happens once per pixel of a tile: its class, its softmax, its loss, its weights. Four lanes share a pixel, every fourth class each.
+#pragma once
+#include "contrast_dots.cuh"
+
+namespace spcl::gpu {
+
+__device__ __forceinline__ float quad_sum(float v) {
+  v += __shfl_xor_sync(kAllLanes, v, 1);
+  return v + __shfl_xor_sync(kAllLanes, v, 2);
+}
+__device__ __forceinline__ float quad_max(float v) {
+  v = fmaxf(v, __shfl_xor_sync(kAllLanes, v, 1));
+  return fmaxf(v, __shfl_xor_sync(kAllLanes, v, 2));
+}
+
+// call(p, part) for every pixel of the tile, whole warps at a time: lane `part` of 4 that share pixel p.
+template <class Call>
+__device__ __forceinline__ void for_each_pixel(const Call& call) {
+  const int warps = blockDim.x / 32, lane = threadIdx.x % 32;
+  for (int eight = threadIdx.x / 32; eight < kTile / 8; eight += warps) call(eight * 8 + lane / 4, lane % 4);
+}
+
+// A pixel's logits: k * stride apart, times factor.
+struct Logits {
+  const float* first;
+  int64_t stride;
+  float factor;
+  __device__ __forceinline__ float operator[](int k) const { return first[k * stride] * factor; }
+};
+
+// Those that tile_dots left in shared memory.
+__device__ __forceinline__ Logits formed_logits(const float* memory, int p, float inv, float temperature) {
+  return {memory + p, kLogitsRow, inv / temperature};
+}
+
+// Those that the forward saved, from class k0 on; a pixel beyond the image reads the last one's.
+__device__ __forceinline__ Logits saved_logits(const float* logits, const ContrastInput& a, const ContrastTile& tile, int64_t k0, int p) {
+  return {logits + (tile.image * a.num_classes + k0) * a.pixels + tile.first + min(p, tile.count - 1), a.pixels, 1.0f};
+}
+
+// Row and column of pixel p of the tile; an image has fewer than 2^31 pixels, so the division is a short one.
+struct Place {
+  int64_t i, j;
+};
+__device__ __forceinline__ Place place_of(const ContrastTile& tile, int p, int64_t width) {
+  const unsigned n = static_cast<unsigned>(tile.first) + p, i = n / static_cast<unsigned>(width);
+  return {i, n - i * static_cast<unsigned>(width)};
+}
+
+// Classes and addresses of the tile's pixels. One thread a pixel; ends with a barrier.
+__device__ __forceinline__ void read_pixels(const ContrastInput& a, const Labels& labels, const ContrastTile& tile, PixelTable* table) {
+  const int p = threadIdx.x;
+  if (p < kTile) {
+    const Place at = place_of(tile, min(p, tile.count - 1), a.x.width);
+    table->cls[p] = p < tile.count ? class_at(labels, label_offset(labels, tile.image, at.i, at.j)) : kNoClass;
+    table->x_at[p] = tile.image * a.x.stride_b + at.i * a.x.stride_h + at.j * a.x.stride_w;
+  }
+  __syncthreads();
+}
+
+__device__ __forceinline__ float pixel_weight_at(const PixelMap& map, const ContrastTile& tile, int p, int64_t width) {
+  if (!map.data) return 1.0f;
+  const Place at = place_of(tile, p, width);
+  return pixel_value(map, tile.image, at.i, at.j);
+}
+
+// s = grad * class weight * pixel weight / denominator of a labelled pixel; 0 where nothing is labelled at all, whatever grad is.
+__device__ __forceinline__ float pixel_scale(const float* class_weight, const PixelMap& pixel_weight, const PixelMap& grad, const float* denominator,
+                                             const ContrastTile& tile, int p, int cls, int64_t width) {
+  if (*denominator == 0) return 0;
+  const float weight = (class_weight ? class_weight[cls] : 1.0f) * pixel_weight_at(pixel_weight, tile, p, width);
+  return weight * pixel_weight_at(grad, tile, p, width) / *denominator;
+}
+
+}  // namespace spcl::gpu

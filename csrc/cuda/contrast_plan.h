@@ -1,0 +1,128 @@
+// How prototype_contrastive_loss is cut into blocks, warps and shared memory: sizes only, for host and device, read by any C++ compiler.
+#pragma once
+#include <stdint.h>
+
+#include "kernels.h"
+
+#if defined(__CUDACC__)
+#define SPCL_PLAN __host__ __device__ constexpr
+#else
+#define SPCL_PLAN constexpr
+#endif
+
+namespace spcl::gpu {
+
+constexpr int kTile = 64;         // pixels of one image that a block works on
+constexpr int kPiece = 32;        // classes of the gradient's product that are staged together
+constexpr int kLogitsRow = 72;    // floats between two classes of a tile's logits: 8 pixels x 4 classes meet in 32 different banks
+constexpr int kContrastThreads = 384;      // of a block at most: with more, a thread could not have the 160 registers that it needs
+constexpr int kMaxContrastClasses = 240;   // 12 warps of 20 classes
+
+// What depends on the size of a feature: 4 bytes (FMA) or 2 (tensor core).
+template <int kBytes>
+struct ContrastShape {
+  static constexpr bool kHalf = kBytes == 2;
+  static constexpr int kClasses = kHalf ? 32 : 20;       // classes whose logits a warp accumulates
+  static constexpr int kChunk = kHalf ? 64 : 32;         // channels that are staged together
+  static constexpr int kRow = kHalf ? 72 : 68;           // elements of a staged row of pixels: 64, one more where it is shifted, and padding
+  static constexpr int kProtoRow = kHalf ? 72 : 36;      // elements of a staged row of channels of a prototype
+  static constexpr int kWeightRow = kHalf ? 32 : 68;     // 4-byte words that the weights of one class need
+  static constexpr int kSums = kClasses * (kHalf ? 2 : 4) + (kHalf ? 8 : 4);  // floats that a lane accumulates: logits, squares
+};
+
+// The warps of a block: `groups` of classes, each done by `slices` warps that share the channels of a chunk out.
+struct ContrastWarps {
+  int groups, slices, count;
+};
+
+SPCL_PLAN ContrastWarps contrast_warps(int64_t num_classes, int classes_of_warp) {
+  const int groups = static_cast<int>((num_classes + classes_of_warp - 1) / classes_of_warp);
+  return {groups, groups == 1 ? 4 : groups == 2 ? 2 : 1, groups < 4 ? 4 : groups};
+}
+
+SPCL_PLAN int64_t larger_of(int64_t a, int64_t b) { return a > b ? a : b; }
+SPCL_PLAN int64_t pieces_of(int64_t num_classes) { return (num_classes + kPiece - 1) / kPiece; }
+
+// Shared memory of a block, in bytes from its beginning: stages (a chunk of pixels, then the prototypes' part); over them, once they are
+// done with, what the slices exchange and the logits; then the weights; then what is known of each pixel.
+struct ContrastShared {
+  int stages;
+  int64_t stage_bytes, stage_proto_at, weights_at, pixels_at, bytes;
+};
+
+constexpr int64_t kPixelBytes = 40;  // of a pixel in PixelTable, contrast_tile.cuh
+
+// classes: rows of logits that are formed here (0: they are read); gradient: whether the gradient's product is.
+template <int kBytes>
+SPCL_PLAN ContrastShared contrast_shared(int64_t classes, int64_t gradient_classes) {
+  using Shape = ContrastShape<kBytes>;
+  const ContrastWarps warps = contrast_warps(classes, Shape::kClasses);
+  const int64_t padded = warps.groups * Shape::kClasses;
+  const int64_t pixels = Shape::kChunk * Shape::kRow * kBytes;
+  const int64_t proto = padded * (Shape::kHalf ? Shape::kProtoRow : Shape::kChunk) * kBytes;
+  const int64_t piece = gradient_classes ? kPiece * Shape::kProtoRow * kBytes : 0;
+  const int stages = classes <= 64 ? 3 : 2;
+  const int64_t stage = pixels + larger_of(proto, piece);
+  const int64_t exchange = warps.slices / 2 * static_cast<int64_t>(warps.groups) * Shape::kSums * 32 * 4;
+  const int64_t logits = padded * kLogitsRow * 4;
+  const int64_t region = larger_of(stages * stage, larger_of(exchange, logits));
+  const int64_t weights = pieces_of(gradient_classes) * kPiece * Shape::kWeightRow * 4;
+  return {stages, stage, pixels, region, region + weights, region + weights + kTile * kPixelBytes};
+}
+
+// The same for the prototypes' gradient: a block owns the classes of one warp and kOwnChannels channels.
+constexpr int kOwnChannels = 64;
+constexpr int kOwnRow = 68;  // floats between two classes' weights
+
+template <int kBytes>
+SPCL_PLAN ContrastShared prototype_shared(bool forms_logits) {
+  using Shape = ContrastShape<kBytes>;
+  const ContrastShared dots = contrast_shared<kBytes>(forms_logits ? Shape::kClasses : 0, 0);
+  const int64_t region = larger_of(dots.weights_at, kOwnChannels * Shape::kRow * kBytes), weights = kPiece * kOwnRow * 4;
+  return {dots.stages, dots.stage_bytes, dots.stage_proto_at, region, region + weights, region + weights + kTile * kPixelBytes};
+}
+
+// Tile t of the batch: pixels [first, first + count) of an image.
+struct ContrastTile {
+  int64_t image, first;
+  int count;
+};
+
+SPCL_PLAN int64_t contrast_tiles(int64_t pixels) { return (pixels + kTile - 1) / kTile; }
+
+SPCL_PLAN ContrastTile contrast_tile(int64_t tile, int64_t pixels) {
+  const int64_t each = contrast_tiles(pixels), image = tile / each, first = (tile - image * each) * kTile;
+  return {image, first, pixels - first < kTile ? static_cast<int>(pixels - first) : kTile};
+}
+
+// Where word w (two half floats) of a row begins, in elements from its first pixel: rows that begin in the middle of a word are read from
+// its beginning. And how many of its bytes belong to the `count` pixels (the one before them is another's and is not looked at).
+SPCL_PLAN int word_begin(int word, int shifted) { return 2 * word - shifted; }
+SPCL_PLAN int word_given(int begin, int count) { return begin + 1 < count ? 4 : begin < count ? 2 : 0; }
+
+// Tensor core, forward: pixel of column n of product j. A lane's 8 pixels of a row lie side by side: one 16-byte read serves 8 products.
+SPCL_PLAN int forward_pixel(int product, int column) { return column * 8 + product; }
+// Tensor core, backward: the 16 pixels that a lane gets, columns 2q and 2q + 1 of 8 products, lie side by side.
+SPCL_PLAN int backward_pixel(int product, int column) { return column / 2 * 16 + product * 2 + column % 2; }
+// Its inverse, as the place of the weight of (class, pixel) among the half floats that a lane reads as its part of the second factor.
+SPCL_PLAN int weight_place(int cls, int pixel) {
+  const int product = pixel % 16 / 2, column = pixel / 16 * 2 + pixel % 2;
+  const int in_step = cls % 16, lane = column * 4 + in_step % 8 / 2, word = (product % 2) * 2 + in_step / 8;
+  return (((cls / 16 * 4 + product / 2) * 32 + lane) * 4 + word) * 2 + in_step % 2;
+}
+
+// The tiles are added up in `groups` of `tiles_per_group`, by the sizes alone: as many as give some 1024 blocks and 32 MB of partial sums.
+struct ContrastGroups {
+  int64_t tiles_per_group, groups;
+};
+
+SPCL_PLAN ContrastGroups contrast_groups(int64_t tiles, int64_t blocks, int64_t floats) {
+  int64_t groups = (1024 + blocks - 1) / blocks;
+  const int64_t affordable = larger_of(1, (int64_t{8} << 20) / floats);
+  if (groups > affordable) groups = affordable;
+  if (groups > tiles) groups = tiles;
+  const int64_t each = (tiles + groups - 1) / groups;
+  return {each, (tiles + each - 1) / each};
+}
+
+}  // namespace spcl::gpu

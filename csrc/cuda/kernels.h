@@ -1,0 +1,158 @@
+// What the CUDA launchers take and give: plain structs, raw pointers, a stream; no torch. Every launcher only enqueues: no host sync, no
+// allocation, capturable in a CUDA graph. A section for each op.
+#pragma once
+#include <stdint.h>
+
+namespace spcl::gpu {
+
+using Stream = void*;        // a cudaStream_t
+using Status = const char*;  // nullptr, or what CUDA said in words that last
+
+constexpr float kNormEps = 1e-12f;  // of F.normalize
+
+enum FloatType : int { kFloat32, kBFloat16, kFloat16 };
+enum LabelType : int { kUInt8, kInt8, kUInt16, kInt16, kUInt32, kInt32, kUInt64, kInt64 };
+
+// [B, D, h, w] with any strides, counted in elements.
+struct Features {
+  void* data;
+  FloatType type;
+  int64_t batch, dim, height, width;
+  int64_t stride_b, stride_d, stride_h, stride_w;
+};
+
+// [B, H, W] with any strides. Pixel (i, j) of a grid of other size reads (nearest(i, scale_h, H), nearest(j, scale_w, W)): see pixels.cuh.
+struct Labels {
+  const void* data;
+  LabelType type;
+  int64_t height, width;
+  int64_t stride_b, stride_h, stride_w;
+  float scale_h, scale_w;  // H / h and W / w, divided in float32 as F.interpolate does
+  int64_t ignore_index, num_classes;
+  int64_t* flag;  // maximum of the bad labels that were met: see backends/labels.py
+};
+
+// One float a pixel; data == nullptr stands for ones, strides 0 for one number.
+struct PixelMap {
+  const float* data;
+  int64_t stride_b, stride_h, stride_w;
+};
+
+// ---- class_moments ----------------------------------------------------------------------------------------------
+
+// How the pixels are cut: range r is `tiles_per_range` tiles of `tile_pixels` pixels, tile t lies in image t / tiles_per_image. A function of
+// the problem's sizes (and of the shared memory a block may have), never of the number of multiprocessors.
+struct MomentsPlan {
+  int64_t tile_pixels, tiles_per_image, tiles, tiles_per_range, ranges;
+  int64_t slice;         // channels of a block; all of them where it forms the norms itself
+  int64_t slices;
+  bool own_norms;        // the block forms the norms; else norms [B * P] are a pass of their own
+  int threads;
+  int64_t sums_floats;   // sizes of the workspaces: partial sums (squares: the same again), counts, norms
+  int64_t counts_ints, norms_floats;
+};
+
+struct Moments {
+  Features x;
+  Labels labels;
+  MomentsPlan plan;
+  int64_t num_classes;
+  bool normalize;
+  float* norms;            // [B, P] 1 / |x|, workspace; nullptr where it is not needed
+  float* partial_sums;     // [ranges][K][D], workspace
+  float* partial_squares;  // the same, or nullptr
+  int* partial_counts;     // [ranges][K], workspace
+  float* sums;             // [K][D]
+  float* squares;          // [K][D] or nullptr
+  int64_t* counts;         // [K]
+};
+
+MomentsPlan plan_moments(const Features& x, int64_t num_classes, bool normalize);
+Status class_moments(const Moments& a, Stream stream);
+
+// ---- source_step ------------------------------------------------------------------------------------------------
+
+// The moving average that the sums feed: prototype <- keep * prototype + (1 - keep) * sum / count, in the kernel that adds the partial sums.
+struct PrototypeMove {
+  float* prototypes;  // [K][D], in place
+  float keep;
+  int64_t min_pixels;  // a class with fewer is absent
+  bool decay_absent;   // an absent class: prototype <- keep * prototype; else it stays
+};
+
+// a.sums, a.squares and a.counts are not written and may be nullptr.
+Status move_prototypes(const Moments& a, const PrototypeMove& move, Stream stream);
+
+// ---- prototype_contrastive_loss ---------------------------------------------------------------------------------
+
+struct Contrast {
+  Features x;
+  Labels labels;
+  const void* prototypes;     // [K, D] contiguous, x's type
+  const float* class_weight;  // [K] or nullptr
+  PixelMap pixel_weight;
+  int64_t num_classes;        // at most kMaxContrastClasses, contrast_plan.h
+  float temperature;
+  bool normalize;
+};
+
+struct ContrastForward : Contrast {
+  bool mean;
+  float* loss_map;     // [B, P], or nullptr: then loss is formed
+  float* loss;         // []
+  float* denominator;  // []
+  float* partial;      // [2][contrast_blocks], workspace
+  float* lse;          // [B, P] or nullptr
+  float* inv_norm;     // [B, P] or nullptr
+  float* logits;       // [B, K, P] or nullptr
+};
+
+struct ContrastBackward : Contrast {
+  PixelMap grad;             // the incoming gradient, a scalar as a map with strides 0
+  const float* denominator;  // []
+  const float* lse;          // [B, P]
+  const float* inv_norm;     // [B, P]
+  const float* logits;       // [B, K, P] or nullptr: computed again
+  Features dx;               // same shape and type as x; data == nullptr: not wanted
+  float* dprototypes;        // [K, D] or nullptr: not wanted
+  float* partial;            // [groups][K][D], workspace; not needed where groups == 1
+};
+
+int64_t contrast_blocks(const Features& x);                              // of the forward
+int64_t contrast_partial_floats(const Features& x, int64_t num_classes);  // of the prototypes' gradient; 0: none
+Status prototype_contrastive_forward(const ContrastForward& a, Stream stream);
+Status prototype_contrastive_backward(const ContrastBackward& a, Stream stream);
+
+// ---- upsampled_cross_entropy and upsampled_prediction -----------------------------------------------------------
+
+// Logits [B, K, h, w] on the way to height x width pixels. Sizes, and offsets within one image and class, under 2^31.
+struct Upsampling {
+  Features logits;
+  int64_t height, width;
+  bool align_corners;
+  double temperature;
+};
+
+struct UpsampledCrossEntropy : Upsampling {
+  Labels labels;              // [B, height, width]
+  const float* class_weight;  // [K] or nullptr
+  PixelMap pixel_weight;
+  bool mean;
+  float* loss_map;    // [B, height, width], or nullptr: then the loss is formed
+  float* loss;        // []
+  float* dlogits;     // [B, K, h, w], for an incoming gradient of 1, or nullptr: not wanted
+  double* workspace;  // of upsampled_cross_entropy_workspace doubles
+};
+
+struct UpsampledPrediction : Upsampling {
+  const float* thresholds;  // [K] or nullptr
+  int ignore_index;
+  uint8_t* labels;          // [B, height, width]
+  float* confidence;        // the same
+};
+
+int64_t upsampled_cross_entropy_workspace(const UpsampledCrossEntropy& a);
+Status upsampled_cross_entropy(const UpsampledCrossEntropy& a, Stream stream);
+Status upsampled_prediction(const UpsampledPrediction& a, Stream stream);
+
+}  // namespace spcl::gpu

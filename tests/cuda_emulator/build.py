@@ -1,0 +1,159 @@
+"""The kernels of csrc/cuda for the CPU: built once for their sources, kept in build/, loaded by ctypes or as a torch library.
+
+    library = build.library("name", ["csrc/cuda/some.cu", "tests/some_entry.cpp"])
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILT = ROOT / "build" / "cuda_emulator"
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+FLAGS = [
+    "-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-fno-gnu-unique", "-fvisibility=hidden", "-DSPCL_EMULATED",
+    "-Wall", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}", f"-I{ROOT / 'tests' / 'cuda_emulator'}",
+]  # fmt: skip
+ORDERS = {"forward": (0, 0), "reverse": (1, 0), "random": (2, 1), "another random": (2, 2)}
+
+
+def library(name: str, sources: Sequence[str], replace: Sequence[tuple[str, str, str]] = (), flags: Sequence[str] = ()) -> Path:
+    """The shared library of these sources (paths from the root) and the emulator. Each object is kept for its text and its headers'.
+
+    replace: (file name, old, new) plants a bug: `old` must be there.
+    """
+    assert COMPILER is not None
+    BUILT.mkdir(parents=True, exist_ok=True)
+    with _lock():
+        headers = _planted_headers(replace)
+        objects = [_object(source, headers, replace, flags) for source in ("tests/cuda_emulator/cuda_emulator.cpp", *sources)]
+        linking = [f for f in flags if f.startswith(("-l", "-L", "-Wl"))]
+        out = BUILT / f"{name}-{digest(*(o.name for o in objects), *flags)}.so"
+        if not out.exists():
+            _run([COMPILER, "-shared", "-Wl,-Bsymbolic", "-o", out.with_suffix(".tmp"), *objects, *linking])
+            out.with_suffix(".tmp").replace(out)
+    return out
+
+
+def _planted_headers(replace) -> tuple[str, ...]:
+    """-I of a folder with the changed headers, before the true ones; nothing where no header changes."""
+    changed = [(path, old, new) for name, old, new in replace for path in ROOT.glob(f"csrc/cuda/{name}") if path.suffix in (".h", ".cuh")]
+    if not changed:
+        return ()
+    folder = BUILT / f"planted-{digest(repr(replace))}"
+    folder.mkdir(exist_ok=True)
+    for path in (*ROOT.glob("csrc/cuda/*.h"), *ROOT.glob("csrc/cuda/*.cuh")):
+        (folder / path.name).write_text(_planted(path, replace))
+    return (f"-I{folder}",)
+
+
+def _planted(path: Path, replace) -> str:
+    text = path.read_text()
+    for name, old, new in replace:
+        if name == path.name:
+            assert old in text, f"{path}: {old!r} is not there; the planted bug must follow the code"
+            text = text.replace(old, new, 1)
+    return text
+
+
+def _object(source: str, headers: tuple[str, ...], replace, flags: Sequence[str]) -> Path:
+    path = ROOT / source
+    text = _planted(path, replace)
+    for_torch = [f for f in flags if not f.startswith(("-l", "-L", "-Wl"))] if path.name.startswith("bind") else []
+    text_of_headers = [_planted(header, replace) for header in _included(path)]
+    out = BUILT / f"{path.stem}-{digest(text, *text_of_headers, *FLAGS, *for_torch, torch.__version__)}.o"
+    if not out.exists():
+        copy = out.with_suffix(".cpp")
+        copy.write_text(f'#line 1 "{path}"\n{text}')
+        _run([COMPILER, "-x", "c++", "-c", copy, "-o", out.with_suffix(".tmp"), *headers, f"-I{path.parent}", *FLAGS, *for_torch])
+        out.with_suffix(".tmp").replace(out)
+        copy.unlink()
+    return out
+
+
+def _included(path: Path) -> list[Path]:
+    """Our own headers that a source opens, however far down."""
+    found, left = set(), [path]
+    while left:
+        for name in re.findall(r'^#include "([^"]+)"', left.pop().read_text(), re.MULTILINE):
+            for folder in (path.parent, ROOT / "csrc" / "cuda", ROOT / "tests" / "cuda_emulator"):
+                header = folder / name
+                if header.is_file() and header not in found:
+                    found.add(header)
+                    left.append(header)
+    return sorted(found)
+
+
+def digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+def _run(command) -> None:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stderr[-6000:]}"
+
+
+@contextlib.contextmanager
+def _lock() -> Iterator[None]:
+    with open(BUILT / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """The library by ctypes, with the emulator's own functions declared."""
+    handle = ctypes.CDLL(str(path))
+    handle.emulator_allocate.restype, handle.emulator_allocate.argtypes = ctypes.c_void_p, [ctypes.c_size_t, ctypes.c_size_t]
+    handle.emulator_free.argtypes = [ctypes.c_void_p]
+    handle.emulator_damage.restype = ctypes.c_char_p
+    return handle
+
+
+@contextlib.contextmanager
+def order(handle: ctypes.CDLL, name: str) -> Iterator[None]:
+    """Threads and blocks take turns in this order (a key of ORDERS)."""
+    handle.emulator_order(*ORDERS[name])
+    try:
+        yield
+    finally:
+        handle.emulator_order(*ORDERS["forward"])
+
+
+class Guarded:
+    """Tensors whose memory ends at a page that may not be touched; freed, and checked for writes beyond the end, by close()."""
+
+    def __init__(self, handle: ctypes.CDLL) -> None:
+        self.handle, self.pointers = handle, []
+
+    def empty(self, *shape: int, dtype=torch.float32, alignment: int = 16) -> torch.Tensor:
+        """Full of 0xff: NaN, or -1."""
+        count = torch.Size(shape).numel()
+        bytes_ = count * torch.empty(0, dtype=dtype).element_size()
+        pointer = self.handle.emulator_allocate(bytes_, alignment)
+        self.pointers.append(pointer)
+        if not count:
+            return torch.empty(shape, dtype=dtype)
+        memory = (ctypes.c_char * bytes_).from_address(pointer)
+        return torch.frombuffer(memory, dtype=dtype, count=count).view(shape)
+
+    def copy(self, tensor: torch.Tensor, alignment: int = 16) -> torch.Tensor:
+        """The same values in the same (dense) strides."""
+        flat = self.empty(tensor.numel(), dtype=tensor.dtype, alignment=alignment)
+        return flat.as_strided(tensor.shape, torch.empty_like(tensor).stride()).copy_(tensor)
+
+    def close(self) -> None:
+        for pointer in self.pointers:
+            self.handle.emulator_free(pointer)
+        self.pointers.clear()
+        damage = self.handle.emulator_damage()
+        assert damage is None, damage.decode()

@@ -1,0 +1,41 @@
+// The index maps of csrc/cuda/contrast_plan.h for tests/test_cuda_contrast_plan.py. An ordinary C++ file: no CUDA, no emulator.
+#include "contrast_plan.h"
+
+using namespace spcl::gpu;
+
+#define SPCL_EXPORT extern "C" __attribute__((visibility("default")))
+
+SPCL_EXPORT int plan_forward_pixel(int product, int column) { return forward_pixel(product, column); }
+SPCL_EXPORT int plan_backward_pixel(int product, int column) { return backward_pixel(product, column); }
+SPCL_EXPORT int plan_weight_place(int cls, int pixel) { return weight_place(cls, pixel); }
+SPCL_EXPORT int plan_word_begin(int word, int shifted) { return word_begin(word, shifted); }
+SPCL_EXPORT int plan_word_given(int begin, int count) { return word_given(begin, count); }
+SPCL_EXPORT void plan_tile(int64_t tile, int64_t pixels, int64_t* out) {
+  const ContrastTile t = contrast_tile(tile, pixels);
+  out[0] = t.image, out[1] = t.first, out[2] = t.count;
+}
+SPCL_EXPORT void plan_groups(int64_t tiles, int64_t blocks, int64_t floats, int64_t* out) {
+  const ContrastGroups g = contrast_groups(tiles, blocks, floats);
+  out[0] = g.tiles_per_group, out[1] = g.groups;
+}
+SPCL_EXPORT void plan_warps(int64_t num_classes, int classes_of_warp, int64_t* out) {
+  const ContrastWarps w = contrast_warps(num_classes, classes_of_warp);
+  out[0] = w.groups, out[1] = w.slices, out[2] = w.count;
+}
+
+namespace {
+template <int kBytes>
+void write(const ContrastShared& s, int64_t* out) {
+  const int64_t all[] = {s.stages, s.stage_bytes, s.stage_proto_at, s.weights_at, s.pixels_at, s.bytes, ContrastShape<kBytes>::kClasses};
+  for (int i = 0; i < 7; ++i) out[i] = all[i];
+}
+}  // namespace
+
+SPCL_EXPORT void plan_shared(int bytes, int64_t classes, int64_t gradient_classes, int64_t* out) {
+  if (bytes == 4) write<4>(contrast_shared<4>(classes, gradient_classes), out);
+  else write<2>(contrast_shared<2>(classes, gradient_classes), out);
+}
+SPCL_EXPORT void plan_prototype_shared(int bytes, int forms_logits, int64_t* out) {
+  if (bytes == 4) write<4>(prototype_shared<4>(forms_logits), out);
+  else write<2>(prototype_shared<2>(forms_logits), out);
+}
