@@ -14,7 +14,7 @@ from spcl_fast.cli import main
 from spcl_fast.errors import ConfigError
 from spcl_fast.settings import load_config
 from spcl_fast.train.count import LiveBytes
-from spcl_fast.train.plan import count_step, predict, released_work, work_of
+from spcl_fast.train.plan import count_step, predict, released_work, saved_bytes, work_of
 
 SMALL = {
     "source.size": "64x48",
@@ -110,6 +110,18 @@ def test_each_setting_lowers_the_peak_of_full_resolution():
     assert half.peak_bytes <= 4.2 * 2**30
     assert lean.peak_bytes <= 2.0 * 2**30 and lean.flops <= 1.35 * half.flops
     assert lean.categories.get("gradients", 0) < 2**25 and half.floor_bytes > lean.floor_bytes
+
+
+def test_what_a_setting_saves_is_what_the_peak_rises_by_without_it():
+    lean = config_of(**{"loop.precision": "bf16", "loop.absorb_gradients": "true"})
+    peak = predict(lean, "adapt").peak_bytes
+    saved = saved_bytes(lean, "adapt", peak, num_classes=19)
+    assert saved == {
+        "precision": predict(config_of(**{"loop.absorb_gradients": "true"}), "adapt").peak_bytes - peak,
+        "absorb_gradients": predict(config_of(**{"loop.precision": "bf16"}), "adapt").peak_bytes - peak,
+    }
+    assert saved["absorb_gradients"] > 2**20
+    assert saved_bytes(config_of(), "adapt", 0, num_classes=19) == {}
 
 
 def test_offload_takes_activations_to_the_host():

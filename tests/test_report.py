@@ -384,7 +384,12 @@ def test_the_ledger_has_every_phase_beside_the_plan(tmp_path):
     for text in ("<th>forward</th>", "<th>backward</th>", "890 MiB", "612 MiB", "No setting that saves memory was on"):
         assert text in ledger
     (tmp_path / "run" / "config.yaml").write_text("name: streets\nloop: {precision: bf16, checkpoint: auto, accumulate: 1}\n")
-    assert "Settings that save memory: precision bf16, checkpoint auto." in write_report(tmp_path / "run").read_text()
+    assert "saved by each setting" not in page
+    stage = next(path.parent for path in (tmp_path / "run").glob("adapt/*.json"))
+    (stage / "plan.json").write_text(json.dumps({"saved_bytes": {"precision": 300 << 20, "checkpoint": -(2 << 20)}}))
+    page = write_report(tmp_path / "run").read_text()
+    assert "Settings that save memory: precision bf16, checkpoint auto." in page
+    assert "precision bf16: 300 MiB, checkpoint auto: costs 2 MiB" in page
 
 
 def test_a_log_of_before_plans_existed_has_no_ledger(tmp_path):

@@ -27,9 +27,10 @@ def ledger(run: RunFolder) -> dict[str, Any]:
                 "phases": [mebibytes(by_phase.get(name)) for name in phases],
                 "peak": mebibytes(max((number(record.get("peak_memory_bytes")) or 0 for record in records), default=None)),
                 "planned": mebibytes(planned),
+                "saved": ", ".join(_saved(run, name, by) for name, by in run.saved_bytes.get(stage, {}).items()),
             }
         )
-    return {"phases": phases, "rows": rows, "note": _note(run)}
+    return {"phases": phases, "rows": rows, "saves": any(row["saved"] for row in rows), "note": _note(run)}
 
 
 def _note(run: RunFolder) -> str:
@@ -38,13 +39,18 @@ def _note(run: RunFolder) -> str:
     text = f"Settings that save memory: {', '.join(on)}. " if on else "No setting that saves memory was on. "
     return (
         text + "On a GPU the measured bytes are those that torch allocated; on the CPU they are the whole process's, interpreter and "
-        "libraries included, while the plan counts tensors and oneDNN's copies. What each setting would save: "
-        "spcl-fast plan --run-folder RUN with and without it."
+        "libraries included, while the plan counts tensors and oneDNN's copies. Saved: what the planned peak would rise by without that "
+        "setting alone."
     )
 
 
 def _last(records: list[dict[str, Any]], key: str) -> Any:
     return next((record[key] for record in reversed(records) if key in record), None)
+
+
+def _saved(run: RunFolder, setting: str, by: float) -> str:
+    amount = mebibytes(by) if by >= 0 else f"costs {mebibytes(-by)}"
+    return f"{setting} {run.setting('loop', setting)}: {amount}"
 
 
 def mebibytes(value: Any) -> str:

@@ -57,6 +57,7 @@ class RunFolder:
     evaluations: dict[str, Evaluation] = field(default_factory=dict)  # by stage
     metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # by stage, by step
     thresholds: dict[str, dict[str, Any]] = field(default_factory=dict)  # by pseudo-label stage
+    saved_bytes: dict[str, dict[str, float]] = field(default_factory=dict)  # by stage: planned bytes that each setting of the loop saves
     done: dict[str, dict[str, Any]] = field(default_factory=dict)  # by stage
     features: Features | None = None
     settings: str = ""
@@ -98,6 +99,9 @@ def read_run(folder: Path) -> RunFolder:
         record = _json(run, f"{stage}/done.json")
         if record is not None:
             run.done[stage] = record
+    for stage in NETS:
+        record = _json(run, f"{stage}/plan.json") or {}
+        run.saved_bytes[stage] = _numbers(record.get("saved_bytes"))
     for stage in ("pseudo_labels", "pseudo_labels_2"):
         record = _json(run, f"{stage}/thresholds.json")
         if record is not None and all(isinstance(record.get(key), dict) for key in ("thresholds", "predicted_pixels", "kept_pixels")):

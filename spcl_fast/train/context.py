@@ -187,12 +187,18 @@ class Context:
             self.judge(stage, self.model_of(stage) if self.config.evaluate.selection != "last" else model)
 
     def _planned(self, stage: str) -> int | None:
-        """What `spcl-fast plan` says for this device; None where it cannot tell, which must not stop a training."""
-        from .plan import predict  # counts a step of fake tensors: seconds, once a stage
+        """What `spcl-fast plan` says for this device; None where it cannot tell, which must not stop a training.
 
-        config = replace(self.config, loop=replace(self.config.loop, device=self.device.type))
+        Also keeps in <stage>/plan.json what each memory-saving setting saves, for the report.
+        """
+        from .plan import predict, saved_bytes  # counts a step of fake tensors: seconds, once a stage and a setting that is on
+
+        config, num_classes = replace(self.config, loop=replace(self.config.loop, device=self.device.type)), len(self.classes)
         try:
-            return predict(config, stage, num_classes=len(self.classes)).peak_bytes
+            peak = predict(config, stage, num_classes=num_classes).peak_bytes
+            saved = saved_bytes(config, stage, peak, num_classes=num_classes)
+            self.run.write_json(f"{stage}/plan.json", {"peak_bytes": peak, "saved_bytes": saved})
+            return peak
         except Exception as error:
             self.run.say(f"{stage}: its memory could not be predicted: {type(error).__name__}: {error}")
             return None

@@ -29,6 +29,9 @@ TRAINED = ("source_only", "control", "warmup", "adapt", "distill", "oracle")
 CATEGORIES = ("weights", "gradients", "optimizer", "data", "activations", "loss", "backward", "workspace")
 
 
+_PLAIN = {"precision": "fp32", "checkpoint": "none", "offload": False, "accumulate": 1, "absorb_gradients": False}
+
+
 @dataclasses.dataclass(frozen=True)
 class Prediction:
     """Bytes at the peak of one step by category, the peak of each phase, and the floating-point operations of its convolutions."""
@@ -74,6 +77,13 @@ def predict(config: Config, stage: str, *, released: bool = False, num_classes: 
         work = released_work(config, num_classes) if released else work_of(config, stage, num_classes)
         counted = count_step(work, on_cpu=config.loop.device == "cpu")
     return _prediction(stage, "released" if released else "ours", counted, work)
+
+
+def saved_bytes(config: Config, stage: str, peak_bytes: int, *, num_classes: int) -> dict[str, int]:
+    """What the peak would rise by without each of the settings that save memory and are on; together they do not save the sum."""
+    on = [name for name, plain in _PLAIN.items() if getattr(config.loop, name) != plain]
+    without = {name: dataclasses.replace(config, loop=dataclasses.replace(config.loop, **{name: _PLAIN[name]})) for name in on}
+    return {name: predict(changed, stage, num_classes=num_classes).peak_bytes - peak_bytes for name, changed in without.items()}
 
 
 def count_step(work: Work, *, on_cpu: bool) -> Counted:
