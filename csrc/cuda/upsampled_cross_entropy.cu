@@ -227,7 +227,7 @@ struct Shape {
 // The window a lane holds: a cell's columns whole, as far as registers go, or half of them.
 Shape shape_of(const Upsampling& a) {
   const int64_t pixels = most_pixels(make_axis(static_cast<int>(a.logits.width), static_cast<int>(a.width), a.align_corners));
-  return pixels <= 3 ? Shape{3, 3} : pixels <= 5 || pixels == 9 || pixels == 10 ? Shape{5, 5} : Shape{4, 8};
+  return pixels <= 3 ? Shape{3, 3} : pixels <= 5 || pixels == 9 || pixels == 10 ? Shape{5, 5} : Shape{3, 8};
 }
 
 CrossEntropyTask make_cross_entropy_task(const UpsampledCrossEntropy& a, const Shape& shape) {
@@ -267,7 +267,7 @@ Status upsampled_cross_entropy(const UpsampledCrossEntropy& a, Stream stream) {
     using T = decltype(type);
     if (shape.columns == 3) return launch_shape<T, 3, 3>(task, a.logits.batch, stream);
     if (shape.columns == 5) return launch_shape<T, 5, 5>(task, a.logits.batch, stream);
-    return launch_shape<T, 4, 8>(task, a.logits.batch, stream);
+    return launch_shape<T, 3, 8>(task, a.logits.batch, stream);
   });
   if (status || a.loss_map) return status;
   return launch(finish_kernel, Grid{1, kUpThreads, sizeof(Shared)}, stream, a.workspace, blocks_of(task, a.logits.batch), a.mean, a.loss);
