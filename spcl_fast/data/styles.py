@@ -1,7 +1,8 @@
 """How scenes look: a rendered style (the source) and a photographed one (the target).
 
 A style gives each kind of part its colours, then light, texture, haze, lens and sensor. The two differ in all of these and share the
-meaning of every part, so what separates them is appearance: a net trained on one sees the other badly, and can learn it.
+meaning of every part, so what separates them is appearance: a net trained on one sees the other badly, and can learn it. The source is
+much the same in every image; the target goes from near to far, from clear days to dusk, haze and noise, as photographs do.
 """
 
 from __future__ import annotations
