@@ -92,6 +92,18 @@ def test_domains_look_different_and_hold_the_same_classes():
     assert s_saturation > 1.3 * t_saturation and t_grain > s_grain
 
 
+def test_light_and_sensor_vary_from_image_to_image_on_target_only():
+    def spreads(kind):
+        data = build_dataset(kind, "", "train", limit=20)
+        pixels = np.stack([np.asarray(data.image(i), np.float32) for i in range(len(data))])
+        brightness = pixels.mean((1, 2, 3))
+        grain = np.median(np.abs(np.diff(pixels, axis=2)), axis=(1, 2, 3))
+        return brightness.std() / brightness.mean(), np.percentile(grain, 90) - np.percentile(grain, 10)
+
+    (source_light, source_grain), (target_light, target_grain) = spreads("generated_source"), spreads("generated_target")
+    assert target_light > 2 * source_light and target_grain > 3 * source_grain + 2
+
+
 def test_scenes_are_made_quickly():
     data = build_dataset("generated_target", "", "train", limit=12)
     CACHE.clear()

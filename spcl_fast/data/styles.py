@@ -1,7 +1,8 @@
 """How scenes look: a rendered style (the source) and a photographed one (the target).
 
 A style gives each kind of part its colours, then light, texture, haze, lens and sensor. The two differ in all of these and share the
-meaning of every part, so what separates them is appearance: a net trained on one sees the other badly, and can learn it.
+meaning of every part, so what separates them is appearance: a net trained on one sees the other badly, and can learn it. The source is
+much the same in every image; the target goes from near to far, from clear days to dusk, haze and noise, as photographs do.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageFilter
 
-from .scenes import KINDS, Scene
+from .scenes import KINDS, Range, Scene
 
 Colour = tuple[int, int, int]
 _TILE = 256  # texture tile, pixels a side
@@ -28,17 +29,18 @@ class Style:
     sky_low: tuple[Colour, ...]  # sky colour at the horizon; `colours["sky"]` is the zenith
     light: tuple[float, float, float]  # brightness of left fronts, of what faces the camera, of right fronts; swapped at random
     texture: dict[str, float]  # strength by kind; "default" for the rest
+    grit: Range  # factor on all of an image's texture strengths
     grain_m: float  # metres of surface per texture pixel
-    shade: float  # how dark the house shadow on the ground is, 0: none
+    shade: Range  # how dark the house shadow on the ground is, 0: none
     haze: tuple[Colour, ...]
-    haze_m: tuple[float, float]  # distance at which haze makes half of the colour
-    exposure: tuple[float, float]
-    gains: tuple[tuple[float, float], ...]  # white balance, range by channel
-    saturation: tuple[float, float]
-    contrast: tuple[float, float]
+    haze_m: Range  # distance at which haze makes half of the colour
+    exposure: Range
+    gains: tuple[Range, ...]  # white balance, range by channel
+    saturation: Range
+    contrast: Range
     vignette: float
-    blur_px: tuple[float, float]
-    noise: tuple[float, float]  # standard deviation in levels of 255
+    blur_px: Range
+    noise: Range  # standard deviation in levels of 255
 
 
 SOURCE = Style(
@@ -75,8 +77,9 @@ SOURCE = Style(
     sky_low=((190, 214, 240), (214, 226, 238)),
     light=(1.0, 0.88, 0.72),
     texture={"default": 0.06, "verge": 0.12, "crown": 0.16, "crown_light": 0.16, "hedge": 0.16, "far_trees": 0.1, "sky": 0.0},
+    grit=(1.0, 1.0),
     grain_m=0.12,
-    shade=0.25,
+    shade=(0.25, 0.25),
     haze=((190, 214, 240),),
     haze_m=(250.0, 500.0),
     exposure=(0.92, 1.06),
@@ -113,7 +116,7 @@ TARGET = Style(
         "glass": ((47, 56, 68), (74, 85, 97)),
         "tyre": ((30, 29, 29),),
         "lamp": ((186, 60, 49), (228, 218, 186)),
-        "coat": ((102, 64, 111), (126, 79, 116), (94, 61, 118), (172, 60, 58), (161, 120, 157)),
+        "coat": ((172, 60, 58), (64, 84, 150), (178, 152, 84), (204, 202, 198), (110, 66, 120), (70, 70, 78)),
         "legs": ((55, 56, 65), (68, 65, 62)),
         "skin": ((210, 164, 133), (139, 95, 73)),
     },
@@ -138,17 +141,18 @@ TARGET = Style(
         "glass": 0.23,
         "window": 0.31,
     },
+    grit=(0.3, 1.4),
     grain_m=0.08,
-    shade=0.45,
+    shade=(0.0, 0.45),
     haze=((214, 208, 196), (204, 206, 208)),
-    haze_m=(90.0, 220.0),
-    exposure=(0.82, 1.12),
-    gains=((1.0, 1.06), (0.98, 1.02), (0.92, 1.01)),
+    haze_m=(40.0, 400.0),
+    exposure=(0.45, 1.1),
+    gains=((0.95, 1.08), (0.97, 1.03), (0.9, 1.05)),
     saturation=(0.7, 1.0),
     contrast=(0.85, 1.05),
-    vignette=0.25,
-    blur_px=(0.3, 0.8),
-    noise=(3.0, 7.0),
+    vignette=0.15,
+    blur_px=(0.0, 1.2),
+    noise=(3.0, 22.0),
 )
 
 
@@ -159,7 +163,7 @@ def paint(scene: Scene, style: Style, rng: np.random.Generator) -> Image.Image:
     picture = colours[:, scene.part]  # [3, H, W] float32, 0-255
     _add_sky(picture, scene, style, rng)
     texture = _texture(scene, style, rng)
-    picture *= 1 + strengths[scene.part] * texture
+    picture *= 1 + np.float32(_between(rng, style.grit)) * strengths[scene.part] * texture
     _add_light(picture, scene, style, sides, rng)
     _add_haze(picture, scene.depth, style, rng)
     _develop(picture, style, rng)
@@ -174,7 +178,7 @@ def paint(scene: Scene, style: Style, rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(_to_uint8(np.asarray(image) + noise))
 
 
-def _between(rng: np.random.Generator, span: tuple[float, float]) -> float:
+def _between(rng: np.random.Generator, span: Range) -> float:
     return span[0] + (span[1] - span[0]) * rng.random()
 
 
@@ -242,11 +246,12 @@ def _add_light(picture: np.ndarray, scene: Scene, style: Style, sides: np.ndarra
     table = of_side[sides + 1]
     table[flat] = 1
     light = table[scene.part]
-    if style.shade:
+    shade = _between(rng, style.shade)
+    if shade:
         reach = _between(rng, (-1.0, 3.5))
         on_ground = np.zeros(256, bool)
         on_ground[flat[1:]] = True
-        light = np.where(on_ground[scene.part] & (scene.across * sun > reach), light * np.float32(1 - style.shade), light)
+        light = np.where(on_ground[scene.part] & (scene.across * sun > reach), light * np.float32(1 - shade), light)
     picture *= light
 
 
