@@ -268,7 +268,8 @@ def test_torchrun_takes_none_of_our_options_for_its_own():
 
 def test_report_and_evaluate_name_a_folder_that_is_not_there(capsys, tmp_path):
     assert "no such run folder" in fails(capsys, 2, "report", str(tmp_path / "none"))
-    assert "--preset NAME or --config" in fails(capsys, 2, "evaluate", str(tmp_path / "none"))
+    assert "no such run folder" in fails(capsys, 2, "evaluate", str(tmp_path / "none"))
+    assert "--preset NAME or --config" in fails(capsys, 2, "evaluate", str(tmp_path))
     assert "usage: spcl-fast predict" in fails(capsys, 2, "predict")
 
 
