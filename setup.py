@@ -94,14 +94,11 @@ class BuildNative(BASE):
 
     def build_cuda(self, ext):
         """Kernels by nvcc, glue by the C++ compiler; what fails here leaves everything else as it is."""
-        reason = NO_CUDA
-        if reason is None:
-            try:
-                ext.extra_objects += compile_cuda(Path(self.build_temp) / "cuda")
-                super().build_extension(ext)
-            except Exception as error:
-                reason = f"the CUDA build failed: {' '.join(str(error).split())[-1000:] or type(error).__name__}"
-        self.cuda_reason = reason
+        try:
+            ext.extra_objects += compile_cuda(Path(self.build_temp) / "cuda")
+            super().build_extension(ext)
+        except Exception as error:
+            self.cuda_reason = f"the CUDA build failed: {' '.join(str(error).split())[-1000:] or type(error).__name__}"
 
     def record(self, reason):
         cuda_reason = reason or getattr(self, "cuda_reason", NO_CUDA)

@@ -135,7 +135,7 @@ def apply_flags(config: Config, flags: dict[str, Any]) -> Config:
 def as_json(found: list[Prediction], config: Config, fitted: Fit | None = None) -> dict[str, Any]:
     result: dict[str, Any] = {
         "settings": {"source.size": list(config.source.size), "target.size": list(config.target.size), **dataclasses.asdict(config.loop)},
-        "stages": [dataclasses.asdict(p) | {"floor_bytes": p.floor_bytes} for p in found],
+        "stages": [dataclasses.asdict(p) for p in found],
     }
     return result | ({"flags": fitted.flags, "command_line": fitted.words()} if fitted is not None else {})
 

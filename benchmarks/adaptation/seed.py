@@ -11,20 +11,13 @@ from typing import Any
 from spcl_fast.config import Config
 from spcl_fast.train.context import Context
 from spcl_fast.train.stages import run_stages
+from spcl_fast.train.summary import NETS
 
 from .lines import add_line, latest
 from .plan import RUNS, Plan, in_order, recipe, recipe_sha256
 from .sharing import take_over
 from .signals import keep_signals
 
-NETS = {
-    "source_only": "source_only",
-    "control": "control",
-    "warmup": "warmup",
-    "adapt": "adapted",
-    "distill": "distilled",
-    "oracle": "oracle",
-}
 PSEUDO_LABELS = ("pseudo_labels", "pseudo_labels_2")
 
 

@@ -7,8 +7,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from spcl_fast.train.summary import NETS
+
 from .lines import by_setting, miou, paired, spread
-from .seed import NETS
 
 NET_NAMES = tuple(NETS.values())
 SIGNALS = ("source_miou", "entropy", "agreement_flip", "agreement_scale", "share_distance", "margin")

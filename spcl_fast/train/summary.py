@@ -17,7 +17,7 @@ from . import distributed
 from .context import Context
 
 # The name of each trained net in summary.json.
-_NETS = {
+NETS = {
     "source_only": "source_only",
     "control": "control",
     "warmup": "warmup",
@@ -32,10 +32,10 @@ _FEATURE_IMAGES = 12
 def write_summary(context: Context) -> dict[str, Any]:
     """summary.json from what the stages wrote so far; a net that was not trained or not judged is null."""
     run, summary = context.run, {"classes": list(context.classes.names)}
-    for stage, name in _NETS.items():
+    for stage, name in NETS.items():
         evaluation = run.read_json(f"{stage}/evaluation.json")
         summary[name] = None if evaluation is None else {key: evaluation[key] for key in ("miou", "iou", "predicted_share")}
-    done = {stage: run.done(stage) or {} for stage in _NETS}
+    done = {stage: run.done(stage) or {} for stage in NETS}
     summary["gap_closed"] = _gap_closed(summary)
     summary["seconds"] = {stage: round(record["seconds"], 1) for stage, record in done.items() if "seconds" in record}
     summary["peak_memory_bytes"] = {stage: record["peak_memory_bytes"] for stage, record in done.items() if "peak_memory_bytes" in record}
