@@ -130,7 +130,7 @@ def order(handle: ctypes.CDLL, name: str) -> Iterator[None]:
 
 
 class Guarded:
-    """Tensors whose memory ends at a page that may not be touched; freed, and checked for writes beyond the end, by close()."""
+    """Tensors whose memory lies between guards that may not be touched; freed, and checked for writes beyond the end, by close()."""
 
     def __init__(self, handle: ctypes.CDLL) -> None:
         self.handle, self.pointers = handle, []

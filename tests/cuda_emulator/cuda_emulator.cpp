@@ -17,7 +17,8 @@
 namespace emulator {
 namespace {
 
-constexpr size_t kStackBytes = 64 << 10, kPage = 4096;
+// A guard is only address space: it is wide, so that a wild index lands in it and not in the memory of the test's own process.
+constexpr size_t kStackBytes = 64 << 10, kPage = 4096, kGuard = 64 << 20;
 
 // ---- switching stacks -------------------------------------------------------------------------------------------
 
@@ -76,26 +77,32 @@ struct Guarded {
 
 size_t to_pages(size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
 
-// `bytes` that end (but for what `alignment` needs) at a page which may not be touched; one such page before, too. All 0xff.
+// `inside` bytes (whole pages) between two guards that may not be touched.
+char* fenced(size_t inside, size_t guard) {
+  void* mapping = mmap(nullptr, inside + 2 * guard, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (mapping == MAP_FAILED) abort();
+  char* data = static_cast<char*>(mapping) + guard;
+  if (mprotect(data, inside, PROT_READ | PROT_WRITE)) abort();
+  return data;
+}
+
+// `bytes` that end (but for what `alignment` needs) at memory which may not be touched; such memory before, too. All 0xff.
 Guarded guarded(size_t bytes, size_t alignment) {
   Guarded g;
   const size_t inside = to_pages(bytes + alignment);
-  g.mapped = inside + 2 * kPage;
-  g.mapping = static_cast<char*>(mmap(nullptr, g.mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-  if (g.mapping == MAP_FAILED) abort();
-  memset(g.mapping + kPage, 0xff, inside);
-  mprotect(g.mapping, kPage, PROT_NONE);
-  mprotect(g.mapping + kPage + inside, kPage, PROT_NONE);
-  g.data = g.mapping + kPage + inside - (bytes + alignment - 1) / alignment * alignment;
+  char* start = fenced(inside, kGuard);
+  memset(start, 0xff, inside);
+  g.mapping = start - kGuard, g.mapped = inside + 2 * kGuard;
+  g.data = start + inside - (bytes + alignment - 1) / alignment * alignment;
   g.bytes = bytes;
   return g;
 }
 
 // Whether nothing was written between the data and its guards.
 bool untouched_around(const Guarded& g) {
-  for (const char* p = g.mapping + kPage; p < g.data; ++p)
+  for (const char* p = g.mapping + kGuard; p < g.data; ++p)
     if (*p != static_cast<char>(0xff)) return false;
-  for (const char* p = g.data + g.bytes; p < g.mapping + g.mapped - kPage; ++p)
+  for (const char* p = g.data + g.bytes; p < g.mapping + g.mapped - kGuard; ++p)
     if (*p != static_cast<char>(0xff)) return false;
   return true;
 }
@@ -347,7 +354,7 @@ const char* run(Body body, void* argument, dim3 blocks, unsigned threads, unsign
   Launch launch{body, argument};
   launch.blocks.resize(cluster);
   launch.fibers.resize(static_cast<size_t>(cluster) * threads);
-  while (stacks.size() < launch.fibers.size()) stacks.push_back(static_cast<char*>(aligned_alloc(16, kStackBytes)));
+  while (stacks.size() < launch.fibers.size()) stacks.push_back(fenced(kStackBytes, kPage));
   for (size_t i = 0; i < launch.fibers.size(); ++i) launch.fibers[i].stack = stacks[i];
   for (Block& block : launch.blocks) block.memory = guarded(shared_bytes, 16);
   launch_ = &launch;
@@ -380,7 +387,7 @@ void emulator_order(int kind, unsigned seed) { emulator::order = static_cast<emu
 
 void emulator_shared_limit(int bytes) { emulator::limit = bytes; }
 
-// Memory that ends at a forbidden page, full of 0xff. `alignment` in bytes.
+// Memory between guards, full of 0xff. `alignment` in bytes.
 void* emulator_allocate(size_t bytes, size_t alignment) {
   const emulator::Guarded g = emulator::guarded(bytes, alignment);
   emulator::buffers[g.data] = g;

@@ -2,7 +2,7 @@
 //
 // Every thread of a block is a fiber. A fiber runs until it waits (__syncthreads, a warp collective) or ends, in an order that the test picks
 // (emulator_order): a missing barrier shows as other bits in another order. Beyond that it finds
-//   * reads and writes out of bounds: shared memory and every buffer made here end at a page that may not be touched;
+//   * reads and writes out of bounds: shared memory, stacks and every buffer made here lie between guards that may not be touched;
 //   * what was never written: shared memory and buffers start as 0xff bytes, which is NaN in every float type;
 //   * a missing wait: a cp.async leaves 0xff until it is waited for;
 //   * a barrier or a collective that not all threads reach: "deadlock", instead of a hang.
