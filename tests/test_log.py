@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import platform
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -275,6 +277,26 @@ def test_without_proc_the_peak_comes_from_rusage(monkeypatch, tmp_path):
     monkeypatch.setattr(memory.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=5))
     monkeypatch.setattr(sys, "platform", "darwin")
     assert memory.peak_bytes() == 5
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
+def test_freed_memory_is_kept_until_the_peak_is_counted_anew():
+    program = """
+import resource, torch
+from spcl_fast.train import memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1 << 24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults(), memory.keep_freed_memory(), [faults() for _ in range(6)][-1])
+print(memory.resident_bytes(), memory.reset_peak() and memory.resident_bytes())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    as_it_comes, kept, faults, before, after = done.stdout.split()
+    assert kept == "True" and int(as_it_comes) > 1000 and int(faults) < 100
+    if after != "False":
+        assert int(before) - int(after) > 48 << 20
 
 
 def test_bytes_are_what_was_given(tmp_path):

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from spcl_fast.models import build_model, lite0
@@ -77,3 +78,16 @@ def test_real_images_give_the_statistics_of_training(monkeypatch):
         features = model.features(images)
     assert len(agreement) == 23 and min(agreement) > 0.8 and np.median(agreement) > 0.96, agreement
     assert features.isfinite().all() and 0.2 < features.std() < 5
+
+
+def test_relu6_is_torchs_and_keeps_its_output_only():
+    x = torch.tensor([-1.0, 0.0, 0.5, 6.0, 7.0, float("nan")], requires_grad=True)
+    expected = F.relu6(x)
+    expected.backward(torch.arange(1.0, 7.0))
+    y, kept = torch.nn.Parameter(x.detach().clone()), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        out = lite0.relu6_(1 * y)
+    out.backward(torch.arange(1.0, 7.0))
+    torch.testing.assert_close(out, expected, equal_nan=True)
+    torch.testing.assert_close(y.grad, x.grad, equal_nan=True)
+    assert out.data_ptr() in kept and len(set(kept)) == 1

@@ -15,6 +15,7 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .base import SegmentationModel, linear_classifier
 from .chain import Block, Chain, run_blocks
@@ -49,6 +50,26 @@ class SameConv2d(nn.Conv2d):
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
+def relu6_(x: Tensor) -> Tensor:
+    """min(max(x, 0), 6) in place. Keeps only its output, which the next convolution keeps anyway; torch's own keeps a copy of x, too."""
+    return F.relu6(x) if torch.compiler.is_compiling() else _ReLU6.apply(x)
+
+
+class _ReLU6(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.mark_dirty(x)
+        x.clamp_(0, 6)
+        ctx.save_for_backward(x)
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (out,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(grad, out, 0, 6)
+
+
 class InvertedBottleneck(nn.Module):
     """1x1 expansion, depthwise convolution, linear 1x1 projection; added to its input where the shapes agree."""
 
@@ -66,8 +87,8 @@ class InvertedBottleneck(nn.Module):
         self.residual = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = F.relu6(conv_norm(self._expand_conv, self._bn0, x), inplace=True) if self.expands else x
-        inner = F.relu6(conv_norm(self._depthwise_conv, self._bn1, inner), inplace=True)
+        inner = relu6_(conv_norm(self._expand_conv, self._bn0, x)) if self.expands else x
+        inner = relu6_(conv_norm(self._depthwise_conv, self._bn1, inner))
         out = conv_norm(self._project_conv, self._bn2, inner)
         return out + x if self.residual else out
 
@@ -101,7 +122,7 @@ class Lite0Encoder(nn.Module):
         return skip, deep
 
     def stem(self, x: Tensor) -> Tensor:
-        return F.relu6(conv_norm(self._conv_stem, self._bn0, x), inplace=True)
+        return relu6_(conv_norm(self._conv_stem, self._bn0, x))
 
 
 def _beside(block: nn.Module, x: Tensor, skip: Tensor | None = None) -> tuple[Tensor, Tensor]:

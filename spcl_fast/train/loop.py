@@ -164,6 +164,8 @@ class _Loop:
         else:
             self.state.share_initial()
         self.run.forget_metrics_after(self.stage, self.done)
+        if self.device.type == "cpu":
+            memory.keep_freed_memory()
         memory.reset_peak(self.device)
 
     def finish(self) -> None:
