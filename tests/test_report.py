@@ -291,7 +291,18 @@ def test_a_collapse_during_adaptation_is_seen_in_the_metrics(tmp_path):
             file.write(json.dumps(line) + "\n")
 
     findings = edited(tmp_path, edit)
-    assert "90% of the target batch was predicted road" in findings["One class takes over during adaptation"].text
+    assert "90% of the target batch was predicted road in adapt" in findings["One class takes over during training"].text
+
+
+def test_prototypes_that_have_become_alike_are_seen_in_the_metrics(tmp_path):
+    def edit(folder, nearest):
+        line = {"stage": "adapt", "step": 400, "predicted_share": [1 / 8] * 8, "prototype_nearest": nearest}
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    found = edited(tmp_path / "alike", lambda folder: edit(folder, [0.5, 0.995, 0.9, 0.995, *[0.3] * 4]))
+    assert f"of {CLASSES[1]}, {CLASSES[3]} point" in found["Prototypes have become alike"].text
+    assert "Prototypes have become alike" not in edited(tmp_path / "apart", lambda folder: edit(folder, [0.9] * 8))
 
 
 def test_pseudo_labels_that_keep_everything_are_said(tmp_path):

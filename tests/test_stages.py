@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -86,9 +87,26 @@ def test_log_shows_what_would_reveal_a_collapse(finished):
     line = finished.run.metrics("adapt")[-1]
     num_classes = len(finished.classes)
     assert line.keys() >= {"segmentation", "source_excess", "target_excess", "lr", "images_per_s", "data_wait", "peak_memory_bytes"}
-    assert len(line["prototype_norm"]) == len(line["kept_share"]) == num_classes and sum(line["predicted_share"]) == pytest.approx(
-        1, abs=1e-4
-    )
+    assert len(line["prototype_norm"]) == len(line["kept_share"]) == len(line["prototype_nearest"]) == num_classes
+    assert max(line["prototype_nearest"]) <= 1 + 1e-5
+    for stage in ("warmup", "adapt", "distill"):
+        assert sum(finished.run.metrics(stage)[-1]["predicted_share"]) == pytest.approx(1, abs=1e-4)
+
+
+def test_a_collapse_is_said_while_the_net_trains_and_once(finished, monkeypatch):
+    output = io.StringIO()
+    monkeypatch.setattr(finished.run, "output", output)
+    names = finished.classes.names
+    shares = [0.0] * len(names)
+    shares[2] = 1.0
+    watch = finished._warn_of_collapse()
+    watch({"stage": "adapt", "step": 10, "predicted_share": [1 / len(names)] * len(names)})
+    assert not output.getvalue()
+    for _ in range(2):
+        watch({"stage": "adapt", "step": 20, "predicted_share": shares})
+    said = output.getvalue()
+    assert said.count("warning: One class takes over") == 1 and f"100% of the target batch was predicted {names[2]}" in said
+    assert "adapt.contrast_weight" in said
 
 
 def test_a_finished_run_is_skipped_and_other_settings_are_refused(finished, capsys):

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .collapse import COLLAPSED, nearly_all_kept, signs
 from .run_folder import NETS, Evaluation, RunFolder, number
 
-COLLAPSED = 0.8  # share of all pixels predicted as one class
-ALL_KEPT = 0.95  # share of target pixels with a pseudo-label, where about half is asked for
 NEVER = 1e-5  # share of pixels below which a class counts as never predicted
 OCCURS = 1e-3
 WAITING = 0.3  # share of the time spent waiting for data
@@ -47,22 +46,15 @@ def _collapse(run: RunFolder) -> list[Finding]:
         else:
             advice = "Lower the weight of the contrastive loss or the learning rate, and look at the pseudo-labels that it started from."
         found.append(Finding("bad", "Collapsed to one class", f"Of the target's pixels {_list(nets)}. {advice}"))
-    records = [record for record in run.metrics.get("adapt", []) if isinstance(record.get("predicted_share"), list)]
-    if records:
-        shares = [number(value) or 0.0 for value in records[-1]["predicted_share"]]
-        if shares and max(shares) > COLLAPSED:
-            name = _class_name(run, int(np.argmax(shares)))
-            text = f"At the last logged step {max(shares):.0%} of the target batch was predicted {name}. A falling loss means nothing then."
-            found.append(Finding("bad", "One class takes over during adaptation", text))
+    for records in run.metrics.values():
+        last = next((record for record in reversed(records) if "predicted_share" in record or "prototype_nearest" in record), {})
+        found += [Finding("bad", sign.title, sign.text) for sign in signs(last, run.classes)]
     for stage, record in run.thresholds.items():
-        predicted = sum(value for value in map(number, record["predicted_pixels"].values()) if value)
-        kept = sum(value for value in map(number, record["kept_pixels"].values()) if value)
-        if predicted and kept / predicted > ALL_KEPT:
-            text = (
-                f"{kept / predicted:.0%} of the pixels passed their threshold in {stage}. Thresholds that keep everything filter nothing: "
-                "the net is over-confident, or pseudo_label.quantile is too low."
-            )
-            found.append(Finding("bad", "Nearly every pixel got a pseudo-label", text))
+        predicted, kept = (
+            sum(value for value in map(number, record[key].values()) if value) for key in ("predicted_pixels", "kept_pixels")
+        )
+        sign = nearly_all_kept(stage, predicted, kept)
+        found += [Finding("bad", sign.title, sign.text)] if sign else []
     return found
 
 
@@ -72,10 +64,6 @@ def _taken_over(evaluation: Evaluation) -> str | None:
         name for name, share in evaluation.predicted_share.items() if share > max(COLLAPSED, evaluation.true_share.get(name, 0.0) + 0.1)
     ]
     return taken[0] if taken else None
-
-
-def _class_name(run: RunFolder, index: int) -> str:
-    return run.classes[index] if index < len(run.classes) else f"class {index}"
 
 
 def _selection(run: RunFolder) -> list[Finding]:

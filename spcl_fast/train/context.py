@@ -17,6 +17,7 @@ from ..data import Batch, ClassSet, Dataset, class_frequency, dataset_of, train_
 from ..data.augment import output_size
 from ..errors import CheckpointError, DataError
 from ..models import SegmentationModel, build_model
+from ..report.collapse import signs
 from . import distributed
 from .absorb import AbsorbingSGD
 from .checkpoint import Checkpoint
@@ -180,11 +181,28 @@ class Context:
             identity=self.identity(stage, train, after),
             at_checkpoint=lambda done: self._select(stage, model, done),
             plan=lambda: self._planned(stage),
+            watch=self._warn_of_collapse(),
         )
         if result.skipped:
             self.run.say(f"{stage}: finished before ({result.steps} iterations)")
         if not result.skipped or self.run.read_json(f"{stage}/evaluation.json") is None:
             self.judge(stage, self.model_of(stage) if self.config.evaluate.selection != "last" else model)
+
+    def shown(self, train: TrainConfig) -> Callable[[int], bool]:
+        """Whether an iteration ends with a log line."""
+        return lambda it: (it + 1) % self.config.loop.log_every == 0 or it + 1 == train.iterations
+
+    def _warn_of_collapse(self) -> Callable[[Mapping[str, Any]], None]:
+        """Says each sign of a collapse in a stage's log lines once."""
+        said: set[str] = set()
+
+        def watch(record: Mapping[str, Any]) -> None:
+            for sign in signs(record, self.classes.names):
+                if sign.title not in said:
+                    self.run.say(f"warning: {sign.title}. {sign.text}")
+                said.add(sign.title)
+
+        return watch
 
     def _planned(self, stage: str) -> int | None:
         """What `spcl-fast plan` says for this device; None where it cannot tell, which must not stop a training.

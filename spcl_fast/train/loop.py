@@ -75,6 +75,7 @@ def fit(
     identity: Any = None,
     at_checkpoint: Callable[[int], None] | None = None,
     plan: Callable[[], int | None] | None = None,
+    watch: Callable[[Mapping[str, Any]], None] = lambda record: None,
 ) -> FitResult:
     """Train `modules` for `iterations` steps, or what is left of them; afterwards they hold the final state, also if it was there before.
 
@@ -89,6 +90,7 @@ def fit(
         complete. It must leave the modules as it found them, modes too.
 
     plan() -> predicted peak bytes of a step, for the log (None: unknown); asked once, before the first step.
+    watch(record) sees every log line.
 
     Raises OutOfMemory (where it can, with the state before that step saved), NumericError (a value that is not finite; no checkpoint ever
     holds one), CheckpointError, DataError (no more batches), Interrupted (a stop signal; state saved). Waits for the device only where a
@@ -104,7 +106,7 @@ def fit(
         if loop.skip_finished():
             return loop.result(skipped=True)
         loop.resume()
-        loop.train(step, batches, schedule, stop, at_checkpoint)
+        loop.train(step, batches, schedule, stop, at_checkpoint, watch)
         loop.finish()
         stop.raise_if_requested(f"finishing {stage}")
     return loop.result(skipped=False)
@@ -227,6 +229,7 @@ class _Loop:
         schedule: Callable[[int], float],
         stop: StopRequest,
         at_checkpoint: Callable[[int], None] | None,
+        watch: Callable[[Mapping[str, Any]], None],
     ) -> None:
         if self.done >= self.iterations:
             return self._save()
@@ -245,7 +248,9 @@ class _Loop:
                 progress.advance(self.done)
                 last = self.done == self.iterations
                 if last or self.done % self.settings.log_every == 0:
-                    progress.report(self._log(pace), pace.seconds_left(self.done, self.iterations))
+                    record = self._log(pace)
+                    progress.report(record, pace.seconds_left(self.done, self.iterations))
+                    watch(record)
                 if last or self.done % self.settings.checkpoint_every == 0:
                     if at_checkpoint is not None:
                         at_checkpoint(self.done)

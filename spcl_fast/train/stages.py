@@ -18,6 +18,7 @@ from ..data import Batch, Dataset, eval_batches, write_label_png
 from ..errors import CheckpointError
 from ..models import Discriminator, SegmentationModel
 from ..ops import agreement_labels, class_moments, upsampled_prediction
+from ..report.collapse import nearly_all_kept
 from ..thresholds import PseudoLabelThresholds
 from . import distributed, memory
 from .context import Context
@@ -72,7 +73,7 @@ def warmup(context: Context) -> None:
     class_weight = context.class_weight(dataset, train.class_weight_power)
 
     net = context.lean(model, [context.image_shape(train, side, train.augment) for side in ("source", "target")])
-    step = warmup_step(net, discriminator, train, class_weight, context.config.loop.accumulate)
+    step = warmup_step(net, discriminator, train, class_weight, context.config.loop.accumulate, context.shown(train))
     target = context.dataset("target", "train", labels=False)
     context.train(
         "warmup",
@@ -190,14 +191,17 @@ def _pseudo_label(context: Context, stage: str, start: str) -> None:
             labels = upsampled_prediction(logits, use_size[::-1], thresholds=applied.to(logits.device)).labels[0].cpu()
             kept += torch.bincount(labels.flatten(), minlength=256)[: len(kept)]
             write_label_png(context.run.path(stage, f"{name}.png"), labels.numpy(), context.classes.palette)
-        record = _threshold_record(context, thresholds, applied, kept)
+        record = _threshold_record(context, stage, thresholds, applied, kept)
         context.run.write_json(f"{stage}/thresholds.json", record)
         context.run.mark_done(stage, identity)
     distributed.barrier()
 
 
-def _threshold_record(context: Context, thresholds: PseudoLabelThresholds, applied: Tensor, kept: Tensor) -> dict:
+def _threshold_record(context: Context, stage: str, thresholds: PseudoLabelThresholds, applied: Tensor, kept: Tensor) -> dict:
     names, predicted = context.classes.names, thresholds.counts()
+    sign = nearly_all_kept(stage, int(predicted.sum()), int(kept.sum()))
+    if sign is not None:
+        context.run.say(f"warning: {sign.title}. {sign.text}")
     never = [name for name, count in zip(names, predicted.tolist(), strict=True) if not count]
     if never:
         context.run.say(f"pseudo-labels: never predicted on target: {', '.join(never)}")
@@ -248,11 +252,8 @@ def adapt(context: Context) -> None:
     source_data, target_data = context.dataset("source", "train"), context.pseudo_labelled("pseudo_labels")
     class_weight = context.class_weight(source_data, train.class_weight_power)
 
-    def shown(it: int) -> bool:
-        return (it + 1) % context.config.loop.log_every == 0 or it + 1 == train.iterations
-
     shapes = [context.image_shape(train, "source", train.augment), context.image_shape(train, "target", train.target_augment)]
-    step = adapt_step(context.lean(model, shapes), bank, train, class_weight, context.config.loop.accumulate, shown)
+    step = adapt_step(context.lean(model, shapes), bank, train, class_weight, context.config.loop.accumulate, context.shown(train))
     context.train(
         "adapt",
         model,
@@ -286,7 +287,7 @@ def distill(context: Context) -> None:
     shapes = [context.image_shape(train, "target", train.augment)]
     if train.source_weight:
         shapes.append(context.image_shape(train, "source", context.config.adapt.augment))
-    step = distill_step(context.lean(model, shapes), train, class_weight, context.config.loop.accumulate)
+    step = distill_step(context.lean(model, shapes), train, class_weight, context.config.loop.accumulate, context.shown(train))
 
     batches = context.batches("distill", "target", target_data, train, train.augment)
     if train.source_weight:

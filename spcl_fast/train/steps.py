@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from ..data import Batch  # at run time any dataclass with images, labels, names: steps need no reader of files
 
 Step = Callable[[Any, int], dict[str, Tensor]]
+Look = Callable[[Tensor], None]  # is given logits [B, K, h, w] on the way
+Shown = Callable[[int], bool]  # whether diagnostics belong to the values of this iteration
 IGNORE = 255
 
 
@@ -72,13 +74,21 @@ def total(values: Sequence[Tensor]) -> Tensor:
 
 
 def segmentation_pass(
-    net: LeanModel, batch: Batch, accumulate: int, *, temperature: float, class_weight: Tensor | None, weight: float = 1.0
+    net: LeanModel,
+    batch: Batch,
+    accumulate: int,
+    *,
+    temperature: float,
+    class_weight: Tensor | None,
+    weight: float = 1.0,
+    look: Look = lambda logits: None,
 ) -> Tensor:
-    """Cross-entropy of a batch, gone backward. -> its value."""
+    """Cross-entropy of a batch, gone backward. -> its value. `look` is shown the logits of every part."""
     parts, values = parts_of(batch, accumulate), []
     for part, share in zip(parts, shares([part.labels for part in parts], class_weight), strict=True):
         _, logits = net(part.images)
         with memory.phase("loss"):
+            look(logits.detach())
             loss = share * upsampled_cross_entropy(logits, part.labels, temperature=temperature, class_weight=class_weight)
         backward(weight * loss)
         values.append(loss.detach())
@@ -92,15 +102,19 @@ def supervised_step(net: LeanModel, train: TrainConfig, class_weight: Tensor | N
     return step
 
 
-def distill_step(net: LeanModel, train: DistillConfig, class_weight: Tensor | None, accumulate: int = 1) -> Step:
-    def loss_on(batch: Batch, weight: float, class_weight: Tensor | None) -> Tensor:
-        return segmentation_pass(net, batch, accumulate, temperature=train.temperature, class_weight=class_weight, weight=weight)
+def distill_step(
+    net: LeanModel, train: DistillConfig, class_weight: Tensor | None, accumulate: int = 1, shown: Shown = lambda it: False
+) -> Step:
+    """Cross-entropy on target against its pseudo-labels; with `source_weight` on source, too."""
 
     def step(batch: Batch | tuple[Batch, Batch], it: int) -> dict[str, Tensor]:
-        if not train.source_weight:
-            return {"distillation": loss_on(batch, 1.0, None)}
-        source, target = batch
-        return {"segmentation": loss_on(source, train.source_weight, class_weight), "distillation": loss_on(target, 1.0, None)}
+        source, target = batch if train.source_weight else (None, batch)
+        values: dict[str, Tensor] = {}
+        common = {"accumulate": accumulate, "temperature": train.temperature}
+        if source is not None:
+            values["segmentation"] = segmentation_pass(net, source, class_weight=class_weight, weight=train.source_weight, **common)
+        values["distillation"] = segmentation_pass(net, target, class_weight=None, look=share_into(values, shown(it)), **common)
+        return values
 
     return step
 
@@ -109,7 +123,12 @@ def distill_step(net: LeanModel, train: DistillConfig, class_weight: Tensor | No
 
 
 def warmup_step(
-    net: LeanModel, discriminator: Discriminator, train: WarmupConfig, class_weight: Tensor | None, accumulate: int = 1
+    net: LeanModel,
+    discriminator: Discriminator,
+    train: WarmupConfig,
+    class_weight: Tensor | None,
+    accumulate: int = 1,
+    shown: Shown = lambda it: False,
 ) -> Step:
     """AdaptSegNet, single level: a discriminator on the softmax maps tells the domains apart, the net learns to fool it on target."""
 
@@ -117,7 +136,7 @@ def warmup_step(
         verdict = discriminator(maps)
         return F.binary_cross_entropy_with_logits(verdict, torch.full_like(verdict, float(is_source)))
 
-    def one(source: Batch, target: Batch, share: Tensor | float) -> tuple[Tensor, ...]:
+    def one(source: Batch, target: Batch, share: Tensor | float, look: Look) -> tuple[Tensor, ...]:
         _, logits = net(source.images)
         with memory.phase("loss"):
             segmentation = share * upsampled_cross_entropy(
@@ -130,6 +149,7 @@ def warmup_step(
 
         _, logits = net(target.images)
         with memory.phase("loss"):
+            look(logits.detach())
             target_maps = softmax_maps(logits, target.images)
             discriminator.requires_grad_(False)
             adversarial = verdict_loss(target_maps, is_source=True) / accumulate
@@ -143,8 +163,11 @@ def warmup_step(
 
     def step(batch: tuple[Batch, Batch], it: int) -> dict[str, Tensor]:
         sources, targets = (parts_of(domain, accumulate) for domain in batch)
-        rows = [one(*row) for row in zip(sources, targets, shares([s.labels for s in sources], class_weight), strict=True)]
-        return dict(zip(("segmentation", "adversarial", "discriminator"), map(total, zip(*rows, strict=True)), strict=True))
+        values: dict[str, Tensor] = {}
+        look = share_into(values, shown(it))
+        rows = [one(*row, look) for row in zip(sources, targets, shares([s.labels for s in sources], class_weight), strict=True)]
+        losses = zip(("segmentation", "adversarial", "discriminator"), map(total, zip(*rows, strict=True)), strict=True)
+        return values | dict(losses)
 
     return step
 
@@ -163,12 +186,11 @@ def adapt_step(
     train: AdaptConfig,
     class_weight: Tensor | None,
     accumulate: int = 1,
-    shown: Callable[[int], bool] = lambda it: False,
+    shown: Shown = lambda it: False,
 ) -> Step:
     """Segmentation loss on source; contrastive loss of both domains against the prototypes, which follow the source.
 
-    `shown(it)`: whether diagnostics belong to the values of this iteration; they take the target classifier forward that training does
-    without (of the last part where there are several).
+    Diagnostics take the target classifier forward that training does without (of the last part where there are several).
     """
     num_classes = bank.prototypes.shape[0]
 
@@ -240,9 +262,27 @@ def _move_prototypes_first(net: LeanModel, bank: PrototypeBank, parts: list[Batc
 
 @torch.no_grad()
 def diagnostics(net: LeanModel, features: Tensor, labels: Tensor, bank: PrototypeBank) -> dict[str, Tensor]:
-    """What shows a collapse while the loss still falls: predicted and kept shares of each class on target, prototype norms."""
+    """What shows a collapse while the loss still falls: predicted and kept shares of each class on target, length of each prototype, and
+    its cosine to the nearest other one.
+    """
     num_classes = bank.prototypes.shape[0]
     with memory.phase("loss"):
-        predicted = F.one_hot(net.classify(features).argmax(1), num_classes).float().mean((0, 1, 2))
         kept = F.one_hot(labels.long().clamp_max(num_classes), num_classes + 1).float().mean((0, 1, 2))[:num_classes]
-    return {"predicted_share": predicted, "kept_share": kept, "prototype_norm": bank.prototypes.norm(dim=1)}
+        unit = F.normalize(bank.prototypes.float(), dim=1)
+        nearest = (unit @ unit.T).fill_diagonal_(-1.0).amax(1)
+        return {
+            "predicted_share": predicted_share(net.classify(features)),
+            "kept_share": kept,
+            "prototype_norm": bank.prototypes.norm(dim=1),
+            "prototype_nearest": nearest,
+        }
+
+
+def predicted_share(logits: Tensor) -> Tensor:
+    """[B, K, h, w] -> share of the pixels predicted as each class, [K]."""
+    return F.one_hot(logits.argmax(1), logits.shape[1]).float().mean((0, 1, 2))
+
+
+def share_into(values: dict[str, Tensor], wanted: bool) -> Look:
+    """Puts the predicted shares of the logits it is given last among a step's values."""
+    return (lambda logits: values.update(predicted_share=predicted_share(logits))) if wanted else (lambda logits: None)

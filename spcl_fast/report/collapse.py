@@ -1,0 +1,66 @@
+"""Signs of a collapse in what training logs. None needs a label of the target: said while a net trains, and again in the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+COLLAPSED = 0.8  # share of all pixels predicted as one class
+ALL_KEPT = 0.95  # share of target pixels with a pseudo-label, where about half is asked for
+ALIKE = 0.98  # cosine of two prototypes; those of healthy nets stay below 0.9
+
+_REMEDY = {
+    "warmup": "Lower warmup.adversarial_weight or warmup.lr",
+    "adapt": "Lower adapt.contrast_weight or adapt.lr, and look at the pseudo-labels that it started from",
+    "distill": "Set distill.source_weight above 0, or train for fewer distill.iterations",
+}
+
+
+@dataclass(frozen=True)
+class Sign:
+    title: str
+    text: str
+
+
+def signs(record: Mapping[str, Any], classes: Sequence[str]) -> list[Sign]:
+    """What a logged line of a stage shows; values of the wrong kind say nothing."""
+    stage = str(record.get("stage"))
+    share, nearest = (_by_class(record.get(name), classes) for name in ("predicted_share", "prototype_nearest"))
+    return [sign for sign in (_one_class(stage, share), _alike(nearest)) if sign is not None]
+
+
+def nearly_all_kept(stage: str, predicted: float, kept: float) -> Sign | None:
+    """predicted, kept: pixels of the target's training images that a class was predicted for, and those whose label was kept."""
+    if not predicted or kept / predicted <= ALL_KEPT:
+        return None
+    text = (
+        f"{kept / predicted:.0%} of the pixels passed their threshold in {stage}. Thresholds that keep everything filter nothing: "
+        "the net is over-confident, or pseudo_label.quantile is too low."
+    )
+    return Sign("Nearly every pixel got a pseudo-label", text)
+
+
+def _by_class(values: Any, classes: Sequence[str]) -> dict[str, float]:
+    if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
+        return {}
+    return dict(zip(classes, values, strict=False))
+
+
+def _one_class(stage: str, share: Mapping[str, float]) -> Sign | None:
+    most = max(share, key=share.__getitem__, default=None)
+    if most is None or not share[most] > COLLAPSED:
+        return None
+    text = f"{share[most]:.0%} of the target batch was predicted {most} in {stage}. A falling loss means nothing then. "
+    return Sign("One class takes over during training", text + f"{_REMEDY.get(stage, 'Lower the learning rate')}.")
+
+
+def _alike(nearest: Mapping[str, float]) -> Sign | None:
+    alike = [name for name, cosine in nearest.items() if cosine > ALIKE]
+    if not alike:
+        return None
+    text = (
+        f"The prototypes of {', '.join(alike)} point where another class's does (cosine above {ALIKE}): the contrast cannot tell these "
+        "classes apart. Train the source stage longer, raise adapt.keep, or merge the classes."
+    )
+    return Sign("Prototypes have become alike", text)
