@@ -294,7 +294,7 @@ print(memory.resident_bytes(), memory.reset_peak() and memory.resident_bytes())
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     as_it_comes, kept, faults, before, after = done.stdout.split()
-    assert kept == "True" and int(as_it_comes) > 1000 and int(faults) < 100
+    assert kept == "True" and int(faults) <= int(as_it_comes) // 4  # of 16384 pages, or 32 huge ones
     if after != "False":
         assert int(before) - int(after) > 48 << 20
 
