@@ -108,6 +108,28 @@ def test_thresholds_stay_small_and_close_on_a_stream_that_drifts():
     assert len(thresholds._classes[0].lower) <= 16384 and thresholds._classes[0].counts.sum() == 500_000
 
 
+def test_a_quantile_that_moves_far_is_nearly_right_and_exact_after_a_second_pass():
+    """Images of one kind after images of another: the median ends where the first pass had joined values."""
+    rng = np.random.default_rng(2)
+    spreads = [(0.45, 0.05)] * 6 + [(0.8, 0.1)] * 10 + [(0.62, 0.02)] * 2
+    values = [np.clip(rng.normal(mean, width, 60_000), 0.1, 0.999).astype(np.float32) for mean, width in spreads]
+    everything = np.sort(np.concatenate(values))
+    exact = everything[int(np.round(len(everything) * 0.5))]
+    thresholds = sf.PseudoLabelThresholds(2, cap=1.0)
+
+    def one_pass():
+        for value in values:
+            thresholds.update((torch.zeros(len(value), dtype=torch.uint8), torch.tensor(value)))
+
+    one_pass()
+    assert not thresholds.exact()[0] and abs(thresholds.thresholds()[0].item() - exact) <= exact / 2048
+    assert len(thresholds._classes[0].lower) <= 16384
+    thresholds.second_pass()
+    one_pass()
+    assert thresholds.exact().all() and thresholds.thresholds().tolist() == [exact, 1.0]
+    assert thresholds.counts().tolist() == [len(everything), 0]
+
+
 def test_thresholds_refuse_in_words():
     with pytest.raises(ValueError, match="one shape"):
         sf.PseudoLabelThresholds(3).update((torch.zeros(2, dtype=torch.uint8), torch.zeros(3)))

@@ -162,7 +162,7 @@ def pseudo_labels_2(context: Context) -> None:
 
 
 def _pseudo_label(context: Context, stage: str, start: str) -> None:
-    """Thresholds from one pass over the images, label PNGs from a second one."""
+    """Thresholds from one pass over the images, or two where the first leaves them inexact; label PNGs from one more."""
     settings: PseudoLabelConfig = context.config.pseudo_label
     identity = context.identity(stage, settings, (start,))
     if context.finished_before(stage, identity):
@@ -182,6 +182,10 @@ def _pseudo_label(context: Context, stage: str, start: str) -> None:
         thresholds = PseudoLabelThresholds(len(context.classes), quantile=settings.quantile, cap=settings.cap)
         for _, logits in estimate():
             thresholds.update(upsampled_prediction(logits, estimate_size[::-1]))
+        if not thresholds.exact().all():
+            thresholds.second_pass()
+            for _, logits in estimate():
+                thresholds.update(upsampled_prediction(logits, estimate_size[::-1]))
         applied = thresholds.thresholds()
         if first_round and settings.thresholds is not None:
             applied = load_thres_const(settings.thresholds, len(applied))
