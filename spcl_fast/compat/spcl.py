@@ -87,7 +87,7 @@ class PseudoLabel:
         self.iter += 1
 
     def get_threshold_const(self, thred: float) -> np.ndarray:
-        """[K] float64: min(thred, median of the confidences of each class)."""
+        """[K] float64: min(thred, median of the confidences of each class), within 1/2048 of a median that moved far on the way."""
         thresholds = torch.where(self._thresholds.counts() > 0, self._thresholds.thresholds(), 0.0)
         self.thres = np.minimum(thresholds.double().numpy(), thred)
         return self.thres
