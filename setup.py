@@ -234,7 +234,7 @@ def native_extension() -> Extension:
 
 NO_CUDA = why_no_cuda()
 setup(
-    packages=["spcl_fast"] + [f"spcl_fast.{p}" for p in ("ops", "backends", "compat", "models", "data", "train", "report", "kernels")],
+    packages=["spcl_fast"] + [f"spcl_fast.{p}" for p in ("ops", "backends", "compat", "models", "data", "data.driver", "train", "report", "kernels")],
     package_dir={"spcl_fast": "spcl_fast", "spcl_fast.kernels": "kernels"},
     package_data={"spcl_fast": ["presets/*.yaml"], "spcl_fast.report": ["*.html"]},
     ext_modules=[native_extension(), *([] if NO_CUDA else [cuda_extension()])],

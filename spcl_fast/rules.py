@@ -23,7 +23,7 @@ _TRAINED = ("source_only", "control", "warmup", "adapt", "distill", "oracle")  #
 
 DRIVING = ("gta5", "synthia", "synscapes", "cityscapes")
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "dataset": ("generated_source", "generated_target", *DRIVING, "folders"),
+    "dataset": ("generated_source", "generated_target", "generated_driver", *DRIVING, "folders"),
     "model.name": ("deeplab_v2_resnet101", "deeplab_v2_resnet50", "deeplab_v2_resnet18", "deeplab_v2_vgg16", "lite0", "tiny"),
     "optimizer": ("sgd", "adamw"),
     "init": ("weights", "source_only"),

@@ -37,14 +37,14 @@ class Sky:
 
 
 _CLEAR: dict[str, tuple[float, Sky]] = {  # name: (share, sky)
-    "blue": (0.45, Sky((104, 150, 206), (196, 214, 230), (240, 240, 240), (0.0, 0.45), (1.0, 1.45), (0.75, 1.15))),
-    "bright": (0.40, Sky((214, 226, 238), (244, 246, 248), (255, 255, 255), (0.0, 0.7), (1.1, 1.8), (0.6, 1.1))),
-    "low_sun": (0.15, Sky((120, 140, 180), (244, 214, 176), (230, 196, 170), (0.0, 0.6), (1.0, 1.6), (0.4, 0.9))),
+    "blue": (0.40, Sky((112, 156, 206), (204, 220, 234), (246, 246, 246), (0.0, 0.45), (1.0, 1.4), (0.75, 1.25))),
+    "bright": (0.45, Sky((224, 234, 242), (246, 248, 250), (255, 255, 255), (0.0, 0.7), (1.1, 1.9), (0.6, 1.25))),
+    "low_sun": (0.15, Sky((150, 168, 196), (248, 232, 210), (236, 214, 196), (0.0, 0.6), (1.0, 1.7), (0.5, 1.0))),
 }
 _OVERCAST: dict[str, tuple[float, Sky]] = {
-    "white": (0.50, Sky((232, 236, 240), (246, 246, 246), (214, 218, 222), (0.0, 0.8), (1.1, 1.7), (0.6, 1.05))),
-    "grey": (0.30, Sky((164, 172, 182), (208, 212, 214), (122, 130, 140), (0.3, 0.9), (1.0, 1.4), (0.5, 0.95))),
-    "dusk": (0.20, Sky((104, 120, 136), (168, 180, 180), (66, 76, 86), (0.3, 0.9), (0.9, 1.3), (0.16, 0.45))),
+    "white": (0.55, Sky((236, 240, 244), (248, 248, 248), (214, 218, 222), (0.0, 0.8), (1.1, 1.9), (0.65, 1.25))),
+    "grey": (0.25, Sky((176, 184, 194), (216, 220, 222), (136, 144, 154), (0.3, 0.9), (1.0, 1.4), (0.5, 1.0))),
+    "dusk": (0.20, Sky((128, 144, 156), (188, 200, 202), (86, 98, 106), (0.3, 0.9), (0.9, 1.3), (0.16, 0.45))),
 }
 
 
@@ -82,19 +82,19 @@ def _pick_sky(scene: Scene, rng: np.random.Generator) -> Sky:
 
 def _light_of_facing(scene: Scene, rng: np.random.Generator, sunlight: float) -> list[float]:
     """Brightness of surfaces that lie flat, face the camera, or the street from the left or right side."""
-    sky = [1.0, _between(rng, (0.72, 0.95)), 0.0, 0.0]
-    sky[LEFT] = sky[RIGHT] = _between(rng, (0.7, 0.95))
+    sky = [1.0, _between(rng, (0.5, 0.9)), 0.0, 0.0]
+    sky[LEFT] = sky[RIGHT] = _between(rng, (0.5, 0.9))
     ahead = _between(rng, (-0.6, 1.0))  # the sun behind the camera, or before it
     lit = [0.8, max(ahead, 0.0), 0.0, 0.0]
     lit[LEFT if scene.sun > 0 else RIGHT] = _between(rng, (0.5, 1.1))
-    ambient = 1 - 0.45 * min(sunlight, 1.0)
+    ambient = 1 - 0.5 * min(sunlight, 1.0)
     return [ambient * s + 0.75 * sunlight * direct for s, direct in zip(sky, lit, strict=True)]
 
 
 def _colours(scene: Scene, rng: np.random.Generator, sunlight: float, exposure: float) -> np.ndarray:
     """Colour of every part in its light, float32 [3, parts]. Parts of a group take one draw."""
     lights = _light_of_facing(scene, rng, sunlight)
-    spread, tone = _between(rng, (4, 22)), _between(rng, (0.06, 0.24))
+    spread, tone = _between(rng, (3, 14)), _between(rng, (0.08, 0.32))
     groups = max(part.group for part in scene.parts) + 1
     draws = rng.random((groups, 5)).tolist()
     colours = np.empty((len(scene.parts), 3), np.float32)
@@ -157,7 +157,7 @@ def _texture(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 def _ground_light(scene: Scene, rng: np.random.Generator, sunlight: float) -> np.ndarray:
     """Factor on the colours for shadows: the sun's on the ground, and the dark beneath cars, float32 [H, W]."""
     flat = np.array([part.facing == FLAT for part in scene.parts])[scene.seen]
-    ambient = 1 - 0.45 * min(sunlight, 1.0)
+    ambient = 1 - 0.5 * min(sunlight, 1.0)
     kept = np.float32(0.6 * sunlight / (ambient + 0.6 * sunlight) / 255) * scene.shade
     dark = np.float32(_between(rng, (0.5, 0.85)) / 255) * scene.under
     return np.where(flat, (1 - kept) * (1 - dark), np.float32(1))
@@ -176,7 +176,7 @@ def _haze(picture: np.ndarray, scene: Scene, sky: Sky, rng: np.random.Generator,
 
 def _paint_sky(picture: np.ndarray, scene: Scene, sky: Sky, rng: np.random.Generator) -> None:
     """A gradient from the zenith to the horizon, and clouds that lie flat above."""
-    rows = scene.v < 0.02
+    rows = slice(0, int((scene.v < 0.02).sum()))
     up = np.maximum(-scene.v[rows], 0)[:, None]
     shown = scene.depth[rows] > _SKY_DEPTH
     low = 1 / (1 + up * np.float32(_between(rng, (2.0, 9.0))))
@@ -185,7 +185,7 @@ def _paint_sky(picture: np.ndarray, scene: Scene, sky: Sky, rng: np.random.Gener
     noise = _lay(_coarse(), scene.u[None, :] * flat * 2, flat * 4, shift)
     cover = np.float32(_between(rng, sky.cover))
     clouds = np.clip((noise + 2 * cover - 1) * np.float32(_between(rng, (0.8, 2.5))), 0, 1)
-    gain, spread = _between(rng, sky.gain), (rng.random(3) * 2 - 1) * 8
+    gain, spread = _between(rng, sky.gain), (rng.random(3) * 2 - 1) * 4
     for channel in range(3):
         zenith, horizon, cloud = (np.float32((c[channel] + float(spread[channel])) * gain) for c in (sky.zenith, sky.horizon, sky.cloud))
         plain = zenith + (horizon - zenith) * low
@@ -198,15 +198,15 @@ def _paint_sky(picture: np.ndarray, scene: Scene, sky: Sky, rng: np.random.Gener
 def _photograph(picture: np.ndarray, rng: np.random.Generator) -> Image.Image:
     _develop(picture, rng)
     image = Image.fromarray(_to_uint8(picture.transpose(1, 2, 0)))
-    if rng.random() < 0.35:  # a lens and a file that keep less detail than there are pixels
+    if rng.random() < 0.25:  # a lens and a file that keep less detail than there are pixels
         small = tuple(max(1, round(length * _between(rng, (0.5, 0.9)))) for length in image.size)
         image = image.resize(small, Image.Resampling.BILINEAR).resize(image.size, Image.Resampling.BICUBIC)
-    blur = _often_little(rng, 1.2)
+    blur = _often_little(rng, 1.0)
     if blur > 0.2:
         image = image.filter(ImageFilter.GaussianBlur(blur))
-    if rng.random() < 0.3:
+    if rng.random() < 0.4:
         image = image.filter(ImageFilter.UnsharpMask(1.0, int(rng.integers(40, 130)), 2))
-    sigma = 0.5 + _often_little(rng, 9.0)
+    sigma = 0.4 + _often_little(rng, 7.0)
     height, width = picture.shape[1:]
     # the sum of two uniform bytes is triangular: near enough to a sensor's noise, and exact in integers until the last step
     grains = rng.integers(0, 256, size=(2, height, width, 3), dtype=np.uint8).astype(np.int16)
@@ -220,14 +220,14 @@ def _to_uint8(picture: np.ndarray) -> np.ndarray:
 
 def _develop(picture: np.ndarray, rng: np.random.Generator) -> None:
     """White balance, saturation, tone curve, vignette, in place."""
-    saturation, bend, vignette = _between(rng, (0.45, 1.1)), _between(rng, (-0.25, 0.7)), _often_little(rng, 0.5)
-    warm, green = _between(rng, (-0.09, 0.09)), _between(rng, (-0.04, 0.04))
+    saturation, bend, vignette = _between(rng, (0.3, 1.0)), _between(rng, (-0.5, 0.5)), _often_little(rng, 0.5)
+    warm, green = _between(rng, (-0.06, 0.04)), _between(rng, (-0.025, 0.025))
     grey = picture[0] * np.float32(0.3) + picture[1] * np.float32(0.6) + picture[2] * np.float32(0.1)
     height, width = picture.shape[1:]
     x = (np.arange(width, dtype=np.float32) + np.float32(0.5)) / width * 2 - 1
     y = (np.arange(height, dtype=np.float32) + np.float32(0.5)) / height * 2 - 1
     falloff = (1 - np.float32(vignette / 2) * (x[None, :] * x[None, :] + y[:, None] * y[:, None])) * np.float32(1 / 255)
-    black = np.float32(_often_little(rng, 0.08))
+    black = np.float32(_often_little(rng, 0.06))
     for plane, gain in zip(picture, (1 + warm, 1 + green, 1 - warm), strict=True):
         plane += (grey - plane) * np.float32(1 - saturation)
         plane *= np.float32(gain)

@@ -46,10 +46,10 @@ class Quarter:
 
 
 QUARTERS: dict[str, Quarter] = {
-    "town": Quarter({"house": 0.86, "street": 0.09, "open": 0.05}, {"open": 1.0}, (0.0, 0.3), (6.0, 15.0), (5.0, 16.0), 0.6, 0.05, 0.03, (0, 1)),
+    "town": Quarter({"house": 0.86, "street": 0.09, "open": 0.05}, {"open": 1.0}, (0.0, 0.3), (7.0, 18.0), (5.0, 16.0), 0.6, 0.05, 0.03, (0, 1)),
     "terraces": Quarter(
         {"house": 0.85, "street": 0.09, "open": 0.06}, {"open": 0.45, "wall": 0.25, "hedge": 0.14, "railing": 0.12, "fence": 0.04},
-        (0.8, 3.0), (5.5, 9.5), (5.0, 12.0), 0.08, 0.3, 0.05, (0, 3),
+        (0.8, 3.0), (6.0, 11.0), (5.0, 12.0), 0.08, 0.3, 0.05, (0, 3),
     ),
     "suburb": Quarter(
         {"house": 0.55, "open": 0.35, "street": 0.10}, {"open": 0.25, "wall": 0.22, "hedge": 0.27, "fence": 0.20, "railing": 0.06},
@@ -64,7 +64,7 @@ QUARTERS: dict[str, Quarter] = {
         (3.0, 18.0), (4.0, 8.0), (12.0, 36.0), 0.2, 0.3, 0.12, (1, 5),
     ),
 }  # fmt: skip
-_SHARES = {"town": 0.36, "terraces": 0.22, "suburb": 0.18, "park": 0.14, "works": 0.10}
+_SHARES = {"town": 0.42, "terraces": 0.20, "suburb": 0.16, "park": 0.14, "works": 0.08}
 _FRONT_HEIGHT = {"wall": (0.7, 2.2), "fence": (0.9, 2.0), "railing": (0.9, 1.5), "hedge": (0.9, 2.8)}
 
 

@@ -10,8 +10,6 @@ from .street import Scene, Street
 from .things import place_poles, place_street_trees, place_trees
 from .traffic import place_traffic
 
-SIZE = (480, 360)
-
 
 def make_scene(size: tuple[int, int], rng: np.random.Generator) -> Scene:
     """One street. size: (width, height) in pixels."""

@@ -63,20 +63,20 @@ class Street:
         self.width, self.height = size
         uniform, chance = self.uniform, self.chance
         self.eye, self.focal = uniform(1.3, 1.7), uniform(0.8, 1.3) * self.width
-        self.x0, self.y0 = self.width * uniform(0.34, 0.66), self.height * uniform(0.40, 0.55)
+        self.x0, self.y0 = self.width * uniform(0.34, 0.66), self.height * uniform(0.42, 0.55)
         self.bend = uniform(-0.004, 0.004) if chance(0.4) else 0.0
         self.traffic = -1 if chance(0.5) else 1  # the side of the road that the camera's car keeps to
-        self.lane = uniform(2.8, 3.7)
-        self.parking = {side: chance(0.5) for side in (-1, 1)}
+        self.lane = uniform(2.7, 3.6)
+        self.parking = {side: chance(0.42) for side in (-1, 1)}
         own, other = self.traffic, -self.traffic
         in_lane = uniform(-0.35, 0.35)
         self.centre = other * (self.lane / 2 + in_lane)  # s of the line between the directions
-        lanes = 2 if chance(0.2) else 1
+        lanes = 2 if chance(0.15) else 1
         self.edge = {
-            own: self.lane / 2 - in_lane + self.parking[own] * 2.1 + uniform(0.1, 0.9),
-            other: abs(self.centre) + lanes * self.lane + self.parking[other] * 2.1 + uniform(0.0, 0.8),
+            own: self.lane / 2 - in_lane + self.parking[own] * 2.1 + uniform(0.0, 0.6),
+            other: abs(self.centre) + lanes * self.lane + self.parking[other] * 2.1 + uniform(0.0, 0.5),
         }  # distance of the kerbs
-        self.walk = {side: self.edge[side] + (uniform(1.4, 3.4) if chance(0.8) else uniform(3.4, 6.5)) for side in (-1, 1)}
+        self.walk = {side: self.edge[side] + (uniform(1.6, 4.0) if chance(0.75) else uniform(4.0, 7.5)) for side in (-1, 1)}
         self.sun = (-1.0 if chance(0.5) else 1.0, uniform(0.4, 2.6), uniform(-1.2, 1.2))  # side; shift of a shadow a metre of height, across and along
         u = ((np.arange(self.width) + 0.5 - self.x0) / self.focal).astype(np.float32)
         v = ((np.arange(self.height) + 0.5 - self.y0) / self.focal).astype(np.float32)

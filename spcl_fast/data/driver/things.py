@@ -48,24 +48,25 @@ def _shadow_of_crown(street: Street, s: float, z: float, base: float, radius: fl
 
 
 def _trunk(street: Street, s: float, z: float, height: float, radius: float) -> None:
-    part, thick = street.part("trunk"), street.uniform(0.08, 0.12) * radius
+    part, thick = street.part("trunk"), street.uniform(0.05, 0.09) * radius
     street.shape(part, (s - thick * 1.3, 0, z), (s - thick, height, z), (s + thick, height, z), (s + thick * 1.3, 0, z))
 
 
 def _draw_leafy_tree(street: Street, s: float, z: float, radius: float) -> None:
-    """A crown of many clumps, darker below and inside, each tone a part of its own."""
-    base, group = street.uniform(1.6, 3.2), street.group()
+    """A crown of clumps in three tones, lighter towards the top, with ragged rims."""
+    base, tall = street.uniform(1.6, 3.2), street.uniform(0.8, 1.5)
     _shadow_of_crown(street, s, z, base, radius)
     _trunk(street, s, z, base + radius, radius)
-    tall = street.uniform(0.8, 1.5)
-    crowns = [street.part("crown", group=group if k else street.group()) for k in range(3)]
-    where = street.rng.random((56, 4))
-    for index, (a, b, c, d) in enumerate(where.tolist()):
+    tones = [street.part(kind) for kind in ("crown_dark", "crown", "crown_light")]
+    size_px = street.focal * radius / z
+    for index, (a, b, c, d) in enumerate(street.rng.random((30 + min(int(size_px), 170), 4)).tolist()):
         a, b = 2 * a - 1, 2 * b - 1
-        if a * a + b * b > 1:
+        clump = index < 30
+        if a * a + b * b > (0.6 if clump else 1.15):
             a, b = a * 0.6, b * 0.6
-        r = radius * ((0.22 + 0.22 * c) if index < 24 else (0.06 + 0.12 * c))
-        street.oval(crowns[index % 3 if d < 0.7 else 1], s + radius * a, base + radius * tall * (1 + b), r, r * 0.9, z)
+        r = radius * ((0.18 + 0.22 * c) if clump else (0.03 + 0.09 * c))
+        tone = tones[0 if b + 2 * d < 0.3 else 1 if b + 2 * d < 1.6 else 2]
+        street.oval(tone, s + radius * a, base + radius * tall * (1 + b), r, r * 0.85, z)
 
 
 def _draw_bare_tree(street: Street, s: float, z: float, radius: float) -> None:
@@ -79,11 +80,12 @@ def _draw_bare_tree(street: Street, s: float, z: float, radius: float) -> None:
     for a, b in (street.rng.random((5, 2)) * 2 - 1).tolist():
         street.oval(hull, s + a * radius * 0.55, base + tall * (1 + b * 0.55), radius * 0.5, tall * 0.5, z, pens=labels)
     _trunk(street, s, z, base + tall * 0.4, radius)
-    _branch(street, twigs, (s, base * 0.8, z), (0.0, tall * 0.9), radius * 0.09, 0)
-    for a, b, c, d in (street.rng.random((70, 4)) * 2 - 1).tolist():
+    _branch(street, twigs, (s, base * 0.8, z), (0.0, tall * 0.9), radius * 0.06, 0)
+    size_px = street.focal * radius / z
+    for a, b, c, d in (street.rng.random((60 + min(int(1.5 * size_px), 260), 4)) * 2 - 1).tolist():
         if a * a + b * b < 1:
             start = (s + a * radius * 0.9, base + tall * (1 + b * 0.9), z)
-            street.rod(twigs, start, (start[0] + c * radius * 0.22, start[1] + (0.4 + d) * radius * 0.22, z), 0.02)
+            street.rod(twigs, start, (start[0] + (a + c) * radius * 0.14, start[1] + (0.5 + d) * radius * 0.16, z), 0.012)
 
 
 def _branch(street: Street, part: int, root: tuple[float, float, float], way: tuple[float, float], thick: float, level: int) -> None:
@@ -111,7 +113,7 @@ def place_poles(street: Street) -> list[Thing]:
             things.append((z, lambda z=z, side=side, height=height, arm=arm: _draw_lamp_post(street, side, z, height, arm)))
             z += gap * street.uniform(0.9, 1.1)
         for _ in range(int(street.rng.integers(0, 4))):
-            z = 5 + 40 * street.rng.random() * street.rng.random()
+            z = 6 + 44 * street.rng.random() * street.rng.random()
             things.append((z, lambda z=z, side=side: _draw_sign_post(street, side, z)))
         if street.chance(0.25):
             z, gap = street.uniform(5, 15), street.uniform(1.4, 2.5)
@@ -168,7 +170,7 @@ def _draw_plate(street: Street, s: float, y: float, z: float) -> None:
         street.oval(street.part("sign_back"), s, y, size, size, z)
         return
     rim, face, mark = street.part("sign_rim"), street.part("sign"), street.part("sign_mark")
-    form = street.pick(("round", "round", "triangle", "square", "board"))
+    form = street.pick(("round", "round", "round", "triangle", "triangle", "square", "square", "board"))
     if form == "round":
         street.oval(rim, s, y, size, size, z)
         street.oval(face, s, y, size * 0.76, size * 0.76, z)
@@ -176,7 +178,7 @@ def _draw_plate(street: Street, s: float, y: float, z: float) -> None:
         for part, r in ((rim, size * 1.15), (face, size * 0.7)):
             street.shape(part, (s - r, y - r * 0.75, z), (s, y + r, z), (s + r, y - r * 0.75, z))
     else:
-        wide = size * (1 if form == "square" else street.uniform(1.4, 2.6))
+        wide = size * (1 if form == "square" else street.uniform(1.4, 2.4))
         street.box(face, s - wide, s + wide, y - size, y + size, z)
     street.box(mark, s - size * 0.4, s + size * 0.4, y - size * 0.12, y + size * 0.12, z)
 

@@ -96,9 +96,9 @@ def _moving(street: Street) -> list[Thing]:
 def _walkers(street: Street, busy: float) -> list[Thing]:
     """On the sidewalks, in pairs or alone, and some who cross."""
     things: list[Thing] = []
-    for _ in range(int(street.rng.integers(0, 2 + int(9 * busy)))):
+    for _ in range(int(street.rng.integers(0, 3 + int(12 * busy)))):
         side = street.pick((-1, 1))
-        z = 4.5 + 40 * street.rng.random() * street.rng.random()
+        z = 5 + 34 * street.rng.random() * street.rng.random()
         if street.chance(0.9):
             s = side * (street.edge[side] + 0.3 + (street.walk[side] - street.edge[side] - 0.5) * street.rng.random())
         else:
