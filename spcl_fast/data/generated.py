@@ -1,7 +1,7 @@
 """Street scenes made on the fly from (seed, index), with exact labels: the pair of the demo, and a driver's view with Cityscapes' classes.
 
-Nothing is read or written; a scene is a pure function of its domain, split and index. Making one takes about 5 ms for the pair and ten times as
-long for the driver's view, which is larger; the cache keeps it.
+Nothing is read or written; a scene is a pure function of its domain, split and index. Making one of the pair takes about 5 ms, one of the
+driver's larger pictures about ten times as long; the cache keeps it.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ DOMAINS: dict[str, Domain] = {
 class GeneratedDataset(Dataset):
     """`count` scenes of a domain (default: 400 of train, 60 of val). Training scene i is the same however many there are.
 
-    size: (width, height) in pixels, by default the domain's own. classes and table: other classes, and what the domain's ids become in them.
+    size: (width, height) in pixels, by default the domain's own. classes, table: other classes, and what the domain's ids become in them.
     """
 
     _one_per_image = ("names", "_indices")

@@ -164,8 +164,8 @@ def _pair(kind: str, root: Path, split: str, layout: Layout, labels: bool, limit
 def _shared_classes(
     own: ClassSet, table: LabelTable, to_nineteen: dict[int, int] | None, name: str, path: Path, key: str | None
 ) -> tuple[ClassSet, LabelTable]:
-    """A classes file's classes and the map of a set's ids to them, by the table called `key` or like the set: from its own ids, or from the 19
-    where the file has only those. `own`, `table` and `to_nineteen` are the set's classes and maps without the file."""
+    """A classes file's classes and the map of a set's ids to them, by the table called `key` or like the set: from its own ids, or from the
+    19 where the file has only those. `own`, `table` and `to_nineteen` are the set's classes and maps without the file."""
     classes, tables = read_classes(path)
     wanted = key or name
     if wanted in tables and (wanted != "cityscapes19" or to_nineteen is None):

@@ -138,4 +138,10 @@ def _arrow(street: Street, z: float) -> None:
 def _cover(street: Street, s: float, z: float) -> None:
     street.depth_now = z
     wide, deep = street.pick(((0.35, 0.35), (0.25, 0.45), (0.4, 0.6)))
-    street.shape(street.part("cover", facing=FLAT), (s - wide, 0, z - deep), (s + wide, 0, z - deep), (s + wide, 0, z + deep), (s - wide, 0, z + deep))
+    street.shape(
+        street.part("cover", facing=FLAT),
+        (s - wide, 0, z - deep),
+        (s + wide, 0, z - deep),
+        (s + wide, 0, z + deep),
+        (s - wide, 0, z + deep),
+    )

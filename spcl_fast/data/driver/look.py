@@ -1,4 +1,5 @@
-"""How a street looks: colours, texture, sun and sky, haze, and the camera. All of it varies from image to image around what photographs show.
+"""How a street looks: colours, texture, sun and sky, haze, and the camera. All of it varies from image to image around what photographs
+show.
 
 float32 arrays, and + - * /, comparisons and table look-ups alone, like the scenes themselves.
 """
@@ -12,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from .kinds import KINDS
-from .street import AHEAD, FLAT, LEFT, RIGHT, Scene
+from .street import FLAT, LEFT, RIGHT, Scene
 
 _TILE = 512  # texture tiles, texels a side
 _TEXEL_M = 0.01  # metres of a texel of fine texture in the nearest zone; doubled with every doubling of the distance
@@ -26,7 +27,7 @@ Triple = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Sky:
-    """Colours at the zenith, at the horizon and of clouds, RGB 0-255; how much of it clouds cover, and by how much it outshines the street."""
+    """Colours at the zenith, at the horizon and of clouds, RGB 0-255; how much clouds cover, and by how much it outshines the street."""
 
     zenith: Triple
     horizon: Triple
@@ -137,7 +138,7 @@ def _lay(tile: np.ndarray, across: np.ndarray, along: np.ndarray, shift: np.ndar
 
 
 def _texture(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """Factor on the colours, float32 [H, W]: fine texture that keeps its size in the picture, and coarse patches that lie still on the surface."""
+    """Factor on the colours, float32 [H, W]: fine texture of one size in the picture, coarse patches of one size on the surface."""
     grit, blotch = np.float32(_between(rng, (0.5, 1.5))), np.float32(_between(rng, (0.5, 1.5)))
     kinds = [KINDS[part.kind] for part in scene.parts]
     facing = np.array([part.facing for part in scene.parts], np.int8)[scene.seen]

@@ -1,4 +1,5 @@
-"""What lines the street: on each side a back row of houses, open ground and side streets, and a front row of walls, fences, railings and hedges."""
+"""What lines the street: on each side a back row of houses, open ground and side streets, and a front row of walls, fences, railings and
+hedges."""
 
 from __future__ import annotations
 
@@ -46,7 +47,9 @@ class Quarter:
 
 
 QUARTERS: dict[str, Quarter] = {
-    "town": Quarter({"house": 0.86, "street": 0.09, "open": 0.05}, {"open": 1.0}, (0.0, 0.3), (7.0, 18.0), (5.0, 16.0), 0.6, 0.05, 0.03, (0, 1)),
+    "town": Quarter(
+        {"house": 0.86, "street": 0.09, "open": 0.05}, {"open": 1.0}, (0.0, 0.3), (7.0, 18.0), (5.0, 16.0), 0.6, 0.05, 0.03, (0, 1)
+    ),
     "terraces": Quarter(
         {"house": 0.85, "street": 0.09, "open": 0.06}, {"open": 0.45, "wall": 0.25, "hedge": 0.14, "railing": 0.12, "fence": 0.04},
         (0.8, 3.0), (6.0, 11.0), (5.0, 12.0), 0.08, 0.3, 0.05, (0, 3),
@@ -82,7 +85,9 @@ def plan_row(street: Street, side: int) -> tuple[Row, Quarter]:
         if street.chance(0.5):
             height = street.uniform(*quarter.height)
         shift = street.uniform(-0.3, 0.5) if street.chance(0.4) else 0.0
-        row.lots.append(Lot(kind, z, z + length, street.walk[side] + max(setback + shift * max(setback, 1), 0.05), height if kind == "house" else 0.0))
+        row.lots.append(
+            Lot(kind, z, z + length, street.walk[side] + max(setback + shift * max(setback, 1), 0.05), height if kind == "house" else 0.0)
+        )
         if kind != "street":
             row.fronts += _front_lots(street, quarter, side, z, z + length)
         z += length
@@ -112,7 +117,9 @@ def _facing(side: int) -> int:
     return LEFT if side < 0 else RIGHT
 
 
-def _front_block(street: Street, side: int, lot: Lot, height: float | None = None, base: float = 0.0, set_back: float = 0.0) -> Block | None:
+def _front_block(
+    street: Street, side: int, lot: Lot, height: float | None = None, base: float = 0.0, set_back: float = 0.0
+) -> Block | None:
     z = street.hit(side, lot.front + set_back)
     columns = np.flatnonzero((z >= max(lot.start, 0.5)) & (z < lot.end))
     return street.block(columns, z[columns], np.full(len(columns), lot.height if height is None else height, np.float32), base)
@@ -134,7 +141,9 @@ def _draw_house(street: Street, side: int, lot: Lot, *, shop: bool) -> None:
     along = block.z - np.float32(lot.start)
     if gabled:
         middle = np.float32((lot.end - lot.start) / 2)
-        block.inside &= block.above < (np.float32(lot.height + 2.5) - np.abs(along - middle) * np.float32(5 / (lot.end - lot.start)))[None, :]
+        block.inside &= (
+            block.above < (np.float32(lot.height + 2.5) - np.abs(along - middle) * np.float32(5 / (lot.end - lot.start)))[None, :]
+        )
     block.fill(street.part("house", group=colours, facing=_facing(side)))
     plan.draw(block, along, _facing(side))
 

@@ -1,10 +1,10 @@
 """A street seen through a windscreen while it is being drawn: the camera, the street's cross-section, and the pictures of parts.
 
-Coordinates in metres: `s` across the street (0 at the camera, right positive), `y` above the ground, `z` ahead. The street may bend: what is at (s, z)
-lies s + bend * z * z to the right of the camera's axis.
+Coordinates in metres: `s` across the street (0 at the camera, right positive), `y` above the ground, `z` ahead. The street may bend: what
+is at (s, z) lies s + bend * z * z to the right of the camera's axis.
 
-Arrays and scalars use + - * /, square roots and comparisons alone, which IEEE 754 fixes, and Pillow's integer drawing, so that a seed gives the same scene on
-every machine with this version.
+Arrays and scalars use + - * /, square roots and comparisons alone, which IEEE 754 fixes, so a seed gives the same scene on every machine
+with this version.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .kinds import KINDS
+from .kinds import LABELS
 
 FLAT, AHEAD, LEFT, RIGHT = range(4)  # a surface lies on the ground, faces the camera, or faces the street from its left or right side
 FAR = 110.0  # metres: rows of houses end here, then comes the skyline
@@ -52,7 +52,7 @@ class Scene:
 
     def labels(self) -> np.ndarray:
         """uint8 [H, W], every pixel labelled."""
-        return np.array([KINDS[part.kind].label for part in self.parts], np.uint8)[self.part]
+        return np.array([LABELS[part.kind] for part in self.parts], np.uint8)[self.part]
 
 
 class Street:
@@ -77,7 +77,11 @@ class Street:
             other: abs(self.centre) + lanes * self.lane + self.parking[other] * 2.1 + uniform(0.0, 0.5),
         }  # distance of the kerbs
         self.walk = {side: self.edge[side] + (uniform(1.6, 4.0) if chance(0.75) else uniform(4.0, 7.5)) for side in (-1, 1)}
-        self.sun = (-1.0 if chance(0.5) else 1.0, uniform(0.4, 2.6), uniform(-1.2, 1.2))  # side; shift of a shadow a metre of height, across and along
+        self.sun = (
+            -1.0 if chance(0.5) else 1.0,
+            uniform(0.4, 2.6),
+            uniform(-1.2, 1.2),
+        )  # side; shift of a shadow a metre of height, across and along
         u = ((np.arange(self.width) + 0.5 - self.x0) / self.focal).astype(np.float32)
         v = ((np.arange(self.height) + 0.5 - self.y0) / self.focal).astype(np.float32)
         shape = (self.height, self.width)
@@ -202,7 +206,7 @@ class Street:
 
 @dataclass
 class Block:
-    """Pixels of one upright surface. `z` float32 [columns]; `above`: height over the ground, float32 [rows, columns]; `inside`: where it shows."""
+    """Pixels of one upright surface. z: float32 [columns]; above: metres over the ground, float32 [rows, columns]; inside: where it is."""
 
     scene: Scene
     at: tuple[slice, slice]

@@ -40,7 +40,7 @@ def _tree(street: Street, s: float, z: float, bare: float, radius: float) -> Thi
 def _shadow_of_crown(street: Street, s: float, z: float, base: float, radius: float) -> None:
     """Blotches where the crown keeps the sun away."""
     side, reach, skew = street.sun
-    for a, b, c in street.rng.random((14, 3)) * 2 - 1:
+    for a, b, c in (street.rng.random((14, 3)) * 2 - 1).tolist():
         height = base + radius * (1 + a)
         at = s - side * reach * height + radius * b, z + skew * height + radius * c
         if at[1] > 2:
@@ -117,7 +117,10 @@ def place_poles(street: Street) -> list[Thing]:
             things.append((z, lambda z=z, side=side: _draw_sign_post(street, side, z)))
         if street.chance(0.25):
             z, gap = street.uniform(5, 15), street.uniform(1.4, 2.5)
-            things += [(z + k * gap, lambda z=z + k * gap, side=side: _draw_bollard(street, side, z)) for k in range(int(street.rng.integers(3, 9)))]
+            things += [
+                (z + k * gap, lambda z=z + k * gap, side=side: _draw_bollard(street, side, z))
+                for k in range(int(street.rng.integers(3, 9)))
+            ]
     if street.chance(0.45):
         z = 6 + 26 * street.rng.random()
         for side in (-1, 1):

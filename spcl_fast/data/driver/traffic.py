@@ -72,7 +72,9 @@ def _moving(street: Street) -> list[Thing]:
     things: list[Thing] = []
     z = 6 + 30 * street.rng.random()
     while z < 80 and street.chance(0.62):
-        car = Vehicle.nearest_at(street, pick_model(street, parked=False), street.uniform(-0.4, 0.4), z, _turned(street.uniform(-0.03, 0.03), True))
+        car = Vehicle.nearest_at(
+            street, pick_model(street, parked=False), street.uniform(-0.4, 0.4), z, _turned(street.uniform(-0.03, 0.03), True)
+        )
         things.append(_thing(car, z))
         z += car.length + street.uniform(3, 25)
     z = 5 + 30 * street.rng.random()
@@ -86,7 +88,9 @@ def _moving(street: Street) -> list[Thing]:
     if street.chance(0.12):
         z = street.uniform(9, 25)
         slope = street.pick((1.0, -1.0)) * street.uniform(0.35, 1.1)
-        things.append(_thing(Vehicle(street, pick_model(street, parked=False), street.uniform(-3, 3), z, _turned(slope, street.chance(0.5))), z))
+        things.append(
+            _thing(Vehicle(street, pick_model(street, parked=False), street.uniform(-3, 3), z, _turned(slope, street.chance(0.5))), z)
+        )
     return things
 
 
@@ -124,10 +128,8 @@ def draw_person(street: Street, s: float, z: float) -> None:
     hem = hip - street.uniform(0.0, 0.35) if street.chance(0.3) else hip
     for way in (-1, 1):
         street.shape(legs, (s - 0.12, hip, z), (s + 0.12, hip, z), (s + 0.07 + way * step, 0.0, z), (s - 0.07 + way * step, 0.0, z))
-    street.shape(
-        coat, (s - wide * 0.75, hem, z), (s - wide, neck - 0.14, z), (s - wide * 0.5, neck, z), (s + wide * 0.5, neck, z), (s + wide, neck - 0.14, z),
-        (s + wide * 0.75, hem, z),
-    )  # fmt: skip
+    outline = ((-0.75, hem), (-1.0, neck - 0.14), (-0.5, neck), (0.5, neck), (1.0, neck - 0.14), (0.75, hem))
+    street.shape(coat, *((s + wide * share, y, z) for share, y in outline))
     for way in (-1, 1):
         hand = s + way * (wide + street.uniform(0.0, 0.12))
         street.rod(coat, (s + way * (wide - 0.05), neck - 0.1, z), (hand, hip + 0.02, z), 0.1)
@@ -187,9 +189,8 @@ def _draw_scooter(street: Street, s: float, z: float, seen: float) -> None:
     reach = 0.6 * seen
     for way in (-1, 1):
         street.oval(tyre, s + way * reach, 0.3, max(0.07, 0.3 * seen), 0.3, z)
-    street.shape(
-        body, (s - reach - 0.2, 0.35, z), (s - reach - 0.18, 0.85, z), (s + reach * 0.6, 0.8, z), (s + reach + 0.16, 1.05, z), (s + reach + 0.2, 0.4, z)
-    )  # fmt: skip
+    outline = ((-reach - 0.2, 0.35), (-reach - 0.18, 0.85), (reach * 0.6, 0.8), (reach + 0.16, 1.05), (reach + 0.2, 0.4))
+    street.shape(body, *((s + off, y, z) for off, y in outline))
     street.oval(200, s, 0, reach + 0.3, 0.35 * street.eye / z, z, pens=(street.under_pen,))
 
 
@@ -197,18 +198,20 @@ def _draw_rider(street: Street, s: float, z: float, *, motor: bool, sideways: bo
     seen = street.uniform(0.75, 1.0) if sideways else street.uniform(0.0, 0.3)
     _shade_figure(street, s, z, 1.7)
     (_draw_scooter if motor else _draw_bicycle)(street, s, z, seen)
-    coat, legs, skin, helmet = (street.part(f"rider_{kind}") if kind != "helmet" else street.part(kind) for kind in ("coat", "legs", "skin", "helmet"))
+    coat, legs, skin, helmet = (
+        street.part(f"rider_{kind}") if kind != "helmet" else street.part(kind) for kind in ("coat", "legs", "skin", "helmet")
+    )
     lean, wide = 0.3 * seen, street.uniform(0.2, 0.26)
     hip, neck = s - 0.2 * seen, 1.42
     for way in (-1, 1):
         knee = (hip + 0.28 * seen + way * 0.1, 0.62 + way * 0.08, z)
         street.rod(legs, (hip + way * 0.08 * (1 - seen), 0.95, z), knee, 0.15)
         street.rod(legs, knee, (s + 0.02 * seen + way * 0.09, 0.3 - way * 0.1, z), 0.11)
-    street.shape(
-        coat, (hip - wide * 0.7, 0.9, z), (hip + lean - wide, neck - 0.1, z), (hip + lean, neck + 0.04, z), (hip + lean + wide, neck - 0.1, z),
-        (hip + wide * 0.7, 0.9, z),
-    )  # fmt: skip
+    outline = ((-wide * 0.7, 0.9), (lean - wide, neck - 0.1), (lean, neck + 0.04), (lean + wide, neck - 0.1), (wide * 0.7, 0.9))
+    street.shape(coat, *((hip + off, y, z) for off, y in outline))
     for way in (-1, 1):
-        street.rod(coat, (hip + lean + way * wide * 0.8 * (1 - seen), neck - 0.08, z), (s + 0.4 * seen + way * 0.28 * (1 - seen), 1.04, z), 0.09)
+        street.rod(
+            coat, (hip + lean + way * wide * 0.8 * (1 - seen), neck - 0.08, z), (s + 0.4 * seen + way * 0.28 * (1 - seen), 1.04, z), 0.09
+        )
     street.oval(skin, hip + lean * 1.3, neck + 0.16, 0.1, 0.13, z)
     street.oval(helmet, hip + lean * 1.3, neck + 0.22, 0.12, 0.1, z)
