@@ -18,8 +18,10 @@ def draw_sky_and_skyline(street: Street) -> None:
     scene.depth[:] = 1000
     line = street.y0
     lines = np.arange(street.height)[:, None]
-    wooded = street.uniform(0.03, 0.12)
-    for kind, tallest, narrow in (("skyline", 0.11, 0.015), ("far_trees", wooded, 0.006), ("skyline", 0.04, 0.012)):
+    layers = [("skyline", street.uniform(0.06, 0.14), 0.015), ("far_trees", street.uniform(0.0, 0.09), 0.006), ("skyline", 0.03, 0.02)]
+    if street.chance(0.4):
+        layers = [layers[1], layers[0], layers[2]]
+    for kind, tallest, narrow in layers:
         part = street.part(kind)
         narrow_px = max(1, round(narrow * street.width))
         steps = rng.integers(narrow_px, narrow_px * 4, size=street.width // narrow_px + 1)

@@ -84,10 +84,11 @@ def plan_row(street: Street, side: int) -> tuple[Row, Quarter]:
         length = street.uniform(6.0, 9.0) if kind == "street" else street.uniform(*quarter.length)
         if street.chance(0.5):
             height = street.uniform(*quarter.height)
-        shift = street.uniform(-0.3, 0.5) if street.chance(0.4) else 0.0
-        row.lots.append(
-            Lot(kind, z, z + length, street.walk[side] + max(setback + shift * max(setback, 1), 0.05), height if kind == "house" else 0.0)
-        )
+        front = street.walk[side] + setback + (max(setback, 1) * street.uniform(-0.3, 0.5) if street.chance(0.4) else 0.0)
+        if kind == "open" and street.chance(0.6):  # a house far back
+            kind, front = "house", front + street.uniform(8, 30)
+        front = max(front, street.walk[side] + 0.05)
+        row.lots.append(Lot(kind, z, z + length, front, height if kind == "house" else 0.0))
         if kind != "street":
             row.fronts += _front_lots(street, quarter, side, z, z + length)
         z += length
@@ -134,6 +135,8 @@ def _draw_house(street: Street, side: int, lot: Lot, *, shop: bool) -> None:
         roof = _front_block(street, side, lot, lot.height + rise, base=lot.height - 0.5, set_back=street.uniform(1.0, 3.5))
         if roof:
             roof.fill(street.part("roof", facing=_facing(side)))
+        for _ in range(int(street.rng.integers(0, 3))):
+            _draw_chimney(street, side, lot, rise, colours)
     _draw_end(street, side, lot, colours, plan)
     block = _front_block(street, side, lot, lot.height + (2.5 if gabled else 0))
     if block is None:
@@ -146,6 +149,7 @@ def _draw_house(street: Street, side: int, lot: Lot, *, shop: bool) -> None:
         )
     block.fill(street.part("house", group=colours, facing=_facing(side)))
     plan.draw(block, along, _facing(side))
+    _draw_clutter(street, block, along, lot, colours, _facing(side))
 
 
 def _draw_end(street: Street, side: int, lot: Lot, colours: int, plan: _Openings) -> None:
@@ -164,6 +168,29 @@ def _draw_end(street: Street, side: int, lot: Lot, colours: int, plan: _Openings
             plan.draw(block, along, AHEAD)
 
 
+def _draw_chimney(street: Street, side: int, lot: Lot, rise: float, colours: int) -> None:
+    start, top = street.uniform(lot.start, lot.end - 0.9), lot.height + rise * street.uniform(0.6, 1.3) + 0.6
+    stack = Lot("chimney", start, start + street.uniform(0.6, 1.2), lot.front, top)
+    if block := _front_block(street, side, stack, base=lot.height - 0.2, set_back=street.uniform(0.2, 2.0)):
+        block.fill(street.part("house", group=colours, facing=AHEAD))
+
+
+def _draw_clutter(street: Street, block: Block, along: np.ndarray, lot: Lot, colours: int, facing: int) -> None:
+    """What breaks a front's order: pipes, boards, vents, blinds, bricked-up openings, stains, each a rectangle."""
+    length = lot.end - lot.start
+    bounds = street.rng.random((int(street.rng.integers(2, 12)), 5)).tolist()
+    for a, b, c, d, e in bounds:
+        pipe = e < 0.25
+        wide, tall = (0.12, lot.height) if pipe else (0.3 + 2.2 * c * c, 0.2 + 1.6 * d * d)
+        low = 0.0 if pipe else b * max(lot.height - tall, 0.0)
+        kind = street.pick(("trim", "pane", "door", "house", "frame", "fascia", "shop_pane"))
+        part = street.part(kind, group=colours if pipe and b < 0.3 else None, facing=AHEAD if b < 0.3 else facing)
+        columns = np.flatnonzero((along > a * length) & (along < a * length + wide))
+        if len(columns):
+            strip = block.columns(slice(int(columns[0]), int(columns[-1]) + 1))
+            strip.fill(part, (strip.above > low) & (strip.above < low + tall))
+
+
 class _Openings:
     """Windows, doors and shop fronts of one house, the same for its front and its ends."""
 
@@ -175,13 +202,14 @@ class _Openings:
         self.wide, self.sill, self.head = uniform(0.28, 0.7), uniform(0.2, 0.35), uniform(0.75, 0.92)
         self.framed, self.banded = street.chance(0.7), street.chance(0.35)
         self.door_every = int(street.rng.integers(2, 5))
-        self.groups = [street.group() for _ in range(6)]
+        self.mix, self.blinds = (street.rng.random(), street.rng.random()), street.uniform(0, 0.6)
+        self.groups = [street.group() for _ in range(7)]
 
     def draw(self, block: Block, along: np.ndarray, facing: int) -> None:
         """along: metres along the surface, float32 [columns]."""
-        frame, pane, trim, door, glass, fascia = (
+        frame, pane, blind, trim, door, glass, fascia = (
             self.street.part(kind, group=group, facing=facing)
-            for kind, group in zip(("frame", "pane", "trim", "door", "shop_pane", "fascia"), self.groups, strict=True)
+            for kind, group in zip(("frame", "pane", "pane", "trim", "door", "shop_pane", "fascia"), self.groups, strict=True)
         )
         above, ground = block.above, np.float32(self.ground if self.shop else 0)
         cell = along * np.float32(1 / self.period) + np.float32(self.phase)
@@ -192,7 +220,10 @@ class _Openings:
         if self.framed:
             rim = np.float32(0.09 / self.period)
             block.fill(frame, upper & (off < self.wide / 2 + rim) & (part_of_level > self.sill - 0.04) & (part_of_level < self.head + 0.03))
-        block.fill(pane, upper & (off < self.wide / 2) & (part_of_level > self.sill) & (part_of_level < self.head))
+        glazed = upper & (off < self.wide / 2) & (part_of_level > self.sill) & (part_of_level < self.head)
+        block.fill(pane, glazed)
+        mixed = (np.floor(cell) * np.float32(self.mix[0]) + np.floor(level) * np.float32(self.mix[1])) % 1  # another for each window
+        block.fill(blind, glazed & (mixed < self.blinds) & (part_of_level > np.float32(self.sill) + mixed * np.float32(0.5)))
         if self.framed:
             bar = np.float32(0.03 / self.period)
             block.fill(frame, upper & (off < bar) & (part_of_level > self.sill) & (part_of_level < self.head))

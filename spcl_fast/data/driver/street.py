@@ -224,6 +224,12 @@ class Block:
         self.scene.seen[self.at][mask] = part
         np.copyto(self.scene.depth[self.at], self.z[None, :], where=mask)
 
+    def columns(self, chosen: slice) -> Block:
+        """These columns of it alone."""
+        rows, all_columns = self.at
+        at = rows, slice(all_columns.start + chosen.start, all_columns.start + chosen.stop)
+        return Block(self.scene, at, self.z[chosen], self.above[:, chosen], self.inside[:, chosen])
+
     def name(self, part: int) -> None:
         """Label the surface, but leave what shows there."""
         self.scene.part[self.at][self.inside] = part

@@ -59,12 +59,12 @@ def _draw_leafy_tree(street: Street, s: float, z: float, radius: float) -> None:
     _trunk(street, s, z, base + radius, radius)
     tones = [street.part(kind) for kind in ("crown_dark", "crown", "crown_light")]
     size_px = street.focal * radius / z
-    for index, (a, b, c, d) in enumerate(street.rng.random((30 + min(int(size_px), 170), 4)).tolist()):
+    for index, (a, b, c, d) in enumerate(street.rng.random((30 + min(int(1.5 * size_px), 240), 4)).tolist()):
         a, b = 2 * a - 1, 2 * b - 1
         clump = index < 30
-        if a * a + b * b > (0.6 if clump else 1.15):
+        if a * a + b * b > (0.6 if clump else 1.05):
             a, b = a * 0.6, b * 0.6
-        r = radius * ((0.18 + 0.22 * c) if clump else (0.03 + 0.09 * c))
+        r = radius * ((0.18 + 0.22 * c) if clump else (0.03 + 0.06 * c))
         tone = tones[0 if b + 2 * d < 0.3 else 1 if b + 2 * d < 1.6 else 2]
         street.oval(tone, s + radius * a, base + radius * tall * (1 + b), r, r * 0.85, z)
 

@@ -52,7 +52,8 @@ def _yards(street: Street, rows: dict[int, Row]) -> list[Thing]:
     things: list[Thing] = []
     for side, row in rows.items():
         for lot in row.lots:
-            if lot.kind == "open" and row.yard == "sidewalk" and lot.start > 6 and street.chance(0.35):
+            deep = lot.front > street.walk[side] + 8 or lot.kind == "open"
+            if lot.kind != "street" and deep and row.yard == "sidewalk" and lot.start > 6 and street.chance(0.35):
                 z = lot.start + 1.5
                 while z < min(lot.end, 50):
                     s = side * (street.walk[side] + street.uniform(2.5, 6.0))
