@@ -209,10 +209,17 @@ def _photograph(picture: np.ndarray, rng: np.random.Generator) -> Image.Image:
         image = image.filter(ImageFilter.UnsharpMask(1.0, int(rng.integers(40, 130)), 2))
     sigma = 0.4 + _often_little(rng, 7.0)
     height, width = picture.shape[1:]
-    # the sum of two uniform bytes is triangular: near enough to a sensor's noise, and exact in integers until the last step
-    grains = rng.integers(0, 256, size=(2, height, width, 3), dtype=np.uint8).astype(np.int16)
-    noise = (grains[0] + grains[1] - 255).astype(np.float32) * np.float32(sigma / 104.5)
-    return Image.fromarray(_to_uint8(np.asarray(image) + noise))
+    rows, columns = (
+        np.arange(length) + int(shift) & _TILE - 1 for length, shift in zip((height, width), rng.integers(0, _TILE, 2), strict=True)
+    )
+    return Image.fromarray(_to_uint8(np.asarray(image) + np.float32(sigma) * _sensor_noise()[rows[:, None], columns]))
+
+
+@cache
+def _sensor_noise() -> np.ndarray:
+    """Noise of standard deviation 1, nearly normal, float32 [_TILE, _TILE, 3], made once: drawing it for each image took a quarter of the time."""
+    bytes_ = np.random.Generator(np.random.PCG64(9)).integers(0, 256, size=(3, _TILE, _TILE, 3), dtype=np.uint8)
+    return (bytes_.astype(np.int16).sum(0) - 382).astype(np.float32) * np.float32(1 / 128)
 
 
 def _to_uint8(picture: np.ndarray) -> np.ndarray:

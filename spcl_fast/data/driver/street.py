@@ -217,11 +217,11 @@ class Block:
     def fill(self, part: int, where: np.ndarray | None = None) -> None:
         """Cover what is there with a part, in `inside` or a part of it."""
         mask = self.inside if where is None else self.inside & where
-        self.scene.part[self.at][mask] = part
+        np.copyto(self.scene.part[self.at], part, where=mask)
         self.show(part, mask)
 
     def show(self, part: int, mask: np.ndarray) -> None:
-        self.scene.seen[self.at][mask] = part
+        np.copyto(self.scene.seen[self.at], part, where=mask)
         np.copyto(self.scene.depth[self.at], self.z[None, :], where=mask)
 
     def columns(self, chosen: slice) -> Block:

@@ -132,18 +132,18 @@ class Vehicle:
         self._darken()
         paint = street.group()
         hs, hz = self.heading
-        middle = self.place(self.length / 2, 0, 0)
-        tail_shows = self.place(0, 0, 0)[0] * hs + self.place(0, 0, 0)[2] * hz > 0
-        flank = -1 if -(middle[0] * hz - middle[2] * hs) < 0 else 1  # the side towards the camera
-        flank = -flank if (middle[0] * hz - middle[2] * hs) * flank > 0 else flank
+        middle, tail = self.place(self.length / 2, 0, 0), self.place(0, 0, 0)
+        tail_shows = tail[0] * hs + tail[2] * hz > 0
+        camera = middle[2] * hs - middle[0] * hz  # how far to the vehicle's right the camera is
+        flank = 1 if camera > 0 else -1
+        side = LEFT if hz * flank > 0.3 else RIGHT if hz * flank < -0.3 else AHEAD
         self.body = {facing: street.part(f"{kind}_body", group=paint, facing=facing) for facing in (AHEAD, FLAT)}
-        side = LEFT if (hz * flank) > 0.3 else RIGHT if (hz * flank) < -0.3 else AHEAD
         self.side_body = street.part(f"{kind}_body", group=paint, facing=side)
         self.glass, self.trim, self.tyre, self.void = (street.part(f"{kind}_{what}") for what in ("glass", "trim", "tyre", "void"))
         self._draw_wheels(-flank, rims=False)
         self._draw_top(tail_shows)
         self._draw_end(tail_shows)
-        if abs(middle[0] * hz - middle[2] * hs) > self.width / 2:
+        if abs(camera) > self.width / 2:
             self._draw_flank(flank)
             self._draw_wheels(flank, rims=True)
 
