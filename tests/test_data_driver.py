@@ -100,6 +100,15 @@ def test_a_driver_looks_onto_a_road_under_a_sky(forty):
     assert max((label[-140:] == SKY).mean() for label in forty) == 0
 
 
+def test_the_camera_is_that_of_a_car():
+    streets = [Street((480, 360), generator(seed)) for seed in range(60)]
+    eyes, horizons = [street.eye for street in streets], [street.y0 / 360 for street in streets]
+    focals = [street.focal / 480 for street in streets]
+    for values, low, high in ((eyes, 1.3, 1.7), (horizons, 0.4, 0.55), (focals, 0.8, 1.3)):
+        assert low <= min(values) < low + 0.3 * (high - low) and high - 0.3 * (high - low) < max(values) <= high
+    assert {street.traffic for street in streets} == {-1, 1} and all(-street.edge[-1] < 0 < street.edge[1] for street in streets)
+
+
 # ---- labels ----
 
 

@@ -217,7 +217,7 @@ def _photograph(picture: np.ndarray, rng: np.random.Generator) -> Image.Image:
 
 @cache
 def _sensor_noise() -> np.ndarray:
-    """Noise of standard deviation 1, nearly normal, float32 [_TILE, _TILE, 3], made once: drawing it for each image took a quarter of the time."""
+    """Noise of standard deviation 1, nearly normal, float32 [_TILE, _TILE, 3], made once: it took a quarter of the time."""
     bytes_ = np.random.Generator(np.random.PCG64(9)).integers(0, 256, size=(3, _TILE, _TILE, 3), dtype=np.uint8)
     return (bytes_.astype(np.int16).sum(0) - 382).astype(np.float32) * np.float32(1 / 128)
 
