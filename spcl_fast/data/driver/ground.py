@@ -18,7 +18,7 @@ def draw_sky_and_skyline(street: Street) -> None:
     scene.depth[:] = 1000
     line = street.y0
     lines = np.arange(street.height)[:, None]
-    layers = [("skyline", street.uniform(0.06, 0.14), 0.015), ("far_trees", street.uniform(0.0, 0.09), 0.006), ("skyline", 0.03, 0.02)]
+    layers = [("skyline", street.uniform(0.06, 0.14), 0.015), ("far_trees", street.uniform(0.0, 0.07), 0.006), ("skyline", 0.03, 0.02)]
     if street.chance(0.4):
         layers = [layers[1], layers[0], layers[2]]
     for kind, tallest, narrow in layers:

@@ -132,10 +132,11 @@ def _draw_house(street: Street, side: int, lot: Lot, *, shop: bool) -> None:
     gabled = street.chance(0.25)
     if not gabled and street.chance(0.75):
         rise = street.uniform(1.0, 3.2)
-        roof = _front_block(street, side, lot, lot.height + rise, base=lot.height - 0.5, set_back=street.uniform(1.0, 3.5))
+        roof = _front_block(street, side, lot, lot.height + rise, set_back=street.uniform(1.0, 3.5))
         if roof:
-            roof.fill(street.part("roof", facing=_facing(side)))
-        for _ in range(int(street.rng.integers(0, 3))):
+            roof.fill(street.part("house", group=colours, facing=_facing(side)))
+            roof.fill(street.part("roof", facing=_facing(side)), roof.above > lot.height - 0.3)
+        for _ in range(int(street.rng.integers(0, 5))):
             _draw_chimney(street, side, lot, rise, colours)
     _draw_end(street, side, lot, colours, plan)
     block = _front_block(street, side, lot, lot.height + (2.5 if gabled else 0))
@@ -171,18 +172,18 @@ def _draw_end(street: Street, side: int, lot: Lot, colours: int, plan: _Openings
 def _draw_chimney(street: Street, side: int, lot: Lot, rise: float, colours: int) -> None:
     start, top = street.uniform(lot.start, lot.end - 0.9), lot.height + rise * street.uniform(0.6, 1.3) + 0.6
     stack = Lot("chimney", start, start + street.uniform(0.6, 1.2), lot.front, top)
-    if block := _front_block(street, side, stack, base=lot.height - 0.2, set_back=street.uniform(0.2, 2.0)):
+    if block := _front_block(street, side, stack, base=lot.height - 0.2):
         block.fill(street.part("house", group=colours, facing=AHEAD))
 
 
 def _draw_clutter(street: Street, block: Block, along: np.ndarray, lot: Lot, colours: int, facing: int) -> None:
     """What breaks a front's order: pipes, boards, vents, blinds, bricked-up openings, stains, each a rectangle."""
     length = lot.end - lot.start
-    bounds = street.rng.random((int(street.rng.integers(2, 12)), 5)).tolist()
-    for a, b, c, d, e in bounds:
+    bounds = street.rng.random((int(street.rng.integers(3, 16)), 5)).tolist()
+    for index, (a, b, c, d, e) in enumerate(bounds):
         pipe = e < 0.25
         wide, tall = (0.12, lot.height) if pipe else (0.3 + 2.2 * c * c, 0.2 + 1.6 * d * d)
-        low = 0.0 if pipe else b * max(lot.height - tall, 0.0)
+        low = 0.0 if pipe else b * max((lot.height if index % 2 else 3.0) - tall, 0.0)  # every other one at street level
         kind = street.pick(("trim", "pane", "door", "house", "frame", "fascia", "shop_pane"))
         part = street.part(kind, group=colours if pipe and b < 0.3 else None, facing=AHEAD if b < 0.3 else facing)
         columns = np.flatnonzero((along > a * length) & (along < a * length + wide))
