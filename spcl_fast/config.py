@@ -23,7 +23,7 @@ class ModelConfig:
 class DataConfig:
     """One domain: where its images are and at what size the net sees them."""
 
-    dataset: str = "folders"  # generated_source | generated_target | generated_driver | gta5 | synthia | synscapes | cityscapes | folders
+    dataset: str = "folders"  # folders | gta5 | synthia | synscapes | cityscapes (+generated_driver) | generated_{driver,source,target}
     root: str = ""
     train_split: str = "train"
     val_split: str = "val"

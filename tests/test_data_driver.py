@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,8 +10,10 @@ import zlib
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from spcl_fast.cli import main
+from spcl_fast.config import DataConfig
 from spcl_fast.data import CITYSCAPES_19, build_dataset, check_data, dataset_of
 from spcl_fast.data.cache import CACHE
 from spcl_fast.data.driver.ground import draw_ground, draw_sky_and_skyline
@@ -251,6 +254,57 @@ def test_the_shared_classes_of_camvid_fit(shared_dir):
     assert data.classes.names == ("road", "sidewalk", "building", "fence", "pole", "vegetation", "sky", "car")
     report = check_data(data, 8)
     assert report.ok and (report.shares > 0).all()
+
+
+def test_a_classes_file_without_tables_must_have_the_same_classes(tmp_path):
+    with pytest.raises(DataError, match="other classes than generated_driver"):
+        build_dataset("generated_driver", "", "val", classes=write_classes(tmp_path))
+    (tmp_path / "same.json").write_text(json.dumps({"names": CITYSCAPES_19.names, "palette": CITYSCAPES_19.palette}))
+    assert build_dataset("generated_driver", "", "val", limit=1, classes=tmp_path / "same.json").label(0).max() < 19
+
+
+# ---- joined to another source ----
+
+
+@pytest.fixture
+def town(tmp_path):
+    """Two labelled photographs of another set, with ids of its own: 0, 1 and 2."""
+    for index in range(2):
+        for folder, picture in (("images", np.full((9, 16, 3), 90, np.uint8)), ("labels", np.full((9, 16), index, np.uint8))):
+            (tmp_path / "town" / folder / "train").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(tmp_path / "town" / folder / "train" / f"a{index}.png")
+    path = write_classes(tmp_path, town={"0": 1, "1": 0}, cityscapes19={"0": 0, "13": 1})
+    return DataConfig(dataset="folders+generated_driver", root=str(tmp_path / "town"), size=(64, 36), classes=path)
+
+
+def test_joined_sets_keep_their_images_labels_and_tables(town):
+    data = dataset_of(town, "train")
+    assert len(data) == 402 and data.names[:3] == ["a0", "a1", "generated_driver/train_00000"] and data.classes.names == ("ground", "thing")
+    assert (data.label(0) == 1).all() and (data.label(1) == 0).all()
+    image, label = data.load(2)
+    alone = build_dataset("generated_driver", "", "train", limit=1, classes=town.classes)
+    assert image.size == (64, 36) and set(np.unique(label)) <= {0, 1, 255} and label.shape == (36, 64) and len(alone) == 1
+    subset = data.select([401, 0])
+    assert subset.names == ["generated_driver/train_00399", "a0"] and np.array_equal(subset.label(1), data.label(0))
+    assert np.array_equal(subset.label(0), data.label(401)) and subset.image_path(1).name == "a0.png" and subset.image_path(0) is None
+    assert dataset_of(town, "train", labels=False).label(2) is None
+    assert check_data(data, 4).ok
+
+
+def test_train_images_bounds_the_folder_and_not_the_scenes(town):
+    assert len(dataset_of(dataclasses.replace(town, train_images=1), "train")) == 401
+
+
+def test_joined_sets_of_different_classes_are_refused(town, tmp_path):
+    (tmp_path / "town" / "classes.json").write_text(json.dumps({"names": ["a", "b", "c"]}))
+    with pytest.raises(DataError, match="folders and generated_driver have different classes: a, b, c and road"):
+        dataset_of(dataclasses.replace(town, classes=None), "train")
+
+
+def test_generated_scenes_join_the_source_alone():
+    config = load_config("folders", (), (), [("target.dataset", "folders+generated_driver"), ("source.dataset", "generated_driver")])
+    with pytest.raises(ConfigError, match="generated scenes can join the source alone"):
+        check_config(config)
 
 
 # ---- in a run ----

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..config import DataConfig
 from ..errors import ConfigError, DataError
@@ -24,7 +25,7 @@ from .classes import (
     LabelTable,
     read_classes,
 )
-from .dataset import Dataset, FileDataset, Problem, PseudoLabelled, ReadIds
+from .dataset import Dataset, FileDataset, Joined, Problem, PseudoLabelled, ReadIds
 from .files import find_images, inside, read_ids, read_ids_first_channel_16bit, read_list
 
 log = logging.getLogger("spcl_fast.data")
@@ -68,7 +69,7 @@ def build_dataset(
     With skip_bad_files an image without label is left out and told in `.problems`.
     """
     if kind in GENERATED:
-        return _generated(kind, split, None if classes is None else Path(classes), classes_key, labels, limit)
+        return _generated(kind, split, None if classes is None else Path(classes), classes_key, labels, count=limit)
     if kind not in READERS:
         raise ConfigError(f"dataset {kind!r} is unknown; expected one of {', '.join((*GENERATED, *READERS))}.")
     root = Path(root)
@@ -87,9 +88,13 @@ def build_dataset(
 
 
 def dataset_of(config: DataConfig, split: str, *, labels: bool = True, skip_bad_files: bool = False) -> Dataset:
-    """The data set that the settings of a domain describe; `train_images` bounds the training split alone."""
-    return build_dataset(
-        config.dataset,
+    """The data set that the settings of a domain describe; `train_images` bounds the training split alone.
+
+    "folders+generated_driver" is both, the generated scenes with `size` pixels and not bounded.
+    """
+    kind, _, generated = config.dataset.partition("+")
+    dataset = build_dataset(
+        kind,
         config.root,
         split,
         classes=config.classes,
@@ -99,6 +104,10 @@ def dataset_of(config: DataConfig, split: str, *, labels: bool = True, skip_bad_
         limit=config.train_images if split == config.train_split else None,
         skip_bad_files=skip_bad_files,
     )
+    if not generated:
+        return dataset
+    path = None if config.classes is None else Path(config.classes)
+    return Joined(dataset, _generated(generated, "train" if split == config.train_split else "val", path, None, labels, size=config.size))
 
 
 def with_pseudo_labels(dataset: Dataset, folder: str | Path) -> Dataset:
@@ -182,15 +191,21 @@ def _shared_classes(
     )
 
 
-def _generated(kind: str, split: str, path: Path | None, key: str | None, labels: bool, limit: int | None) -> Dataset:
+def _generated(kind: str, split: str, path: Path | None, key: str | None, labels: bool, **scenes: Any) -> Dataset:
+    """A generated set with its own classes, or with those of a classes file. scenes: `count` and `size` of GeneratedDataset."""
     from .generated import DOMAINS, GeneratedDataset
 
     if path is None:
-        return GeneratedDataset(kind, split, count=limit, has_labels=labels)
+        return GeneratedDataset(kind, split, has_labels=labels, **scenes)
     own = DOMAINS[kind].classes
+    given, tables = read_classes(path)
+    if not tables and given.names != own.names:
+        raise DataError(
+            f'classes file {path} has other classes than {kind}. Add a table of its ids: "from": {{{kind!r}: {{old id: new id}}}}.'
+        )
     ids = {k: k for k in range(len(own))}
     classes, table = _shared_classes(own, LabelTable.of(ids), ids if own == CITYSCAPES_19 else None, kind, path, key)
-    return GeneratedDataset(kind, split, count=limit, has_labels=labels, classes=classes, table=table)
+    return GeneratedDataset(kind, split, has_labels=labels, classes=classes, table=table, **scenes)
 
 
 def _known(table: LabelTable) -> list[int]:
