@@ -123,7 +123,7 @@ def _tile(scales: tuple[int, ...], seed: int) -> np.ndarray:
 
 
 def _fine() -> np.ndarray:
-    return _tile((32, 96, 192, 512), 7)
+    return _tile((48, 160, 512), 7)
 
 
 def _coarse() -> np.ndarray:

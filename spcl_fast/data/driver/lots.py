@@ -67,7 +67,7 @@ QUARTERS: dict[str, Quarter] = {
         (3.0, 18.0), (4.0, 8.0), (12.0, 36.0), 0.2, 0.3, 0.12, (1, 5),
     ),
 }  # fmt: skip
-_SHARES = {"town": 0.42, "terraces": 0.20, "suburb": 0.16, "park": 0.14, "works": 0.08}
+_SHARES = {"town": 0.50, "terraces": 0.20, "suburb": 0.13, "park": 0.10, "works": 0.07}
 _FRONT_HEIGHT = {"wall": (0.7, 2.2), "fence": (0.9, 2.0), "railing": (0.9, 1.5), "hedge": (0.9, 2.8)}
 
 
@@ -170,7 +170,7 @@ def _draw_end(street: Street, side: int, lot: Lot, colours: int, plan: _Openings
 
 
 def _draw_chimney(street: Street, side: int, lot: Lot, rise: float, colours: int) -> None:
-    start, top = street.uniform(lot.start, lot.end - 0.9), lot.height + rise * street.uniform(0.6, 1.3) + 0.6
+    start, top = street.uniform(lot.start, lot.end - 0.9), lot.height + rise * street.uniform(0.4, 1.0) + 0.5
     stack = Lot("chimney", start, start + street.uniform(0.6, 1.2), lot.front, top)
     if block := _front_block(street, side, stack, base=lot.height - 0.2):
         block.fill(street.part("house", group=colours, facing=AHEAD))

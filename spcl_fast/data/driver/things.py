@@ -22,7 +22,7 @@ def place_street_trees(street: Street) -> list[Thing]:
     things: list[Thing] = []
     bare = street.uniform(0, 1)
     for side in (-1, 1):
-        if not street.chance(0.3):
+        if not street.chance(0.24):
             continue
         gap, size, z = street.uniform(7, 18), street.uniform(1.5, 3.2), street.uniform(5, 16)
         while z < 80:
