@@ -18,6 +18,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext as PlainBuild
 
 ROOT = Path(__file__).parent
+PARTS = ("ops", "backends", "compat", "models", "data", "data.driver", "train", "report", "kernels")
 REASON_FILE = "native_build.txt"  # beside _C: "built", or why it was not
 CUDA_REASON_FILE = "cuda_build.txt"  # the same of _cuda
 # No -ffast-math: NaN and infinity must come through. -ffp-contract=fast lets a * b + c be one instruction.
@@ -234,7 +235,7 @@ def native_extension() -> Extension:
 
 NO_CUDA = why_no_cuda()
 setup(
-    packages=["spcl_fast"] + [f"spcl_fast.{p}" for p in ("ops", "backends", "compat", "models", "data", "train", "report", "kernels")],
+    packages=["spcl_fast", *(f"spcl_fast.{part}" for part in PARTS)],
     package_dir={"spcl_fast": "spcl_fast", "spcl_fast.kernels": "kernels"},
     package_data={"spcl_fast": ["presets/*.yaml"], "spcl_fast.report": ["*.html"]},
     ext_modules=[native_extension(), *([] if NO_CUDA else [cuda_extension()])],

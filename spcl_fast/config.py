@@ -23,14 +23,14 @@ class ModelConfig:
 class DataConfig:
     """One domain: where its images are and at what size the net sees them."""
 
-    dataset: str = "folders"  # generated_source | generated_target | gta5 | synthia | synscapes | cityscapes | folders
+    dataset: str = "folders"  # folders | gta5 | synthia | synscapes | cityscapes (+generated_driver) | generated_{driver,source,target}
     root: str = ""
     train_split: str = "train"
     val_split: str = "val"
     size: tuple[int, int] = (1280, 720)  # training images are resized to this before any crop
     eval_size: tuple[int, int] = (1024, 512)  # evaluation and pseudo-labels
     classes: str | None = None  # JSON file with the shared classes and the lookup tables from each set's ids (folders)
-    classes_key: str | None = None  # which table of that file; None: the name of the root folder
+    classes_key: str | None = None  # which table of that file; None: the name of the root folder, or of a generated set
     num_classes: int = 19  # 19 or, with SYNTHIA, 16
     train_images: int | None = None  # use only the first N images of the training split
 

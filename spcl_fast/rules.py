@@ -22,8 +22,9 @@ _READS_TARGET = {*STAGES} - {"prototypes"}  # every trained net is judged on the
 _TRAINED = ("source_only", "control", "warmup", "adapt", "distill", "oracle")  # also the names of their sections
 
 DRIVING = ("gta5", "synthia", "synscapes", "cityscapes")
+_WITH_GENERATED = tuple(f"{name}+generated_driver" for name in (*DRIVING, "folders"))
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "dataset": ("generated_source", "generated_target", *DRIVING, "folders"),
+    "dataset": ("generated_source", "generated_target", "generated_driver", *DRIVING, "folders", *_WITH_GENERATED),
     "model.name": ("deeplab_v2_resnet101", "deeplab_v2_resnet50", "deeplab_v2_resnet18", "deeplab_v2_vgg16", "lite0", "tiny"),
     "optimizer": ("sgd", "adamw"),
     "init": ("weights", "source_only"),
@@ -119,6 +120,8 @@ def _domains(config: Config, stages: tuple[str, ...]) -> Iterator[str]:
         needing = [name for name in stages if name in readers]
         if needing and not domain.root and not domain.dataset.startswith("generated"):
             yield f"{side}.root is not set, and {needing[0]} reads the {side} data: give --{side}.root path/to/folder"
+        if side == "target" and domain.dataset in _WITH_GENERATED:
+            yield f"target.dataset: got {domain.dataset!r}, expected one data set: generated scenes can join the source alone"
         if domain.dataset in DRIVING and domain.num_classes not in (16, 19):
             yield f"{side}.num_classes: got {domain.num_classes}, expected 19 or, with SYNTHIA, 16"
         if domain.dataset == "synthia" and domain.num_classes != 16:

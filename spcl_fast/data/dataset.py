@@ -126,6 +126,47 @@ class FileDataset(Dataset):
         return self._table.unknown(self._read_ids(self._label_files[index]))
 
 
+class Joined(Dataset):
+    """The images of two data sets with the same classes, one set after the other; the second one's names lie in a folder called after it.
+
+    Raises DataError where the classes differ.
+    """
+
+    _one_per_image = ("names", "_places")
+
+    def __init__(self, first: Dataset, second: Dataset):
+        if first.classes.names != second.classes.names:
+            raise DataError(
+                f"{first.kind} and {second.kind} have different classes: {', '.join(first.classes.names)} and "
+                f"{', '.join(second.classes.names)}. Give a `classes` file with a table for each."
+            )
+        names = [*first.names, *(f"{second.kind}/{name}" for name in second.names)]
+        kind = f"{first.kind}+{second.kind}"
+        super().__init__(kind, first.split, first.classes, names, has_labels=first.has_labels, skip_bad_files=first.skip_bad_files)
+        self.problems = [*first.problems, *second.problems]
+        self._places = [(part, index) for part in (first, second) for index in range(len(part))]
+
+    def image_path(self, index: int) -> Path | None:
+        part, own = self._places[index]
+        return part.image_path(own)
+
+    def image(self, index: int) -> Image.Image:
+        part, own = self._places[index]
+        return part.image(own)
+
+    def label(self, index: int) -> np.ndarray | None:
+        part, own = self._places[index]
+        return part.label(own)
+
+    def load(self, index: int) -> tuple[Image.Image, np.ndarray | None]:
+        part, own = self._places[index]
+        return part.load(own)
+
+    def unknown_ids(self, index: int) -> dict[int, int]:
+        part, own = self._places[index]
+        return part.unknown_ids(own)
+
+
 class PseudoLabelled(Dataset):
     """The images of another data set with labels from a folder of train-id PNGs, of any size."""
 

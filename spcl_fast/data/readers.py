@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..config import DataConfig
 from ..errors import ConfigError, DataError
@@ -24,12 +25,12 @@ from .classes import (
     LabelTable,
     read_classes,
 )
-from .dataset import Dataset, FileDataset, Problem, PseudoLabelled, ReadIds
+from .dataset import Dataset, FileDataset, Joined, Problem, PseudoLabelled, ReadIds
 from .files import find_images, inside, read_ids, read_ids_first_channel_16bit, read_list
 
 log = logging.getLogger("spcl_fast.data")
 
-GENERATED = ("generated_source", "generated_target")
+GENERATED = ("generated_source", "generated_target", "generated_driver")
 
 
 @dataclass(frozen=True)
@@ -59,17 +60,16 @@ def build_dataset(
 ) -> Dataset:
     """A data set by name. Only names and paths are read here; pictures when they are asked for.
 
-    kind: generated_source | generated_target | gta5 | synthia | synscapes | cityscapes | folders.
-    classes: JSON with "names", "palette" and tables "from" this set's ids; classes_key picks the table (default: the root folder's name).
+    kind: generated_source | generated_target | generated_driver | gta5 | synthia | synscapes | cityscapes | folders.
+    classes: JSON with "names", "palette" and tables "from" this set's ids; classes_key picks the table (default: the root folder's name,
+    the kind for a generated set).
     num_classes: 16 gives Cityscapes, GTA5 and Synscapes the classes of SYNTHIA. labels=False needs no label files at all.
     limit: the first N images only (how many scenes there are, for a generated training split).
     Raises DataError where files are missing or lie outside of `root`, ConfigError for an unknown kind.
     With skip_bad_files an image without label is left out and told in `.problems`.
     """
     if kind in GENERATED:
-        from .generated import GeneratedDataset
-
-        return GeneratedDataset(kind, split, count=limit, has_labels=labels)
+        return _generated(kind, split, None if classes is None else Path(classes), classes_key, labels, count=limit)
     if kind not in READERS:
         raise ConfigError(f"dataset {kind!r} is unknown; expected one of {', '.join((*GENERATED, *READERS))}.")
     root = Path(root)
@@ -77,7 +77,8 @@ def build_dataset(
         raise DataError(f"{kind}: the root folder {root} does not exist. Set `root` to the folder that holds the data set.")
     layout = READERS[kind](root, split, 19 if num_classes is None else num_classes)
     if classes is not None:
-        layout = _with_shared_classes(layout, root, Path(classes), classes_key)
+        shared = _shared_classes(layout.classes, layout.table, layout.to_nineteen, root.resolve().name, Path(classes), classes_key)
+        layout = Layout(layout.images, layout.label_of, shared[1], shared[0], layout.read_ids)
     if not layout.classes.names:
         raise DataError(
             f"folders {root}: there is no {root / 'classes.json'} and no `classes` file was given. "
@@ -87,9 +88,13 @@ def build_dataset(
 
 
 def dataset_of(config: DataConfig, split: str, *, labels: bool = True, skip_bad_files: bool = False) -> Dataset:
-    """The data set that the settings of a domain describe; `train_images` bounds the training split alone."""
-    return build_dataset(
-        config.dataset,
+    """The data set that the settings of a domain describe; `train_images` bounds the training split alone.
+
+    "folders+generated_driver" is both, the generated scenes with `size` pixels and not bounded.
+    """
+    kind, _, generated = config.dataset.partition("+")
+    dataset = build_dataset(
+        kind,
         config.root,
         split,
         classes=config.classes,
@@ -99,6 +104,10 @@ def dataset_of(config: DataConfig, split: str, *, labels: bool = True, skip_bad_
         limit=config.train_images if split == config.train_split else None,
         skip_bad_files=skip_bad_files,
     )
+    if not generated:
+        return dataset
+    path = None if config.classes is None else Path(config.classes)
+    return Joined(dataset, _generated(generated, "train" if split == config.train_split else "val", path, None, labels, size=config.size))
 
 
 def with_pseudo_labels(dataset: Dataset, folder: str | Path) -> Dataset:
@@ -161,25 +170,42 @@ def _pair(kind: str, root: Path, split: str, layout: Layout, labels: bool, limit
     return dataset
 
 
-def _with_shared_classes(layout: Layout, root: Path, path: Path, key: str | None) -> Layout:
-    """The layout's ids mapped on by a table of a classes file: from this set's own ids, or from the 19 where the file has only those."""
+def _shared_classes(
+    own: ClassSet, table: LabelTable, to_nineteen: dict[int, int] | None, name: str, path: Path, key: str | None
+) -> tuple[ClassSet, LabelTable]:
+    """A classes file's classes and the map of a set's ids to them, by the table called `key` or like the set: from its own ids, or from the
+    19 where the file has only those. `own`, `table` and `to_nineteen` are the set's classes and maps without the file."""
     classes, tables = read_classes(path)
-    wanted = key or root.resolve().name
-    if wanted in tables and (wanted != "cityscapes19" or layout.to_nineteen is None):
-        mapping = tables[wanted]
+    wanted = key or name
+    if wanted in tables and (wanted != "cityscapes19" or to_nineteen is None):
         # without a classes.json of its own nobody knows which ids the set has: those the table leaves out are ignored on purpose
-        table = LabelTable.of(mapping, known=_known(layout.table) if layout.classes.names else range(65536))
-    elif layout.to_nineteen is not None and "cityscapes19" in tables and key in (None, "cityscapes19"):
-        table = layout.table.then(layout.to_nineteen).then(tables["cityscapes19"])
-    elif not tables and key is None:
-        table = LabelTable.of({k: k for k in range(len(classes))})
-    else:
+        return classes, LabelTable.of(tables[wanted], known=_known(table) if own.names else range(65536))
+    if to_nineteen is not None and "cityscapes19" in tables and key in (None, "cityscapes19"):
+        return classes, table.then(to_nineteen).then(tables["cityscapes19"])
+    if not tables and key is None:
+        return classes, LabelTable.of({k: k for k in range(len(classes))})
+    raise DataError(
+        f"classes file {path} has no table {wanted!r}; it has {', '.join(map(repr, tables)) or 'none'}. Set classes_key "
+        f"to one of them, "
+        f'or add "from": {{{wanted!r}: {{old id: new id}}}}.'
+    )
+
+
+def _generated(kind: str, split: str, path: Path | None, key: str | None, labels: bool, **scenes: Any) -> Dataset:
+    """A generated set with its own classes, or with those of a classes file. scenes: `count` and `size` of GeneratedDataset."""
+    from .generated import DOMAINS, GeneratedDataset
+
+    if path is None:
+        return GeneratedDataset(kind, split, has_labels=labels, **scenes)
+    own = DOMAINS[kind].classes
+    given, tables = read_classes(path)
+    if not tables and given.names != own.names:
         raise DataError(
-            f"classes file {path} has no table {wanted!r}; it has {', '.join(map(repr, tables)) or 'none'}. Set classes_key "
-            f"to one of them, "
-            f'or add "from": {{{wanted!r}: {{old id: new id}}}}.'
+            f'classes file {path} has other classes than {kind}. Add a table of its ids: "from": {{{kind!r}: {{old id: new id}}}}.'
         )
-    return Layout(layout.images, layout.label_of, table, classes, layout.read_ids)
+    ids = {k: k for k in range(len(own))}
+    classes, table = _shared_classes(own, LabelTable.of(ids), ids if own == CITYSCAPES_19 else None, kind, path, key)
+    return GeneratedDataset(kind, split, has_labels=labels, classes=classes, table=table, **scenes)
 
 
 def _known(table: LabelTable) -> list[int]:
