@@ -40,7 +40,7 @@ def main() -> int:
         "iou": {net: _by_class(summaries, net, "iou") for net in NETS if all(s[net] for s in summaries)},
         "predicted_share": {net: _by_class(summaries, net, "predicted_share") for net in NETS if all(s[net] for s in summaries)},
         "seconds": {stage: _spread([s["seconds"][stage] for s in summaries]) for stage in summaries[0]["seconds"]},
-        "run_seconds": [round(_wall_seconds(run), 1) for run in args.runs],
+        "trained_seconds": [round(sum(summary["seconds"].values()), 1) for summary in summaries],  # of the trained stages together
         "settings": configs[0],
         "runs": summaries,
     }
@@ -74,11 +74,6 @@ def _gains(summaries: list[dict]) -> dict:
 
 def _by_class(summaries: list[dict], net: str, what: str) -> dict:
     return {name: _spread([s[net][what][name] or 0.0 for s in summaries]) for name in summaries[0]["classes"]}
-
-
-def _wall_seconds(run: Path) -> float:
-    """From the first file of the run to its summary."""
-    return (run / "summary.json").stat().st_mtime - min(path.stat().st_mtime for path in run.iterdir())
 
 
 if __name__ == "__main__":
