@@ -80,8 +80,15 @@ def choice_in_words(op: str, device: torch.device) -> str | None:
     return measured.in_words(op, device, _ORDER["cuda"][0]) if device.type == "cuda" else None
 
 
+_LARGE = {"num_classes": 19, "dim": 256, "dtype": torch.float32, "has_variances": False}  # what is spoken of where no tensors are given
+
+
 def available_backends(device: torch.device | str | None = None) -> dict[str, dict[str, str | None]]:
     """{op: {backend: None if usable, else the reason in words}} for float32 tensors on `device` (default: the GPU if there is one)."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    what = {"device": device, "dtype": torch.float32, "num_classes": 19, "dim": 256, "has_variances": False}
-    return {op: {backend: why_not(op, backend, **what) for backend in BACKENDS} for op in OPS}
+    return {op: {backend: why_not(op, backend, device=device, **_LARGE) for backend in BACKENDS} for op in OPS}
+
+
+def taken(op: str, device: torch.device) -> str:
+    """The backend that a large float32 problem with 19 classes takes where none is asked for by name."""
+    return pick(op, None, device=device, small=False, **_LARGE)
