@@ -119,10 +119,7 @@ def write(results: dict, path: Path = measured.PATH) -> str:
 
 def _other_architectures(path: Path) -> dict:
     """What the table has; a file that is broken is written anew."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError:
-        return {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() and not measured.unreadable(path) else {}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -71,25 +71,26 @@ def table() -> dict[str, Measured]:
     trouble = unreadable()
     if trouble:
         warnings.warn(f"{trouble}. The order of preference is taken instead.", RuntimeWarning, stacklevel=2)
-    return {} if trouble else _read()
+    return {} if trouble else _read(PATH)
 
 
-def unreadable() -> str | None:
-    """None, or what is wrong with the file and what to do."""
+def unreadable(path: Path | None = None) -> str | None:
+    """None, or what is wrong with the file (default: the package's) and what to do."""
+    path = path or PATH
     try:
-        _read()
+        _read(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return (
-            f"the table of measured backends {PATH} cannot be read ({type(error).__name__}: {error}); delete it, or make it again with "
+            f"the table of measured backends {path} cannot be read ({type(error).__name__}: {error}); delete it, or make it again with "
             "`make gpu` or `python benchmarks/gpu_dispatch.py RESULT.json`"
         )
     return None
 
 
-def _read() -> dict[str, Measured]:
-    if not PATH.exists():
+def _read(path: Path) -> dict[str, Measured]:
+    if not path.exists():
         return {}
-    return {arch: _entry(part) for arch, part in json.loads(PATH.read_text(encoding="utf-8")).items()}
+    return {arch: _entry(part) for arch, part in json.loads(path.read_text(encoding="utf-8")).items()}
 
 
 def _entry(part: dict) -> Measured:
