@@ -81,7 +81,6 @@ def pick(op, dtype=torch.bfloat16, *, num_classes=19, dim=256, small=False, back
 
 
 def test_without_a_table_triton_is_taken(table):
-    assert not (ROOT / "spcl_fast/backends/measured.json").exists() or json.loads((ROOT / "spcl_fast/backends/measured.json").read_text())
     assert {pick(op, dtype, small=small) for op in backends.OPS for dtype in measured.KINDS for small in (True, False)} == {"triton"}
 
 
@@ -181,7 +180,7 @@ def picked(monkeypatch):
     return seen
 
 
-FEATURES, LABELS, PROTOTYPES = torch.ones(2, 6, 3, 4), torch.zeros(2, 9, 8, dtype=torch.int64), torch.ones(5, 6)
+FEATURES, LABELS, PROTOTYPES = torch.ones(2, 6, 3, 4), torch.zeros(2, 9, 7, dtype=torch.int64), torch.ones(5, 6)
 VALUES, UPSAMPLED_VALUES = FEATURES.numel(), 6 * LABELS.numel()
 
 
