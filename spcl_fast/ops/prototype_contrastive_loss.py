@@ -66,9 +66,10 @@ def prototype_contrastive_loss(
         pixel_weight = resize_nearest(pixel_weight, *features.shape[2:]).to(_wide(features))
     class_weight = None if class_weight is None else class_weight.to(_wide(features))
     save = torch.is_grad_enabled() and (features.requires_grad or prototypes.requires_grad)
+    small = backends.is_small(features.numel())  # here, not in the op: what is traced must save what is run saves, and the backend decides
     loss = _forward(
         features, labels, prototypes, class_weight, pixel_weight, variances,
-        float(temperature), normalize, ignore_index, reduction, save, backend or "",
+        float(temperature), normalize, ignore_index, reduction, save, backend or "", small,
     )[0]  # fmt: skip
     return loss.view(-1) if rows and reduction == "none" else loss
 
@@ -89,7 +90,7 @@ def _check_prototypes(features: Tensor, prototypes: Tensor, variances: Tensor | 
     checks.check_device(_OP, features, "features", variances=variances)
 
 
-def _pick(backend: str, features: Tensor, prototypes: Tensor, variances: Tensor | None) -> str:
+def _pick(backend: str, small: bool, features: Tensor, prototypes: Tensor, variances: Tensor | None) -> str:
     num_classes, dim = prototypes.shape
     return backends.pick(
         _OP,
@@ -99,6 +100,7 @@ def _pick(backend: str, features: Tensor, prototypes: Tensor, variances: Tensor 
         num_classes=num_classes,
         dim=dim,
         has_variances=variances is not None,
+        small=small,
     )
 
 
@@ -106,9 +108,9 @@ def _pick(backend: str, features: Tensor, prototypes: Tensor, variances: Tensor 
 def _forward(
     features: Tensor, labels: Tensor, prototypes: Tensor,
     class_weight: Tensor | None, pixel_weight: Tensor | None, variances: Tensor | None,
-    temperature: float, normalize: bool, ignore_index: int, reduction: str, save: bool, backend: str,
+    temperature: float, normalize: bool, ignore_index: int, reduction: str, save: bool, backend: str, small: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    primitive = backends.module(_pick(backend, features, prototypes, variances)).prototype_contrastive_forward
+    primitive = backends.module(_pick(backend, small, features, prototypes, variances)).prototype_contrastive_forward
     return primitive(
         features, labels, prototypes, class_weight, pixel_weight, variances,
         temperature=temperature, normalize=normalize, ignore_index=ignore_index, reduction=reduction, save=save,
@@ -116,10 +118,13 @@ def _forward(
 
 
 @_forward.register_fake
-def _(features, labels, prototypes, class_weight, pixel_weight, variances, temperature, normalize, ignore_index, reduction, save, backend):
+def _(
+    features, labels, prototypes, class_weight, pixel_weight, variances, temperature, normalize, ignore_index, reduction, save, backend,
+    small=False,
+):  # fmt: skip
     batch, dim, height, width = features.shape
     num_classes = prototypes.shape[0]
-    used = backends.module(_pick(backend, features, prototypes, variances))
+    used = backends.module(_pick(backend, small, features, prototypes, variances))
     saves_logits = save and getattr(used, "saves_logits", lambda *_: False)(num_classes, dim, features.dtype)
 
     def empty(*shape):
@@ -135,8 +140,9 @@ def _backward(
     grad_loss: Tensor, features: Tensor, labels: Tensor, prototypes: Tensor, class_weight: Tensor | None, pixel_weight: Tensor | None,
     variances: Tensor | None, lse: Tensor, inv_norm: Tensor, logits: Tensor, denominator: Tensor,
     temperature: float, normalize: bool, ignore_index: int, reduction: str, needs_dfeatures: bool, needs_dprototypes: bool, backend: str,
+    small: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    primitive = backends.module(_pick(backend, features, prototypes, variances)).prototype_contrastive_backward
+    primitive = backends.module(_pick(backend, small, features, prototypes, variances)).prototype_contrastive_backward
     return primitive(
         grad_loss, features, labels, prototypes, class_weight, pixel_weight, variances, lse, inv_norm, logits, denominator,
         temperature=temperature, normalize=normalize, ignore_index=ignore_index, reduction=reduction,
@@ -147,14 +153,14 @@ def _backward(
 @_backward.register_fake
 def _(
     grad_loss, features, labels, prototypes, class_weight, pixel_weight, variances, lse, inv_norm, logits, denominator,
-    temperature, normalize, ignore_index, reduction, needs_dfeatures, needs_dprototypes, backend,
+    temperature, normalize, ignore_index, reduction, needs_dfeatures, needs_dprototypes, backend, small=False,
 ):  # fmt: skip
     dfeatures = torch.empty_like(features) if needs_dfeatures else features.new_empty(0)
     return dfeatures, prototypes.new_empty(prototypes.shape if needs_dprototypes else (0,), dtype=_wide(features))
 
 
 def _setup_context(ctx, inputs, output):
-    features, labels, prototypes, class_weight, pixel_weight, variances, *ctx.settings, _, ctx.backend = inputs
+    features, labels, prototypes, class_weight, pixel_weight, variances, *ctx.settings, _, ctx.backend, ctx.small = inputs
     loss, denominator, lse, inv_norm, logits = output
     ctx.mark_non_differentiable(denominator, lse, inv_norm, logits)
     ctx.set_materialize_grads(False)
@@ -162,12 +168,13 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd_backward(ctx, grad_loss, *_):
-    nothing = [None] * 12
+    nothing = [None] * 13
     if grad_loss is None:
         return tuple(nothing)
     prototypes = ctx.saved_tensors[2]
     needs_dfeatures, needs_dprototypes = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
-    dfeatures, dprototypes = _backward(grad_loss, *ctx.saved_tensors, *ctx.settings, needs_dfeatures, needs_dprototypes, ctx.backend)
+    choice = (ctx.backend, ctx.small)
+    dfeatures, dprototypes = _backward(grad_loss, *ctx.saved_tensors, *ctx.settings, needs_dfeatures, needs_dprototypes, *choice)
     nothing[0] = dfeatures if needs_dfeatures else None
     nothing[2] = dprototypes.to(prototypes.dtype) if needs_dprototypes else None
     return tuple(nothing)
