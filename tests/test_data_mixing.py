@@ -74,6 +74,8 @@ def test_what_is_pasted_follows_from_seed_iteration_and_rank():
     whole = images(0, 6, seed=3)
     assert torch.equal(whole[4:], images(4, 2, seed=3))
     assert not torch.equal(whole, images(0, 6, seed=4)) and not torch.equal(whole, images(0, 6, seed=3, rank=1))
+    (_, first), (_, second) = itertools.islice(with_class_mix(lambda start: itertools.repeat((batch(0), batch(1))), 1.0, seed=3)(0), 2)
+    assert not torch.equal(first.images, second.images)
     source, _ = next(with_class_mix(pairs, 1.0, seed=3)(0))
     assert torch.equal(source.images, batch(0).images)
 
