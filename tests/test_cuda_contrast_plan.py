@@ -129,8 +129,8 @@ def test_one_pass_gives_every_channel_to_one_block_and_its_memory_does_not_overl
     for num_classes in range(1, 33):
         out = (ctypes.c_int64 * 30)()
         plan.plan_one_pass(width, ctypes.c_int64(num_classes), ctypes.c_int64(dim), out)
-        (blocks, chunks, stages, x_step, proto_at, proto_step, exchange_at, logits_at, weights_at, pixels_at, total, last_x, last_proto, first_again,
-         *ranks) = out  # fmt: skip
+        blocks, chunks, _, x_step, proto_at, proto_step, exchange_at, logits_at, weights_at, pixels_at, total, *rest = out
+        last_x, last_proto, first_again, *ranks = rest
         taken = [d for rank in range(blocks) for d in range(ranks[2 * rank], ranks[2 * rank] + ranks[2 * rank + 1] * chunk)]
         assert taken[:dim] == list(range(dim)) and len(taken) < dim + chunk and max(ranks[1 : 2 * blocks : 2]) == chunks
         padded, groups = -(-num_classes // of_warp) * of_warp, -(-num_classes // of_warp)

@@ -107,6 +107,9 @@ bool untouched_around(const Guarded& g) {
   return true;
 }
 
+// May the memory between the guards be touched?
+void allow(const Guarded& g, int what) { mprotect(g.mapping + kGuard, g.mapped - 2 * kGuard, what); }
+
 // ---- the state of a launch --------------------------------------------------------------------------------------
 
 struct Barrier {
@@ -195,6 +198,7 @@ void entry() {
   now->done = true;
   leave(now->block->barrier);
   leave(launch_->cluster);
+  if (launch_->blocks.size() > 1 && now->block->barrier.live == 0) allow(now->block->memory, PROT_NONE);
   switch_to(now->context, launch_->scheduler);
 }
 
@@ -211,7 +215,8 @@ void on_fault(int, siginfo_t* info, void*) {
     if (at < g.mapping || at >= g.mapping + g.mapped) return;
     nearest = at - g.data, what = name;
   };
-  for (const Block& block : launch_->blocks) consider(block.memory, "shared memory");
+  for (const Block& block : launch_->blocks)
+    consider(block.memory, block.barrier.live ? "shared memory" : "the shared memory of a block that has ended");
   size_t bytes = 0;
   for (const auto& [data, g] : buffers) {
     consider(g, "a buffer");
@@ -256,6 +261,7 @@ std::vector<size_t> arranged(size_t count, std::mt19937& random) {
 void start(Launch& l, dim3 blocks, size_t first_block, unsigned threads, size_t shared_bytes, dim3 grid) {
   for (size_t rank = 0; rank < l.blocks.size(); ++rank) {
     Block& block = l.blocks[rank];
+    allow(block.memory, PROT_READ | PROT_WRITE);
     memset(block.memory.data, 0xff, (shared_bytes + 15) / 16 * 16);
     block.barrier = Barrier{};
     block.barrier.live = static_cast<int>(threads);
