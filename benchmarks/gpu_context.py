@@ -30,5 +30,10 @@ class Context:
         return backends.why_not(op, self.backend, **what)
 
 
+    def in_one_pass(self):
+        """A context in which the losses of features alone are formed in one pass, or None where the backend has no such form."""
+        return getattr(backends.module(self.backend), "in_one_pass", lambda: None)()
+
+
 class Skipped(Exception):
     """A part that cannot run here; the text says why."""
