@@ -89,10 +89,10 @@ def accuracy(context) -> dict:
             eager = gradients(eager_contrast, features, labels, prototypes, temperature=temperature)
             truth = gradients(eager_contrast, features.double(), labels, prototypes.double(), temperature=temperature)
             rows.append(["contrast", str(dtype), list(shape), classes, layout, temperature, round(worst_ratio(got, eager, truth), 3)])
-            if context.in_one_pass():
-                with context.in_one_pass():
-                    once = gradients(sf.prototype_contrastive_loss, features, labels, prototypes=prototypes, **asked)
-                ratio = worst_ratio(once, eager[:2], truth[:2])
+            if once := context.in_one_pass(features, classes):
+                with once:
+                    got = gradients(sf.prototype_contrastive_loss, features, labels, prototypes=prototypes, **asked)
+                ratio = worst_ratio(got, eager[:2], truth[:2])
                 rows.append(["contrast in one pass", str(dtype), list(shape), classes, layout, temperature, round(ratio, 3)])
         if temperature == 1.0:
             got = sf.class_moments(features, labels, classes, backend=context.backend)
@@ -142,14 +142,14 @@ def _calls(context):
 
 def _one_pass_calls(context, features, labels, prototypes) -> dict:
     """The same for the form in one pass, where the backend has it; half its launches scale, too."""
-    if not context.in_one_pass():
+    if not context.in_one_pass(features, len(prototypes)):
         return {}
 
     def call(factor):
         def loss(f, y):
             return factor * sf.prototype_contrastive_loss(f, y, prototypes, temperature=0.1, backend=context.backend)
 
-        with context.in_one_pass():
+        with context.in_one_pass(features, len(prototypes)):
             return gradients(loss, features, labels)
 
     return {"contrast in one pass": lambda: call(1.0), "contrast in one pass, scaled": lambda: call(0.5)}

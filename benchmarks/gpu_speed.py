@@ -216,8 +216,8 @@ def contrast(context) -> dict:
                 allowed_bytes=size + 16 * features.numel() // features.shape[1], peers_us=_peers_us(context, calls),
             )
         )  # fmt: skip
-        if context.in_one_pass() and classes <= 32:
-            with context.in_one_pass():
+        if once := context.in_one_pass(features, classes):
+            with once:
                 rows.append(_one_pass_row(context, shape, name, dtype, both, ours, size))
         del features, leaf, detached
     return {"rows": rows, "peers_missing": missing, "left_out": left_out, "failures": failures}
