@@ -30,5 +30,14 @@ class Context:
         return backends.why_not(op, self.backend, **what)
 
 
+    def in_one_pass(self, features: torch.Tensor, num_classes: int):
+        """A context in which the loss of such features is formed in one pass, or None where the backend has no such form for them."""
+        used = backends.module(self.backend)
+        if not hasattr(used, "in_one_pass"):
+            return None
+        with used.in_one_pass():
+            return used.in_one_pass() if used.takes_one_pass(features, num_classes) else None
+
+
 class Skipped(Exception):
     """A part that cannot run here; the text says why."""

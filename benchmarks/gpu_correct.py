@@ -84,10 +84,16 @@ def accuracy(context) -> dict:
             left_out.add(lacks)
         for layout in () if lacks else ("pixels", "channels"):
             features = features.contiguous(memory_format=torch.channels_last if layout == "channels" else torch.contiguous_format)
-            got = gradients(sf.prototype_contrastive_loss, features, labels, prototypes, temperature=temperature, backend=context.backend)
+            asked = {"temperature": temperature, "backend": context.backend}
+            got = gradients(sf.prototype_contrastive_loss, features, labels, prototypes, **asked)
             eager = gradients(eager_contrast, features, labels, prototypes, temperature=temperature)
             truth = gradients(eager_contrast, features.double(), labels, prototypes.double(), temperature=temperature)
             rows.append(["contrast", str(dtype), list(shape), classes, layout, temperature, round(worst_ratio(got, eager, truth), 3)])
+            if once := context.in_one_pass(features, classes):
+                with once:
+                    got = gradients(sf.prototype_contrastive_loss, features, labels, prototypes=prototypes, **asked)
+                ratio = worst_ratio(got, eager[:2], truth[:2])
+                rows.append(["contrast in one pass", str(dtype), list(shape), classes, layout, temperature, round(ratio, 3)])
         if temperature == 1.0:
             got = sf.class_moments(features, labels, classes, backend=context.backend)
             truth = formulas.one_hot_sums(features.double(), labels, classes)
@@ -126,11 +132,27 @@ def _calls(context):
     logits, big = upsampling_problem(context, low, size, torch.float32)
     asked = {"temperature": 0.1, "backend": context.backend}
     return {
+        **_one_pass_calls(context, features, labels, prototypes),
         "contrast": lambda: gradients(sf.prototype_contrastive_loss, features, labels, prototypes, **asked),
         "moments": lambda: sf.class_moments(features, labels, len(prototypes), squares=True, backend=context.backend),
         "upsample": lambda: gradients(sf.upsampled_cross_entropy, logits, big, backend=context.backend),
         "prediction": lambda: sf.upsampled_prediction(logits, size, backend=context.backend),
     }
+
+
+def _one_pass_calls(context, features, labels, prototypes) -> dict:
+    """The same for the form in one pass, where the backend has it; half its launches scale, too."""
+    if not context.in_one_pass(features, len(prototypes)):
+        return {}
+
+    def call(factor):
+        def loss(f, y):
+            return factor * sf.prototype_contrastive_loss(f, y, prototypes, temperature=0.1, backend=context.backend)
+
+        with context.in_one_pass(features, len(prototypes)):
+            return gradients(loss, features, labels)
+
+    return {"contrast in one pass": lambda: call(1.0), "contrast in one pass, scaled": lambda: call(0.5)}
 
 
 def _differ(a, b) -> bool:
@@ -320,6 +342,8 @@ def _every_op_once(backend: str) -> None:
     for dtype, shape, classes in itertools.product((torch.float32, torch.bfloat16), ((2, 33, 5, 7), (1, 600, 3, 5)), (5, 70)):
         features, labels, prototypes = problem(context, shape, classes, dtype)
         gradients(sf.prototype_contrastive_loss, features, labels, prototypes, temperature=0.1, backend=context.backend)
+        for call in _one_pass_calls(context, features, labels, prototypes).values():
+            call()
         sf.class_moments(features, labels, classes, squares=True, backend=context.backend)
         sf.class_moments(features, labels, 3000, backend=context.backend)
         sf.PrototypeBank(classes, shape[1], backend=context.backend).to(context.device).update_(features, labels)

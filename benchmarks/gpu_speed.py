@@ -202,6 +202,15 @@ def _floor_us(context, shape, dtype, passes: int, products: int) -> float:
     return max(memory, products * 2 * pixels * dim * classes / ceilings(context)[f"matmul_tflop_s_{dtype}"] / 1e6)
 
 
+def _one_pass_row(context, shape, name, dtype, both, ours, size) -> dict:
+    """Forward and backward in one pass: two S; and again with an incoming gradient that is not 1, which scales what was written."""
+    scaled_us = median_us(context, lambda: both(lambda: 0.5 * ours()))
+    floor = _floor_us(context, shape, dtype, 2, 2)
+    return _row(
+        context, "contrast forward + backward in one pass", name, dtype, lambda: both(ours), floor, 2 * size, scaled_us=round(scaled_us, 1)
+    )  # fmt: skip
+
+
 def contrast(context) -> dict:
     rows, failures, left_out = [], [], {}
     peers, missing = formulas.contrast_peers()
@@ -240,6 +249,9 @@ def contrast(context) -> dict:
                 **_sizes(features.numel(), classes, shape[1]),
             )
         )  # fmt: skip
+        if once := context.in_one_pass(features, classes):
+            with once:
+                rows.append(_one_pass_row(context, shape, name, dtype, both, ours, size))
         del features, leaf, detached
     return {"rows": rows, "peers_missing": missing, "left_out": left_out, "failures": failures}
 

@@ -120,3 +120,39 @@ def test_shared_memory_does_not_overlap_and_fits(plan, width):
     for forms_logits in (0, 1):
         _, _, _, weights_at, pixels_at, total, _ = shared(plan.plan_prototype_shared, forms_logits)
         assert weights_at % 16 == 0 and pixels_at % 16 == 0 and total <= 99 * KIB
+
+
+@pytest.mark.parametrize("width", [2, 4])
+@pytest.mark.parametrize("dim", [1, 24, 64, 256, 257, 512, 1000, 1024, 2048, 2100, 3000, 4096])
+def test_one_pass_gives_every_channel_to_one_block_and_its_memory_does_not_overlap(plan, width, dim):
+    chunk, row, of_warp = (64, 72, 32) if width == 2 else (32, 68, 20)
+    for num_classes in range(1, 33):
+        out = (ctypes.c_int64 * 30)()
+        plan.plan_one_pass(width, ctypes.c_int64(num_classes), ctypes.c_int64(dim), out)
+        blocks, chunks, _, x_step, proto_at, proto_step, exchange_at, logits_at, weights_at, pixels_at, total, *rest = out
+        last_x, last_proto, first_again, *ranks = rest
+        taken = [d for rank in range(blocks) for d in range(ranks[2 * rank], ranks[2 * rank] + ranks[2 * rank + 1] * chunk)]
+        assert taken[:dim] == list(range(dim)) and len(taken) < dim + chunk and max(ranks[1 : 2 * blocks : 2]) == chunks
+        padded, groups = -(-num_classes // of_warp) * of_warp, -(-num_classes // of_warp)
+        assert blocks in (1, 2, 4, 8) and x_step == chunk * row * width
+        assert last_x + x_step == proto_at and last_proto + proto_step <= logits_at and first_again == proto_at == exchange_at
+        assert proto_step >= width * max(padded * (72 if width == 2 else 32), 32 * (72 if width == 2 else 36))
+        sums = of_warp * (2 if width == 2 else 4) + (8 if width == 2 else 4)
+        assert logits_at - exchange_at >= (2 if groups <= 2 else 0) * sums * 32 * 4
+        assert weights_at - logits_at >= padded * 72 * 4 and pixels_at - weights_at >= 32 * 64 * width and total - pixels_at == 64 * 40
+        assert all(at % 16 == 0 for at in (x_step, proto_at, proto_step, logits_at, weights_at, pixels_at))
+        assert total <= 227 * KIB and (total <= 113 * KIB or blocks == 8)
+
+
+def test_the_weights_of_a_pixel_are_found_by_their_words(plan):
+    for cls in range(32):
+        for pixel in range(TILE):
+            assert plan.plan_pixel_of_word(2, plan.plan_weight_place(cls, pixel) // 2) == pixel
+            assert plan.plan_pixel_of_word(4, cls * 68 + pixel) == pixel
+    assert all(plan.plan_pixel_of_word(4, cls * 68 + beyond) >= TILE for cls in range(32) for beyond in range(TILE, 68))
+
+
+@pytest.mark.parametrize("pixels", [1, 255, 256, 257, 14651, 262_144, 2**33 + 7])
+def test_the_labels_are_counted_once_by_at_most_128_blocks(plan, pixels):
+    each, blocks = numbers(plan.plan_one_pass_count, 2, pixels)
+    assert (blocks - 1) * each < pixels <= blocks * each and blocks <= 128 and each % 256 == 0

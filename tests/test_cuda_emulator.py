@@ -13,8 +13,12 @@ NONE, READ, WRITE, SHARED, NO_BARRIER, NO_WAIT, DIVERGENT, UNWRITTEN, LANES = ra
 
 
 @pytest.fixture(scope="module")
-def sample():
-    handle = build.load(build.library("sample", ["tests/cuda_emulator/sample.cpp"]))
+def handle():
+    return build.load(build.library("sample", ["tests/cuda_emulator/sample.cpp"]))
+
+
+@pytest.fixture(scope="module")
+def sample(handle):
     handle.sample.restype = ctypes.c_char_p
     handle.sample.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
 
@@ -58,3 +62,25 @@ def test_what_was_not_written_or_not_waited_for_is_nan(sample, fault):
 
 def test_a_missing_barrier_shows_in_another_order(sample):
     assert any(sample(NO_BARRIER, order)[1].isnan().any() for order in build.ORDERS)
+
+
+def told(handle, order: str, clusters: int, size: int, waits: bool):
+    handle.sample_cluster.restype = ctypes.c_char_p
+    memory = build.Guarded(handle)
+    out = memory.empty(clusters * size)
+    with build.order(handle, order):
+        said = handle.sample_cluster(ctypes.c_void_p(out.data_ptr()), clusters, size, int(waits))
+    result = out.tolist()
+    memory.close()
+    return said and said.decode(), result
+
+
+@pytest.mark.parametrize("order", build.ORDERS)
+def test_blocks_of_a_cluster_read_each_others_memory(handle, order):
+    for size in (1, 2, 8):
+        said, out = told(handle, order, 3, size, waits=True)
+        assert said is None and out == [1 + c * size + (rank + 1) % size for c in range(3) for rank in range(size)]
+
+
+def test_the_memory_of_a_block_that_has_ended_is_not_read(handle):
+    assert any("has ended" in (told(handle, order, 1, 4, waits=False)[0] or "") for order in build.ORDERS)

@@ -14,7 +14,7 @@ from spcl_fast import backends
 from spcl_fast.backends.labels import label_flag
 
 pytestmark = pytest.mark.skipif(build.COMPILER is None, reason="needs a C++ compiler")
-WORDS = ("prototype_contrastive_loss", "prototype_contrastive_backward", "prototype_contrastive_prototypes")
+WORDS = tuple(f"prototype_contrastive_{part}" for part in ("loss", "backward", "prototypes", "one_pass"))
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NO_BAD_LABEL = torch.iinfo(torch.int64).min
 
@@ -280,7 +280,7 @@ def test_compile_and_opcheck(cuda):
     features, labels, prototypes = problem((1, 20, 3, 5), size=(3, 5), dtype=torch.bfloat16)
     op = torch.ops.spcl_fast.prototype_contrastive_forward.default
     torch.library.opcheck(
-        op, (features.requires_grad_(), labels, prototypes, None, None, None, 0.1, True, 255, "mean", True, "cuda"),
+        op, (features.requires_grad_(), labels, prototypes, None, None, None, 0.1, True, 255, "mean", True, True, "cuda"),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )  # fmt: skip
 
@@ -299,17 +299,17 @@ def test_what_the_kernels_cannot_do_is_said_in_words(cuda):
     assert "at most 240 classes" in why_not("prototype_contrastive_loss", **what | {"num_classes": 241})
 
 
-FORWARD, BACKWARD, SUMS = (f"{word}.cu" for word in WORDS)
-TILE, DOTS = "contrast_tile.cuh", "contrast_dots.cuh"
+FORWARD, _, SUMS, _ = (f"{word}.cu" for word in WORDS)
+TILE, DOTS, PRODUCT = "contrast_tile.cuh", "contrast_dots.cuh", "contrast_product.cuh"
 # Bugs, all built into one library and taken one at a time: (file, where, what stands there, what stands there wrongly).
 BUGS = {
-    "wrong radial term": (BACKWARD, "{}", "s * (c * inv * inv)", "s * (c * inv)"),
-    "no radial term": (BACKWARD, "{}", "along * product - inward * x", "along * product"),
-    "clamped norm not constant": (BACKWARD, "a.normalize && {}", "inv < 1.0f / kNormEps", "true"),
-    "missing ignore": (BACKWARD, "return {} ? 0.0f :", "along == 0", "false"),
-    "own class not subtracted": (BACKWARD, "from_float<T>(({} ? -others", "k == cls", "false"),
-    "weights beyond K": (BACKWARD, "{} && cls >= 0", "k < num_classes", "k < num_classes + 1"),
-    "weight of another pixel": (BACKWARD, "[{}] = from_float<T>(w)", "weight_place(k, p)", "weight_place(k, p ^ 1)"),
+    "wrong radial term": (PRODUCT, "{}", "s * (c * inv * inv)", "s * (c * inv)"),
+    "no radial term": (PRODUCT, "{}", "along * product - inward * x", "along * product"),
+    "clamped norm not constant": (PRODUCT, "a.normalize && {}", "inv < 1.0f / kNormEps", "true"),
+    "missing ignore": (PRODUCT, "return {} ? 0.0f :", "along == 0", "false"),
+    "own class not subtracted": (PRODUCT, "from_float<T>(({} ? -others", "k == cls", "false"),
+    "weights beyond K": (PRODUCT, "{} && cls >= 0", "k < num_classes", "k < num_classes + 1"),
+    "weight of another pixel": (PRODUCT, "[{}] = from_float<T>(w)", "weight_place(k, p)", "weight_place(k, p ^ 1)"),
     "logits of another image": (FORWARD, "a.logits[({} * num_classes + k)", "tile.image", "0"),
     "pixel weight in the denominator": (FORWARD, "table->weight[p] = {};", "weight", "weight * loss"),
     "bad label not seen": (FORWARD, "else if ({})", "cls == kBadLabel", "false"),
@@ -325,10 +325,10 @@ BUGS = {
     "class beyond K": (TILE, "d0 + c, {} && d0 + c < dim, to + k * Shape", "k0 + k < num_classes", "k0 + k <= num_classes"),
     "wrong row is shifted": (DOTS, "shifts >> {} & 1", "i % 2", "0"),
     "a slice is lost": (DOTS, "int half = {};", "warps.slices / 2", "warps.slices / 4"),
-    "no wait": (DOTS, "{};", "copy_async_wait<1>()", "copy_async_wait<2>()"),
+    "no wait": (DOTS, "stages == 3) {};", "copy_async_wait<1>()", "copy_async_wait<2>()"),
     "no barrier after a stage": (DOTS, "{};\n    load(chunk", "__syncthreads()", "(void)0"),
     "no barrier before the exchange": (DOTS, "{};\n  add_slices", "__syncthreads()", "(void)0"),
-    "no barrier before the store": (BACKWARD, "{};\n    store_pixels", "__syncthreads()", "(void)0"),
+    "no barrier before the store": (PRODUCT, "{};\n    store_pixels", "__syncthreads()", "(void)0"),
     "an ignored pixel in the prototypes": (SUMS, "{} ? 0.0f : v.y", "cls.y == kNoClass", "false"),
     "own class not subtracted from the prototypes": (SUMS, "({} ? expm1f", "k0 + k == cls", "false"),
     "a group too long": (SUMS, "first + {}, tiles)", "a.groups.tiles_per_group", "a.groups.tiles_per_group + 1"),

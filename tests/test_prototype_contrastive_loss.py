@@ -217,7 +217,8 @@ def test_opcheck_compile_and_export(backend):
     features, labels, prototypes = problem()
     features.requires_grad_()
     op = torch.ops.spcl_fast.prototype_contrastive_forward.default
-    torch.library.opcheck(op, (features, labels, prototypes.requires_grad_(), None, None, None, 0.1, True, 255, "mean", True, backend))
+    settings = (0.1, True, 255, "mean", True, True, backend)
+    torch.library.opcheck(op, (features, labels, prototypes.requires_grad_(), None, None, None, *settings))
 
     def loss(features, labels, prototypes):
         return sf.prototype_contrastive_loss(features, labels, prototypes, temperature=0.1, backend=backend)

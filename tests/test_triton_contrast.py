@@ -275,7 +275,7 @@ def test_compile_and_opcheck(dtype):
     features, labels, prototypes = problem((1, 20, 3, 5), size=(3, 5), dtype=dtype)
     op = torch.ops.spcl_fast.prototype_contrastive_forward.default
     torch.library.opcheck(
-        op, (features.requires_grad_(), labels, prototypes, None, None, None, 0.1, True, 255, "mean", True, "triton"),
+        op, (features.requires_grad_(), labels, prototypes, None, None, None, 0.1, True, 255, "mean", True, True, "triton"),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )  # fmt: skip
 

@@ -56,6 +56,28 @@ Tensor backward(Tensor grad_loss, Tensor features, Tensor labels, Tensor prototy
   return dprototypes;
 }
 
+// Loss [], and the gradient of the features for an incoming gradient of 1 -> dfeatures, written whole.
+Tensor one_pass(Tensor features, Tensor labels, Tensor prototypes, std::optional<Tensor> class_weight, std::optional<Tensor> pixel_weight,
+                Tensor dfeatures, Tensor flag, double temperature, bool normalize, int64_t ignore_index, bool mean) {
+  const OnDevice device(features);
+  ContrastOnePass a{};
+  set_input(a, features, labels, prototypes, class_weight, pixel_weight, flag, temperature, normalize, ignore_index);
+  const Tensor loss = empty_floats(features, {}), denominator = empty_floats(features, {}), partial = empty_floats(features, {one_pass_floats(a)});
+  a.mean = mean, a.dx = as_features(dfeatures);
+  a.loss = data_of<float>(loss), a.denominator = data_of<float>(denominator), a.partial = data_of<float>(partial);
+  check(prototype_contrastive_one_pass(a, device.stream()), "prototype_contrastive_loss");
+  return loss;
+}
+
+// dfeatures *= grad_loss [], in place; only the launch where it is 1.
+void scale(Tensor dfeatures, Tensor grad_loss) {
+  const OnDevice device(dfeatures);
+  STD_TORCH_CHECK(grad_loss.scalar_type() == ScalarType::Float && grad_loss.numel() == 1, "spcl_fast cuda backend: expected one float32");
+  check(scale_gradient({dfeatures.data_ptr(), float_type(dfeatures), dfeatures.numel(), static_cast<const float*>(grad_loss.data_ptr())},
+                       device.stream()),
+        "prototype_contrastive_loss");
+}
+
 }  // namespace
 }  // namespace spcl::gpu
 
@@ -68,9 +90,15 @@ SPCL_OPS(m) {
       "prototype_contrastive_backward(Tensor grad_loss, Tensor features, Tensor labels, Tensor prototypes, Tensor? class_weight, "
       "Tensor? pixel_weight, Tensor lse, Tensor inv_norm, Tensor logits, Tensor denominator, Tensor(a!) dfeatures, Tensor(b!) flag, "
       "float temperature, bool normalize, int ignore_index, bool needs_dfeatures, bool needs_dprototypes) -> Tensor dprototypes");
+  m.def(
+      "prototype_contrastive_one_pass(Tensor features, Tensor labels, Tensor prototypes, Tensor? class_weight, Tensor? pixel_weight, "
+      "Tensor(a!) dfeatures, Tensor(b!) flag, float temperature, bool normalize, int ignore_index, bool mean) -> Tensor loss");
+  m.def("prototype_contrastive_scale(Tensor(a!) dfeatures, Tensor grad_loss) -> ()");
 }
 
 SPCL_OPS_IMPL(m) {
   m.impl("prototype_contrastive_forward", TORCH_BOX(&spcl::gpu::forward));
   m.impl("prototype_contrastive_backward", TORCH_BOX(&spcl::gpu::backward));
+  m.impl("prototype_contrastive_one_pass", TORCH_BOX(&spcl::gpu::one_pass));
+  m.impl("prototype_contrastive_scale", TORCH_BOX(&spcl::gpu::scale));
 }

@@ -151,24 +151,33 @@ __device__ __forceinline__ void add_slices(float (&sums)[kSums], float* exchange
   }
 }
 
-// Dot products of the tile with the classes [k0, k0 + classes that `shared` was made for) -> logits [class][kLogitsRow], not yet scaled, at
-// the beginning of shared memory; |x|^2 -> table->squares. Ends with a barrier.
 template <class T>
-__device__ void tile_dots(const ContrastInput& a, const ContrastTile& tile, int64_t k0, const ContrastWarps& warps, const ContrastShared& shared,
-                          PixelTable* table) {
+__device__ __forceinline__ ContrastChannels all_channels(const Features& x) { return {0, chunks_of<sizeof(T)>(x.dim)}; }
+
+// Until the oldest of the stages under way is there, of this thread's copies.
+__device__ __forceinline__ void wait_for_stage(int stages) {
+  if (stages == 4) copy_async_wait<2>();
+  else if (stages == 3) copy_async_wait<1>();
+  else copy_async_wait<0>();
+}
+
+// Dot products of the tile, over these channels, with the classes [k0, k0 + classes that `shared` was made for) -> logits
+// [class][kLogitsRow], not yet scaled; |x|^2 -> table->squares. Ends with a barrier.
+template <class T>
+__device__ void tile_dots(const ContrastInput& a, const ContrastTile& tile, const ContrastChannels& channels, int64_t k0,
+                          const ContrastWarps& warps, const ContrastShared& shared, PixelTable* table) {
   using Shape = ContrastShape<sizeof(T)>;
   unsigned char* memory = shared_memory<unsigned char>();
   const ContrastPart part = part_of(warps);
   const int padded = warps.groups * Shape::kClasses;
-  const int64_t chunks = (a.x.dim + Shape::kChunk - 1) / Shape::kChunk;
   const T* proto = static_cast<const T*>(a.prototypes);
   auto load = [&](int64_t chunk) {
-    if (chunk < chunks) {
-      unsigned char* stage = memory + chunk % shared.stages * shared.stage_bytes;
-      stage_pixels<T>(a.x, a.access, tile, table->x_at, chunk * Shape::kChunk, reinterpret_cast<T*>(stage));
-      T* to = reinterpret_cast<T*>(stage + shared.stage_proto_at);
-      if constexpr (sizeof(T) == 4) stage_prototype_columns(proto, a.num_classes, a.x.dim, k0, padded, chunk * Shape::kChunk, to);
-      else stage_prototypes<T>(proto, a.num_classes, a.x.dim, k0, padded, chunk * Shape::kChunk, to);
+    if (chunk < channels.chunks) {
+      const int64_t d0 = channels.first + chunk * Shape::kChunk;
+      stage_pixels<T>(a.x, a.access, tile, table->x_at, d0, reinterpret_cast<T*>(memory + x_slot(shared, chunk, chunk)));
+      T* to = reinterpret_cast<T*>(memory + proto_slot(shared, chunk));
+      if constexpr (sizeof(T) == 4) stage_prototype_columns(proto, a.num_classes, a.x.dim, k0, padded, d0, to);
+      else stage_prototypes<T>(proto, a.num_classes, a.x.dim, k0, padded, d0, to);
     }
     copy_async_commit();
   };
@@ -178,19 +187,17 @@ __device__ void tile_dots(const ContrastInput& a, const ContrastTile& tile, int6
   for (int i = 0; i < Shape::kSums; ++i) dots.sums[i] = 0;
   for (int64_t s = 0; s < shared.stages - 1; ++s) load(s);
   const int shifts = shifts_of<T>(a.x, a.access, tile);
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    if (shared.stages == 3) copy_async_wait<1>();
-    else copy_async_wait<0>();
+  for (int64_t chunk = 0; chunk < channels.chunks; ++chunk) {
+    wait_for_stage(shared.stages);
     __syncthreads();
     load(chunk + shared.stages - 1);
-    const unsigned char* stage = memory + chunk % shared.stages * shared.stage_bytes;
-    if (part.group < warps.groups)
-      dots.add(reinterpret_cast<const T*>(stage), reinterpret_cast<const T*>(stage + shared.stage_proto_at), padded, warps, part, shifts);
+    const T *x = reinterpret_cast<const T*>(memory + x_slot(shared, chunk, chunk)), *p = reinterpret_cast<const T*>(memory + proto_slot(shared, chunk));
+    if (part.group < warps.groups) dots.add(x, p, padded, warps, part, shifts);
   }
   copy_async_wait<0>();
   __syncthreads();
-  add_slices(dots.sums, reinterpret_cast<float*>(memory), warps, part);
-  if (part.group < warps.groups && part.slice == 0) dots.write(reinterpret_cast<float*>(memory), table->squares, part);
+  add_slices(dots.sums, reinterpret_cast<float*>(memory + shared.exchange_at), warps, part);
+  if (part.group < warps.groups && part.slice == 0) dots.write(reinterpret_cast<float*>(memory + shared.logits_at), table->squares, part);
   __syncthreads();
 }
 

@@ -13,12 +13,14 @@ __device__ __forceinline__ float quad_max(float v) {
   return fmaxf(v, __shfl_xor_sync(kAllLanes, v, 2));
 }
 
-// call(p, part) for every pixel of the tile, whole warps at a time: lane `part` of 4 that share pixel p.
+// call(p, part) for every pixel of [first, end), multiples of 8, whole warps at a time: lane `part` of 4 that share pixel p.
 template <class Call>
-__device__ __forceinline__ void for_each_pixel(const Call& call) {
+__device__ __forceinline__ void for_each_pixel(int first, int end, const Call& call) {
   const int warps = blockDim.x / 32, lane = threadIdx.x % 32;
-  for (int eight = threadIdx.x / 32; eight < kTile / 8; eight += warps) call(eight * 8 + lane / 4, lane % 4);
+  for (int eight = first / 8 + threadIdx.x / 32; eight < end / 8; eight += warps) call(eight * 8 + lane / 4, lane % 4);
 }
+template <class Call>
+__device__ __forceinline__ void for_each_pixel(const Call& call) { for_each_pixel(0, kTile, call); }
 
 // A pixel's logits: k * stride apart, times factor.
 struct Logits {
@@ -29,13 +31,26 @@ struct Logits {
 };
 
 // Those that tile_dots left in shared memory.
-__device__ __forceinline__ Logits formed_logits(const float* memory, int p, float inv, float temperature) {
-  return {memory + p, kLogitsRow, inv / temperature};
+__device__ __forceinline__ Logits formed_logits(const ContrastShared& shared, int p, float inv, float temperature) {
+  return {reinterpret_cast<const float*>(shared_memory<unsigned char>() + shared.logits_at) + p, kLogitsRow, inv / temperature};
 }
 
 // Those that the forward saved, from class k0 on; a pixel beyond the image reads the last one's.
 __device__ __forceinline__ Logits saved_logits(const float* logits, const ContrastInput& a, const ContrastTile& tile, int64_t k0, int p) {
   return {logits + (tile.image * a.num_classes + k0) * a.pixels + tile.first + min(p, tile.count - 1), a.pixels, 1.0f};
+}
+
+// log sum exp(z) = top + log_total, apart: a loss (top - z) + log_total does not lose what top has too much.
+struct Softmax {
+  float top, log_total;
+};
+
+__device__ __forceinline__ Softmax softmax_of(const Logits& z, int num_classes, int part) {
+  float top = -INFINITY, total = 0;
+  for (int k = part; k < num_classes; k += 4) top = fmaxf(top, z[k]);
+  top = quad_max(top);
+  for (int k = part; k < num_classes; k += 4) total += expf(z[k] - top);
+  return {top, logf(quad_sum(total))};
 }
 
 // Row and column of pixel p of the tile; an image has fewer than 2^31 pixels, so the division is a short one.
@@ -65,11 +80,11 @@ __device__ __forceinline__ float pixel_weight_at(const PixelMap& map, const Cont
 }
 
 // s = grad * class weight * pixel weight / denominator of a labelled pixel; 0 where nothing is labelled at all, whatever grad is.
-__device__ __forceinline__ float pixel_scale(const float* class_weight, const PixelMap& pixel_weight, const PixelMap& grad, const float* denominator,
+__device__ __forceinline__ float pixel_scale(const float* class_weight, const PixelMap& pixel_weight, const PixelMap& grad, float denominator,
                                              const ContrastTile& tile, int p, int cls, int64_t width) {
-  if (*denominator == 0) return 0;
+  if (denominator == 0) return 0;
   const float weight = (class_weight ? class_weight[cls] : 1.0f) * pixel_weight_at(pixel_weight, tile, p, width);
-  return weight * pixel_weight_at(grad, tile, p, width) / *denominator;
+  return weight * pixel_weight_at(grad, tile, p, width) / denominator;
 }
 
 }  // namespace spcl::gpu

@@ -43,31 +43,53 @@ SPCL_PLAN ContrastWarps contrast_warps(int64_t num_classes, int classes_of_warp)
 SPCL_PLAN int64_t larger_of(int64_t a, int64_t b) { return a > b ? a : b; }
 SPCL_PLAN int64_t pieces_of(int64_t num_classes) { return (num_classes + kPiece - 1) / kPiece; }
 
-// Shared memory of a block, in bytes from its beginning: stages (a chunk of pixels, then the prototypes' part); over them, once they are
-// done with, what the slices exchange and the logits; then the weights; then what is known of each pixel.
+// Shared memory of a block, in bytes from its beginning. Streamed: stages (a chunk of pixels, then the prototypes' part); over them, once they
+// are done with, what the slices exchange and the logits; then the weights; then what is known of each pixel. Resident: every chunk of pixels
+// in a slot of its own, where it stays; the prototypes' stages, and over them what the slices exchange; then logits, weights, pixels.
 struct ContrastShared {
   int stages;
-  int64_t stage_bytes, stage_proto_at, weights_at, pixels_at, bytes;
+  bool resident;
+  int64_t x_step, proto_at, proto_step;  // from one slot of pixels to the next; the same of the prototypes' part
+  int64_t exchange_at, logits_at, weights_at, pixels_at, bytes;
 };
 
+// Where the pixels of a chunk lie; `item` counts what is staged.
+SPCL_PLAN int64_t x_slot(const ContrastShared& shared, int64_t chunk, int64_t item) {
+  return (shared.resident ? chunk : item % shared.stages) * shared.x_step;
+}
+SPCL_PLAN int64_t proto_slot(const ContrastShared& shared, int64_t item) { return shared.proto_at + item % shared.stages * shared.proto_step; }
+
 constexpr int64_t kPixelBytes = 40;  // of a pixel in PixelTable, contrast_tile.cuh
+
+template <int kBytes>
+SPCL_PLAN int64_t pixels_bytes() { return int64_t{ContrastShape<kBytes>::kChunk} * ContrastShape<kBytes>::kRow * kBytes; }
+template <int kBytes>
+SPCL_PLAN int64_t padded_classes(const ContrastWarps& warps) { return warps.groups * ContrastShape<kBytes>::kClasses; }
+template <int kBytes>
+SPCL_PLAN int64_t prototypes_bytes(const ContrastWarps& warps) {
+  using Shape = ContrastShape<kBytes>;
+  return padded_classes<kBytes>(warps) * (Shape::kHalf ? Shape::kProtoRow : Shape::kChunk) * kBytes;
+}
+template <int kBytes>
+SPCL_PLAN int64_t exchange_bytes(const ContrastWarps& warps) {
+  return warps.slices / 2 * static_cast<int64_t>(warps.groups) * ContrastShape<kBytes>::kSums * 32 * 4;
+}
+template <int kBytes>
+SPCL_PLAN int64_t logits_bytes(const ContrastWarps& warps) { return padded_classes<kBytes>(warps) * kLogitsRow * 4; }
+template <int kBytes>
+SPCL_PLAN int64_t weights_bytes(int64_t classes) { return pieces_of(classes) * kPiece * ContrastShape<kBytes>::kWeightRow * 4; }
 
 // classes: rows of logits that are formed here (0: they are read); gradient: whether the gradient's product is.
 template <int kBytes>
 SPCL_PLAN ContrastShared contrast_shared(int64_t classes, int64_t gradient_classes) {
   using Shape = ContrastShape<kBytes>;
   const ContrastWarps warps = contrast_warps(classes, Shape::kClasses);
-  const int64_t padded = warps.groups * Shape::kClasses;
-  const int64_t pixels = Shape::kChunk * Shape::kRow * kBytes;
-  const int64_t proto = padded * (Shape::kHalf ? Shape::kProtoRow : Shape::kChunk) * kBytes;
-  const int64_t piece = gradient_classes ? kPiece * Shape::kProtoRow * kBytes : 0;
+  const int64_t pixels = pixels_bytes<kBytes>(), piece = gradient_classes ? kPiece * Shape::kProtoRow * kBytes : 0;
   const int stages = classes <= 64 ? 3 : 2;
-  const int64_t stage = pixels + larger_of(proto, piece);
-  const int64_t exchange = warps.slices / 2 * static_cast<int64_t>(warps.groups) * Shape::kSums * 32 * 4;
-  const int64_t logits = padded * kLogitsRow * 4;
-  const int64_t region = larger_of(stages * stage, larger_of(exchange, logits));
-  const int64_t weights = pieces_of(gradient_classes) * kPiece * Shape::kWeightRow * 4;
-  return {stages, stage, pixels, region, region + weights, region + weights + kTile * kPixelBytes};
+  const int64_t stage = pixels + larger_of(prototypes_bytes<kBytes>(warps), piece);
+  const int64_t region = larger_of(stages * stage, larger_of(exchange_bytes<kBytes>(warps), logits_bytes<kBytes>(warps)));
+  const int64_t weights = weights_bytes<kBytes>(gradient_classes);
+  return {stages, false, stage, pixels, stage, 0, 0, region, region + weights, region + weights + kTile * kPixelBytes};
 }
 
 // The same for the prototypes' gradient: a block owns the classes of one warp and kOwnChannels channels.
@@ -79,7 +101,64 @@ SPCL_PLAN ContrastShared prototype_shared(bool forms_logits) {
   using Shape = ContrastShape<kBytes>;
   const ContrastShared dots = contrast_shared<kBytes>(forms_logits ? Shape::kClasses : 0, 0);
   const int64_t region = larger_of(dots.weights_at, kOwnChannels * Shape::kRow * kBytes), weights = kPiece * kOwnRow * 4;
-  return {dots.stages, dots.stage_bytes, dots.stage_proto_at, region, region + weights, region + weights + kTile * kPixelBytes};
+  return {dots.stages, false, dots.x_step, dots.proto_at, dots.proto_step, 0, 0, region, region + weights, region + weights + kTile * kPixelBytes};
+}
+
+// Channels of a block, in chunks.
+struct ContrastChannels {
+  int64_t first, chunks;
+};
+
+template <int kBytes>
+SPCL_PLAN int64_t chunks_of(int64_t dim) { return (dim + ContrastShape<kBytes>::kChunk - 1) / ContrastShape<kBytes>::kChunk; }
+
+// One pass: the D channels of a tile of pixels stay in the shared memory of a cluster of `blocks`, `chunks` in each block but the last ones.
+// Each block finishes the softmax of kTile / blocks of the pixels.
+struct OnePassPlan {
+  int blocks;
+  int64_t chunks;
+  ContrastShared shared;
+};
+
+constexpr int kMaxCluster = 8;        // what every device with clusters can schedule
+constexpr int kMaxOnePassClasses = kPiece;
+constexpr int64_t kHalfShared = 113 << 10;  // bytes of which two blocks fit into a multiprocessor's 228 KB, with 1 KB a block for the system
+
+template <int kBytes>
+SPCL_PLAN OnePassPlan one_pass_of(int64_t classes, int64_t dim, int blocks) {
+  const ContrastWarps warps = contrast_warps(classes, ContrastShape<kBytes>::kClasses);
+  const int64_t chunks = (chunks_of<kBytes>(dim) + blocks - 1) / blocks, pixels = pixels_bytes<kBytes>();
+  const int stages = 4;
+  const int64_t proto = larger_of(prototypes_bytes<kBytes>(warps), int64_t{kPiece} * ContrastShape<kBytes>::kProtoRow * kBytes);
+  const int64_t proto_at = chunks * pixels, logits_at = proto_at + larger_of(stages * proto, exchange_bytes<kBytes>(warps));
+  const int64_t weights_at = logits_at + logits_bytes<kBytes>(warps), pixels_at = weights_at + weights_bytes<kBytes>(classes);
+  return {blocks, chunks, {stages, true, pixels, proto_at, proto, proto_at, logits_at, weights_at, pixels_at, pixels_at + kTile * kPixelBytes}};
+}
+
+// The smallest cluster of which two blocks fit into a multiprocessor: one loads while the other computes. By the sizes alone.
+template <int kBytes>
+SPCL_PLAN OnePassPlan one_pass_plan(int64_t classes, int64_t dim) {
+  int blocks = 1;
+  while (blocks < kMaxCluster && one_pass_of<kBytes>(classes, dim, blocks).shared.bytes > kHalfShared) blocks *= 2;
+  return one_pass_of<kBytes>(classes, dim, blocks);
+}
+
+template <int kBytes>
+SPCL_PLAN ContrastChannels channels_of_rank(const OnePassPlan& plan, int64_t dim, int rank) {
+  const int64_t first = rank * plan.chunks, left = chunks_of<kBytes>(dim) - first;
+  return {first * ContrastShape<kBytes>::kChunk, left < 0 ? 0 : left < plan.chunks ? left : plan.chunks};
+}
+
+// The labels are counted before the one pass by so many blocks, `each` pixels of the batch a block.
+struct OnePassCount {
+  int64_t each, blocks;
+};
+
+constexpr int kCountThreads = 256;
+
+SPCL_PLAN OnePassCount one_pass_count(int64_t pixels) {
+  const int64_t most = 128, steps = (pixels + most * kCountThreads - 1) / (most * kCountThreads), each = steps * kCountThreads;
+  return {each, (pixels + each - 1) / each};
 }
 
 // Tile t of the batch: pixels [first, first + count) of an image.
@@ -109,6 +188,13 @@ SPCL_PLAN int weight_place(int cls, int pixel) {
   const int product = pixel % 16 / 2, column = pixel / 16 * 2 + pixel % 2;
   const int in_step = cls % 16, lane = column * 4 + in_step % 8 / 2, word = (product % 2) * 2 + in_step / 8;
   return (((cls / 16 * 4 + product / 2) * 32 + lane) * 4 + word) * 2 + in_step % 2;
+}
+
+// The pixel whose weight is in this 4-byte word of the weights, kTile or more where none is.
+template <int kBytes>
+SPCL_PLAN int pixel_of_word(int word) {
+  if (kBytes == 4) return word % ContrastShape<4>::kWeightRow;
+  return backward_pixel(word / 128 % 4 * 2 + word % 4 / 2, word / 16 % 8);
 }
 
 // The tiles are added up in `groups` of `tiles_per_group`, by the sizes alone: as many as give some 1024 blocks and 32 MB of partial sums.

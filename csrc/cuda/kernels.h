@@ -118,6 +118,28 @@ struct ContrastBackward : Contrast {
   float* partial;            // [groups][K][D], workspace; not needed where groups == 1
 };
 
+// Loss and gradient of the features together, for an incoming gradient of 1: features and prototypes of float32 or bfloat16, at most
+// kMaxOnePassClasses, a device with clusters (sm_90 on).
+struct ContrastOnePass : Contrast {
+  bool mean;
+  float* loss;         // []
+  float* denominator;  // []
+  float* partial;      // [one_pass_floats], workspace
+  Features dx;         // same shape and type as x
+};
+
+// data *= *factor, in place; `factor` is on the device, and is 1 as a rule.
+struct ScaledGradient {
+  void* data;  // 16-byte aligned
+  FloatType type;
+  int64_t count;
+  const float* factor;
+};
+
+int64_t one_pass_floats(const Contrast& a);
+Status prototype_contrastive_one_pass(const ContrastOnePass& a, Stream stream);
+Status scale_gradient(const ScaledGradient& a, Stream stream);
+
 int64_t contrast_blocks(const Features& x);                              // of the forward
 int64_t contrast_partial_floats(const Features& x, int64_t num_classes);  // of the prototypes' gradient; 0: none
 Status prototype_contrastive_forward(const ContrastForward& a, Stream stream);

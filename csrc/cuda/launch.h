@@ -37,6 +37,9 @@ Status launch(void (*kernel)(P...), const Grid& grid, Stream, A&&... arguments) 
 // The most shared memory that a block may ask for on the current device.
 inline int shared_memory_limit() { return emulator::shared_limit(); }
 
+// Whether the blocks of a cluster can share their memory on the current device.
+inline bool has_clusters() { return true; }
+
 template <class T>
 inline T* shared_memory() { return reinterpret_cast<T*>(emulator::shared()); }
 
@@ -79,6 +82,12 @@ inline int shared_memory_limit() {
   int device = 0, bytes = 48 << 10;
   if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   return bytes;
+}
+
+inline bool has_clusters() {
+  int device = 0, major = 0;
+  if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  return major >= 9;
 }
 
 template <class T>

@@ -5,6 +5,11 @@
 #include "contrast_pixels.cuh"
 
 namespace spcl::gpu {
+
+// Adds up what the blocks left, of this form and of the one pass.
+Status finish_loss(const float* losses, int64_t count, const float* weights, int64_t weights_count, bool mean, float* loss, float* denominator,
+                   Stream stream);
+
 namespace {
 
 constexpr int kFinishThreads = 256;
@@ -23,12 +28,8 @@ struct ForwardKernel : ContrastInput {
 __device__ __forceinline__ void finish_pixel(const ForwardKernel& a, const ContrastTile& tile, PixelTable* table, int p, int part) {
   const int cls = table->cls[p], num_classes = static_cast<int>(a.num_classes);
   const float inv = a.normalize ? inverse_norm(table->squares[p]) : 1.0f;
-  const Logits z = formed_logits(shared_memory<float>(), p, inv, a.temperature);
-  float top = -INFINITY, total = 0;
-  for (int k = part; k < num_classes; k += 4) top = fmaxf(top, z[k]);
-  top = quad_max(top);
-  for (int k = part; k < num_classes; k += 4) total += expf(z[k] - top);
-  const float log_total = logf(quad_sum(total));
+  const Logits z = formed_logits(a.shared, p, inv, a.temperature);
+  const auto [top, log_total] = softmax_of(z, num_classes, part);
   const bool inside = p < tile.count;
   if (a.logits && inside)
     for (int k = part; k < num_classes; k += 4) a.logits[(tile.image * num_classes + k) * a.pixels + tile.first + p] = z[k];
@@ -52,7 +53,7 @@ __global__ void __launch_bounds__(kContrastThreads) contrast_forward_kernel(cons
   PixelTable* table = reinterpret_cast<PixelTable*>(shared_memory<unsigned char>() + a.shared.pixels_at);
   const ContrastTile tile = contrast_tile(blockIdx.x, a.pixels);
   read_pixels(a, a.labels, tile, table);
-  tile_dots<T>(a, tile, 0, a.warps, a.shared, table);
+  tile_dots<T>(a, tile, all_channels<T>(a.x), 0, a.warps, a.shared, table);
   for_each_pixel([&](int p, int part) { finish_pixel(a, tile, table, p, part); });
   __syncthreads();
   if (a.loss_map && blockIdx.x == 0 && threadIdx.x == 0) *a.denominator = 1;
@@ -62,12 +63,13 @@ __global__ void __launch_bounds__(kContrastThreads) contrast_forward_kernel(cons
   if (threadIdx.x == 0) a.partial[blockIdx.x] = loss, a.partial[gridDim.x + blockIdx.x] = weight;
 }
 
-// partial [2][count] -> loss, denominator; in double, by a fixed tree. A bad label makes both NaN.
-__global__ void __launch_bounds__(kFinishThreads)
-    contrast_finish_kernel(const float* partial, int64_t count, bool mean, float* loss, float* denominator) {
+// losses [count], weights [weights_count] -> loss, denominator; in double, by a fixed tree. A bad label makes both NaN.
+__global__ void __launch_bounds__(kFinishThreads) contrast_finish_kernel(const float* losses, int64_t count, const float* weights,
+                                                                         int64_t weights_count, bool mean, float* loss, float* denominator) {
   double* sums = shared_memory<double>();
   double total = 0, weight = 0;
-  for (int64_t i = threadIdx.x; i < count; i += kFinishThreads) total += partial[i], weight += partial[count + i];
+  for (int64_t i = threadIdx.x; i < count; i += kFinishThreads) total += losses[i];
+  for (int64_t i = threadIdx.x; i < weights_count; i += kFinishThreads) weight += weights[i];
   sums[threadIdx.x] = total, sums[kFinishThreads + threadIdx.x] = weight;
   for (int half = kFinishThreads / 2; half; half /= 2) {
     __syncthreads();
@@ -93,11 +95,16 @@ Status forward(const ContrastForward& from, Stream stream) {
   const int64_t blocks = contrast_blocks(from.x);
   const Grid grid{dim3(static_cast<unsigned>(blocks)), a.warps.count * 32u, static_cast<size_t>(a.shared.bytes)};
   if (Status failed = launch(contrast_forward_kernel<T>, grid, stream, a); failed || from.loss_map) return failed;
-  return launch(contrast_finish_kernel, Grid{dim3(1), kFinishThreads, 2 * kFinishThreads * sizeof(double)}, stream, from.partial, blocks, from.mean,
-                from.loss, from.denominator);
+  return finish_loss(from.partial, blocks, from.partial + blocks, blocks, from.mean, from.loss, from.denominator, stream);
 }
 
 }  // namespace
+
+Status finish_loss(const float* losses, int64_t count, const float* weights, int64_t weights_count, bool mean, float* loss, float* denominator,
+                   Stream stream) {
+  const Grid grid{dim3(1), kFinishThreads, 2 * kFinishThreads * sizeof(double)};
+  return launch(contrast_finish_kernel, grid, stream, losses, count, weights, weights_count, mean, loss, denominator);
+}
 
 int64_t contrast_blocks(const Features& x) { return x.batch * contrast_tiles(x.height * x.width); }
 

@@ -29,9 +29,9 @@ __device__ __forceinline__ void weigh_pixel(const PrototypeKernel& a, const Cont
   const int cls = table->cls[p];
   const int64_t at = tile.image * a.pixels + tile.first + min(p, tile.count - 1);
   const float lse = a.lse[at], inv = a.inv_norm[at];
-  const Logits z = a.logits ? saved_logits(a.logits, a, tile, k0, p) : formed_logits(shared_memory<float>(), p, inv, a.temperature);
+  const Logits z = a.logits ? saved_logits(a.logits, a, tile, k0, p) : formed_logits(a.shared, p, inv, a.temperature);
   float factor = cls == kBadLabel ? NAN : 0.0f;
-  if (cls >= 0) factor = pixel_scale(a.class_weight, a.pixel_weight, a.grad, a.denominator, tile, p, cls, a.x.width) * (inv / a.temperature);
+  if (cls >= 0) factor = pixel_scale(a.class_weight, a.pixel_weight, a.grad, *a.denominator, tile, p, cls, a.x.width) * (inv / a.temperature);
   const int count = static_cast<int>(min(int64_t{kPiece}, a.num_classes - k0));
   for (int k = part; k < kPiece; k += 4) {
     float w = 0;
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, 2) contrast_prototypes_kernel(const 
   for (int64_t t = first; t < min(first + a.groups.tiles_per_group, tiles); ++t) {
     const ContrastTile tile = contrast_tile(t, a.pixels);
     read_pixels(a, a.labels, tile, table);
-    if (!a.logits) tile_dots<T>(a, tile, k0, a.warps, a.shared, table);
+    if (!a.logits) tile_dots<T>(a, tile, all_channels<T>(a.x), k0, a.warps, a.shared, table);
     for_each_pixel([&](int p, int part) { weigh_pixel(a, tile, table, weights, k0, p, part); });
     __syncthreads();
     for (int c = 0; c < kOwnChannels; c += Shape::kChunk) stage_pixels<T>(a.x, a.access, tile, table->x_at, d0 + c, x + c * Shape::kRow);

@@ -5,9 +5,11 @@ Loaded when first asked about. What cannot be loaded is a reason in words, and T
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ OPS = ("prototype_contrastive_loss", "class_moments", "upsampled_cross_entropy",
 _MAX_CONTRAST_CLASSES, _MAX_CONTRAST_CLASSES_SMALL = 240, 128
 _MAX_CLASSES = {"upsampled_cross_entropy": 32767, "upsampled_prediction": 256}  # a class is an int16 in shared memory, a uint8 when written
 _CACHED_BYTES = 1024
+_ONE_PASS_CLASSES, _ONE_PASS_DIM = 32, 4096  # what a cluster holds of a tile: csrc/cuda/contrast_plan.h
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DEVICES = ("cuda",)
 _native = torch.ops.spcl_fast_cuda
@@ -69,6 +72,46 @@ def saves_logits(num_classes: int, dim: int, dtype: torch.dtype = torch.float32)
     """Whether 4 K bytes a pixel are saved for the backward: where they are few beside the features, and a block's 64 pixels are too many
     bytes to be found in L2 when they are read again. Not yet measured on a GPU."""
     return num_classes * 4 <= dim and dim * dtype.itemsize > _CACHED_BYTES
+
+
+_one_pass_asked = False  # not yet measured on a GPU
+
+
+@contextlib.contextmanager
+def in_one_pass() -> Iterator[None]:
+    """For its time, losses whose features alone need a gradient are formed in one pass where `takes_one_pass`; for tests and benchmarks."""
+    global _one_pass_asked
+    before, _one_pass_asked = _one_pass_asked, True
+    try:
+        yield
+    finally:
+        _one_pass_asked = before
+
+
+def takes_one_pass(features: Tensor, num_classes: int) -> bool:
+    """Whether loss and gradient are formed together. float16 gradients would underflow; sm_90 and sm_100 alone share 227 KB a block."""
+    fits = num_classes <= _ONE_PASS_CLASSES and 0 < features.shape[1] <= _ONE_PASS_DIM and features.dtype in (torch.float32, torch.bfloat16)
+    return _one_pass_asked and fits and (features.device.type != "cuda" or torch.cuda.get_device_capability(features.device)[0] in (9, 10))
+
+
+def prototype_contrastive_one_pass(
+    features, labels, prototypes, class_weight, pixel_weight, *, temperature, normalize, ignore_index, reduction
+) -> tuple[Tensor, Tensor]:
+    """-> loss [], dfeatures (features' dtype and layout) for an incoming gradient of 1. reduction: "mean" or "sum"."""
+    dfeatures = torch.empty_like(features)
+    if features.numel() == 0:
+        return features.new_zeros((), dtype=torch.float32), dfeatures
+    loss = _native.prototype_contrastive_one_pass(
+        features, labels, prototypes.to(features.dtype).contiguous(), _plain(class_weight), pixel_weight, dfeatures,
+        label_flag(features.device), temperature, normalize, ignore_index, reduction == "mean",
+    )  # fmt: skip
+    return loss, dfeatures
+
+
+def prototype_contrastive_scale(dfeatures: Tensor, grad_loss: Tensor) -> None:
+    """dfeatures (dense) *= grad_loss [], in place; where that is 1, which only the device knows, nothing is read or written."""
+    if dfeatures.numel():
+        _native.prototype_contrastive_scale(dfeatures, grad_loss.float())
 
 
 def prototype_contrastive_forward(

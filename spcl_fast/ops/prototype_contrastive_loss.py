@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -47,6 +49,7 @@ def prototype_contrastive_loss(
     for a label outside [0, K) that is not ignore_index (on a GPU the loss is NaN and `check_labels` tells the label).
     Memory: the forward reads the features once and keeps 8 bytes a pixel (+ 4 K where K <= D/4, if the backend finds that cheaper than
     computing them again); the backward reads them once more and writes the gradient, which is the only feature-sized allocation.
+    In one pass (CUDA, only where asked for) the forward writes the gradient, too, and keeps it in the features' stead.
     Source: Xie et al., arXiv 2111.12358, L_cl; `core/utils/loss.py` of the released code (temperature 100).
     """
     checks.check_pixels(_OP, features, labels)
@@ -65,11 +68,11 @@ def prototype_contrastive_loss(
     if pixel_weight is not None:
         pixel_weight = resize_nearest(pixel_weight, *features.shape[2:]).to(_wide(features))
     class_weight = None if class_weight is None else class_weight.to(_wide(features))
-    save = torch.is_grad_enabled() and (features.requires_grad or prototypes.requires_grad)
+    recorded = torch.is_grad_enabled()
     small = backends.is_small(features.numel())  # here, not in the op: what is traced must save what is run saves, and the backend decides
     loss = _forward(
-        features, labels, prototypes, class_weight, pixel_weight, variances,
-        float(temperature), normalize, ignore_index, reduction, save, backend or "", small,
+        features, labels, prototypes, class_weight, pixel_weight, variances, float(temperature), normalize, ignore_index, reduction,
+        recorded and features.requires_grad, recorded and prototypes.requires_grad, backend or "", small,
     )[0]  # fmt: skip
     return loss.view(-1) if rows and reduction == "none" else loss
 
@@ -90,49 +93,66 @@ def _check_prototypes(features: Tensor, prototypes: Tensor, variances: Tensor | 
     checks.check_device(_OP, features, "features", variances=variances)
 
 
-def _pick(backend: str, small: bool, features: Tensor, prototypes: Tensor, variances: Tensor | None) -> str:
-    num_classes, dim = prototypes.shape
-    return backends.pick(
+def _backend(name: str, small: bool, features: Tensor, num_classes: int, has_variances: bool) -> ModuleType:
+    """The module that does it; features: or their gradient."""
+    picked = backends.pick(
         _OP,
-        backend or None,
+        name or None,
         device=features.device,
         dtype=features.dtype,
         num_classes=num_classes,
-        dim=dim,
-        has_variances=variances is not None,
+        dim=features.shape[1],
+        has_variances=has_variances,
         small=small,
     )
+    return backends.module(picked)
+
+
+def _in_one_pass(
+    used: ModuleType, features: Tensor, num_classes: int, reduction: str, needs_dfeatures: bool, needs_dprototypes: bool
+) -> bool:  # fmt: skip
+    """Whether the forward forms the gradient of the features, too. A map's incoming gradient is another for each pixel."""
+    wanted = needs_dfeatures and not needs_dprototypes and reduction != "none"
+    return wanted and getattr(used, "takes_one_pass", lambda *_: False)(features, num_classes)
 
 
 @torch.library.custom_op("spcl_fast::prototype_contrastive_forward", mutates_args=())
 def _forward(
     features: Tensor, labels: Tensor, prototypes: Tensor,
     class_weight: Tensor | None, pixel_weight: Tensor | None, variances: Tensor | None,
-    temperature: float, normalize: bool, ignore_index: int, reduction: str, save: bool, backend: str, small: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    primitive = backends.module(_pick(backend, small, features, prototypes, variances)).prototype_contrastive_forward
-    return primitive(
-        features, labels, prototypes, class_weight, pixel_weight, variances,
-        temperature=temperature, normalize=normalize, ignore_index=ignore_index, reduction=reduction, save=save,
-    )  # fmt: skip
+    temperature: float, normalize: bool, ignore_index: int, reduction: str, needs_dfeatures: bool, needs_dprototypes: bool, backend: str,
+    small: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> loss, denominator, lse, inv_norm, logits, and nothing [0]; or, in one pass, loss, four times nothing, dfeatures."""
+    used = _backend(backend, small, features, prototypes.shape[0], variances is not None)
+    settings = {"temperature": temperature, "normalize": normalize, "ignore_index": ignore_index, "reduction": reduction}
+    if _in_one_pass(used, features, prototypes.shape[0], reduction, needs_dfeatures, needs_dprototypes):
+        loss, dfeatures = used.prototype_contrastive_one_pass(features, labels, prototypes, class_weight, pixel_weight, **settings)
+        return loss, *(loss.new_empty(0) for _ in range(4)), dfeatures
+    save = needs_dfeatures or needs_dprototypes
+    saved = used.prototype_contrastive_forward(features, labels, prototypes, class_weight, pixel_weight, variances, **settings, save=save)
+    return *saved, features.new_empty(0)
 
 
 @_forward.register_fake
 def _(
-    features, labels, prototypes, class_weight, pixel_weight, variances, temperature, normalize, ignore_index, reduction, save, backend,
-    small=False,
+    features, labels, prototypes, class_weight, pixel_weight, variances,
+    temperature, normalize, ignore_index, reduction, needs_dfeatures, needs_dprototypes, backend, small=False,
 ):  # fmt: skip
     batch, dim, height, width = features.shape
-    num_classes = prototypes.shape[0]
-    used = backends.module(_pick(backend, small, features, prototypes, variances))
+    num_classes, save = prototypes.shape[0], needs_dfeatures or needs_dprototypes
+    used = _backend(backend, small, features, num_classes, variances is not None)
     saves_logits = save and getattr(used, "saves_logits", lambda *_: False)(num_classes, dim, features.dtype)
 
     def empty(*shape):
         return features.new_empty(shape, dtype=_wide(features))
 
+    if _in_one_pass(used, features, num_classes, reduction, needs_dfeatures, needs_dprototypes):
+        return empty(), *(empty(0) for _ in range(4)), torch.empty_like(features)
     pixels = (batch, height * width) if save else (0,)
     loss = empty(batch, height, width) if reduction == "none" else empty()
-    return loss, empty(), empty(*pixels), empty(*pixels), empty(*((batch, num_classes, height * width) if saves_logits else (0,)))
+    logits = empty(*((batch, num_classes, height * width) if saves_logits else (0,)))
+    return loss, empty(), empty(*pixels), empty(*pixels), logits, features.new_empty(0)
 
 
 @torch.library.custom_op("spcl_fast::prototype_contrastive_backward", mutates_args=())
@@ -142,8 +162,8 @@ def _backward(
     temperature: float, normalize: bool, ignore_index: int, reduction: str, needs_dfeatures: bool, needs_dprototypes: bool, backend: str,
     small: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    primitive = backends.module(_pick(backend, small, features, prototypes, variances)).prototype_contrastive_backward
-    return primitive(
+    used = _backend(backend, small, features, prototypes.shape[0], variances is not None)
+    return used.prototype_contrastive_backward(
         grad_loss, features, labels, prototypes, class_weight, pixel_weight, variances, lse, inv_norm, logits, denominator,
         temperature=temperature, normalize=normalize, ignore_index=ignore_index, reduction=reduction,
         needs_dfeatures=needs_dfeatures, needs_dprototypes=needs_dprototypes,
@@ -160,16 +180,23 @@ def _(
 
 
 def _setup_context(ctx, inputs, output):
-    features, labels, prototypes, class_weight, pixel_weight, variances, *ctx.settings, _, ctx.backend, ctx.small = inputs
-    loss, denominator, lse, inv_norm, logits = output
-    ctx.mark_non_differentiable(denominator, lse, inv_norm, logits)
+    features, labels, prototypes, class_weight, pixel_weight, variances, *ctx.settings, _, _, ctx.backend, ctx.small = inputs
+    loss, denominator, lse, inv_norm, logits, dfeatures = output
+    ctx.mark_non_differentiable(denominator, lse, inv_norm, logits, dfeatures)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(features, labels, prototypes, class_weight, pixel_weight, variances, lse, inv_norm, logits, denominator)
+    ctx.one_pass, ctx.num_classes = dfeatures.dim() == 4, prototypes.shape[0]
+    if ctx.one_pass:
+        ctx.save_for_backward(dfeatures)
+    else:
+        ctx.save_for_backward(features, labels, prototypes, class_weight, pixel_weight, variances, lse, inv_norm, logits, denominator)
 
 
 def _autograd_backward(ctx, grad_loss, *_):
-    nothing = [None] * 13
+    nothing = [None] * 14
     if grad_loss is None:
+        return tuple(nothing)
+    if ctx.one_pass:
+        nothing[0] = _formed_gradient(ctx, grad_loss)
         return tuple(nothing)
     prototypes = ctx.saved_tensors[2]
     needs_dfeatures, needs_dprototypes = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
@@ -178,6 +205,22 @@ def _autograd_backward(ctx, grad_loss, *_):
     nothing[0] = dfeatures if needs_dfeatures else None
     nothing[2] = dprototypes.to(prototypes.dtype) if needs_dprototypes else None
     return tuple(nothing)
+
+
+@torch.library.custom_op("spcl_fast::prototype_contrastive_scale", mutates_args=("dfeatures",))
+def _scale(dfeatures: Tensor, grad_loss: Tensor, num_classes: int, backend: str, small: bool = False) -> None:
+    _backend(backend, small, dfeatures, num_classes, False).prototype_contrastive_scale(dfeatures, grad_loss)
+
+
+def _formed_gradient(ctx, grad_loss: Tensor) -> Tensor:
+    """The gradient that the forward formed, scaled where it lies: it is the returned one, unless the graph is kept for another backward."""
+    if torch.is_grad_enabled():
+        checks.refuse_double_backward(_OP)(ctx)
+    (dfeatures,) = ctx.saved_tensors
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        dfeatures = dfeatures.clone()
+    _scale(dfeatures, grad_loss, ctx.num_classes, ctx.backend, ctx.small)
+    return dfeatures
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)

@@ -24,7 +24,7 @@ FLAGS = [
     "-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-fno-gnu-unique", "-fvisibility=hidden", "-DSPCL_EMULATED",
     "-Wall", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}", f"-I{ROOT / 'tests' / 'cuda_emulator'}",
 ]  # fmt: skip
-ORDERS = {"forward": (0, 0), "reverse": (1, 0), "random": (2, 1), "another random": (2, 2)}
+ORDERS = {"forward": (0, 0), "reverse": (1, 0), "random": (2, 1), "another random": (2, 2), "block by block": (3, 0)}
 
 
 def library(name: str, sources: Sequence[str], replace: Sequence[tuple[str, str, str]] = (), flags: Sequence[str] = ()) -> Path:

@@ -107,6 +107,9 @@ bool untouched_around(const Guarded& g) {
   return true;
 }
 
+// May the memory between the guards be touched?
+void allow(const Guarded& g, int what) { mprotect(g.mapping + kGuard, g.mapped - 2 * kGuard, what); }
+
 // ---- the state of a launch --------------------------------------------------------------------------------------
 
 struct Barrier {
@@ -155,7 +158,7 @@ struct Launch {
   Barrier cluster;
 };
 
-enum Order { kForward, kReverse, kRandom };
+enum Order { kForward, kReverse, kRandom, kBlockByBlock };
 Order order = kForward;
 unsigned order_seed = 0;
 int limit = 232448;  // of sm_90
@@ -195,6 +198,7 @@ void entry() {
   now->done = true;
   leave(now->block->barrier);
   leave(launch_->cluster);
+  if (launch_->blocks.size() > 1 && now->block->barrier.live == 0) allow(now->block->memory, PROT_NONE);
   switch_to(now->context, launch_->scheduler);
 }
 
@@ -211,7 +215,8 @@ void on_fault(int, siginfo_t* info, void*) {
     if (at < g.mapping || at >= g.mapping + g.mapped) return;
     nearest = at - g.data, what = name;
   };
-  for (const Block& block : launch_->blocks) consider(block.memory, "shared memory");
+  for (const Block& block : launch_->blocks)
+    consider(block.memory, block.barrier.live ? "shared memory" : "the shared memory of a block that has ended");
   size_t bytes = 0;
   for (const auto& [data, g] : buffers) {
     consider(g, "a buffer");
@@ -256,6 +261,7 @@ std::vector<size_t> arranged(size_t count, std::mt19937& random) {
 void start(Launch& l, dim3 blocks, size_t first_block, unsigned threads, size_t shared_bytes, dim3 grid) {
   for (size_t rank = 0; rank < l.blocks.size(); ++rank) {
     Block& block = l.blocks[rank];
+    allow(block.memory, PROT_READ | PROT_WRITE);
     memset(block.memory.data, 0xff, (shared_bytes + 15) / 16 * 16);
     block.barrier = Barrier{};
     block.barrier.live = static_cast<int>(threads);
@@ -275,22 +281,34 @@ void start(Launch& l, dim3 blocks, size_t first_block, unsigned threads, size_t 
   l.cluster.live = static_cast<int>(l.fibers.size());
 }
 
+// Every thread of turn [first, end) that need not wait runs once. -> whether one did.
+bool take_turns(Launch& l, const std::vector<size_t>& turn, size_t first, size_t end, size_t& left) {
+  bool progress = false;
+  for (size_t t = first; t < end; ++t) {
+    Fiber& fiber = l.fibers[turn[t]];
+    if (fiber.done || (fiber.waits_for && *fiber.waits_for == fiber.seen)) continue;
+    now = &fiber;
+    switch_to(l.scheduler, fiber.context);
+    now = nullptr;
+    progress = true;
+    left -= fiber.done;
+  }
+  return progress;
+}
+
 // Until every thread is done.
 void schedule(Launch& l, std::mt19937& random) {
   size_t left = l.fibers.size();
   std::vector<size_t> turn = arranged(l.fibers.size(), random);
+  const size_t together = order == kBlockByBlock ? turn.size() / l.blocks.size() : turn.size();
   while (left) {
     bool progress = false;
     if (order == kRandom) std::shuffle(turn.begin(), turn.end(), random);
-    for (const size_t i : turn) {
-      Fiber& fiber = l.fibers[i];
-      if (fiber.done || (fiber.waits_for && *fiber.waits_for == fiber.seen)) continue;
-      now = &fiber;
-      switch_to(l.scheduler, fiber.context);
-      now = nullptr;
-      progress = true;
-      left -= fiber.done;
-    }
+    for (size_t first = 0; first < turn.size(); first += together)
+      while (take_turns(l, turn, first, first + together, left)) {
+        progress = true;
+        if (order != kBlockByBlock) break;
+      }
     if (!progress) fail("deadlock: %zu threads wait for others that have ended or wait elsewhere", left);
   }
 }
@@ -382,7 +400,8 @@ const char* run(Body body, void* argument, dim3 blocks, unsigned threads, unsign
 #pragma GCC visibility push(default)
 extern "C" {
 
-// 0 forward, 1 reverse, 2 random with this seed: of the blocks, and of the threads of a block.
+// 0 forward, 1 reverse, 2 random with this seed: of the blocks, and of the threads of a block. 3: forward, and of the blocks of a cluster
+// each goes as far as it can alone.
 void emulator_order(int kind, unsigned seed) { emulator::order = static_cast<emulator::Order>(kind), emulator::order_seed = seed; }
 
 void emulator_shared_limit(int bytes) { emulator::limit = bytes; }

@@ -5,6 +5,7 @@
 //   * reads and writes out of bounds: shared memory, stacks and every buffer made here lie between guards that may not be touched;
 //   * what was never written: shared memory and buffers start as 0xff bytes, which is NaN in every float type;
 //   * a missing wait: a cp.async leaves 0xff until it is waited for;
+//   * a read of a cluster's block that has ended: its shared memory may not be touched any more;
 //   * a barrier or a collective that not all threads reach: "deadlock", instead of a hang.
 // Collectives take the full mask only, blocks are multiples of 32 threads, and shared memory is dynamic (shared_memory<T>() of launch.h).
 #pragma once

@@ -26,8 +26,23 @@ __global__ void sample_kernel(const float* in, float* out, int n, int fault) {
   if (i < n || fault == kWriteBeyond) out[i] = all;
 }
 
+// out[block] = 1 + the number of the next block of its cluster, told by that block.
+__global__ void cluster_kernel(float* out, int size, bool waits) {
+  float* told = shared_memory<float>();
+  if (threadIdx.x == 0) *told = 1.0f + blockIdx.x;
+  cluster_barrier();
+  const int next = (cluster_rank() + 1) % size;
+  if (threadIdx.x == 0) out[blockIdx.x] = *shared_of(told, next);
+  if (waits) cluster_barrier();
+}
+
 }  // namespace
 }  // namespace spcl::gpu
+
+extern "C" __attribute__((visibility("default"))) const char* sample_cluster(float* out, int clusters, int size, int waits) {
+  using namespace spcl::gpu;
+  return launch(cluster_kernel, Grid{static_cast<unsigned>(clusters * size), 32, sizeof(float), static_cast<unsigned>(size)}, nullptr, out, size, waits);
+}
 
 extern "C" __attribute__((visibility("default"))) const char* sample(const float* in, float* out, int n, int fault) {
   using namespace spcl::gpu;
