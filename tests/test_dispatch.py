@@ -257,7 +257,7 @@ def test_what_is_traced_saves_what_the_backend_of_its_size_saves(table):
         features, prototypes = torch.empty(1, 256, 8, 8, device=GPU), torch.empty(19, 256, device=GPU)
         inputs = (features, torch.empty(1, 8, 8, dtype=torch.int64, device=GPU), prototypes, None, None, None)
         op = ops.prototype_contrastive_loss.__globals__["_forward"]
-        kept = {small: list(op(*inputs, 1.0, True, 255, "mean", True, "", small)[4].shape) for small in (True, False)}
+        kept = {small: list(op(*inputs, 1.0, True, 255, "mean", True, True, "", small)[4].shape) for small in (True, False)}
     assert kept == {True: [0], False: [1, 19, 64]}
 
 
