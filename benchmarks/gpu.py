@@ -2,6 +2,9 @@
 
     python benchmarks/gpu.py [--dry-run] [--parts correct,time] [--again] [--seconds 530]
 
+From the times of Triton's and the CUDA kernels it then makes this GPU's part of the table by which the package picks one of them
+(`gpu_dispatch.py`); nothing is picked by times whose checks failed.
+
 Needs torch, triton, numpy and pytest, no network and no installed package. A part that is done for these sources is not repeated, so that
 a run that was stopped goes on; parts that no longer fit into --seconds are left for the next call, and say so. `--dry-run` goes through the
 same code on tiny shapes on the CPU (Triton's interpreter), to prove the script; its numbers mean nothing and go to results/dry_run.json.
@@ -156,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.dry_run and (trouble := interpreter_trouble()):
         print(f"--dry-run: {trouble}", file=sys.stderr)
         return 1
-    import gpu_speed
+    import gpu_dispatch
 
     name = "dry_run" if options.dry_run else re.sub(r"[^a-z0-9]+", "_", machine()["gpu"].lower()).strip("_")
     path = options.out or RESULTS / f"{name}.json"
@@ -177,9 +180,11 @@ def main(argv: list[str] | None = None) -> int:
             print(f"[{name}] left for the next call: it needs {needs} s, {context.seconds_left:.0f} s are left", flush=True)
             continue
         results["parts"][name] = run_part(name, function, context)
-        results["cuda_beside_triton"] = gpu_speed.beside_triton(results["parts"])
+        results["cuda_beside_triton"] = gpu_dispatch.beside_triton(results["parts"])
         save(path, results)
     print(f"wrote {path}")
+    if not options.dry_run:
+        print(gpu_dispatch.write(results))
     return int(any(results["parts"].get(name, {}).get("state") == "failed" for name in wanted))
 
 

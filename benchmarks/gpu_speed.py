@@ -1,11 +1,13 @@
 """The parts of `gpu.py` that measure: ceilings, host cost per call, and every op on the quoted shapes beside its peers.
 
-Times are medians by device events, L2 flushed between repeats, and of CUDA-graph replays for ours (without the launcher). GB/s count the
-bytes that must move (S = bytes of the features: 1 S forward and class sums, 3 S forward + backward), over the copy bandwidth of this run.
+Times are medians by device events, L2 flushed between repeats; for ours also of CUDA-graph replays (without the launcher) and by the
+caller's clock. A spread is the 20th and the 80th percentile. GB/s count the bytes that must move (S = bytes of the features: 1 S forward
+and class sums, 3 S forward + backward), over the copy bandwidth of this run.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 
 import torch
@@ -15,12 +17,17 @@ from peers import formulas
 import spcl_fast as sf
 from spcl_fast import backends
 
-SHAPES = {"A": (1, 2048, 91, 161, 19), "B": (2, 256, 256, 512, 19), "C": (1, 512, 512, 1024, 150), "D": (8, 256, 128, 256, 1900)}
+SHAPES = {
+    "A": (1, 2048, 91, 161, 19), "B": (2, 256, 256, 512, 19), "C": (1, 512, 512, 1024, 150), "D": (8, 256, 128, 256, 1900),
+    "S": (1, 256, 32, 64, 19),  # S and U0: launches are the cost; for the choice of a backend
+}  # fmt: skip
 UPSAMPLED = {
     "U1": ((1, 19, 91, 161), (720, 1280)), "U2": ((2, 19, 128, 256), (512, 1024)), "U3": ((16, 150, 128, 128), (512, 512)),
+    "U0": ((1, 19, 16, 32), (128, 256)),
 }  # fmt: skip
 _DRY = {"A": (1, 40, 3, 5, 5)}
 _DRY_UPSAMPLED = {"U1": ((1, 3, 2, 3), (9, 11))}
+Time = tuple[float, float, float]  # microseconds: median, 20th and 80th percentile
 _TEMPERATURE = 0.1
 _EXPONENTIALS_PER_SM_CLOCK = 16
 
@@ -37,18 +44,20 @@ def dtypes(context):
     return (torch.float32,) if context.dry else (torch.bfloat16, torch.float32)
 
 
-def median_us(context, call, milliseconds: int = 60) -> float:
+def time_us(context, call, milliseconds: int = 60) -> Time:
     if context.dry:
-        start = time.perf_counter()
-        call()
-        return 1e6 * (time.perf_counter() - start)
+        return wall_us(context, call)
     from triton.testing import do_bench
 
     call()
-    return 1e3 * do_bench(call, warmup=milliseconds // 3, rep=milliseconds, return_mode="median")
+    return tuple(1e3 * t for t in do_bench(call, warmup=milliseconds // 3, rep=milliseconds, quantiles=[0.5, 0.2, 0.8]))
 
 
-def graph_us(context, call) -> float | None:
+def median_us(context, call, milliseconds: int = 60) -> float:
+    return time_us(context, call, milliseconds)[0]
+
+
+def graph_us(context, call) -> Time | None:
     """The same without launch cost; None where there are no graphs."""
     if context.dry:
         return None
@@ -60,7 +69,24 @@ def graph_us(context, call) -> float | None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return median_us(context, graph.replay)
+    return time_us(context, graph.replay)
+
+
+def wall_us(context, call, batches: int = 11, calls: int = 20) -> Time:
+    """By the caller's clock: calls issued one after the other, waited for at the end of each batch. What a call costs where nothing hides
+    its launches."""
+    if context.dry:
+        batches, calls = 2, 1
+    times = []
+    for _ in range(batches):
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        if context.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(1e6 * (time.perf_counter() - start) / calls)
+    fifths = statistics.quantiles(times, n=5, method="inclusive")
+    return statistics.median(times), fifths[0], fifths[-1]
 
 
 def peak_bytes(context, call) -> int | None:
@@ -131,10 +157,11 @@ def host_cost(context) -> dict:
 
 
 def _row(context, op, shape_name, dtype, call, floor_us, counted_bytes=None, **more) -> dict:
-    ours, graph = median_us(context, call), graph_us(context, call)
-    best = ours if graph is None else min(ours, graph)
+    times = {"us": time_us(context, call), "graph_us": graph_us(context, call), "wall_us": wall_us(context, call)}
+    best = min(took[0] for way, took in times.items() if took and way != "wall_us")
     row = {"op": op, "shape": shape_name, "dtype": str(dtype).removeprefix("torch.")}
-    row |= {"us": round(ours, 1), "graph_us": graph and round(graph, 1), "floor_us": round(floor_us, 1)}
+    row |= {way: took and round(took[0], 1) for way, took in times.items()}
+    row |= {"spread": {way: [round(us, 1) for us in took[1:]] for way, took in times.items() if took}, "floor_us": round(floor_us, 1)}
     row |= {"share_of_floor": round(floor_us / best, 3), "peak_bytes": peak_bytes(context, call)}
     if counted_bytes:
         rate = counted_bytes / best / 1e3
@@ -142,6 +169,11 @@ def _row(context, op, shape_name, dtype, call, floor_us, counted_bytes=None, **m
     row |= more
     print("   ", {k: v for k, v in row.items() if v is not None}, flush=True)
     return row
+
+
+def _sizes(values: int, num_classes: int, dim: int) -> dict:
+    """What the choice of a backend goes by: `backends.measured`."""
+    return {"sizes": {"values": values, "num_classes": num_classes, "dim": dim}}
 
 
 def _peers_us(context, calls: dict) -> dict:
@@ -172,7 +204,7 @@ def _floor_us(context, shape, dtype, passes: int, products: int) -> float:
 
 def _one_pass_row(context, shape, name, dtype, both, ours, size) -> dict:
     """Forward and backward in one pass: two S; and again with an incoming gradient that is not 1, which scales what was written."""
-    scaled_us = median_us(context, lambda: both(lambda: 0.5 * ours()))
+    scaled_us = time_us(context, lambda: both(lambda: 0.5 * ours()))[0]
     floor = _floor_us(context, shape, dtype, 2, 2)
     return _row(
         context, "contrast forward + backward in one pass", name, dtype, lambda: both(ours), floor, 2 * size, scaled_us=round(scaled_us, 1)
@@ -214,6 +246,7 @@ def contrast(context) -> dict:
             _row(
                 context, "contrast forward + backward", name, dtype, lambda: both(ours), _floor_us(context, shape, dtype, 3, 2), 3 * size,
                 allowed_bytes=size + 16 * features.numel() // features.shape[1], peers_us=_peers_us(context, calls),
+                **_sizes(features.numel(), classes, shape[1]),
             )
         )  # fmt: skip
         if once := context.in_one_pass(features, classes):
@@ -241,7 +274,8 @@ def moments(context) -> dict:
             peers.pop("released")  # a host sync and a masked copy per class: minutes
         size = features.numel() * dtype.itemsize
         floor = size / ceilings(context)["copy_gb_s"] / 1e3
-        rows.append(_row(context, "class_moments", name, dtype, call, floor, size, peers_us=_peers_us(context, peers)))
+        more = {"peers_us": _peers_us(context, peers), **_sizes(features.numel(), classes, shape[1])}
+        rows.append(_row(context, "class_moments", name, dtype, call, floor, size, **more))
     return {"rows": rows, "failures": failures}
 
 
@@ -262,27 +296,6 @@ def source_step(context) -> dict:
         size = features.numel() * dtype.itemsize
         rows.append(_row(context, "source step", name, dtype, step, _floor_us(context, shape, dtype, 4, 2), 4 * size))
     return {"rows": rows, "failures": []}
-
-
-def beside_triton(parts: dict) -> list[dict]:
-    """Of each row that both backends have: how many times faster the CUDA kernels are. What a choice between them is made from."""
-    table = []
-    for name in (n for n in parts if n.endswith("_cuda")):
-        theirs = {_which(row): row for row in _timed(parts.get(name.removesuffix("_cuda"), {}))}
-        for row in _timed(parts[name]):
-            other = theirs.get(_which(row))
-            if other:
-                ratio = {k: round(other[k] / row[k], 2) for k in ("us", "graph_us") if other[k] and row[k]}
-                table.append({"op": row["op"], "shape": row["shape"], "dtype": row["dtype"], "times_faster": ratio})
-    return table
-
-
-def _timed(part: dict) -> list[dict]:
-    return [row for row in part.get("rows", []) if isinstance(row, dict) and "us" in row and "shape" in row]
-
-
-def _which(row: dict) -> tuple:
-    return row["op"], row["shape"], row["dtype"]
 
 
 def _ours_up(context, logits, labels):
@@ -309,12 +322,13 @@ def upsample(context) -> dict:
         floor = shape[0] * shape[1] * size[0] * size[1] / ceilings(context)["exp_per_us"]
         peers = _peers_us(context, {"interpolate + cross_entropy": lambda f=both: f(_eager_up)})
         call = lambda f=both: f(_ours_up)  # noqa: E731
-        rows.append(_row(context, "upsampled_cross_entropy with gradient", name, dtype, call, 2 * floor, peers_us=peers))
+        sizes = _sizes(labels.numel() * shape[1], shape[1], shape[1])
+        rows.append(_row(context, "upsampled_cross_entropy with gradient", name, dtype, call, 2 * floor, peers_us=peers, **sizes))
         if shape[1] <= 256:
             detached = logits.detach()
             peers = _peers_us(context, {"interpolate + softmax + max": lambda d=detached, s=size: formulas.interpolate_prediction(d, s)})
             predict = lambda d=detached, s=size: sf.upsampled_prediction(d, s, backend=context.backend)  # noqa: E731
-            rows.append(_row(context, "upsampled_prediction", name, dtype, predict, floor, peers_us=peers))
+            rows.append(_row(context, "upsampled_prediction", name, dtype, predict, floor, peers_us=peers, **sizes))
     return {"rows": rows, "failures": failures}
 
 
@@ -324,7 +338,7 @@ def compiled_peers(context) -> dict:
     mode = {"backend": "aot_eager"} if context.dry else {}
     jobs = [("upsample", name, torch.float32) for name in upsampled_shapes(context)]
     jobs = [("contrast", name, dtype) for dtype in dtypes(context) for name in shapes(context)] + jobs
-    jobs.sort(key=lambda job: job[1] == "D")  # the least telling last
+    jobs.sort(key=lambda job: job[1] in ("D", "S", "U0"))  # the least telling last
     for op, name, dtype in jobs:
         if context.seconds_left < (0 if context.dry else 40):
             left_out.append([op, name, str(dtype)])

@@ -125,6 +125,7 @@ class DistillConfig(TrainConfig):
     temperature: float = 1.0
     freeze_bn: bool = False
     source_weight: float = 0.0  # weight of the segmentation loss on source images of the same step; 0: none, as released
+    class_mix: float = 0.0  # probability that half of the classes of a source image are pasted onto a target image (ClassMix, DACS)
     augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop=(1024, 512), scale=(0.5, 1.5), flip=0.5, jitter=0.5))
 
 

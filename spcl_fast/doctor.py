@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import __version__, ops
-from .backends import REMARKS, available_backends, pick
+from .backends import available_backends, choice_in_words, taken
 
 _LIBRARIES = {  # name on the index -> extra that brings it
     "numpy": "", "triton": "", "jsonargparse": "train", "PyYAML": "train", "rich": "train", "pillow": "train", "kornia": "train",
@@ -130,24 +130,22 @@ def _backends(device: torch.device, say: Callable[[str], None]) -> list[str]:
     broken = []
     say(f"\nbackends on {device}")
     for op, backends in available_backends(device).items():
-        taken = os.environ.get("SPCL_FAST_BACKEND") or _taken(op, device)
+        first = os.environ.get("SPCL_FAST_BACKEND") or taken(op, device)
         for backend, reason in backends.items():
-            name = f"  {op:<27} {backend + (' *' if backend == taken else ''):<12}"
+            name = f"  {op:<27} {backend + (' *' if backend == first else ''):<12}"
             if reason is not None:
                 say(f"{name} not usable: {reason}")
                 continue
             error, problem = self_test(op, backend, device)
             said = "usable, self-test passed" if problem is None else f"FAILED: {problem}"
-            remark = f"; {REMARKS[backend]}" if backend in REMARKS else ""
-            say(f"{name} {said} (error against float64 {error:.0e}){remark}")
+            say(f"{name} {said} (error against float64 {error:.0e})")
             if problem is not None:
                 broken.append(f"{op} on backend {backend}, {device}: {problem}")
-    say("  * is taken where none is asked for by name" + (" (SPCL_FAST_BACKEND)" if "SPCL_FAST_BACKEND" in os.environ else ""))
+        if choice := choice_in_words(op, device):
+            say(f"  {op:<27} choice: {choice}")
+    large = " (where the size decides: for large float32 problems with 19 classes)" if device.type == "cuda" else ""
+    say("  * is taken where none is asked for by name" + (" (SPCL_FAST_BACKEND)" if "SPCL_FAST_BACKEND" in os.environ else large))
     return broken
-
-
-def _taken(op: str, device: torch.device) -> str:
-    return pick(op, None, device=device, dtype=torch.float32, num_classes=7, dim=24, has_variances=False)
 
 
 # ---------------------------------------------------------------------------------------------- self-test

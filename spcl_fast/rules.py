@@ -44,7 +44,7 @@ _RANGES: dict[str, tuple[Any, str]] = {
     **dict.fromkeys(("temperature", "contrast_temperature", "lr", "discriminator_lr", "head_multiplier", "cap"), _POSITIVE),
     **dict.fromkeys(("adversarial_weight", "contrast_weight", "source_weight", "weight_decay", "power", "frozen_bn_eps"), _NOT_NEGATIVE),
     **dict.fromkeys(("class_weight_power", "jitter", "warmup_iterations", "workers", "overlays", "seed"), _NOT_NEGATIVE),
-    **dict.fromkeys(("keep", "quantile", "flip", "blur", "rare_crop", "momentum"), _SHARE),
+    **dict.fromkeys(("keep", "quantile", "flip", "blur", "rare_crop", "momentum", "class_mix"), _SHARE),
     **dict.fromkeys(("iterations", "schedule_iterations", "batch_size", "images", "train_images", "min_pixels", "feature_dim"), _COUNT),
     **dict.fromkeys(("log_every", "checkpoint_every", "checkpoints_kept", "num_classes", "accumulate"), _COUNT),
     **dict.fromkeys(("size", "eval_size", "estimate_size", "crop"), _SIZE),
@@ -56,7 +56,7 @@ def check_config(config: Config, stages: tuple[str, ...] | None = None) -> None:
     """Raise ConfigError with every broken rule, if any; `stages` are those about to run (default: the config's own)."""
     stages = config.stages if stages is None else stages
     problems = [*_values(config), *_stage_names(config), *_run(config), *_schedules(config, stages), *_memory(config, stages)]
-    problems += _domains(config, stages)
+    problems += [*_domains(config, stages), *_class_mix(config, stages)]
     if problems:
         raise ConfigError("\n  ".join(problems))
 
@@ -97,6 +97,20 @@ def _schedules(config: Config, stages: tuple[str, ...]) -> Iterator[str]:
                 f"{name}.schedule_iterations: got {stage.schedule_iterations}, expected at least {name}.iterations "
                 f"({stage.iterations}): the learning rate is 0 from there on; null ends it at the last iteration"
             )
+
+
+def _class_mix(config: Config, stages: tuple[str, ...]) -> Iterator[str]:
+    distill = config.distill
+    if "distill" not in stages or not distill.class_mix:
+        return
+    if not distill.source_weight:
+        yield "distill.class_mix: what is pasted comes from the source images of the step, expected distill.source_weight above 0 with it"
+    source, target = config.adapt.augment.crop or config.source.size, distill.augment.crop or config.target.size
+    if tuple(source) != tuple(target):
+        yield (
+            f"distill.class_mix: source images of {as_text(source)} (adapt.augment.crop) cannot be pasted onto target images of "
+            f"{as_text(target)} (distill.augment.crop), expected one size"
+        )
 
 
 def _memory(config: Config, stages: tuple[str, ...]) -> Iterator[str]:

@@ -100,11 +100,6 @@ def test_a_cuda_part_that_does_not_load_warns_once_and_leaves_the_work_to_triton
         cuda.missing.cache_clear()
 
 
-def test_on_a_gpu_triton_is_taken_as_long_as_the_cuda_kernels_are_not_measured():
-    assert backends._ORDER["cuda"].index("triton") < backends._ORDER["cuda"].index("cuda")
-    assert "not yet measured" in backends.REMARKS["cuda"]
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", backends.OPS)
 def test_the_cuda_kernels_agree_with_float64_on_a_gpu(op):

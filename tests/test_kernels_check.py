@@ -14,6 +14,8 @@ import oracle
 import pytest
 import torch
 
+from spcl_fast import backends
+
 kernels = pytest.importorskip("spcl_fast.kernels", reason="Triton is not installed")
 from spcl_fast.kernels import settings  # noqa: E402
 
@@ -218,6 +220,12 @@ def test_make_gpu_runs_through_on_tiny_shapes_without_a_gpu(tmp_path):
     assert parts["contrast"]["state"] == parts["moments"]["state"] == parts["upsample"]["state"] == "ok"
     assert parts["graph"] == {"state": "skipped", "seconds": 0.0, "reason": "CUDA graphs need a GPU"}
     assert set(parts["contrast"]["rows"][1]["peers_us"]) >= {"released", "channel_first"}
+    sys.path.insert(0, str(script.parent))
+    import gpu_dispatch
+
+    timed = {name: parts[name] for name in ("moments", "contrast", "upsample")}
+    choices = gpu_dispatch.choices(timed | {f"{name}_cuda": part for name, part in timed.items()})
+    assert {row["op"] for row in choices} == set(backends.OPS) and all(row["order"] == ["triton", "cuda"] for row in choices)
     again = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert again.stdout.count("done before") == len(json.loads(out.read_text())["parts"]) == 7  # what is done is not done again
 

@@ -201,6 +201,19 @@ def test_what_is_not_the_releases_is_refused_in_words(tmp_path):
         load_thres_const(tmp_path / "short.npy", 5)
 
 
+def test_distillation_takes_mixed_images(finished, tmp_path):
+    shutil.copytree(finished.run.folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "distill")
+    run_stages(tiny_config(tmp_path, **{"distill.class_mix": "1"}), ("distill",))
+    before, after = (first_line(folder, "distill") for folder in (finished.run.folder, tmp_path / "run"))
+    # the first step's source loss is that of one and the same net
+    assert before["segmentation"] == after["segmentation"] and before["distillation"] != after["distillation"]
+
+
+def first_line(folder, stage: str) -> dict:
+    return next(line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if line["stage"] == stage)
+
+
 def test_selection_on_source_keeps_the_best_checkpoint(tmp_path):
     config = tiny_config(tmp_path, **{"evaluate.selection": "source_val", "loop.checkpoint_every": "1", "source_only.iterations": "4"})
     run_stages(config, ("source_only",))

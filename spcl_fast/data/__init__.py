@@ -4,6 +4,7 @@ from .check import DataReport, check_data
 from .classes import CITYSCAPES_16, CITYSCAPES_19, IGNORE, THIRTEEN_OF_SIXTEEN, ClassSet
 from .dataset import Dataset, Problem
 from .loading import Batch, eval_batches, image_tensor, train_batches
+from .mixing import class_mixed, with_class_mix
 from .palette import colourise, overlay, read_label_png, write_label_png
 from .readers import build_dataset, dataset_of, with_pseudo_labels
 from .statistics import class_counts, class_frequency
@@ -22,6 +23,7 @@ __all__ = [
     "check_data",
     "class_counts",
     "class_frequency",
+    "class_mixed",
     "colourise",
     "dataset_of",
     "eval_batches",
@@ -29,6 +31,7 @@ __all__ = [
     "overlay",
     "read_label_png",
     "train_batches",
+    "with_class_mix",
     "with_pseudo_labels",
     "write_label_png",
 ]

@@ -62,6 +62,7 @@ def _class_moments(
         num_classes=num_classes,
         dim=features.shape[1],
         has_variances=False,
+        small=backends.is_small(features.numel()),
     )
     return backends.module(name).class_moments(
         features, labels, num_classes, normalize=normalize, squares=squares, ignore_index=ignore_index
@@ -108,7 +109,7 @@ def _move_prototypes(
 ) -> None:  # fmt: skip
     num_classes, dim = prototypes.shape
     what = {"device": features.device, "dtype": features.dtype, "num_classes": num_classes, "dim": dim, "has_variances": False}
-    module = backends.module(backends.pick(_OP, backend or None, **what))
+    module = backends.module(backends.pick(_OP, backend or None, small=backends.is_small(features.numel()), **what))
     settings = {"normalize": normalize, "ignore_index": ignore_index}
     if hasattr(module, "move_prototypes"):
         average = {"keep": keep, "min_pixels": min_pixels, "decay_absent": decay_absent}

@@ -69,9 +69,10 @@ def prototype_contrastive_loss(
         pixel_weight = resize_nearest(pixel_weight, *features.shape[2:]).to(_wide(features))
     class_weight = None if class_weight is None else class_weight.to(_wide(features))
     recorded = torch.is_grad_enabled()
+    small = backends.is_small(features.numel())  # here, not in the op: what is traced must save what is run saves, and the backend decides
     loss = _forward(
         features, labels, prototypes, class_weight, pixel_weight, variances, float(temperature), normalize, ignore_index, reduction,
-        recorded and features.requires_grad, recorded and prototypes.requires_grad, backend or "",
+        recorded and features.requires_grad, recorded and prototypes.requires_grad, backend or "", small,
     )[0]  # fmt: skip
     return loss.view(-1) if rows and reduction == "none" else loss
 
@@ -92,7 +93,7 @@ def _check_prototypes(features: Tensor, prototypes: Tensor, variances: Tensor | 
     checks.check_device(_OP, features, "features", variances=variances)
 
 
-def _backend(name: str, features: Tensor, num_classes: int, has_variances: bool) -> ModuleType:
+def _backend(name: str, small: bool, features: Tensor, num_classes: int, has_variances: bool) -> ModuleType:
     """The module that does it; features: or their gradient."""
     picked = backends.pick(
         _OP,
@@ -102,6 +103,7 @@ def _backend(name: str, features: Tensor, num_classes: int, has_variances: bool)
         num_classes=num_classes,
         dim=features.shape[1],
         has_variances=has_variances,
+        small=small,
     )
     return backends.module(picked)
 
@@ -119,9 +121,10 @@ def _forward(
     features: Tensor, labels: Tensor, prototypes: Tensor,
     class_weight: Tensor | None, pixel_weight: Tensor | None, variances: Tensor | None,
     temperature: float, normalize: bool, ignore_index: int, reduction: str, needs_dfeatures: bool, needs_dprototypes: bool, backend: str,
+    small: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> loss, denominator, lse, inv_norm, logits, and nothing [0]; or, in one pass, loss, four times nothing, dfeatures."""
-    used = _backend(backend, features, prototypes.shape[0], variances is not None)
+    used = _backend(backend, small, features, prototypes.shape[0], variances is not None)
     settings = {"temperature": temperature, "normalize": normalize, "ignore_index": ignore_index, "reduction": reduction}
     if _in_one_pass(used, features, prototypes.shape[0], reduction, needs_dfeatures, needs_dprototypes):
         loss, dfeatures = used.prototype_contrastive_one_pass(features, labels, prototypes, class_weight, pixel_weight, **settings)
@@ -134,11 +137,11 @@ def _forward(
 @_forward.register_fake
 def _(
     features, labels, prototypes, class_weight, pixel_weight, variances,
-    temperature, normalize, ignore_index, reduction, needs_dfeatures, needs_dprototypes, backend,
+    temperature, normalize, ignore_index, reduction, needs_dfeatures, needs_dprototypes, backend, small=False,
 ):  # fmt: skip
     batch, dim, height, width = features.shape
     num_classes, save = prototypes.shape[0], needs_dfeatures or needs_dprototypes
-    used = _backend(backend, features, num_classes, variances is not None)
+    used = _backend(backend, small, features, num_classes, variances is not None)
     saves_logits = save and getattr(used, "saves_logits", lambda *_: False)(num_classes, dim, features.dtype)
 
     def empty(*shape):
@@ -157,8 +160,9 @@ def _backward(
     grad_loss: Tensor, features: Tensor, labels: Tensor, prototypes: Tensor, class_weight: Tensor | None, pixel_weight: Tensor | None,
     variances: Tensor | None, lse: Tensor, inv_norm: Tensor, logits: Tensor, denominator: Tensor,
     temperature: float, normalize: bool, ignore_index: int, reduction: str, needs_dfeatures: bool, needs_dprototypes: bool, backend: str,
+    small: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    used = _backend(backend, features, prototypes.shape[0], variances is not None)
+    used = _backend(backend, small, features, prototypes.shape[0], variances is not None)
     return used.prototype_contrastive_backward(
         grad_loss, features, labels, prototypes, class_weight, pixel_weight, variances, lse, inv_norm, logits, denominator,
         temperature=temperature, normalize=normalize, ignore_index=ignore_index, reduction=reduction,
@@ -169,14 +173,14 @@ def _backward(
 @_backward.register_fake
 def _(
     grad_loss, features, labels, prototypes, class_weight, pixel_weight, variances, lse, inv_norm, logits, denominator,
-    temperature, normalize, ignore_index, reduction, needs_dfeatures, needs_dprototypes, backend,
+    temperature, normalize, ignore_index, reduction, needs_dfeatures, needs_dprototypes, backend, small=False,
 ):  # fmt: skip
     dfeatures = torch.empty_like(features) if needs_dfeatures else features.new_empty(0)
     return dfeatures, prototypes.new_empty(prototypes.shape if needs_dprototypes else (0,), dtype=_wide(features))
 
 
 def _setup_context(ctx, inputs, output):
-    features, labels, prototypes, class_weight, pixel_weight, variances, *ctx.settings, _, _, ctx.backend = inputs
+    features, labels, prototypes, class_weight, pixel_weight, variances, *ctx.settings, _, _, ctx.backend, ctx.small = inputs
     loss, denominator, lse, inv_norm, logits, dfeatures = output
     ctx.mark_non_differentiable(denominator, lse, inv_norm, logits, dfeatures)
     ctx.set_materialize_grads(False)
@@ -188,7 +192,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd_backward(ctx, grad_loss, *_):
-    nothing = [None] * 13
+    nothing = [None] * 14
     if grad_loss is None:
         return tuple(nothing)
     if ctx.one_pass:
@@ -196,15 +200,16 @@ def _autograd_backward(ctx, grad_loss, *_):
         return tuple(nothing)
     prototypes = ctx.saved_tensors[2]
     needs_dfeatures, needs_dprototypes = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
-    dfeatures, dprototypes = _backward(grad_loss, *ctx.saved_tensors, *ctx.settings, needs_dfeatures, needs_dprototypes, ctx.backend)
+    choice = (ctx.backend, ctx.small)
+    dfeatures, dprototypes = _backward(grad_loss, *ctx.saved_tensors, *ctx.settings, needs_dfeatures, needs_dprototypes, *choice)
     nothing[0] = dfeatures if needs_dfeatures else None
     nothing[2] = dprototypes.to(prototypes.dtype) if needs_dprototypes else None
     return tuple(nothing)
 
 
 @torch.library.custom_op("spcl_fast::prototype_contrastive_scale", mutates_args=("dfeatures",))
-def _scale(dfeatures: Tensor, grad_loss: Tensor, num_classes: int, backend: str) -> None:
-    _backend(backend, dfeatures, num_classes, False).prototype_contrastive_scale(dfeatures, grad_loss)
+def _scale(dfeatures: Tensor, grad_loss: Tensor, num_classes: int, backend: str, small: bool = False) -> None:
+    _backend(backend, small, dfeatures, num_classes, False).prototype_contrastive_scale(dfeatures, grad_loss)
 
 
 def _formed_gradient(ctx, grad_loss: Tensor) -> Tensor:
@@ -214,7 +219,7 @@ def _formed_gradient(ctx, grad_loss: Tensor) -> Tensor:
     (dfeatures,) = ctx.saved_tensors
     if torch._C._autograd._get_current_graph_task_keep_graph():
         dfeatures = dfeatures.clone()
-    _scale(dfeatures, grad_loss, ctx.num_classes, ctx.backend)
+    _scale(dfeatures, grad_loss, ctx.num_classes, ctx.backend, ctx.small)
     return dfeatures
 
 

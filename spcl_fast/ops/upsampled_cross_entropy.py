@@ -65,6 +65,7 @@ def _forward(
         num_classes=logits.shape[1],
         dim=logits.shape[1],
         has_variances=False,
+        small=backends.is_small(labels.numel() * logits.shape[1]),
     )
     return backends.module(name).upsampled_cross_entropy_forward(
         logits, labels, class_weight, pixel_weight, temperature=temperature, align_corners=align_corners, ignore_index=ignore_index,

@@ -76,6 +76,7 @@ def _prediction(
         num_classes=logits.shape[1],
         dim=logits.shape[1],
         has_variances=False,
+        small=backends.is_small(logits.shape[0] * logits.shape[1] * height * width),
     )
     return backends.module(name).upsampled_prediction(
         logits, (height, width), thresholds, temperature=temperature, align_corners=align_corners, ignore_index=ignore_index

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..bank import PrototypeBank
 from ..compat.spcl import load_semantic_prototype, load_thres_const
 from ..config import Config, PseudoLabelConfig, SourceConfig
-from ..data import Batch, Dataset, eval_batches, write_label_png
+from ..data import Batch, Dataset, eval_batches, with_class_mix, write_label_png
 from ..errors import CheckpointError
 from ..models import Discriminator, SegmentationModel
 from ..ops import agreement_labels, class_moments, upsampled_prediction
@@ -22,6 +22,7 @@ from ..report.collapse import nearly_all_kept
 from ..thresholds import PseudoLabelThresholds
 from . import distributed, memory
 from .context import Context
+from .identity import step_seed
 from .signals import stop_requests
 from .steps import adapt_step, distill_step, supervised_step, warmup_step
 from .summary import keep_samples, write_summary
@@ -282,7 +283,9 @@ def load_prototypes(context: Context) -> Tensor:
 
 
 def distill(context: Context) -> None:
-    """Self-training of the adapted net on its own pseudo-labels; with source_weight > 0 source batches keep it honest."""
+    """Self-training of the adapted net on its own pseudo-labels; with source_weight > 0 source batches keep it honest, and with class_mix
+    parts of them stand on target images, too.
+    """
     train = context.config.distill
     model = context.model_of("adapt", freeze_bn=train.freeze_bn)
     source_data, target_data = context.dataset("source", "train"), context.pseudo_labelled("pseudo_labels_2")
@@ -296,6 +299,8 @@ def distill(context: Context) -> None:
     batches = context.batches("distill", "target", target_data, train, train.augment)
     if train.source_weight:
         batches = _pairs(context.batches("distill", "source", source_data, train, context.config.adapt.augment), batches)
+    if train.class_mix:
+        batches = with_class_mix(batches, train.class_mix, seed=step_seed(context.config.seed, "distill/mix", 0), rank=distributed.rank())
     context.train("distill", model, step, batches, train, after=("adapt", "pseudo_labels_2"))
 
 
