@@ -89,6 +89,6 @@ def test_what_is_pasted_follows_from_seed_iteration_and_rank():
     ],
 )
 def test_a_mix_that_cannot_be_is_refused(changes, said):
-    given = {"source.root": "a", "target.root": "b", **changes}
+    given = {"source.root": "a", "target.root": "b", "distill.class_mix": "1", **changes}
     with pytest.raises(ConfigError, match=said):
         check_config(load_config("folders", overrides=list(given.items())))
