@@ -40,10 +40,22 @@ def _text(values: Any, form: str = ".1f") -> str:
 def _scores(settings: Lines) -> Iterator[str]:
     yield "\nmIoU on target validation images, mean ± standard error over the seeds."
     rows = [
-        [name, str(len(lines)), *(_text(miou(line, net) for line in lines.values()) for net in NET_NAMES)]
+        [
+            name,
+            str(len(lines)),
+            *(_text(miou(line, net) for line in lines.values()) for net in NET_NAMES),
+            _text((gap_closed(line) for line in lines.values()), ".0f"),
+        ]
         for name, lines in settings.items()
     ]
-    yield from _rows(["setting", "seeds", *NET_NAMES], rows)
+    yield from _rows(["setting", "seeds", *NET_NAMES, "gap closed, %"], rows)
+
+
+def gap_closed(line: dict[str, Any]) -> float | None:
+    """How much of the way from source-only to the oracle the last net goes, in percent; None without any of the three."""
+    final = next((value for net in FINAL if (value := miou(line, net)) is not None), None)
+    source, oracle = miou(line, "source_only"), miou(line, "oracle")
+    return None if None in (final, source, oracle) or oracle == source else 100 * (final - source) / (oracle - source)
 
 
 def differences(settings: Lines) -> Iterator[tuple[str, Any]]:
