@@ -44,6 +44,24 @@ def contrast(
     return reduced(nll, labels, num_classes, class_weight, pixel_weight, ignore_index, reduction)
 
 
+def laid_out(features: Tensor, labels: Tensor, layout: str) -> tuple[Tensor, Tensor]:
+    """The same values [B, D, H, W] as they may lie in memory; for "rows" as [B * H * W, D] with the labels [B, H, W] flat."""
+    height, width = features.shape[2:]
+    if layout == "channels_last":
+        return features.contiguous(memory_format=torch.channels_last), labels
+    if layout == "sliced":
+        return F.pad(features, (2, 3, 1, 1), value=torch.nan)[:, :, 1 : height + 1, 2 : width + 2], labels
+    if layout == "transposed":
+        return features.transpose(2, 3).contiguous().transpose(2, 3), labels
+    if layout == "rows":
+        return features.permute(0, 2, 3, 1).reshape(-1, features.shape[1]), labels.flatten()
+    if layout == "misaligned":
+        return torch.cat([features.new_zeros(1), features.flatten()])[1:].view(features.shape), labels
+    if layout == "every other image":
+        return features.repeat_interleave(2, 0)[::2], labels
+    raise ValueError(layout)
+
+
 def moments(features, labels, num_classes, *, normalize=True, ignore_index=255, dtype=torch.float64):
     """sums [K, D], counts [K], squares [K, D] by a one-hot product."""
     if features.dim() == 4:

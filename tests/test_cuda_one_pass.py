@@ -94,16 +94,7 @@ def test_weights_enter_value_and_gradient_but_pixel_weight_not_the_denominator(o
 def test_any_layout_is_read_and_kept(one_pass, layout, dtype):
     features, labels, prototypes = problem((2, 601, 5, 9), size=(5, 9), dtype=dtype)
     expected = run(features, labels, prototypes, temperature=0.2)
-    if layout == "channels_last":
-        features = features.contiguous(memory_format=torch.channels_last)
-    elif layout == "sliced":
-        features = torch.nn.functional.pad(features, (2, 3, 1, 1), value=torch.nan)[:, :, 1:6, 2:11]
-    elif layout == "transposed":
-        features = features.transpose(2, 3).contiguous().transpose(2, 3)
-    elif layout == "rows":
-        features, labels = features.permute(0, 2, 3, 1).reshape(-1, 601), labels.flatten()
-    else:
-        features = torch.cat([features.new_zeros(1), features.flatten()])[1:].view(features.shape)
+    features, labels = oracle.laid_out(features, labels, layout)
     loss, grad = run(features, labels, prototypes, temperature=0.2)
     if layout in ("channels_last", "transposed"):
         assert grad.stride() == features.stride()

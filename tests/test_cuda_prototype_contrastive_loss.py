@@ -122,18 +122,7 @@ def test_expanded_gradient_of_a_map(cuda):
 def test_any_layout_is_read_and_kept(cuda, layout, dtype):
     features, labels, prototypes = problem(size=(5, 9), dtype=dtype)
     expected = run(features, labels, prototypes, temperature=0.2)
-    if layout == "channels_last":
-        features = features.contiguous(memory_format=torch.channels_last)
-    elif layout == "sliced":
-        features = torch.nn.functional.pad(features, (2, 3, 1, 1), value=torch.nan)[:, :, 1:6, 2:11]
-    elif layout == "transposed":
-        features = features.transpose(2, 3).contiguous().transpose(2, 3)
-    elif layout == "rows":
-        features, labels = features.permute(0, 2, 3, 1).reshape(-1, 33), labels.flatten()
-    elif layout == "misaligned":
-        features = torch.cat([features.new_zeros(1), features.flatten()])[1:].view(features.shape)
-    else:
-        features = features.repeat_interleave(2, 0)[::2]
+    features, labels = oracle.laid_out(features, labels, layout)
     got = run(features, labels, prototypes, temperature=0.2)
     if layout in ("channels_last", "transposed"):
         assert got[1].stride() == features.stride()

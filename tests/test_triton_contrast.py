@@ -96,16 +96,7 @@ def test_weights_enter_value_and_gradient_but_pixel_weight_not_the_denominator(r
 def test_any_layout_is_read_and_kept(layout, dtype):
     features, labels, prototypes = problem(size=(5, 9), dtype=dtype)
     expected = value_and_gradients(sf.prototype_contrastive_loss, features, labels, prototypes, temperature=0.2, backend="triton")
-    if layout == "channels_last":
-        features = features.contiguous(memory_format=torch.channels_last)
-    elif layout == "sliced":
-        features = torch.nn.functional.pad(features, (2, 3, 1, 1), value=torch.nan)[:, :, 1:6, 2:11]
-    elif layout == "transposed":
-        features = features.transpose(2, 3).contiguous().transpose(2, 3)
-    elif layout == "rows":
-        features, labels = features.permute(0, 2, 3, 1).reshape(-1, 33), labels.flatten()
-    else:
-        features = torch.cat([features.new_zeros(1), features.flatten()])[1:].view(features.shape)
+    features, labels = oracle.laid_out(features, labels, layout)
     features = features.detach().requires_grad_()
     loss = sf.prototype_contrastive_loss(features, labels, prototypes, temperature=0.2, backend="triton")
     (grad,) = torch.autograd.grad(loss, features)

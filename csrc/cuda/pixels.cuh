@@ -77,7 +77,8 @@ __device__ __forceinline__ float inverse_norm(float squares) {
 }
 
 // The same bits in every lane, whichever lanes hold what: a fixed tree.
-__device__ __forceinline__ float warp_sum(float value) {
+template <typename T>
+__device__ __forceinline__ T warp_sum(T value) {
 #pragma unroll
   for (int lanes = 16; lanes; lanes >>= 1) value += __shfl_xor_sync(kAllLanes, value, lanes);
   return value;

@@ -19,12 +19,6 @@ namespace {
 constexpr int kScaleThreads = 256;
 constexpr int64_t kScaleBlocks = 1024;
 
-__device__ __forceinline__ double warp_sum(double value) {
-#pragma unroll
-  for (int lanes = 16; lanes; lanes >>= 1) value += __shfl_xor_sync(kAllLanes, value, lanes);
-  return value;
-}
-
 struct CountKernel {
   Labels labels;
   const float* class_weight;

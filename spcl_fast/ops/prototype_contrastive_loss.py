@@ -110,7 +110,7 @@ def _backend(name: str, small: bool, features: Tensor, num_classes: int, has_var
 
 def _in_one_pass(
     used: ModuleType, features: Tensor, num_classes: int, reduction: str, needs_dfeatures: bool, needs_dprototypes: bool
-) -> bool:  # fmt: skip
+) -> bool:
     """Whether the forward forms the gradient of the features, too. A map's incoming gradient is another for each pixel."""
     wanted = needs_dfeatures and not needs_dprototypes and reduction != "none"
     return wanted and getattr(used, "takes_one_pass", lambda *_: False)(features, num_classes)
