@@ -25,7 +25,7 @@ from benchmarks.adaptation.plan import Plan, read_plan, recipe
 from benchmarks.adaptation.plots import plot
 from benchmarks.adaptation.sharing import depends_on, take_over
 from benchmarks.adaptation.signals import keep_signals, on_source, on_target
-from benchmarks.adaptation.table import gap_closed, table
+from benchmarks.adaptation.table import gap_closed_percent, table
 from spcl_fast.data import build_dataset
 from spcl_fast.data.generated import GeneratedDataset
 from spcl_fast.errors import ConfigError, DataError
@@ -323,9 +323,10 @@ def test_the_gap_is_that_between_source_only_and_the_oracle():
     def line(**nets):
         return {"nets": {net: {"miou": value} for net, value in nets.items()}}
 
-    assert gap_closed(line(source_only=40.0, adapted=42.0, distilled=45.0, oracle=60.0)) == 25
-    assert gap_closed(line(source_only=40.0, adapted=42.0, oracle=60.0)) == 10
-    assert gap_closed(line(source_only=40.0, distilled=45.0)) is None and gap_closed(line(source_only=40.0, oracle=60.0)) is None
+    assert gap_closed_percent(line(source_only=40.0, adapted=42.0, distilled=45.0, oracle=60.0)) == 25
+    assert gap_closed_percent(line(source_only=40.0, adapted=42.0, oracle=60.0)) == 10
+    assert gap_closed_percent(line(source_only=40.0, distilled=45.0)) is None
+    assert gap_closed_percent(line(source_only=40.0, oracle=60.0)) is None
 
 
 def test_the_plot_is_a_picture(results, tmp_path):

@@ -7,7 +7,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from spcl_fast.train.summary import NETS
+from spcl_fast.train.summary import NETS, gap_closed
 
 from .lines import by_setting, miou, paired, spread
 
@@ -44,18 +44,16 @@ def _scores(settings: Lines) -> Iterator[str]:
             name,
             str(len(lines)),
             *(_text(miou(line, net) for line in lines.values()) for net in NET_NAMES),
-            _text((gap_closed(line) for line in lines.values()), ".0f"),
+            _text((gap_closed_percent(line) for line in lines.values()), ".0f"),
         ]
         for name, lines in settings.items()
     ]
     yield from _rows(["setting", "seeds", *NET_NAMES, "gap closed, %"], rows)
 
 
-def gap_closed(line: dict[str, Any]) -> float | None:
-    """How much of the way from source-only to the oracle the last net goes, in percent; None without any of the three."""
-    final = next((value for net in FINAL if (value := miou(line, net)) is not None), None)
-    source, oracle = miou(line, "source_only"), miou(line, "oracle")
-    return None if None in (final, source, oracle) or oracle == source else 100 * (final - source) / (oracle - source)
+def gap_closed_percent(line: dict[str, Any]) -> float | None:
+    share = gap_closed(line["nets"])
+    return None if share is None else 100 * share
 
 
 def differences(settings: Lines) -> Iterator[tuple[str, Any]]:

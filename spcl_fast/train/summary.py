@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ def write_summary(context: Context) -> dict[str, Any]:
         evaluation = run.read_json(f"{stage}/evaluation.json")
         summary[name] = None if evaluation is None else {key: evaluation[key] for key in ("miou", "iou", "predicted_share")}
     done = {stage: run.done(stage) or {} for stage in NETS}
-    summary["gap_closed"] = _gap_closed(summary)
+    summary["gap_closed"] = gap_closed(summary)
     summary["seconds"] = {stage: round(record["seconds"], 1) for stage, record in done.items() if "seconds" in record}
     summary["peak_memory_bytes"] = {stage: record["peak_memory_bytes"] for stage, record in done.items() if "peak_memory_bytes" in record}
     summary["selection"] = context.config.evaluate.selection
@@ -46,9 +47,10 @@ def write_summary(context: Context) -> dict[str, Any]:
     return summary
 
 
-def _gap_closed(summary: dict[str, Any]) -> float | None:
-    final = summary["distilled"] or summary["adapted"]
-    source, oracle = summary["source_only"], summary["oracle"]
+def gap_closed(nets: Mapping[str, Any]) -> float | None:
+    """How much of the way from source-only to the oracle the last net goes, 1: all of it; None without any of the three."""
+    final = nets.get("distilled") or nets.get("adapted")
+    source, oracle = nets.get("source_only"), nets.get("oracle")
     if not (final and source and oracle) or oracle["miou"] == source["miou"]:
         return None
     return (final["miou"] - source["miou"]) / (oracle["miou"] - source["miou"])
