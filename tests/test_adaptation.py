@@ -31,6 +31,7 @@ from spcl_fast.data.generated import GeneratedDataset
 from spcl_fast.errors import ConfigError, DataError
 from spcl_fast.train.context import Context
 from spcl_fast.train.identity import flat_settings, settings_sha256
+from spcl_fast.train.stages import run_stages
 
 ROOT = Path(__file__).resolve().parent.parent
 ADAPTATION = ROOT / "benchmarks" / "adaptation"
@@ -268,13 +269,14 @@ def test_signals_read_no_label_of_the_target(finished, monkeypatch):
 # ---- lines, table, plot ------------------------------------------------------------------------------------------------
 
 
-def line_with(setting: str, seed: int, adapted: float, sha: str = "a", source: float = 30.0) -> dict:
+def line_with(setting: str, seed: int, adapted: float, sha: str = "a", source: float = 30.0, settings: dict | None = None, **more) -> dict:
     signals = dict.fromkeys(("source_miou", "entropy", "agreement_flip", "agreement_scale", "share_distance", "margin"), 0.5)
     nets = {
         name: {"miou": value, "iou": {"road": value, "sky": None}, "signals": signals}
-        for name, value in (("source_only", source), ("adapted", adapted))
+        for name, value in (("source_only", source), ("adapted", adapted), *more.items())
     }
-    return {"setting": setting, "seed": seed, "settings_sha256": sha, "nets": nets, "pseudo_labels": {"pseudo_labels": {"kept_share": 0.5}}}
+    labels = {"pseudo_labels": {"kept_share": 0.5}}
+    return {"setting": setting, "seed": seed, "settings_sha256": sha, "nets": nets, "pseudo_labels": labels, "settings": settings or {}}
 
 
 @pytest.fixture
@@ -302,6 +304,33 @@ def test_the_last_line_of_a_seed_counts_and_recipes_do_not_mix(results):
     add_line(results, line_with("a", 3, 41.0, sha="another"))
     with pytest.raises(DataError, match="the seeds of a have different settings"):
         by_setting(results)
+
+
+def test_a_yardstick_serves_every_setting_that_it_is_one_for(tmp_path):
+    here, there = tmp_path / "here.jsonl", tmp_path / "there.jsonl"
+    recipe = {"source.root": "a", "target.root": "t", "control.lr": 1, "oracle.lr": 1, "adapt.lr": 1}
+    add_line(here, line_with("whole", 0, 40.0, settings=recipe, control=35.0, oracle=60.0))
+    add_line(here, line_with("part", 0, 38.0, settings={**recipe, "adapt.lr": 2}))
+    add_line(here, line_with("longer", 0, 38.0, settings={**recipe, "control.lr": 2}))
+    add_line(here, line_with("part", 1, 38.0, settings={**recipe, "adapt.lr": 2}))
+    add_line(there, line_with("part", 0, 50.0, settings={**recipe, "source.root": "b"}))
+    settings = by_setting(here)
+    assert settings["part"][0]["nets"]["control"]["miou"] == 35 and settings["part"][0]["nets"]["oracle"]["miou"] == 60
+    assert "control" not in settings["longer"][0]["nets"] and settings["longer"][0]["nets"]["oracle"]["miou"] == 60
+    assert not {"control", "oracle"} & set(settings["part"][1]["nets"])  # another seed
+    other = by_setting(there)["part"][0]["nets"]
+    assert other["oracle"]["miou"] == 60 and "control" not in other  # the control has seen the source, the oracle has not
+    assert "| part | 1 | 30.0 |  |  | 50.0 |  | 60.0 | 67 |" in table(there)
+    assert "| part | oracle | 60.0 |" in table(there) and "| part | oracle | 0.5 |" not in table(there)
+
+
+def test_an_oracle_is_the_same_whatever_the_source(finished, tmp_path):
+    scores = []
+    for source in ("generated_source", "generated_target"):
+        config = config_of(tmp_path, **{"stages": ["oracle"], "oracle.iterations": 2, "source.dataset": source})
+        run_stages(config)
+        scores.append(Context(config).run.read_json("oracle/evaluation.json"))
+    assert scores[0] == scores[1]
 
 
 def test_a_torn_line_is_named(results):

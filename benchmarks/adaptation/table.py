@@ -97,6 +97,7 @@ def _signals(settings: Lines) -> Iterator[str]:
     rows = [
         [name, net, *(_text((one["signals"][s] for one in found), ".1f" if s == "source_miou" else ".3f") for s in SIGNALS)]
         for name, net, found in _nets(settings)
+        if all(one["signals"] for one in found)
     ]
     yield from _rows(["setting", "net", *SIGNALS], rows)
 
