@@ -14,7 +14,7 @@ import pytest
 import torch
 from faults import FAULTS, Crash, FaultyDisk, TinyStage
 
-from spcl_fast.config import AdaptConfig, AugmentConfig
+from spcl_fast.config import AdaptConfig, AugmentConfig, DistillConfig
 from spcl_fast.errors import CheckpointError
 from spcl_fast.train import log, memory, progress
 from spcl_fast.train.durable import replace_file, replace_json
@@ -96,6 +96,17 @@ def test_done_holds_for_the_same_settings_and_names_what_differs(tmp_path):
     with pytest.raises(CheckpointError, match="finished with other settings") as caught:
         run.is_done("adapt", {"adapt": other, "inputs": {"warmup": "abd"}})
     assert "(adapt.lr: 0.00025 -> 1.0; adapt.augment.crop: None -> [64, 32]; inputs.warmup: 'abc' -> 'abd')" in str(caught.value)
+
+
+def test_a_setting_that_an_older_version_had_not_counts_as_its_default(tmp_path):
+    older = {key: value for key, value in flat_settings({"distill": DistillConfig(lr=0.1)}).items() if key != "distill.class_mix"}
+    Run(tmp_path).mark_done("distill", older)
+    assert Run(tmp_path).is_done("distill", {"distill": DistillConfig(lr=0.1)})
+    for changed, said in ((DistillConfig(lr=0.1, class_mix=0.5), "class_mix: 0.0 -> 0.5"), (DistillConfig(lr=0.2), "lr: 0.1 -> 0.2")):
+        with pytest.raises(CheckpointError, match=rf"\(distill.{said}\)"):
+            Run(tmp_path).is_done("distill", {"distill": changed})
+    without = {key: value for key, value in flat_settings({"distill": DistillConfig()}).items() if key != "distill.class_mix"}
+    assert "distill.class_mix: 0.0 -> '(absent)'" in settings_difference(flat_settings({"distill": DistillConfig()}), without)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"settings": 3}', '{"settings": {"seed": 1}, "settings_sha256": "0"}'])

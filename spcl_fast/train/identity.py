@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from ..config import Config
 
 
 def settings_sha256(settings: Mapping[str, Any]) -> str:
@@ -27,10 +30,19 @@ def flat_settings(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def settings_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """What differs, in words: `adapt.lr: 0.1 -> 0.2; seed: 0 -> 1`. Empty if nothing does."""
+    """What differs, in words: `adapt.lr: 0.1 -> 0.2; seed: 0 -> 1`. Empty if nothing does.
+
+    A setting that the old ones lack counts as its default: a run of a version before that setting did what the default does.
+    """
     absent = "(absent)"
+    old = {**{key: default for key, default in _defaults().items() if key in new}, **old}
     keys = [key for key in {**old, **new} if old.get(key, absent) != new.get(key, absent)]
     return "; ".join(f"{key}: {old.get(key, absent)!r} -> {new.get(key, absent)!r}" for key in keys)
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    return flat_settings(Config())
 
 
 def step_seed(seed: int, stage: str, step: int, rank: int = 0) -> int:

@@ -181,12 +181,15 @@ def _pseudo_label(context: Context, stage: str, start: str) -> None:
         estimate_size = settings.estimate_size or use_size
         estimate = _logits_of(context, model, dataset, estimate_size)
         thresholds = PseudoLabelThresholds(len(context.classes), quantile=settings.quantile, cap=settings.cap)
-        for _, logits in estimate():
-            thresholds.update(upsampled_prediction(logits, estimate_size[::-1]))
-        if not thresholds.exact().all():
-            thresholds.second_pass()
+
+        def observe() -> None:
             for _, logits in estimate():
                 thresholds.update(upsampled_prediction(logits, estimate_size[::-1]))
+
+        observe()
+        if not thresholds.exact().all():
+            thresholds.second_pass()
+            observe()
         applied = thresholds.thresholds()
         if first_round and settings.thresholds is not None:
             applied = load_thres_const(settings.thresholds, len(applied))
