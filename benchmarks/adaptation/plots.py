@@ -16,7 +16,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 
 def plot(path: Path, to: Path) -> Path:
     """Write one PNG and return its path."""
-    settings = by_setting(path)
+    settings = {name: lines for name, lines in by_setting(path).items() if any("source_only" in line["nets"] for line in lines.values())}
     compared = list(differences(settings))
     figure = Figure(figsize=(12, max(3.5, 0.32 * len(compared) + 1.2)), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
