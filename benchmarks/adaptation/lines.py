@@ -12,8 +12,8 @@ from typing import Any
 
 from spcl_fast.errors import DataError
 
-# Nets that do not depend on how a run adapts, and the settings that they do depend on: trained once, they serve every setting. An oracle never
-# sees the source, so that pairs with the same target share it, too; but its signals on source are its pair's alone.
+# Nets that do not depend on how a run adapts, and the settings that they do depend on: trained once, they serve every setting. An oracle
+# never sees the source, so that pairs with the same target share it, too; but its signals on source are its pair's alone.
 _COMMON = ("target.", "model.", "evaluate.", "loop.precision", "loop.channels_last")
 _YARDSTICKS = {"control": (*_COMMON, "source.", "source_only.", "control."), "oracle": (*_COMMON, "oracle.")}
 
