@@ -12,10 +12,11 @@ from typing import Any
 
 from spcl_fast.errors import DataError
 
-# Nets that do not depend on how a run adapts, and the settings that they do depend on: trained once, they serve every setting. An oracle
-# never sees the source, so that pairs with the same target share it, too; but its signals on source are its pair's alone.
-_COMMON = ("target.", "model.", "evaluate.", "loop.precision", "loop.channels_last")
-_YARDSTICKS = {"control": (*_COMMON, "source.", "source_only.", "control."), "oracle": (*_COMMON, "oracle.")}
+from .sharing import depends_on
+
+# Nets that do not depend on how a run adapts: trained once, they serve every setting. An oracle never sees the source, so that pairs with
+# the same target share it, too; but its signals on source are its pair's alone.
+_YARDSTICKS = ("control", "oracle")
 
 
 def add_line(path: Path, line: dict[str, Any]) -> None:
@@ -43,9 +44,10 @@ def by_setting(path: Path) -> dict[str, dict[int, dict[str, Any]]]:
 
     Raises DataError where the seeds of a setting were run with different recipes.
     """
-    measured = _yardsticks(path.parent)
+    every = {file: latest(file) for file in sorted(path.parent.glob("*.jsonl"))}
+    measured = _yardsticks(line for lines in every.values() for line in lines.values())
     found: dict[str, dict[int, dict[str, Any]]] = {}
-    for (setting, seed), line in sorted(latest(path).items(), key=lambda item: item[0][1]):
+    for (setting, seed), line in sorted(every.get(path, {}).items(), key=lambda item: item[0][1]):
         own = {net: measured[key] for net in _YARDSTICKS if (key := _yardstick_key(net, line)) in measured}
         found.setdefault(setting, {})[seed] = {**line, "nets": {**own, **line["nets"]}}
     for setting, lines in found.items():
@@ -56,15 +58,16 @@ def by_setting(path: Path) -> dict[str, dict[int, dict[str, Any]]]:
     return found
 
 
-def _yardsticks(folder: Path) -> dict[str, dict[str, Any]]:
-    lines = [line for path in sorted(folder.glob("*.jsonl")) for line in latest(path).values()]
-    nets = [(net, line) for line in lines for net in _YARDSTICKS if net in line["nets"]]
+def _yardsticks(lines: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    nets = ((net, line) for line in lines for net in _YARDSTICKS if net in line["nets"])
     return {_yardstick_key(net, line): {**line["nets"][net], "signals": None} for net, line in nets}
 
 
 def _yardstick_key(net: str, line: dict[str, Any]) -> str:
     """All that its score depends on: the same key, the same net, whatever else the run has trained."""
-    settings = {key: value for key, value in line["settings"].items() if key.startswith(_YARDSTICKS[net])}
+    settings = depends_on(net, line["settings"])
+    if net == "oracle":
+        settings = {key: value for key, value in settings.items() if not key.startswith("source.")}
     return json.dumps([net, line["seed"], settings], sort_keys=True)
 
 
