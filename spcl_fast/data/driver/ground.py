@@ -98,12 +98,24 @@ def _pave(street: Street, ground: np.ndarray, beyond: np.ndarray, z: np.ndarray,
         if lot.kind == "street":
             open_here |= (z >= lot.start) & (z < lot.end)
     closed = ~open_here[:, None]
-    ground[(beyond > edge) & closed] = street.part("sidewalk", facing=FLAT)
+    paving = street.group()
+    paved = (beyond > edge) & closed
+    ground[paved] = street.part("sidewalk", group=paving, facing=FLAT)
+    if street.chance(0.6):
+        ground[paved & _slab_joints(street, beyond - edge, z)] = street.part("joint", group=paving, facing=FLAT)
     ground[(beyond > edge) & (beyond < edge + np.float32(0.16)) & closed] = street.part("kerb", facing=FLAT)
     if row.verge:
         strip = (beyond > edge + np.float32(0.16)) & (beyond < edge + np.float32(row.verge))
         ground[strip & closed] = street.part("verge", facing=FLAT)
     ground[(beyond > walk) & closed] = street.part(row.yard, facing=FLAT)
+
+
+def _slab_joints(street: Street, beyond: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """Where slabs of one size meet, bool [rows, W]; only near the camera, where the joints are not much narrower than a pixel."""
+    wide, long = street.uniform(0.4, 1.0), street.uniform(0.4, 1.0)
+    gap = np.float32(0.03) + z * np.float32(0.002)
+    joints = (beyond % np.float32(wide) < gap[:, None]) | (z % np.float32(long) < gap)[:, None]
+    return joints & (z < 14)[:, None]
 
 
 def _house_shadow(street: Street, s: np.ndarray, z: np.ndarray, row: Row) -> np.ndarray:

@@ -67,7 +67,7 @@ class Street:
         self.bend = uniform(-0.004, 0.004) if chance(0.4) else 0.0
         self.traffic = -1 if chance(0.5) else 1  # the side of the road that the camera's car keeps to
         self.lane = uniform(2.7, 3.6)
-        self.parking = {side: chance(0.42) for side in (-1, 1)}
+        self.parking = {side: chance(0.36) for side in (-1, 1)}
         own, other = self.traffic, -self.traffic
         in_lane = uniform(-0.35, 0.35)
         self.centre = other * (self.lane / 2 + in_lane)  # s of the line between the directions
@@ -76,7 +76,7 @@ class Street:
             own: self.lane / 2 - in_lane + self.parking[own] * 2.1 + uniform(0.0, 0.6),
             other: abs(self.centre) + lanes * self.lane + self.parking[other] * 2.1 + uniform(0.0, 0.5),
         }  # distance of the kerbs
-        self.walk = {side: self.edge[side] + (uniform(1.6, 4.0) if chance(0.75) else uniform(4.0, 7.5)) for side in (-1, 1)}
+        self.walk = {side: self.edge[side] + (uniform(1.6, 4.0) if chance(0.65) else uniform(4.0, 8.0)) for side in (-1, 1)}
         self.sun = (
             -1.0 if chance(0.5) else 1.0,
             uniform(0.4, 2.6),
