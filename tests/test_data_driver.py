@@ -34,7 +34,7 @@ for split in ("val", "train"):
     for part in build_dataset("generated_driver", "", split).load(3):
         print(zlib.crc32(part.tobytes()))
 """
-ROAD, SKY, CAR = (CITYSCAPES_19.names.index(name) for name in ("road", "sky", "car"))
+ROAD, SIDEWALK, SKY, CAR = (CITYSCAPES_19.names.index(name) for name in ("road", "sidewalk", "sky", "car"))
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,33 @@ def test_the_camera_is_that_of_a_car():
     for values, low, high in ((eyes, 1.3, 1.7), (horizons, 0.4, 0.55), (focals, 0.8, 1.3)):
         assert low <= min(values) < low + 0.3 * (high - low) and high - 0.3 * (high - low) < max(values) <= high
     assert {street.traffic for street in streets} == {-1, 1} and all(-street.edge[-1] < 0 < street.edge[1] for street in streets)
+
+
+def test_how_bright_the_ground_is_does_not_tell_a_sidewalk_from_the_road():
+    data, darker = small(count=120), []
+    for index in range(120):
+        image, label = data.load(index)
+        brightness = np.asarray(image).mean(2)
+        if (label == SIDEWALK).sum() > 100:
+            darker.append(np.median(brightness[label == SIDEWALK]) < np.median(brightness[label == ROAD]))
+    assert len(darker) > 60 and 0.3 < np.mean(darker) < 0.7
+
+
+def test_slabs_are_of_one_paving_and_end_before_their_joints_are_too_fine_to_see():
+    slabbed = 0
+    for index in range(12):
+        scene = small(count=12, size=(480, 360)).scene(index)
+        kinds, groups = (np.array([getattr(part, name) for part in scene.parts]) for name in ("kind", "group"))
+        joints = kinds[scene.part] == "joint"
+        if not joints.any():
+            continue
+        slabbed += 1
+        assert scene.depth[joints].max() < 14 and (scene.labels()[joints] == SIDEWALK).all()
+        for group in np.unique(groups[scene.part][joints]):
+            mine = groups[scene.part] == group
+            assert set(kinds[scene.part][mine]) == {"joint", "sidewalk"}
+            assert 0.05 < joints[mine & (scene.depth < 14)].mean() < 0.5
+    assert 4 <= slabbed < 12
 
 
 # ---- labels ----
