@@ -349,6 +349,15 @@ def test_the_table_has_means_errors_and_only_differences_that_can_be_told(result
     assert "| a | adapted | 44.0 ± 3.1 |  |" in text  # a class that is nowhere has no IoU
 
 
+@pytest.mark.parametrize("apart, told", [(0.03, False), (0.3, True)])
+def test_what_two_machines_round_apart_is_no_difference(results, apart, told):
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    for line in lines:
+        line["nets"]["source_only"]["miou"] += apart * (line["setting"] == "b")
+    results.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert ("a - b: source_only" in table(results)) is told
+
+
 def test_the_gap_is_that_between_source_only_and_the_oracle():
     def line(**nets):
         return {"nets": {net: {"miou": value} for net, value in nets.items()}}
