@@ -237,7 +237,7 @@ NO_CUDA = why_no_cuda()
 setup(
     packages=["spcl_fast", *(f"spcl_fast.{part}" for part in PARTS)],
     package_dir={"spcl_fast": "spcl_fast", "spcl_fast.kernels": "kernels"},
-    package_data={"spcl_fast": ["presets/*.yaml"], "spcl_fast.report": ["*.html"], "spcl_fast.backends": ["*.json"]},
+    package_data={"spcl_fast": ["presets/*.yaml", "presets/sets/*.yaml"], "spcl_fast.report": ["*.html"], "spcl_fast.backends": ["*.json"]},
     ext_modules=[native_extension(), *([] if NO_CUDA else [cuda_extension()])],
     cmdclass={"build_ext": BuildNative},
 )

@@ -36,12 +36,21 @@ def test_later_wins_from_defaults_to_command_line(tmp_path):
 
 @pytest.mark.parametrize("preset", settings.available("preset"))
 def test_every_preset_is_whole_and_survives_the_way_to_yaml_and_back(preset, tmp_path):
-    for sets in ([], ["released"], ["oracle"]):
+    for sets in ([], *([name] for name in settings.available("set"))):
         config = load_config(preset, sets=sets, overrides=ROOTS)
         rules.check_config(config)
         path = tmp_path / f"{preset}.yaml"
         path.write_text(dump_config(config))
         assert load_config(files=[path]) == config
+
+
+def test_near_zooms_less_into_every_source_image_and_leaves_the_target_alone():
+    plain, near = load_config("folders"), load_config("folders", sets=["near"])
+    for stage in ("source_only", "control", "warmup", "adapt"):
+        before, after = getattr(plain, stage).augment, getattr(near, stage).augment
+        assert after == dataclasses.replace(before, scale=(1.0, 2.0), rare_crop=0.5) != before
+    assert near.adapt.target_augment == plain.adapt.target_augment
+    assert (near.distill, near.oracle, near.target) == (plain.distill, plain.oracle, plain.target)
 
 
 @pytest.mark.parametrize("preset", ["gta5_cityscapes", "synthia_cityscapes", "synscapes_cityscapes"])

@@ -339,7 +339,7 @@ def test_the_command_makes_the_table_from_a_result_file(table, tmp_path, monkeyp
     assert gpu_dispatch.main([str(result)]) == 1
 
 
-def test_an_installed_package_has_the_table(tmp_path):
+def test_an_installed_package_has_the_table_and_every_other_file_that_is_read(tmp_path):
     for part in ("spcl_fast", "kernels"):
         shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
@@ -347,7 +347,10 @@ def test_an_installed_package_has_the_table(tmp_path):
     (tmp_path / "spcl_fast/backends/measured.json").write_text("{}")
     command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", "installed"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"SPCL_FAST_NO_NATIVE": "1"})
-    assert (tmp_path / "installed/spcl_fast/backends/measured.json").is_file(), done.stderr
+    source = tmp_path / "spcl_fast"
+    read = {path.relative_to(source) for path in source.rglob("*") if path.suffix in {".yaml", ".html", ".json"}}
+    missing = {path for path in read if not (tmp_path / "installed/spcl_fast" / path).is_file()}
+    assert len(read) > 8 and not missing, done.stderr
 
 
 # ---------------------------------------------------------------------------------------------- what doctor says
