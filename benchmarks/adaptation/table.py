@@ -63,7 +63,7 @@ def differences(settings: Lines) -> Iterator[tuple[str, Any]]:
             for base in BASES:
                 if base != net and (found := paired(lines, net, lines, base)) is not None:
                     yield f"{name}: {net} - {base}", found
-    first, *others = settings
+    first, others = next(iter(settings), ""), list(settings)[1:]
     for other in others:
         for net in NET_NAMES:
             found = paired(settings[first], net, settings[other], net)

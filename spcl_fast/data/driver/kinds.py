@@ -33,7 +33,7 @@ _CLOTH: tuple[Colour, ...] = (
 )  # fmt: skip
 _TROUSERS: tuple[Colour, ...] = ((38, 40, 50), (52, 58, 76), (30, 30, 32), (96, 86, 70), (74, 74, 78))
 _SKIN: tuple[Colour, ...] = ((222, 178, 150), (196, 148, 118), (138, 96, 72), (96, 66, 52))
-# As dark as the road as often as lighter: where sidewalks were the lighter grey, nets called the pavements of photographs road.
+# The road's greys are among them: where sidewalks were the lighter grey, nets called the pavements of photographs road.
 _PAVING: tuple[Colour, ...] = (
     (142, 138, 134), (158, 152, 146), (126, 122, 120), (150, 136, 124), (134, 120, 112), (112, 108, 108),
     (100, 98, 98), (90, 88, 90), (108, 102, 98), (118, 116, 114), (96, 92, 88), (104, 104, 106),
