@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import spcl_fast as sf
-from spcl_fast import backends
+from spcl_fast import backends, ops
 
 WHAT = {"device": torch.device("cpu"), "dtype": torch.float32, "num_classes": 5, "dim": 16, "has_variances": False}
 BACKENDS = [b for b in ("reference", "cpu") if backends.why_not("class_moments", b, **WHAT) is None]
@@ -92,6 +92,23 @@ def test_what_does_not_fit_is_refused_in_words():
         sf.class_moments(features, labels, 0)
     with pytest.raises(TypeError, match="integer dtype, got torch.float32"):
         sf.class_moments(features, labels.float(), 5)
+
+
+@pytest.mark.parametrize(
+    ("prototypes", "error", "text"),
+    [
+        (torch.zeros(5, 7), ValueError, "must agree in their channels"),
+        (torch.zeros(5), ValueError, r"prototypes must be \[K, D\]"),
+        (torch.zeros(5, 6, dtype=torch.bfloat16), ValueError, "contiguous and float32, got torch.bfloat16"),
+        (torch.zeros(6, 5).t(), ValueError, "got torch.float32, not contiguous"),
+        (torch.zeros(5, 6, dtype=torch.int64), TypeError, "prototypes must be float32"),
+        (torch.zeros(5, 6, device="meta"), ValueError, "prototypes is on meta and features on cpu"),
+    ],
+)
+def test_prototypes_that_cannot_be_moved_are_refused_in_words(prototypes, error, text):
+    features, labels = problem((2, 6, 7, 9))
+    with pytest.raises(error, match=text):
+        ops.move_prototypes_(prototypes, features, labels, keep=0.1)
 
 
 def test_agreement_labels_ignore_where_the_prediction_differs():

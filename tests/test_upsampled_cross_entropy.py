@@ -195,6 +195,7 @@ def test_what_does_not_fit_is_refused_in_words(change, error, text):
         ({"size": 8}, TypeError, r"size must be \(H, W\), got 8"),
         ({"ignore_index": 256}, ValueError, "uint8"),
         ({"thresholds": torch.ones(4)}, ValueError, "one threshold a class"),
+        ({"thresholds": torch.ones(5), "ignore_index": 4}, ValueError, "ignore_index 4 is one of the 5 classes"),
     ],
 )
 def test_prediction_refuses_in_words(settings, error, text):

@@ -97,9 +97,23 @@ def move_prototypes_(
     """
     checks.check_pixels("move_prototypes_", features, labels)
     checks.check_ignore_index("move_prototypes_", ignore_index)
+    _check_prototypes("move_prototypes_", prototypes, features)
     if features.dim() == 2:
         features, labels = features.t()[None, :, :, None], labels[None, :, None]
     _move_prototypes(prototypes, features.detach(), labels, keep, min_pixels, decay_absent, normalize, ignore_index, backend or "")
+
+
+def _check_prototypes(op: str, prototypes: Tensor, features: Tensor) -> None:
+    """Moved in place, so neither converted nor copied to where the features are."""
+    checks.check_float(op, "prototypes", prototypes, (2,), "[K, D]")
+    checks.check_device(op, features, "features", prototypes=prototypes)
+    if prototypes.dtype != torch.float32 or not prototypes.is_contiguous():
+        layout = "contiguous" if prototypes.is_contiguous() else "not contiguous"
+        raise ValueError(f"{op}: prototypes must be contiguous and float32, got {prototypes.dtype}, {layout}")
+    if prototypes.shape[1] != features.shape[1]:
+        raise ValueError(
+            f"{op}: prototypes and features must agree in their channels, got {list(prototypes.shape)} and {list(features.shape)}"
+        )
 
 
 @torch.library.custom_op("spcl_fast::move_prototypes_", mutates_args=("prototypes",))

@@ -50,6 +50,8 @@ def upsampled_prediction(
         raise ValueError(f"{_OP}: ignore_index must fit a uint8 label, got {ignore_index}")
     checks.check_constant(_OP, "thresholds", thresholds, ((logits.shape[1],),), "one threshold a class")
     checks.check_device(_OP, logits, "logits", thresholds=thresholds)
+    if thresholds is not None and ignore_index < logits.shape[1]:
+        raise ValueError(f"{_OP}: ignore_index {ignore_index} is one of the {logits.shape[1]} classes; with thresholds it must be none")
     thresholds = None if thresholds is None else thresholds.float()
     labels, confidence = _prediction(
         logits.detach(), int(size[0]), int(size[1]), thresholds, float(temperature), align_corners, ignore_index, backend or ""
