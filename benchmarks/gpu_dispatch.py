@@ -119,7 +119,8 @@ def write(results: dict, path: Path = measured.PATH) -> str:
 
 def _other_architectures(path: Path) -> dict:
     """What the table has; a file that is broken is written anew."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() and not measured.unreadable(path) else {}
+    _, trouble = measured.read_table(path)
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() and not trouble else {}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,13 +10,13 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from . import __version__, ops
 from .backends import available_backends, choice_in_words, taken
+from .backends.built import BUILT, build_record
 
 _LIBRARIES = {  # name on the index -> extra that brings it
     "numpy": "", "triton": "", "jsonargparse": "train", "PyYAML": "train", "rich": "train", "pillow": "train", "kornia": "train",
@@ -92,9 +92,8 @@ def _compiled_part(say: Callable[[str], None]) -> list[str]:
     try:
         compiled = importlib.import_module("spcl_fast._C")
     except ImportError as error:
-        record = Path(__file__).parent / "native_build.txt"  # written by setup.py
-        reason = record.read_text(encoding="utf-8").strip() if record.exists() else "the package was not installed by setup.py"
-        if reason == "built":
+        reason = build_record("native")
+        if reason == BUILT:
             say(f"compiled part: built, and does not load: {error}")
             return [f"the compiled part was built and does not load with torch {torch.__version__}; build it again: {error}"]
         say(f"compiled part: not there: {reason}. The reference backend does its work, slower.")
@@ -107,9 +106,8 @@ def _compiled_part(say: Callable[[str], None]) -> list[str]:
 
 def _cuda_part(say: Callable[[str], None]) -> list[str]:
     """The same of the CUDA kernels: never built is Triton's work, built and not loading is broken."""
-    record = Path(__file__).parent / "cuda_build.txt"  # written by setup.py
-    reason = record.read_text(encoding="utf-8").strip() if record.exists() else "the package was not installed by setup.py"
-    if reason != "built":
+    reason = build_record("cuda")
+    if reason != BUILT:
         say(f"CUDA part: not there: {reason}. On a GPU the Triton backend does its work.")
         return []
     try:

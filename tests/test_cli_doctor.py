@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spcl_fast import backends, doctor
-from spcl_fast.backends import cuda, reference
+from spcl_fast.backends import built, cuda, reference
 from spcl_fast.cli import main
 
 
@@ -67,7 +67,7 @@ def test_a_backend_that_raises_fails_the_doctor(monkeypatch):
 
 def test_a_compiled_part_that_was_built_and_does_not_load_is_broken_and_one_never_built_is_not(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "spcl_fast._C", None)
-    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "doctor.py"))
+    monkeypatch.setattr(built, "FOLDER", tmp_path)
     (tmp_path / "native_build.txt").write_text("no compiler was found")
     lines: list[str] = []
     assert doctor._compiled_part(lines.append) == [] and "no compiler was found" in lines[0]
@@ -77,7 +77,7 @@ def test_a_compiled_part_that_was_built_and_does_not_load_is_broken_and_one_neve
 
 def test_a_cuda_part_that_does_not_load_is_broken_and_one_never_built_is_not(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "spcl_fast._cuda", None)
-    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "doctor.py"))
+    monkeypatch.setattr(built, "FOLDER", tmp_path)
     (tmp_path / "cuda_build.txt").write_text("nvcc was not found")
     lines: list[str] = []
     assert doctor._cuda_part(lines.append) == [] and "nvcc was not found" in lines[0]
@@ -87,7 +87,7 @@ def test_a_cuda_part_that_does_not_load_is_broken_and_one_never_built_is_not(mon
 
 def test_a_cuda_part_that_does_not_load_warns_once_and_leaves_the_work_to_triton(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "spcl_fast._cuda", None)
-    monkeypatch.setattr(cuda, "__file__", str(tmp_path / "backends" / "cuda.py"))
+    monkeypatch.setattr(built, "FOLDER", tmp_path)
     monkeypatch.setattr(cuda, "_DEVICES", ("cpu",))
     (tmp_path / "cuda_build.txt").write_text("built\n")
     what = {"device": torch.device("cpu"), "dtype": torch.float32, "num_classes": 19, "dim": 8, "has_variances": False}

@@ -26,7 +26,7 @@ _MODULES = {
     "triton": "spcl_fast.kernels",
     "cuda": "spcl_fast.backends.cuda",
 }
-BACKENDS = ("reference", "cpu", "triton", "cuda")
+BACKENDS = tuple(_MODULES)
 # The order of preference where nobody asked for a backend by name and nothing was measured.
 _ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 

@@ -10,16 +10,16 @@ import functools
 import importlib
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from . import reference
+from .built import BUILT, build_record
 from .labels import label_flag
 
 OPS = ("prototype_contrastive_loss", "class_moments", "upsampled_cross_entropy", "upsampled_prediction")
-# The whole row of a pixel's logits is in shared memory: 99 KB a block on sm_86 and sm_89, 163 KB and more elsewhere.
+# The whole row of a pixel's logits is in shared memory: 99 KB a block on sm_86, sm_89 and sm_120, 163 KB and more elsewhere.
 _MAX_CONTRAST_CLASSES, _MAX_CONTRAST_CLASSES_SMALL = 240, 128
 _MAX_CLASSES = {"upsampled_cross_entropy": 32767, "upsampled_prediction": 256}  # a class is an int16 in shared memory, a uint8 when written
 _CACHED_BYTES = 1024
@@ -32,9 +32,8 @@ _native = torch.ops.spcl_fast_cuda
 @functools.cache
 def missing() -> str | None:
     """Register the ops; None, or why they are not there. An extension that was built and does not load is worth one warning."""
-    record = Path(__file__).parents[1] / "cuda_build.txt"  # written by setup.py
-    reason = record.read_text(encoding="utf-8").strip() if record.exists() else "the package was not installed by setup.py"
-    if reason != "built":
+    reason = build_record("cuda")
+    if reason != BUILT:
         return f"spcl_fast._cuda was not built: {reason}"
     try:
         importlib.import_module("spcl_fast._cuda")

@@ -68,29 +68,22 @@ def order(op: str, small: bool, *, device: torch.device, dtype: torch.dtype, num
 @functools.cache
 def table() -> dict[str, Measured]:
     """The table, read once a process. One that cannot be read is worth a warning, not a stopped training."""
-    trouble = unreadable()
+    found, trouble = read_table(PATH)
     if trouble:
         warnings.warn(f"{trouble}. The order of preference is taken instead.", RuntimeWarning, stacklevel=2)
-    return {} if trouble else _read(PATH)
+    return found
 
 
-def unreadable(path: Path | None = None) -> str | None:
-    """None, or what is wrong with the file (default: the package's) and what to do."""
-    path = path or PATH
+def read_table(path: Path) -> tuple[dict[str, Measured], str | None]:
+    """The table by architecture, empty where there is none; and what is wrong with the file and what to do, or None."""
     try:
-        _read(path)
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return {arch: _entry(part) for arch, part in content.items()}, None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return (
+        return {}, (
             f"the table of measured backends {path} cannot be read ({type(error).__name__}: {error}); delete it, or make it again with "
             "`make gpu` or `python benchmarks/gpu_dispatch.py RESULT.json`"
         )
-    return None
-
-
-def _read(path: Path) -> dict[str, Measured]:
-    if not path.exists():
-        return {}
-    return {arch: _entry(part) for arch, part in json.loads(path.read_text(encoding="utf-8")).items()}
 
 
 def _entry(part: dict) -> Measured:
@@ -104,11 +97,11 @@ def _entry(part: dict) -> Measured:
 
 def in_words(op: str, device: torch.device, preferred: str) -> str:
     """Where the choice of a backend for `op` on this GPU comes from; `preferred` is taken where nothing was measured."""
-    trouble = unreadable()
+    found, trouble = read_table(PATH)
     if trouble:
         return f"{trouble}; {preferred} first"
     arch = architecture(device)
-    here = table().get(arch)
+    here = found.get(arch)
     first: dict[str, list[str]] = {}
     for (row_op, kind, size), backends in here.orders.items() if here else ():
         if row_op == op and backends:

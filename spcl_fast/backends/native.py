@@ -6,11 +6,10 @@ allocate no up-sampled map: results of the labels' size and, for the gradient, a
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
+from .built import BUILT, build_record
 from .labels import bad_label_message
 
 _OPS = ("prototype_contrastive_loss", "class_moments", "upsampled_cross_entropy", "upsampled_prediction")
@@ -23,9 +22,8 @@ def _load() -> str | None:
     try:
         from .. import _C  # noqa: F401
     except ImportError as error:
-        record = Path(__file__).parents[1] / "native_build.txt"
-        recorded = record.read_text().strip() if record.exists() else "the package was not installed by setup.py"
-        return f"spcl_fast._C does not import: {error}" if recorded == "built" else f"spcl_fast._C was not built: {recorded}"
+        reason = build_record("native")
+        return f"spcl_fast._C does not import: {error}" if reason == BUILT else f"spcl_fast._C was not built: {reason}"
     return None
 
 
