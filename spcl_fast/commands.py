@@ -260,8 +260,8 @@ def _keyword(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("keyword", nargs="?", help="only benchmarks whose name holds this")
 
 
-_TRAINED = ("source_only", "control", "warmup", "prototypes", "pseudo_label", "adapt", "distill", "oracle")
-_ALL = (*_RECIPE, *_TRAINED, "evaluate")
+_SECTIONS = ("source_only", "control", "warmup", "prototypes", "pseudo_label", "adapt", "distill", "oracle")
+_ALL = (*_RECIPE, *_SECTIONS, "evaluate")
 _FOLDERS = "--preset folders --source.root path/to/rendered --target.root path/to/real"
 
 COMMANDS: dict[str, Command] = {

@@ -8,12 +8,15 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from . import rules
 from .config import Config
 from .errors import ConfigError
+from .rules import TRAINED
 from .settings import as_text
-from .train.plan import CATEGORIES, TRAINED, Prediction, num_classes_of, predict
+from .train.plan import CATEGORIES, Prediction, num_classes_of, predict
 
-STAGES = (*TRAINED[:3], "prototypes", "pseudo_labels", *TRAINED[3:])
+_FIRST_ROUND = {"pseudo_labels_2": "pseudo_labels"}  # takes the same memory
+STAGES = tuple(stage for stage in rules.STAGES if stage not in _FIRST_ROUND)
 _SCALES = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25)  # of width and height, tried in this order
 _UNITS = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 GIB = 2**30
@@ -29,10 +32,11 @@ def parse_bytes(text: str) -> int:
 
 
 def stages_of(config: Config, named: str | None) -> list[str]:
-    """The stage asked for, or those of the run whose memory can be told."""
+    """The stage asked for, by its own name or its command's, or those of the run."""
     if named is None:
-        return [stage for stage in config.stages if stage in STAGES]
-    stage = named.replace("-", "_").replace("pseudo_label", "pseudo_labels").replace("labelss", "labels")
+        return list(dict.fromkeys(_FIRST_ROUND.get(stage, stage) for stage in config.stages))
+    stage = named.replace("-", "_")
+    stage = {"pseudo_label": "pseudo_labels", **_FIRST_ROUND}.get(stage, stage)
     if stage not in STAGES:
         raise ConfigError(f"plan {named}: there is no such stage; there are {', '.join(STAGES)}")
     return [stage]

@@ -19,7 +19,7 @@ from .settings import as_text, flatten
 STAGES = ("source_only", "control", "warmup", "prototypes", "pseudo_labels", "adapt", "pseudo_labels_2", "distill", "oracle")
 _READS_SOURCE = {*STAGES}  # if only for the names of the classes
 _READS_TARGET = {*STAGES} - {"prototypes"}  # every trained net is judged on the target's validation split
-_TRAINED = ("source_only", "control", "warmup", "adapt", "distill", "oracle")  # also the names of their sections
+TRAINED = ("source_only", "control", "warmup", "adapt", "distill", "oracle")  # also the names of their sections
 
 DRIVING = ("gta5", "synthia", "synscapes", "cityscapes")
 _WITH_GENERATED = tuple(f"{name}+generated_driver" for name in (*DRIVING, "folders"))
@@ -90,7 +90,7 @@ def _run(config: Config) -> Iterator[str]:
 
 
 def _schedules(config: Config, stages: tuple[str, ...]) -> Iterator[str]:
-    for name in _TRAINED:
+    for name in TRAINED:
         stage: TrainConfig = getattr(config, name)
         if name in stages and stage.schedule_iterations is not None and stage.schedule_iterations < stage.iterations:
             yield (
@@ -117,7 +117,7 @@ def _memory(config: Config, stages: tuple[str, ...]) -> Iterator[str]:
     loop = config.loop
     if loop.compile and loop.checkpoint != "none":
         yield f"loop.checkpoint: got {loop.checkpoint!r} with loop.compile, expected none: a compiled body decides itself what it keeps"
-    for name in (name for name in _TRAINED if name in stages):
+    for name in (name for name in TRAINED if name in stages):
         stage: TrainConfig = getattr(config, name)
         if loop.accumulate >= 1 and stage.batch_size % loop.accumulate:
             yield (

@@ -221,3 +221,10 @@ def test_stages_are_named_as_commands_name_them():
     config = dataclasses.replace(config_of(), stages=("warmup", "adapt"))
     assert plan.stages_of(config, "pseudo-label") == ["pseudo_labels"] and plan.stages_of(config, "source-only") == ["source_only"]
     assert plan.stages_of(config, None) == ["warmup", "adapt"]
+
+
+def test_the_second_round_of_pseudo_labels_takes_what_the_first_takes(capsys):
+    config = dataclasses.replace(config_of(), stages=("pseudo_labels", "adapt", "pseudo_labels_2"))
+    assert plan.stages_of(config, None) == ["pseudo_labels", "adapt"] and plan.stages_of(config, "pseudo_labels_2") == ["pseudo_labels"]
+    code, told = run(capsys, "--preset", "gta5_cityscapes", "--stages", "pseudo_labels_2", *words_of())
+    assert code == 0 and "pseudo_labels" in told.out, told.err

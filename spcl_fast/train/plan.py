@@ -16,7 +16,7 @@ from ..data import Batch
 from ..data.augment import output_size
 from ..models import Discriminator, SegmentationModel, build_model
 from ..ops import upsampled_prediction
-from ..rules import DRIVING
+from ..rules import DRIVING, TRAINED
 from . import memory
 from .absorb import AbsorbingSGD
 from .context import Context
@@ -25,7 +25,6 @@ from .lean import LeanModel
 from .released import released_step, unfold_batch_norm
 from .steps import Step, adapt_step, distill_step, supervised_step, warmup_step
 
-TRAINED = ("source_only", "control", "warmup", "adapt", "distill", "oracle")
 CATEGORIES = ("weights", "gradients", "optimizer", "data", "activations", "loss", "backward", "workspace")
 
 
