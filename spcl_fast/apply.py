@@ -53,6 +53,7 @@ def find_weights(path: Path, stage: str | None = None, *, selected: bool = False
         return path
     from .train.checkpoint import CheckpointStore
 
+    stage = stage and stage.replace("-", "_")  # its command's name
     for name in (stage,) if stage else FINAL_FIRST:
         if not stage and not (path / name / "done.json").is_file():
             continue
@@ -130,8 +131,7 @@ def evaluate_trained(path: Path, config: Config, stage: str | None, say: Callabl
         images=settings.images,
         workers=config.loop.workers,
     )
-    count = len(dataset) if settings.images is None else min(settings.images, len(dataset))
-    result = {"weights": str(trained.weights), "images": count, **scores.as_json()}
+    result = {"weights": str(trained.weights), "images": len(dataset.spread(settings.images)), **scores.as_json()}
     if dataset.classes == CITYSCAPES_16:
         known = [result["iou"][dataset.classes.names[k]] for k in THIRTEEN_OF_SIXTEEN]
         result["miou_13"] = float(np.mean([value for value in known if value is not None] or [0.0]))

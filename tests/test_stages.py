@@ -13,17 +13,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from spcl_fast.compat.spcl import load_semantic_prototype, load_thres_const
 from spcl_fast.config import Config
-from spcl_fast.data import read_label_png
-from spcl_fast.errors import CheckpointError, Interrupted
+from spcl_fast.data import build_dataset, read_label_png
+from spcl_fast.errors import CheckpointError, DataError, Interrupted
 from spcl_fast.models import build_model
 from spcl_fast.settings import load_config
 from spcl_fast.train.context import Context
 from spcl_fast.train.evaluate import Scores, evaluate_model
+from spcl_fast.train.log import Run
 from spcl_fast.train.signals import StopRequest
 from spcl_fast.train.stages import load_prototypes, run_stages
+from spcl_fast.train.tensorfile import replace_tensors
 
 TINY = {
     "source.size": "[48, 32]",
@@ -118,6 +121,58 @@ def test_a_finished_run_is_skipped_and_other_settings_are_refused(finished, caps
         run_stages(changed, ("adapt",))
 
 
+def test_settings_that_were_refused_are_not_the_runs(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished.run.folder, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()  # as where a run was interrupted
+    kept = (tmp_path / "run" / "config.yaml").read_text()
+    refused = tiny_config(tmp_path, **{"adapt.contrast_temperature": "0.5"})
+    with pytest.raises(CheckpointError, match="contrast_temperature"):
+        run_stages(refused, ("adapt",))
+    assert (tmp_path / "run" / "config.yaml").read_text() == kept
+
+    def held(*_):
+        raise CheckpointError("Another process is writing the run")
+
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="Another process"):
+        patch.setattr(Run, "_take_lock", held)
+        run_stages(tiny_config(tmp_path, **{"distill.iterations": "7"}), ("distill",))
+    assert (tmp_path / "run" / "config.yaml").read_text() == kept
+    run_stages(tiny_config(tmp_path, **{"evaluate.overlays": "1"}), ("adapt",))
+    assert "overlays: 1" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_a_broken_validation_image_that_the_report_would_show_is_skipped_where_bad_files_are(tmp_path):
+    root = tmp_path / "target"
+    for split in ("train", "val"):
+        scenes = build_dataset("generated_target", None, split)
+        for kind in ("images", "labels"):
+            (root / kind / split).mkdir(parents=True)
+        for i in range(4):
+            scenes.image(i).save(root / "images" / split / f"{i}.png")
+            Image.fromarray(scenes.label(i)).save(root / "labels" / split / f"{i}.png")
+    palette = [list(colour) for colour in scenes.classes.palette]
+    (root / "classes.json").write_text(json.dumps({"names": scenes.classes.names, "palette": palette}))
+    (root / "images" / "val" / "0.png").write_bytes(b"no picture")
+
+    stages = ("source_only", "prototypes", "pseudo_labels", "adapt")
+    folders = {"target.dataset": "folders", "target.root": str(root)}
+    config = tiny_config(tmp_path, **folders, **{"loop.skip_bad_files": "true"})
+    run_stages(config, stages)
+    run = Context(config).run
+    assert {path.name for path in run.path("report_samples").glob("*.png")} == {"2_image.png", "2_truth.png"}
+    assert {path.name for path in run.path("adapt", "predictions").glob("*.png")} == {"2.png"}
+    with pytest.raises(DataError, match=r"0\.png"):
+        run_stages(tiny_config(tmp_path, "strict", **folders), stages)
+
+
+def test_where_nothing_is_labelled_no_class_weighs_more(finished):
+    data = finished.dataset("source", "train")
+    assert torch.isfinite(finished.class_weight(data, 0.5)).all()
+    ignored = data.spread(1)
+    ignored.label = lambda index: np.full((4, 4), 255, np.uint8)
+    assert finished.class_weight(ignored, 0.5) is None
+
+
 def test_a_stage_without_its_predecessor_says_which(tmp_path):
     with pytest.raises(CheckpointError, match="'source_only' is not finished"):
         run_stages(tiny_config(tmp_path), ("adapt",))
@@ -165,6 +220,12 @@ def test_what_the_release_left_is_taken_over(finished, tmp_path):
     torch.testing.assert_close(load_prototypes(Context(config)), prototype.T)
     record = json.loads(Context(config).run.path("pseudo_labels", "thresholds.json").read_text())
     assert set(record["thresholds"].values()) == {0.25}
+
+    replace_tensors(tmp_path / "other.safetensors", {"means": prototype})
+    other = tiny_config(tmp_path, **{**given, "prototypes.file": str(tmp_path / "other.safetensors")})
+    Context(config).run.path("prototypes", "done.json").unlink()
+    with pytest.raises(CheckpointError, match=r"other.safetensors holds means; expected 'prototypes' \[K, D\]"):
+        run_stages(other, ("prototypes",))
 
     folder = str(finished.run.path("pseudo_labels"))
     labelled = tiny_config(tmp_path, "labelled", **{"pseudo_label.folder": folder})

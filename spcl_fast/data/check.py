@@ -73,18 +73,18 @@ def check_data(dataset: Dataset, num_samples: int | None = None) -> DataReport:
 
     Never raises for a bad file. Open the data set with skip_bad_files=True so that missing pairs end up in the report too.
     """
-    count = len(dataset) if num_samples is None else min(num_samples, len(dataset))
+    read = dataset.spread(num_samples)
     report = DataReport(
-        dataset.kind, dataset.split, len(dataset), count, dataset.has_labels, dataset.classes.names, problems=list(dataset.problems)
+        dataset.kind, dataset.split, len(dataset), len(read), dataset.has_labels, dataset.classes.names, problems=list(dataset.problems)
     )
     pixels = np.zeros(256, np.int64)
     images_with = np.zeros(256, np.int64)
-    for index in (np.arange(count) * len(dataset) // max(count, 1)).tolist():
+    for index, name in enumerate(read.names):
         try:
-            image, label = dataset.load(index)
-            unknown = dataset.unknown_ids(index)
+            image, label = read.load(index)
+            unknown = read.unknown_ids(index)
         except DataError as error:
-            report.problems.append(Problem(dataset.names[index], str(error)))
+            report.problems.append(Problem(name, str(error)))
             continue
         report.sizes[image.size] += 1
         report.unknown.update(unknown)

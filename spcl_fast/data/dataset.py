@@ -70,6 +70,11 @@ class Dataset:
                 setattr(subset, attribute, [values[i] for i in indices])
         return subset
 
+    def spread(self, count: int | None) -> Dataset:
+        """At most `count` of the images, spread evenly over them; all of them for None."""
+        length = len(self)
+        return self if count is None or count >= length else self.select([i * length // count for i in range(count)])
+
     _one_per_image: tuple[str, ...] = ("names",)
 
 

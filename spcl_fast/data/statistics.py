@@ -52,11 +52,10 @@ def class_frequency(dataset: Dataset, max_images: int | None = None) -> np.ndarr
     return counts / max(int(counts.sum()), 1)
 
 
-def rarity(dataset: Dataset, max_images: int = 256) -> np.ndarray:
-    """Weight of each class for crops around a rare one: frequency ** -0.5, float64 [K]; a class not met counts like the rarest met."""
+def rarity(dataset: Dataset, max_images: int = 256, power: float = 0.5) -> np.ndarray:
+    """Weight of each class that favours rare ones: frequency ** -power, float64 [K]; a class not met counts like the rarest met."""
     frequency = class_frequency(dataset, max_images)
-    met = frequency[frequency > 0]
-    return np.maximum(frequency, met.min() if len(met) else 1.0) ** -0.5
+    return np.maximum(frequency, frequency[frequency > 0].min(initial=1.0)) ** -power
 
 
 def _count(dataset: Dataset, index: int) -> np.ndarray:

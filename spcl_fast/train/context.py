@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..config import AugmentConfig, Config, TrainConfig
 from ..data import Batch, ClassSet, Dataset, class_frequency, dataset_of, train_batches, with_pseudo_labels, write_label_png
 from ..data.augment import output_size
+from ..data.statistics import rarity
 from ..errors import CheckpointError, DataError
 from ..models import SegmentationModel, build_model
 from ..report.collapse import signs
@@ -29,6 +30,8 @@ from .log import Run
 from .loop import fit, load_modules, poly_schedule
 from .signals import StopRequest
 from .tensorfile import read_tensors, replace_tensors
+
+_COUNTED_IMAGES = 1000  # at most so many labels are read for the class weights
 
 
 class Context:
@@ -92,12 +95,17 @@ class Context:
         )
 
     def class_weight(self, dataset: Dataset, power: float) -> Tensor | None:
-        """[K] = share ** -power with mean 1 over the classes that occur; an absent class weighs as the rarest. None for power 0."""
+        """[K] = share ** -power with mean 1 over the classes that occur; an absent class weighs as the rarest.
+
+        None for power 0, and where nothing is labelled.
+        """
         if not power:
             return None
-        share = class_frequency(dataset, max_images=1000)
-        weight = np.maximum(share, share[share > 0].min()) ** -power
-        return torch.tensor(weight / weight[share > 0].mean(), dtype=torch.float32, device=self.device)
+        met = class_frequency(dataset, _COUNTED_IMAGES) > 0
+        if not met.any():
+            return None
+        weight = rarity(dataset, _COUNTED_IMAGES, power)
+        return torch.tensor(weight / weight[met].mean(), dtype=torch.float32, device=self.device)
 
     # --- nets --------------------------------------------------------------------------------------------------------------------
 
@@ -255,19 +263,22 @@ class Context:
         dataset = self.evaluation_data
         if distributed.is_main() and dataset is not None:
             evaluate = self.config.evaluate
-            count = len(dataset) if evaluate.images is None else min(evaluate.images, len(dataset))
-            shown = {i * count // max(evaluate.overlays, 1) for i in range(min(evaluate.overlays, count))}
+            shown = {*self.pictured(dataset).names}
 
             def keep(index: int, name: str, labels: np.ndarray) -> None:
                 self.stop.raise_if_requested(f"evaluating {stage}")
-                if index in shown:
+                if name in shown:
                     write_label_png(self.run.path(stage, "predictions", f"{name}.png"), labels, self.classes.palette)
 
             size = self.config.target.eval_size
             scores = evaluate_model(model, dataset, size, device=self.device, tta=evaluate.tta, images=evaluate.images, keep=keep)
             self.run.write_json(f"{stage}/evaluation.json", scores.as_json())
-            self.run.say(f"{stage}: {scores.miou:.1f} mIoU on {count} target validation images")
+            self.run.say(f"{stage}: {scores.miou:.1f} mIoU on {len(dataset.spread(evaluate.images))} target validation images")
         distributed.barrier()
+
+    def pictured(self, dataset: Dataset) -> Dataset:
+        """Of the target's validation images those whose predictions the report shows."""
+        return dataset.spread(self.config.evaluate.images).spread(self.config.evaluate.overlays)
 
     def _select(self, stage: str, model: SegmentationModel, done: int) -> None:
         """Keep the weights that do best on the validation images that evaluate.selection names; "last" keeps none."""

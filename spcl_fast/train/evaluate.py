@@ -73,8 +73,7 @@ def evaluate_model(
 
     images: only so many, spread evenly. keep(index, name, labels uint8 [H, W]) gets every prediction. The model's mode is put back.
     """
-    if images is not None and images < len(dataset):
-        dataset = dataset.select([i * len(dataset) // images for i in range(images)])
+    dataset = dataset.spread(images)
     num_classes = len(dataset.classes)
     confusion = torch.zeros(num_classes**2, dtype=torch.int64)
     mode = model.training

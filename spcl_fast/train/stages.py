@@ -110,9 +110,7 @@ def prototypes(context: Context) -> None:
     if settings.file is not None:
         _take_prototypes(context, Path(settings.file), model.channels, identity)
     elif distributed.is_main():
-        dataset = context.dataset("source", "train")
-        if settings.images is not None and settings.images < len(dataset):
-            dataset = dataset.select([i * len(dataset) // settings.images for i in range(settings.images)])
+        dataset = context.dataset("source", "train").spread(settings.images)
         means, images = _mean_of_image_means(context, model, dataset)
         missing = [name for name, count in zip(context.classes.names, images.tolist(), strict=True) if not count]
         if missing:
@@ -125,12 +123,19 @@ def prototypes(context: Context) -> None:
 def _take_prototypes(context: Context, path: Path, dim: int, identity: dict) -> None:
     """Prototypes that somebody made before."""
     num_classes = len(context.classes)
-    found = read_tensors(path)["prototypes"] if path.suffix == ".safetensors" else load_semantic_prototype(path, num_classes)
+    found = _prototypes_in(path) if path.suffix == ".safetensors" else load_semantic_prototype(path, num_classes)
     if found.shape != (num_classes, dim):
         raise CheckpointError(f"{path} holds prototypes {list(found.shape)}; this run's net and classes need {[num_classes, dim]}")
     if distributed.is_main():
         replace_tensors(context.run.path("prototypes.safetensors"), {"prototypes": found})
         context.run.mark_done("prototypes", identity)
+
+
+def _prototypes_in(path: Path) -> Tensor:
+    tensors = read_tensors(path)
+    if "prototypes" not in tensors:
+        raise CheckpointError(f"{path} holds {', '.join(tensors) or 'no tensor'}; expected 'prototypes' [K, D]")
+    return tensors["prototypes"]
 
 
 @torch.no_grad()
@@ -322,26 +327,33 @@ STAGES: dict[str, Callable[[Context], None]] = {
 }
 
 
-def run_stages(config: Config, names: tuple[str, ...] | list[str] | None = None) -> None:
-    """Do the named stages (default: those of the config) in the order of STAGES; what is complete is skipped. Then write summary.json."""
+def _introduce(context: Context) -> None:
+    """What the folder says of itself while the run goes on: its classes, and its settings unless a stage has accepted others already."""
+    classes, run = context.classes, context.run
+    palette = [list(colour) for colour in classes.palette]
+    run.write_json("classes.json", {"names": list(classes.names), "palette": palette, "ignore_index": classes.ignore_index})
+    if not (run.path("config.yaml").is_file() and any(run.path(name).exists() for name in STAGES)):
+        _keep_settings(context)
+
+
+def _keep_settings(context: Context) -> None:
     from ..settings import dump_config
 
+    context.run.write_text("config.yaml", dump_config(context.config))
+
+
+def run_stages(config: Config, names: tuple[str, ...] | list[str] | None = None) -> None:
+    """Do the named stages (default: those of the config) in the order of STAGES; what is complete is skipped. Then write summary.json."""
     wanted = config.stages if names is None else names
     with distributed.session(config.loop.device):
         context = Context(config)
-        classes = context.classes
-        context.run.write_json(
-            "classes.json",
-            {"names": list(classes.names), "palette": [list(c) for c in classes.palette], "ignore_index": classes.ignore_index},
-        )
-        if context.run.read_json("summary.json") is None:  # a run's first settings; later ones are kept once a stage has accepted them
-            context.run.write_text("config.yaml", dump_config(config))
         with context.run.exclusive(), stop_requests() as stop:
             context.stop = stop
+            _introduce(context)
             for name, stage in STAGES.items():
                 if name in wanted:
                     memory.reset_peak(context.device)
                     stage(context)
-            context.run.write_text("config.yaml", dump_config(config))
+                    _keep_settings(context)  # the stage has accepted them
             write_summary(context)
         context.run.close()

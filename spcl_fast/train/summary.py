@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..data import eval_batches, write_label_png
+from ..errors import DataError
 from ..models import SegmentationModel
 from ..ops import upsampled_prediction
 from . import distributed
@@ -78,8 +79,7 @@ def keep_samples(context: Context, model: SegmentationModel, prototypes: Tensor)
     training, features, labels, domains = model.training, [], [], []
     model.eval()
     for domain, side in enumerate(("source", "target")):
-        dataset = context.dataset(side, "train", labels=side == "source")
-        dataset = dataset.select([i * len(dataset) // _FEATURE_IMAGES for i in range(min(_FEATURE_IMAGES, len(dataset)))])
+        dataset = context.dataset(side, "train", labels=side == "source").spread(_FEATURE_IMAGES)
         for image, _, _ in eval_batches(dataset, getattr(context.config, side).eval_size, labels=False):
             maps, logits = model(image.to(context.device))
             predicted = upsampled_prediction(logits, logits.shape[2:]).labels  # colours the points; target labels are never read
@@ -99,14 +99,16 @@ def keep_samples(context: Context, model: SegmentationModel, prototypes: Tensor)
 
 def _keep_pictures(context: Context) -> None:
     """The validation images that `Context.judge` shows: report_samples/<name>_image.png and _truth.png."""
-    dataset, evaluate = context.evaluation_data, context.config.evaluate
-    if dataset is None:
+    if context.evaluation_data is None:
         return
-    count = len(dataset) if evaluate.images is None else min(evaluate.images, len(dataset))
-    spread = [i * len(dataset) // count for i in range(count)]
-    for index in sorted({i * count // max(evaluate.overlays, 1) for i in range(min(evaluate.overlays, count))}):
-        image, label = dataset.load(spread[index])
-        name = dataset.names[spread[index]]
+    dataset = context.pictured(context.evaluation_data)
+    for index, name in enumerate(dataset.names):
+        try:
+            image, label = dataset.load(index)
+        except DataError:
+            if not dataset.skip_bad_files:
+                raise
+            continue  # `judge` has no prediction of it either
         path = context.run.path("report_samples", f"{name}_image.png")
         path.parent.mkdir(parents=True, exist_ok=True)
         (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(path)
