@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import math
 import sys
 from pathlib import Path
 
 import yaml
+from adaptation.lines import Spread
+from adaptation.table import NET_NAMES
 
-NETS = ("source_only", "control", "warmup", "adapted", "distilled", "oracle")
 PRIVATE = ("root", "weights", "classes", "runs_dir", "name", "seed")  # say where, not what
 
 
@@ -35,10 +35,10 @@ def main() -> int:
         "seeds": [summary["seed"] for summary in summaries],
         "selection": summaries[0]["selection"],
         "classes": summaries[0]["classes"],
-        "miou": {net: _spread([s[net]["miou"] for s in summaries]) for net in NETS if all(s[net] for s in summaries)},
+        "miou": {net: _spread([s[net]["miou"] for s in summaries]) for net in NET_NAMES if all(s[net] for s in summaries)},
         "gain": _gains(summaries),
-        "iou": {net: _by_class(summaries, net, "iou") for net in NETS if all(s[net] for s in summaries)},
-        "predicted_share": {net: _by_class(summaries, net, "predicted_share") for net in NETS if all(s[net] for s in summaries)},
+        "iou": {net: _by_class(summaries, net, "iou") for net in NET_NAMES if all(s[net] for s in summaries)},
+        "predicted_share": {net: _by_class(summaries, net, "predicted_share") for net in NET_NAMES if all(s[net] for s in summaries)},
         "seconds": {stage: _spread([s["seconds"][stage] for s in summaries]) for stage in summaries[0]["seconds"]},
         "trained_seconds": [round(sum(summary["seconds"].values()), 1) for summary in summaries],  # of the trained stages together
         "settings": configs[0],
@@ -46,9 +46,9 @@ def main() -> int:
     }
     args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for net, value in result["miou"].items():
-        print(f"{net:12s} {value['mean']:5.1f} ± {value['standard_error']:.1f}  {value['values']}")
+        print(f"{net:12s} {Spread(tuple(value['values'])).text('5.1f')}  {value['values']}")
     for name, value in result["gain"].items():
-        print(f"{name:28s} {value['mean']:+5.1f} ± {value['standard_error']:.1f}  {value['values']}")
+        print(f"{name:28s} {Spread(tuple(value['values'])).text('+5.1f')}  {value['values']}")
     return 0
 
 
@@ -58,9 +58,9 @@ def _recipe(config: dict) -> dict:
 
 
 def _spread(values: list[float]) -> dict:
-    mean = sum(values) / len(values)
-    variance = sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1)
-    return {"mean": round(mean, 2), "standard_error": round(math.sqrt(variance / len(values)), 2), "values": [round(v, 2) for v in values]}
+    found = Spread(tuple(values))
+    error = round(found.error, 2) if len(values) > 1 else None  # of a single run it is not known
+    return {"mean": round(found.mean, 2), "standard_error": error, "values": [round(v, 2) for v in values]}
 
 
 def _gains(summaries: list[dict]) -> dict:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from benchmarks.adaptation import seed as seed_module
@@ -26,6 +27,7 @@ from benchmarks.adaptation.plots import plot
 from benchmarks.adaptation.sharing import depends_on, take_over
 from benchmarks.adaptation.signals import keep_signals, on_source, on_target
 from benchmarks.adaptation.table import gap_closed_percent, table
+from spcl_fast.config import Config
 from spcl_fast.data import build_dataset
 from spcl_fast.data.generated import GeneratedDataset
 from spcl_fast.errors import ConfigError, DataError
@@ -212,6 +214,16 @@ def test_an_unfinished_stage_is_not_taken_over(finished, tmp_path):
     config = config_of(tmp_path, **{"adapt.contrast_weight": 0.7})
     assert take_over("source_only", config) is not None
     assert take_over("warmup", config) is None
+
+
+def test_a_stage_of_a_version_before_a_setting_is_taken_over_where_the_setting_is_at_its_default(finished, tmp_path):
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    for file in (tmp_path / "runs").glob("generated/*/config.yaml"):
+        settings = yaml.safe_load(file.read_text())
+        assert settings["model"].pop("frozen_bn_eps") == Config().model.frozen_bn_eps
+        file.write_text(yaml.safe_dump(settings))
+    assert take_over("warmup", config_of(tmp_path, **{"model.frozen_bn_eps": 0.5})) is None
+    assert take_over("warmup", config_of(tmp_path, **{"adapt.contrast_weight": 0.7})) is not None
 
 
 # ---- signals -----------------------------------------------------------------------------------------------------------

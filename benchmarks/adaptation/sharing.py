@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from spcl_fast.config import Config
-from spcl_fast.train.identity import flat_settings
+from spcl_fast.train.identity import flat_settings, settings_difference
 from spcl_fast.train.log import Run
 
 _COMMON = ("source", "target", "model", "evaluate", "seed", "loop.precision", "loop.channels_last", "loop.checkpoint_every")
@@ -53,7 +53,7 @@ def take_over(stage: str, config: Config) -> Path | None:
     wanted = depends_on(stage, flat_settings(config))
     for file in sorted(Path(config.runs_dir).glob("*/config.yaml")):
         donor = Run(file.parent)
-        if donor.done(stage) is None or depends_on(stage, _settings_in(file)) != wanted:
+        if donor.done(stage) is None or settings_difference(depends_on(stage, _settings_in(file)), wanted):
             continue
         run.folder.mkdir(parents=True, exist_ok=True)
         if stage in _BESIDE:
@@ -67,4 +67,5 @@ def take_over(stage: str, config: Config) -> Path | None:
 
 
 def _settings_in(file: Path) -> dict[str, Any]:
-    return flat_settings(yaml.safe_load(file.read_text(encoding="utf-8")))
+    """What the file does not name, a version before that setting having written it, is at its default."""
+    return {**flat_settings(Config()), **flat_settings(yaml.safe_load(file.read_text(encoding="utf-8")))}
