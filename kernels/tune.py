@@ -54,7 +54,6 @@ def _calls(problem: dict) -> dict[str, Callable]:
         "contrast_forward": lambda: contrast.prototype_contrastive_forward(*inputs, **common, save=True),
         "contrast_backward": lambda: backward(True, False),
         "contrast_prototypes": lambda: backward(False, True),
-        "norms": sums,
         "moments": sums,
     }
 
@@ -121,7 +120,7 @@ def tune_kernel(kernel: str, call: Callable, condition: dict, dtype: torch.dtype
 
 
 def tune(shape, num_classes: int, dtype: torch.dtype, layout: str, device: torch.device, seconds: float) -> list[settings.Row]:
-    """Rows for every kernel that these sizes use."""
+    """Rows for the kernels that these sizes use, but the separate pass for norms of deep features."""
     problem = _problem(shape, num_classes, dtype, layout, device)
     condition = {"dim": shape[1], "num_classes": num_classes}
     rows = []

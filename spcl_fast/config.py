@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 class ModelConfig:
     """The segmentation net."""
 
-    name: str = "deeplab_v2_resnet101"  # deeplab_v2_resnet101 | _resnet50 | _resnet18 | deeplab_v2_vgg16 | lite0
+    name: str = "deeplab_v2_resnet101"  # deeplab_v2_resnet101 | _resnet50 | _resnet18 | deeplab_v2_vgg16 | lite0 | tiny
     weights: str | None = None  # file to start from: ImageNet weights, a released SPCL checkpoint, or ours; None: random
-    feature_dim: int = 64  # channels of the features (lite0 only; DeepLab-v2 uses those of its backbone)
+    feature_dim: int = 64  # channels of the features (lite0 and tiny; DeepLab-v2 uses those of its backbone)
     freeze_bn: bool = True  # BatchNorm with fixed statistics in every stage but distill
     frozen_bn_eps: float = 1e-5  # the released FrozenBatchNorm has 0
 

@@ -391,13 +391,12 @@ def test_the_hook_is_complete_for_every_checkpoint_on_the_disk(tmp_path):
 
 
 def test_bf16_autocast_trains_and_fp16_is_refused(tmp_path):
-    precision = Precision.of(LoopConfig(device="cpu", precision="bf16"))
-    with precision.autocast():
+    with Precision(torch.device("cpu"), "bf16").autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
     with Precision(torch.device("cpu")).autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
     with pytest.raises(ConfigError, match="loop.precision: 'fp16' is not known; expected fp32 or bf16"):
-        Precision.of(LoopConfig(device="cpu", precision="fp16"))
+        Precision(torch.device("cpu"), "fp16")
 
 
 def test_devices_are_named_in_words():

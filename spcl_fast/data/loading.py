@@ -36,11 +36,6 @@ class Batch:
     names: list[str]
     problems: list[Problem] = field(default_factory=list)  # files that were skipped for this batch
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
-        return Batch(
-            self.images.to(device, non_blocking=non_blocking), self.labels.to(device, non_blocking=non_blocking), self.names, self.problems
-        )
-
     def pin_memory(self) -> Batch:
         return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.names, self.problems)
 

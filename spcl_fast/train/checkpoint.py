@@ -172,7 +172,7 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
     tensors: dict[str, Tensor] = {}
     for name in manifest["files"]:
         if name.endswith(".safetensors"):
-            prefix = "" if name == f"{_UNNAMED}.safetensors" else name.removesuffix("safetensors")[:-1] + "/"
+            prefix = "" if name == f"{_UNNAMED}.safetensors" else name.removesuffix(".safetensors") + "/"
             tensors.update({prefix + key: tensor for key, tensor in read_tensors(path / name).items()})
     state = _read_json(path / "state.json", None)
     if not isinstance(state, dict) or state.get("step") != manifest["step"] or not isinstance(state.get("meta"), dict):

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import LoopConfig
 from ..errors import ConfigError
 
 
@@ -26,10 +25,6 @@ class Precision:
             raise ConfigError(f"loop.precision: {self.name!r} is not known; expected fp32 or bf16.")
         if self.name == "bf16" and self.device.type == "cuda" and not torch.cuda.is_bf16_supported():
             raise ConfigError(f"loop.precision: {torch.cuda.get_device_name(self.device)} has no bfloat16; use fp32.")
-
-    @classmethod
-    def of(cls, settings: LoopConfig) -> Precision:
-        return cls(choose_device(settings.device), settings.precision)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.name == "fp32":
