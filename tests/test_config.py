@@ -8,6 +8,8 @@ import pytest
 
 from spcl_fast import rules, settings
 from spcl_fast.config import Config
+from spcl_fast.data.generated import DOMAINS
+from spcl_fast.data.readers import GENERATED, READERS
 from spcl_fast.errors import ConfigError
 from spcl_fast.models import MODEL_NAMES
 from spcl_fast.settings import dump_config, load_config
@@ -205,6 +207,8 @@ def test_only_the_domains_that_a_stage_reads_need_a_root():
 
 def test_the_rules_know_every_net_and_every_setting():
     assert rules._CHOICES["model.name"] == MODEL_NAMES
+    assert set(rules._CHOICES["dataset"]) == {*DOMAINS, *READERS, *(f"{name}+generated_driver" for name in READERS)}
+    assert set(GENERATED) == set(DOMAINS)
     leaves = {key.rpartition(".")[2] for key in settings.setting_types()}
     assert set(rules._RANGES) <= leaves
     assert {key.rpartition(".")[2] for key in rules._CHOICES} <= leaves | {"name"}

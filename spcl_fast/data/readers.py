@@ -1,7 +1,7 @@
 """The layouts of the data sets users own: where images and labels lie, which ids mean what, which split holds which names.
 
 A reader returns the images by name and a function from a name to its label file; `build_dataset` pairs, checks and maps them.
-New data set: one function, one entry in READERS.
+New data set: one function, one entry in READERS, its name among the settings' choices in rules.py.
 """
 
 from __future__ import annotations

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .run_folder import NETS, RunFolder, number
+from .run_folder import NETS, PHASES, RunFolder, number
 
-_PHASES = ("data", "forward", "loss", "backward", "step")
 _SETTINGS = ("precision", "checkpoint", "offload", "accumulate", "absorb_gradients", "channels_last", "compile")
 _OFF = {"none", "fp32", "False", "1", "None"}
 
@@ -17,7 +16,7 @@ def ledger(run: RunFolder) -> dict[str, Any]:
     for stage, records in run.metrics.items():
         found[stage] = (_last(records, "phase_peak_bytes"), _last(records, "predicted_peak_bytes"), records)
     found = {stage: parts for stage, parts in found.items() if isinstance(parts[0], dict) or number(parts[1]) is not None}
-    phases = [name for name in _PHASES if any(isinstance(parts[0], dict) and name in parts[0] for parts in found.values())]
+    phases = [name for name in PHASES if any(isinstance(parts[0], dict) and name in parts[0] for parts in found.values())]
     rows = []
     for stage, (by_phase, planned, records) in found.items():
         by_phase = by_phase if isinstance(by_phase, dict) else {}

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from .run_folder import NETS, SAFE_COLOURS, RunFolder, number
+from .run_folder import COLUMNS, NETS, SAFE_COLOURS, RunFolder, number
 
 BLUE, RED, GREEN, ORANGE, SKY, PINK, BLACK, BROWN = SAFE_COLOURS
 INK, FAINT = "#1f2933", "#9aa5b1"
@@ -58,7 +58,6 @@ STYLE = {
     "lines.linewidth": 1.6,
     "figure.dpi": 160,
 }
-RESERVED = {"stage", "step", "seconds", "lr", "images_per_s", "data_wait", "peak_memory_bytes", "predicted_peak_bytes", "phase_peak_bytes"}
 
 
 @contextmanager
@@ -154,7 +153,7 @@ def _learning_rates(axes: Axes, run: RunFolder) -> None:
 
 def _losses(records: list[dict[str, Any]]) -> list[str]:
     scalars = (name for record in records for name, value in record.items() if not isinstance(value, list | dict | str))
-    return [name for name in dict.fromkeys(scalars) if name not in RESERVED]
+    return [name for name in dict.fromkeys(scalars) if name not in COLUMNS]
 
 
 def _series(records: list[dict[str, Any]], names: list[str]) -> Iterator[tuple[str, list[int], list[float]]]:

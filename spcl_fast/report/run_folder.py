@@ -19,6 +19,9 @@ NETS = {
     "distill": ("distilled", "distilled"),
     "oracle": ("oracle", "oracle"),
 }
+# What a line of metrics.jsonl holds beside the losses: a step may not return these names, and no curve is drawn of them.
+COLUMNS = {"stage", "step", "seconds", "lr", "images_per_s", "data_wait", "peak_memory_bytes", "predicted_peak_bytes", "phase_peak_bytes"}
+PHASES = ("data", "forward", "loss", "backward", "step")  # of one training step, in order
 BASELINES = ("source_only", "warmup")
 FINALS = ("distill", "adapt")
 # Colour-blind-safe (Okabe and Ito); classes that come without a palette get these in turn.

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from ..config import LoopConfig, TrainConfig
 from ..errors import CheckpointError, DataError, Interrupted, NumericError, OutOfMemory
+from ..report.run_folder import COLUMNS, PHASES
 from . import distributed, memory
 from .checkpoint import Checkpoint, CheckpointStore, read_checkpoint
 from .device import choose_device, move
@@ -34,8 +35,6 @@ from .state import TrainingState
 
 Step = Callable[[Any, int], Mapping[str, Tensor]]
 NAMES_SHOWN = 16  # file names in an error
-_COLUMNS = {"stage", "step", "seconds", "lr", "images_per_s", "data_wait"}
-_COLUMNS |= {"peak_memory_bytes", "predicted_peak_bytes", "phase_peak_bytes"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,7 +306,7 @@ class _Loop:
             "phase_peak_bytes": self.phases,
         }
         record = {key: value for key, value in record.items() if value is not None}
-        if not values.keys().isdisjoint(_COLUMNS):
+        if not values.keys().isdisjoint(COLUMNS):
             raise ValueError(f"step of {self.stage} returned a name that the log keeps for itself: {sorted(values)}")
         self.run.append_metrics(record)
         return record
@@ -370,7 +369,7 @@ class _Loop:
         with memory.recording(memory.PhasePeaks(self.device)) as recorder:
             yield
             recorder.close()
-        self.phases = {name: recorder.peaks[name] for name in memory.PHASES if name in recorder.peaks}
+        self.phases = {name: recorder.peaks[name] for name in PHASES if name in recorder.peaks}
         self.peak_before = max(peak_so_far, *self.phases.values())
 
     def _out_of_memory(self, it: int, whole: bool) -> NoReturn:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from ..config import LoopConfig
+from ..report.run_folder import PHASES
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -108,7 +109,6 @@ def remedy(settings: LoopConfig, stage: str, device: torch.device) -> str:
 
 # ---- phases of a step ----------------------------------------------------------------------------------------------------------------
 
-PHASES = ("data", "forward", "loss", "backward", "step")
 _recorder: PhaseRecorder | None = None
 
 

@@ -16,6 +16,7 @@ from ..data import Batch
 from ..data.augment import output_size
 from ..models import Discriminator, SegmentationModel, build_model
 from ..ops import upsampled_prediction
+from ..report.run_folder import PHASES
 from ..rules import DRIVING, TRAINED
 from . import memory
 from .absorb import AbsorbingSGD
@@ -100,7 +101,7 @@ def count_step(work: Work, *, on_cpu: bool) -> Counted:
 
 def _prediction(stage: str, loop: str, counted: Counted, work: Work) -> Prediction:
     categories = {name: counted.at_peak[name] for name in CATEGORIES if name in counted.at_peak}
-    phases = {name: counted.phases[name] for name in memory.PHASES if name in counted.phases}
+    phases = {name: counted.phases[name] for name in PHASES if name in counted.phases}
     cuts = work.model.chain.cuts if work.model.chain is not None else ()
     return Prediction(stage, loop, counted.peak, categories, phases, counted.flops, cuts, counted.host, _floor(work))
 

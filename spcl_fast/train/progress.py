@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import Any, TextIO
 
+from ..report.run_folder import COLUMNS
+
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -48,8 +50,7 @@ class Progress:
 
 def describe(record: Mapping[str, Any]) -> str:
     """Losses, learning rate, speed, data wait and memory of a record in one line."""
-    reserved = {"step", "lr", "seconds", "images_per_s", "data_wait", "peak_memory_bytes"}
-    values = [f"{name} {value:.4g}" for name, value in record.items() if isinstance(value, float) and name not in reserved]
+    values = [f"{name} {value:.4g}" for name, value in record.items() if isinstance(value, float) and name not in COLUMNS]
     values.append(f"lr {record['lr']:.3g}")
     values.append(f"{record['images_per_s']:.3g} images/s")
     values.append(f"data wait {100 * record['data_wait']:.0f} %")
