@@ -7,9 +7,11 @@ import itertools
 import oracle
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import spcl_fast as sf
 from spcl_fast import backends
+from spcl_fast.backends.labels import nearest_index
 
 WHAT = {"device": torch.device("cpu"), "dtype": torch.float32, "num_classes": 5, "dim": 16, "has_variances": False}
 BACKENDS = [b for b in ("reference", "cpu") if backends.why_not("prototype_contrastive_loss", b, **WHAT) is None]
@@ -150,6 +152,43 @@ def test_label_beyond_classes_is_named_with_its_first_pixel(backend, value):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bad_label_of_a_larger_map_is_named_where_it_lies(backend):
+    features, labels, prototypes = problem(size=(14, 18), ignored=0)
+    labels[1, 4, 6] = 77
+    with pytest.raises(ValueError, match=r"label 77 at pixel \(image 1, row 4, column 6\)"):
+        sf.prototype_contrastive_loss(features, labels, prototypes, temperature=1.0, backend=backend)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_same_bits_for_any_number_of_threads_in_float64(reduction):
+    features, labels, prototypes = problem((1, 8, 200, 200), size=(200, 200), dtype=torch.float64)
+    weight = torch.rand(1, 200, 200, dtype=torch.float64) if reduction == "none" else None
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            settings = {"temperature": 0.1, "reduction": reduction}
+            results.append(value_and_gradients(sf.prototype_contrastive_loss, features, labels, prototypes.double(), weight, **settings))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_the_nearest_rule_is_worked_out_where_the_labels_are():
+    """A copy from the host would wait for the GPU, in every step."""
+
+    class NoCopies(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            assert out.device.type == "meta", f"{function} works on {out.device}"
+            return out
+
+    with NoCopies():
+        assert nearest_index(720, 33, torch.device("meta")).shape == (33,)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_ignore_index_may_be_a_class_or_negative(backend):
     features, labels, prototypes = problem(size=(7, 9), ignored=0)
     for ignore_index in (2, -100):
@@ -197,6 +236,10 @@ def test_empty_batch_and_single_pixel(backend, shape):
     loss = sf.prototype_contrastive_loss(features.requires_grad_(), labels, prototypes, temperature=1.0, backend=backend)
     loss.backward()
     assert loss.isfinite() and features.grad.shape == shape and (shape[0] > 0 or loss == 0)
+    features.grad = None
+    each = sf.prototype_contrastive_loss(features, labels, prototypes, temperature=1.0, reduction="none", backend=backend)
+    each.sum().backward()
+    assert each.shape == (shape[0], *shape[2:]) and features.grad.shape == shape
 
 
 def test_gradcheck_with_variances_in_float64():
@@ -269,6 +312,11 @@ def test_double_backward_is_refused_in_words():
         ({"pixel_weight": torch.ones(2, 7, 9, requires_grad=True)}, ValueError, r"pass pixel_weight.detach\(\)"),
         ({"variances": torch.ones(5, 15)}, ValueError, "variances must have the prototypes' shape"),
         ({"ignore_index": 2.0}, TypeError, "ignore_index must be an int"),
+        ({"ignore_index": 2**70}, ValueError, "ignore_index must fit 64 bits"),
+        ({"normalize": "yes"}, TypeError, "normalize must be True or False, got 'yes'"),
+        ({"labels": torch.zeros(2, 7, 9, dtype=torch.long).to_sparse()}, TypeError, "labels must be a dense tensor, got layout sparse_coo"),
+        ({"features": torch.zeros(2, 16, 7, 9).to_sparse()}, TypeError, "features must be a dense tensor"),
+        ({"backend": 3}, TypeError, "backend must be a name or None, got int"),
         ({"backend": "cudnn"}, ValueError, "unknown backend 'cudnn'"),
         ({"backend": "cuda"}, RuntimeError, "'cuda' was asked for and cannot be used"),
         ({"labels": torch.zeros(2, 7, 9, dtype=torch.long, device="meta")}, ValueError, "labels is on meta and features on cpu"),

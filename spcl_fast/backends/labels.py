@@ -11,10 +11,13 @@ _NO_BAD_LABEL = torch.iinfo(torch.int64).min
 
 
 def nearest_index(size: int, out: int, device: torch.device) -> Tensor:
-    """[out] int64: the source index that F.interpolate(mode="nearest") reads for each output index; the same float32 arithmetic."""
-    scale = torch.tensor(size, dtype=torch.float32) / torch.tensor(out, dtype=torch.float32)
-    index = (torch.arange(out, dtype=torch.float32) * scale).floor().long().clamp_(max=size - 1)
-    return index.to(device)
+    """[out] int64: the source index that F.interpolate(mode="nearest") reads for each output index; the same float32 arithmetic.
+
+    Made on `device`: a copy from the host would wait for the GPU.
+    """
+    here = {"dtype": torch.float32, "device": device}
+    scale = torch.full((), size, **here) / torch.full((), out, **here)
+    return (torch.arange(out, **here) * scale).floor().long().clamp_(max=size - 1)
 
 
 def resize_nearest(labels: Tensor, height: int, width: int) -> Tensor:
@@ -32,11 +35,14 @@ def label_flag(device: torch.device) -> Tensor:
     return torch.full((), _NO_BAD_LABEL, dtype=torch.int64, device=device)
 
 
-def check_range(labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor | None]:
+def check_range(
+    labels: Tensor, num_classes: int, ignore_index: int, given: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Which labels count, and on a GPU whether any is bad.
 
-    labels: [B, H, W] int64. Returns the mask of labelled pixels and, on a GPU, a [] bool tensor (the caller turns its loss into NaN).
-    On the CPU a label outside [0, num_classes) that is not ignore_index raises ValueError with its value and first pixel.
+    labels: [B, H, W] int64; given: height and width of the labels that they were read from, if others. Returns the mask of labelled pixels
+    and, on a GPU, a [] bool tensor (the caller turns its loss into NaN). On the CPU a label outside [0, num_classes) that is not
+    ignore_index raises ValueError with its value and first pixel.
     """
     labelled = labels != ignore_index
     bad = labelled & ((labels < 0) | (labels >= num_classes))
@@ -47,7 +53,10 @@ def check_range(labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Te
         return labelled & ~bad, any_bad
     if bad.any():
         b, i, j = (int(v) for v in bad.nonzero()[0])
-        raise ValueError(bad_label_message(int(labels[b, i, j]), (b, i, j), num_classes, ignore_index))
+        height, width = given or labels.shape[1:]
+        row, column = nearest_index(height, labels.shape[1], labels.device)[i], nearest_index(width, labels.shape[2], labels.device)[j]
+        pixel = (b, int(row), int(column))
+        raise ValueError(bad_label_message(int(labels[b, i, j]), pixel, num_classes, ignore_index))
     return labelled, None
 
 

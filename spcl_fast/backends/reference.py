@@ -7,6 +7,7 @@ One image at a time, so that a temporary is never larger than one image's featur
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import torch
@@ -31,10 +32,24 @@ def _exact(function):
 
     @functools.wraps(function)
     def run(features, *args, **kwargs):
-        with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(features.device.type, enabled=False), _order_of_sums_kept(features):
             return function(features, *args, **kwargs)
 
     return run
+
+
+@contextlib.contextmanager
+def _order_of_sums_kept(features: Tensor):
+    """Float64 has nothing wider to be summed in, so the order of a sum is seen in it: on the CPU one thread does it all."""
+    threads = torch.get_num_threads()
+    if features.device.type != "cpu" or features.dtype != torch.float64 or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -70,8 +85,8 @@ def prototype_contrastive_forward(
     """-> loss, denominator, lse [B, P], inv_norm [B, P], logits [B, K, P] (the last three empty unless `save`)."""
     wide, (batch, _, height, width) = _wide(features.dtype), features.shape
     num_classes = prototypes.shape[0]
-    labels = resize_nearest(labels, height, width).long()
-    labelled, any_bad = check_range(labels, num_classes, ignore_index)
+    given, labels = labels.shape[-2:], resize_nearest(labels, height, width).long()
+    labelled, any_bad = check_range(labels, num_classes, ignore_index, given)
     target = labels.where(labelled, 0).flatten(1)
     weight = pixel_scale(labelled, target, class_weight, None, wide)
     prototypes = prototypes.to(wide)
@@ -122,7 +137,7 @@ def prototype_contrastive_backward(
     labelled = ((labels != ignore_index) & (labels >= 0) & (labels < num_classes)).flatten(1)
     target = labels.flatten(1).where(labelled, 0)
     scale = pixel_scale(labelled, target, class_weight, pixel_weight, wide)
-    scale = scale * (grad_loss.reshape(batch, -1) if reduction == "none" else grad_loss).to(wide)
+    scale = scale * (grad_loss.flatten(1) if reduction == "none" else grad_loss).to(wide)
     scale = torch.where(denominator == 0, 0, scale / denominator)
     prototypes = prototypes.to(wide)
     variances = None if variances is None else variances.to(wide)
@@ -157,8 +172,8 @@ def prototype_contrastive_backward(
 def class_moments(features, labels, num_classes, *, normalize, squares, ignore_index):
     """-> sums [K, D], counts [K] int64, squares [K, D] or empty; float32."""
     wide, (batch, dim, height, width) = _wide(features.dtype), features.shape
-    labels = resize_nearest(labels, height, width).long()
-    labelled, _ = check_range(labels, num_classes, ignore_index)
+    given, labels = labels.shape[-2:], resize_nearest(labels, height, width).long()
+    labelled, _ = check_range(labels, num_classes, ignore_index, given)
     target = labels.where(labelled, num_classes).flatten(1)  # the unlabelled go to a row that is dropped
     sums = features.new_zeros(num_classes + 1, dim, dtype=torch.float64)
     square_sums = torch.zeros_like(sums) if squares else None
