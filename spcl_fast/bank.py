@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .ops import checks
 
 _ABSENT = ("keep", "decay")
 
@@ -62,14 +63,15 @@ class PrototypeBank(nn.Module):
         features [B, D, h, w] or [N, D]; labels [B, H, W] or [N], integer, any size; predictions [B, h, w] (argmax of the classifier):
         only pixels whose label equals the prediction count. No host sync.
         """
-        if features.dim() not in (2, 4) or features.shape[1] != self.prototypes.shape[1]:
+        checks.check_pixels("PrototypeBank", features, labels)
+        if features.shape[1] != self.prototypes.shape[1]:
             raise ValueError(
                 f"PrototypeBank: features must be [B, {self.prototypes.shape[1]}, h, w] or [N, {self.prototypes.shape[1]}], "
                 f"got shape {list(features.shape)}"
             )
         if predictions is not None:
             labels = self._agreement(features, labels, predictions)
-        if not _distributed():
+        if not _distributed() and self.prototypes.dtype == torch.float32:  # a bank inside `model.half()` is moved by sums and counts
             ops.move_prototypes_(self.prototypes, features, labels, **self._average(), **self._settings())
             return self
         return self.move_(*self.moments(features, labels))
@@ -102,14 +104,17 @@ class PrototypeBank(nn.Module):
         return {"keep": self.keep, "min_pixels": self.min_pixels, "decay_absent": self.absent == "decay"}
 
     def _agreement(self, features: Tensor, labels: Tensor, predictions: Tensor) -> Tensor:
+        layout = "[N]" if features.dim() == 2 else "[B, h, w]"
+        checks.check_labels_tensor("PrototypeBank", predictions, labels.dim(), layout, "predictions")
         if features.dim() == 2:
-            return ops.agreement_labels(labels[:, None, None], predictions[:, None, None], ignore_index=self.ignore_index).flatten()
+            labels, predictions = labels[:, None, None], predictions[:, None, None]
+            return ops.agreement_labels(labels, predictions, num_classes=len(self.prototypes), ignore_index=self.ignore_index).flatten()
         if predictions.shape != (features.shape[0], *features.shape[2:]):
             raise ValueError(
                 f"PrototypeBank: predictions must have the features' grid {[features.shape[0], *features.shape[2:]]}, "
                 f"got shape {list(predictions.shape)}"
             )
-        return ops.agreement_labels(labels, predictions, ignore_index=self.ignore_index)
+        return ops.agreement_labels(labels, predictions, num_classes=len(self.prototypes), ignore_index=self.ignore_index)
 
     def extra_repr(self) -> str:
         return f"num_classes={self.prototypes.shape[0]}, dim={self.prototypes.shape[1]}, keep={self.keep}, absent={self.absent!r}"

@@ -41,6 +41,9 @@ class PseudoLabelThresholds(nn.Module):
         Raises ValueError for shapes that differ and for a confidence that is not a number.
         """
         labels, confidence = prediction
+        if not isinstance(labels, Tensor) or not isinstance(confidence, Tensor):
+            what = f"{type(labels).__name__} and {type(confidence).__name__}"
+            raise TypeError(f"PseudoLabelThresholds: labels and confidence must be tensors, got {what}")
         if labels.shape != confidence.shape:
             raise ValueError(
                 f"PseudoLabelThresholds: labels and confidence must have one shape, got {list(labels.shape)} and {list(confidence.shape)}"

@@ -53,6 +53,45 @@ def test_decay_is_the_release_and_min_pixels_counts_as_absent():
     assert torch.all(still.prototypes == 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_bank_inside_a_model_of_another_dtype_moves_too(dtype):
+    features, labels = batch()
+    plain = sf.PrototypeBank(4, 8).load_(torch.ones(4, 8)).update_(features, labels)
+    other = sf.PrototypeBank(4, 8).to(dtype).load_(torch.ones(4, 8)).update_(features, labels)
+    assert other.prototypes.dtype == dtype
+    eps = torch.finfo(dtype).eps + 1e-6
+    torch.testing.assert_close(other.prototypes.float(), plain.prototypes, rtol=2 * eps, atol=eps)
+
+
+def test_a_bad_label_is_told_with_predictions_too():
+    features, labels = batch()
+    labels[1, 2, 4] = 9
+    with pytest.raises(ValueError, match=r"label 9 at pixel \(image 1, row 2, column 4\) is outside \[0, 4\)"):
+        sf.PrototypeBank(4, 8).update_(features, labels, torch.zeros(2, 5, 6, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"features": [1.0]}, TypeError, "features must be a tensor"),
+        ({"features": torch.zeros(2, 7, 5, 6)}, ValueError, r"must be \[B, 8, h, w\] or \[N, 8\]"),
+        ({"predictions": [[0]]}, TypeError, "predictions must be an integer tensor"),
+        ({"predictions": torch.zeros(2, 5, 6, dtype=torch.int64, device="meta")}, ValueError, "predictions is on meta and labels on cpu"),
+    ],
+)
+def test_what_a_bank_cannot_take_is_refused_in_words(change, error, text):
+    features, labels = batch()
+    given = {"features": features, "labels": labels, "predictions": torch.zeros(2, 5, 6, dtype=torch.uint16)}
+    sf.PrototypeBank(4, 8).update_(**given)
+    with pytest.raises(error, match=text):
+        sf.PrototypeBank(4, 8).update_(**(given | change))
+
+
+def test_thresholds_take_tensors():
+    with pytest.raises(TypeError, match="must be tensors, got ndarray and ndarray"):
+        sf.PseudoLabelThresholds(3).update((np.zeros(3, np.uint8), np.zeros(3, np.float32)))
+
+
 def test_predictions_leave_out_pixels_that_disagree():
     features, labels = batch()
     predictions = torch.randint(0, 4, (2, 5, 6))

@@ -193,6 +193,8 @@ def test_what_does_not_fit_is_refused_in_words(change, error, text):
     [
         ({"size": (0, 4)}, ValueError, "size must be"),
         ({"size": 8}, TypeError, r"size must be \(H, W\), got 8"),
+        ({"size": (3.7, 3.2)}, TypeError, "in whole pixels, got"),
+        ({"align_corners": None}, TypeError, "align_corners must be True or False, got None"),
         ({"ignore_index": 256}, ValueError, "uint8"),
         ({"thresholds": torch.ones(4)}, ValueError, "one threshold a class"),
         ({"thresholds": torch.ones(5), "ignore_index": 4}, ValueError, "ignore_index 4 is one of the 5 classes"),

@@ -17,17 +17,24 @@ def check_float(op: str, name: str, tensor: Tensor, dims: tuple[int, ...], layou
         raise TypeError(f"{op}: {name} must be a tensor {layout}, got {type(tensor).__name__}")
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+    check_strided(op, name, tensor)
     if tensor.dim() not in dims:
         raise ValueError(f"{op}: {name} must be {layout}, got shape {list(tensor.shape)}")
 
 
-def check_labels_tensor(op: str, labels: Tensor, dims: int, layout: str) -> None:
+def check_strided(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got layout {str(tensor.layout).removeprefix('torch.')}")
+
+
+def check_labels_tensor(op: str, labels: Tensor, dims: int, layout: str, name: str = "labels") -> None:
     if not isinstance(labels, Tensor):
-        raise TypeError(f"{op}: labels must be an integer tensor {layout}, got {type(labels).__name__}")
+        raise TypeError(f"{op}: {name} must be an integer tensor {layout}, got {type(labels).__name__}")
     if labels.dtype not in INTEGERS:
-        raise TypeError(f"{op}: labels must have an integer dtype, got {labels.dtype}")
+        raise TypeError(f"{op}: {name} must have an integer dtype, got {labels.dtype}")
+    check_strided(op, name, labels)
     if labels.dim() != dims:
-        raise ValueError(f"{op}: labels must be {layout}, got shape {list(labels.shape)}")
+        raise ValueError(f"{op}: {name} must be {layout}, got shape {list(labels.shape)}")
 
 
 def check_pixels(op: str, features: Tensor, labels: Tensor) -> None:
@@ -61,9 +68,16 @@ def check_temperature(op: str, temperature: float) -> None:
         raise ValueError(f"{op}: temperature must be finite and above 0, got {temperature}")
 
 
-def check_ignore_index(op: str, ignore_index: int) -> None:
+def check_options(op: str, *, ignore_index: int, backend: str | None, **flags: bool) -> None:
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"{op}: ignore_index must be an int, got {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"{op}: ignore_index must fit 64 bits, got {ignore_index}")
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"{op}: backend must be a name or None, got {type(backend).__name__}")
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{op}: {name} must be True or False, got {flag!r}")
 
 
 def check_reduction(op: str, reduction: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends.labels import resize_nearest
+from ..backends.labels import check_range, resize_nearest
 from . import checks
 
 _OP = "class_moments"
@@ -41,7 +41,7 @@ def class_moments(
     Source: the prototype update of SPCL, arXiv 2111.12358; `train_ours.py` of the released code.
     """
     checks.check_pixels(_OP, features, labels)
-    checks.check_ignore_index(_OP, ignore_index)
+    checks.check_options(_OP, ignore_index=ignore_index, backend=backend, normalize=normalize, squares=squares)
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"{_OP}: num_classes must be an int of at least 1, got {num_classes!r}")
     if features.dim() == 2:
@@ -96,7 +96,9 @@ def move_prototypes_(
     `class_moments` and `moved_prototypes`. Raises and allocates as `class_moments`.
     """
     checks.check_pixels("move_prototypes_", features, labels)
-    checks.check_ignore_index("move_prototypes_", ignore_index)
+    checks.check_options(
+        "move_prototypes_", ignore_index=ignore_index, backend=backend, normalize=normalize, decay_absent=decay_absent
+    )
     _check_prototypes("move_prototypes_", prototypes, features)
     if features.dim() == 2:
         features, labels = features.t()[None, :, :, None], labels[None, :, None]
@@ -145,18 +147,22 @@ def moved_prototypes(prototypes: Tensor, sums: Tensor, counts: Tensor, *, keep: 
     return torch.where(present, moved, keep * prototypes if decay_absent else prototypes)
 
 
-def agreement_labels(labels: Tensor, predictions: Tensor, *, ignore_index: int = 255) -> Tensor:
+def agreement_labels(labels: Tensor, predictions: Tensor, *, num_classes: int | None = None, ignore_index: int = 255) -> Tensor:
     """Labels at the predictions' size, with ignore_index where the prediction differs: the source mask of SPCL.
 
     labels [B, H, W] of any integer dtype and size (nearest rule), predictions [B, h, w] integer -> [B, h, w] int64.
+    With num_classes a label outside [0, num_classes) that is not ignore_index is met as in `class_moments`, not ignored.
     Source: `src_mask` in `train_ours.py` of the released code.
     """
     checks.check_labels_tensor("agreement_labels", labels, 3, "[B, H, W]")
-    checks.check_labels_tensor("agreement_labels", predictions, 3, "[B, h, w]")
+    checks.check_labels_tensor("agreement_labels", predictions, 3, "[B, h, w]", "predictions")
     if len(labels) != len(predictions):
         raise ValueError(f"agreement_labels: one image each, got {list(labels.shape)} and {list(predictions.shape)}")
-    labels = resize_nearest(labels, *predictions.shape[1:]).long()
-    return labels.where(labels == predictions, ignore_index)
+    checks.check_device("agreement_labels", labels, "labels", predictions=predictions)
+    given, labels = labels.shape[1:], resize_nearest(labels, *predictions.shape[1:]).long()
+    if num_classes is not None:
+        check_range(labels, num_classes, ignore_index, given)
+    return labels.where(labels == predictions.long(), ignore_index)
 
 
 def labels_on(labels: Tensor, size: tuple[int, int]) -> Tensor:

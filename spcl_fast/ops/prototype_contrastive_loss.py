@@ -55,7 +55,7 @@ def prototype_contrastive_loss(
     checks.check_pixels(_OP, features, labels)
     _check_prototypes(features, prototypes, variances)
     checks.check_temperature(_OP, temperature)
-    checks.check_ignore_index(_OP, ignore_index)
+    checks.check_options(_OP, ignore_index=ignore_index, backend=backend, normalize=normalize)
     checks.check_reduction(_OP, reduction)
     rows = features.dim() == 2
     grid = (features.shape[0],) if rows else (features.shape[0], *features.shape[2:])

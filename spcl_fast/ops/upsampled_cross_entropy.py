@@ -38,7 +38,7 @@ def upsampled_cross_entropy(
     if 0 in logits.shape[1:]:
         raise ValueError(f"{_OP}: logits must hold at least one class and one node, got shape {list(logits.shape)}")
     checks.check_temperature(_OP, temperature)
-    checks.check_ignore_index(_OP, ignore_index)
+    checks.check_options(_OP, ignore_index=ignore_index, backend=backend, align_corners=align_corners)
     checks.check_reduction(_OP, reduction)
     checks.check_constant(_OP, "class_weight", class_weight, ((logits.shape[1],),), "one weight a class")
     checks.check_constant(_OP, "pixel_weight", pixel_weight, (tuple(labels.shape),), "the labels' shape")

@@ -42,10 +42,12 @@ def upsampled_prediction(
         raise ValueError(f"{_OP}: at most 256 classes fit a uint8 label, got logits {list(logits.shape)}")
     if not isinstance(size, (tuple, list)):
         raise TypeError(f"{_OP}: size must be (H, W), got {size!r}")
+    if any(isinstance(value, float) for value in size):
+        raise TypeError(f"{_OP}: size must be (H, W) in whole pixels, got {tuple(size)}")
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"{_OP}: size must be (H, W), each at least 1, got {tuple(size)}")
     checks.check_temperature(_OP, temperature)
-    checks.check_ignore_index(_OP, ignore_index)
+    checks.check_options(_OP, ignore_index=ignore_index, backend=backend, align_corners=align_corners)
     if not 0 <= ignore_index <= 255:
         raise ValueError(f"{_OP}: ignore_index must fit a uint8 label, got {ignore_index}")
     checks.check_constant(_OP, "thresholds", thresholds, ((logits.shape[1],),), "one threshold a class")
