@@ -227,6 +227,15 @@ def test_without_a_terminal_there_is_one_plain_line_a_logged_step(tmp_path):
     assert output.getvalue() == "", "a finished stage is not shown as training"
 
 
+def test_training_goes_on_where_nobody_reads_its_lines():
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as output:
+        for step in (10, 20):
+            Progress("adapt", 40, 0, output).report({**RECORD, "step": step}, eta_seconds=1)
+            Run("unused", output=output).say("one more")
+
+
 def test_a_plain_line_is_exactly_this():
     output = io.StringIO()
     with Progress("adapt", 4000, 0, output) as shown:

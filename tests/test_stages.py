@@ -18,7 +18,7 @@ from PIL import Image
 from spcl_fast.compat.spcl import load_semantic_prototype, load_thres_const
 from spcl_fast.config import Config
 from spcl_fast.data import build_dataset, read_label_png
-from spcl_fast.errors import CheckpointError, DataError, Interrupted
+from spcl_fast.errors import CheckpointError, DataError, Interrupted, NumericError
 from spcl_fast.models import build_model
 from spcl_fast.settings import load_config
 from spcl_fast.train.context import Context
@@ -163,6 +163,28 @@ def test_a_broken_validation_image_that_the_report_would_show_is_skipped_where_b
     assert {path.name for path in run.path("adapt", "predictions").glob("*.png")} == {"2.png"}
     with pytest.raises(DataError, match=r"0\.png"):
         run_stages(tiny_config(tmp_path, "strict", **folders), stages)
+
+
+def test_a_net_that_is_not_finite_gives_no_pseudo_labels_and_no_prototypes(tmp_path):
+    config = tiny_config(tmp_path, **{"source_only.iterations": "1"})
+    run_stages(config, ("source_only",))
+    context = Context(config)
+    model = context.model_of("source_only")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Context, "model_of", lambda *_, **__: model)
+        for stage in ("prototypes", "pseudo_labels"):
+            with pytest.raises(NumericError, match="net of source_only are not finite"):
+                run_stages(config, (stage,))
+            assert context.run.done(stage) is None
+
+
+def test_a_net_picked_by_labels_is_never_called_the_last(tmp_path):
+    run_stages(tiny_config(tmp_path, **{"evaluate.selection": "target_val"}), ("source_only",))
+    with pytest.raises(CheckpointError, match="evaluate.selection: 'target_val' -> 'last'"):
+        run_stages(tiny_config(tmp_path), ("source_only",))
 
 
 def test_where_nothing_is_labelled_no_class_weighs_more(finished):

@@ -237,6 +237,7 @@ class Context:
             "source": config.source,
             "target": config.target,
             "model": config.model,
+            "evaluate": {"selection": config.evaluate.selection},  # which of its nets a stage hands on, and is judged by
             stage: settings,
             "inputs": inputs,
             "run_seed": config.seed,

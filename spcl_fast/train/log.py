@@ -17,6 +17,7 @@ from . import distributed
 from .checkpoint import CheckpointStore
 from .durable import finite, make_folder, replace_file, replace_json
 from .identity import flat_settings, settings_difference, settings_sha256
+from .progress import tell
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
@@ -77,7 +78,7 @@ class Run:
     def say(self, text: str) -> None:
         """One line for the user, from the main process only."""
         if self.writes:
-            print(text, file=self.output, flush=True)
+            tell(self.output, text)
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:

@@ -45,7 +45,15 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"], text=text)
         else:
-            print(f"{self.stage} {record['step']}/{self.total}  {text}  eta {duration(eta_seconds)}", file=self.output, flush=True)
+            tell(self.output, f"{self.stage} {record['step']}/{self.total}  {text}  eta {duration(eta_seconds)}")
+
+
+def tell(output: TextIO, line: str) -> None:
+    """Print a line. Where nobody reads any more (`| head`, a `tee` that died) training goes on, unheard."""
+    try:
+        print(line, file=output, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())  # what is still in the buffer, too
 
 
 def describe(record: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from ..bank import PrototypeBank
 from ..compat.spcl import load_semantic_prototype, load_thres_const
 from ..config import Config, PseudoLabelConfig, SourceConfig
 from ..data import Batch, Dataset, eval_batches, with_class_mix, write_label_png
-from ..errors import CheckpointError
+from ..errors import CheckpointError, NumericError
 from ..models import Discriminator, SegmentationModel
 from ..ops import agreement_labels, class_moments, upsampled_prediction
 from ..report.collapse import nearly_all_kept
@@ -28,6 +28,7 @@ from .steps import adapt_step, distill_step, supervised_step, warmup_step
 from .summary import keep_samples, write_summary
 from .tensorfile import read_tensors, replace_tensors
 
+_TRAIN_AGAIN = "Its last step must have been too large: train it again with a lower learning rate, under another name."
 _CACHED_LOGITS_BYTES = 512 << 20  # low-resolution logits kept between the two passes of a pseudo-label stage
 
 
@@ -112,6 +113,8 @@ def prototypes(context: Context) -> None:
     elif distributed.is_main():
         dataset = context.dataset("source", "train").spread(settings.images)
         means, images = _mean_of_image_means(context, model, dataset)
+        if not means.isfinite().all():
+            raise NumericError(f"prototypes: the features of the net of {start} are not finite. {_TRAIN_AGAIN}")
         missing = [name for name, count in zip(context.classes.names, images.tolist(), strict=True) if not count]
         if missing:
             context.run.say(f"prototypes: no correctly classified source pixel of {', '.join(missing)}: their prototypes are 0")
@@ -188,8 +191,11 @@ def _pseudo_label(context: Context, stage: str, start: str) -> None:
         thresholds = PseudoLabelThresholds(len(context.classes), quantile=settings.quantile, cap=settings.cap)
 
         def observe() -> None:
-            for _, logits in estimate():
-                thresholds.update(upsampled_prediction(logits, estimate_size[::-1]))
+            for name, logits in estimate():
+                prediction = upsampled_prediction(logits, estimate_size[::-1])
+                if prediction.confidence.isnan().any():
+                    raise NumericError(f"{stage}: the logits of the net of {start} are not finite on {name}. {_TRAIN_AGAIN}")
+                thresholds.update(prediction)
 
         observe()
         if not thresholds.exact().all():
