@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .contrast import prototype_contrastive_forward, saves_logits
+from .contrast import LSE_DTYPE, prototype_contrastive_forward, saves_logits
 from .contrast_backward import prototype_contrastive_backward
 from .moments import class_moments
 from .pixels import DTYPES, INTERPRETED, interpreter_trouble
@@ -15,6 +15,7 @@ from .prediction import upsampled_prediction
 from .upsample import upsampled_cross_entropy_forward
 
 __all__ = [
+    "LSE_DTYPE",
     "class_moments",
     "interpreter_trouble",
     "prototype_contrastive_backward",

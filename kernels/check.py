@@ -29,8 +29,8 @@ from . import contrast, contrast_backward, contrast_prototypes, moments, pixels,
 _MODULES = (pixels, contrast, contrast_backward, contrast_prototypes, moments, upsample, prediction)
 SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 _TYPES = {
-    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8", torch.int8: "i8", torch.int16: "i16",
-    torch.int32: "i32", torch.int64: "i64",
+    torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
+    torch.uint8: "u8", torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 

@@ -1,8 +1,9 @@
 """prototype_contrastive_loss, forward. One program owns BLOCK_N pixels of one image and all K prototypes.
 
-Neither [N, K] logits nor unit features need reach memory. Floor: feat is read once, S bytes; 8 bytes a pixel are written (lse, inv_norm);
+Neither [N, K] logits nor unit features need reach memory. Floor: feat is read once, S bytes; 12 bytes a pixel are written (lse, inv_norm);
 2 N D K operations. Where K <= D/4 the logits are worth saving: 4 K bytes a pixel spare the backward a whole pass over D.
 Two forms: D streamed with K blocks outside (any D, any K); and, for half floats, the pixel tile resident with K streamed (D <= 512).
+lse is kept in float64: at a low temperature it is large, and what float32 rounds off would be seen in every p = exp(z - lse).
 Shapes: feat [B, D, P] any strides; proto [K, D] contiguous, in feat's dtype; label [B, H, W]; lse, inv_norm [B, P]; logits [B, K, P].
 """
 
@@ -30,6 +31,7 @@ from .pixels import (
 )
 
 RESIDENT_DIM = 512  # channels of a pixel tile that is held on chip
+LSE_DTYPE = torch.float64
 
 
 @triton.jit
@@ -64,6 +66,16 @@ def inverse_norm(square):
 
 
 @triton.jit
+def softmax_of(z, lse):
+    """exp(z - lse) of logits [BLOCK_N, BLOCK_K]; lse [BLOCK_N] in float64 is taken off in two floats, in float32 as it is."""
+    high = lse.to(tl.float32)
+    z = z - high[:, None]
+    if lse.dtype == tl.float64:
+        z -= (lse - high.to(tl.float64)).to(tl.float32)[:, None]
+    return tl.exp(z)
+
+
+@triton.jit
 def _include(z, offs_k, K, cls, top, total, z_label):
     """One more block of logits into the running maximum, the sum of exponentials and the label's logit."""
     z = tl.where((offs_k < K)[None, :], z, -float("inf"))
@@ -82,14 +94,15 @@ def _save_logits(logits_ptr, z, b, n, mask_n, offs_k, K, P):
 
 @triton.jit
 def _finish_pixels(class_weight_ptr, pixel_weight_ptr, loss_ptr, lse_ptr, inv_ptr, partial_ptr,
-                   b, n, mask_n, P, cls, bad, inv, lse, z_label, NONE: tl.constexpr):  # fmt: skip
+                   b, n, mask_n, P, cls, bad, inv, top, total, z_label, NONE: tl.constexpr):  # fmt: skip
     """Per pixel: lse, inv_norm and, for reduction "none", the loss; else one partial loss and weight a program."""
     pixel = b * P + n
+    log_total = tl.log(total)
     class_weight, pixel_weight = class_and_pixel_weight(class_weight_ptr, pixel_weight_ptr, cls, pixel)
-    loss = tl.where(cls >= 0, class_weight * pixel_weight * (lse - z_label), 0.0)
+    loss = tl.where(cls >= 0, class_weight * pixel_weight * ((top - z_label) + log_total), 0.0)
     poison = tl.where(bad, float("nan"), 0.0)
     if lse_ptr is not None:
-        tl.store(lse_ptr + pixel, lse, mask=mask_n)
+        tl.store(lse_ptr + pixel, top.to(tl.float64) + log_total.to(tl.float64), mask=mask_n)
         tl.store(inv_ptr + pixel, inv, mask=mask_n)
     if NONE:
         tl.store(loss_ptr + pixel, loss + poison, mask=mask_n)
@@ -130,9 +143,8 @@ def forward_kernel(
         z = acc * scale[:, None]
         _save_logits(logits_ptr, z, b, n, mask_n, k0 + offs_k, K, P)
         top, total, z_label = _include(z, k0 + offs_k, K, cls, top, total, z_label)
-    lse = top + tl.log(total)
     _finish_pixels(class_weight_ptr, pixel_weight_ptr, loss_ptr, lse_ptr, inv_ptr, partial_ptr,
-                   b, n, mask_n, P, cls, bad, inv, lse, z_label, NONE)  # fmt: skip
+                   b, n, mask_n, P, cls, bad, inv, top, total, z_label, NONE)  # fmt: skip
 
 
 @triton.jit
@@ -166,9 +178,8 @@ def forward_resident_kernel(
         p = tl.load(proto_ptr + offs_k[None, :].to(tl.int64) * D + offs_d[:, None], mask=(offs_k < K)[None, :] & mask_d[:, None], other=0.0)
         z = tl.dot(x, p) * scale[:, None]
         top, total, z_label = _include(z, offs_k, K, cls, top, total, z_label)
-    lse = top + tl.log(total)
     _finish_pixels(class_weight_ptr, pixel_weight_ptr, loss_ptr, lse_ptr, inv_ptr, partial_ptr,
-                   b, n, mask_n, P, cls, bad, inv, lse, z_label, NONE)  # fmt: skip
+                   b, n, mask_n, P, cls, bad, inv, top, total, z_label, NONE)  # fmt: skip
 
 
 def saves_logits(num_classes: int, dim: int, dtype: torch.dtype = torch.float32) -> bool:
@@ -189,8 +200,8 @@ def prototype_contrastive_forward(
     none = reduction == "none"
     loss = features.new_empty((batch, height, width) if none else (), dtype=torch.float32)
     denominator = torch.ones((), dtype=torch.float32, device=features.device) if none else torch.empty_like(loss)
-    lse = features.new_empty((batch, pixels) if save else 0, dtype=torch.float32)
-    inv_norm = torch.empty_like(lse)
+    lse = features.new_empty((batch, pixels) if save else 0, dtype=LSE_DTYPE)
+    inv_norm = torch.empty_like(lse, dtype=torch.float32)
     saved = save and saves_logits(num_classes, dim, features.dtype)
     logits = features.new_empty((batch, num_classes, pixels) if saved else 0, dtype=torch.float32)
     if batch * pixels == 0:

@@ -4,7 +4,7 @@
 
 c is a by-product of the softmax: the normalisation costs no pass over D. The pixel's scale s is taken out of the dot: w is in [-1, 1]
 whatever the loss scale, and half floats lose nothing to underflow. c is formed from the rounded w, so that dx stays orthogonal to x.
-Floor: feat read once, dfeat written once (2 S), 8 bytes a pixel of saves, 4 K more where the logits were saved; 2 to 4 N D K operations.
+Floor: feat read once, dfeat written once (2 S), 12 bytes a pixel of saves, 4 K more where the logits were saved; 2 to 4 N D K operations.
 Three forms: the pixel tile resident (half floats, D <= 512, any K); all K in one tile, D in steps (K <= 64); both in steps.
 Shapes: feat, dfeat [B, D, P] any strides; proto [K, D] contiguous, in feat's dtype; lse, inv_norm [B, P]; logits [B, K, P].
 """
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from . import settings
-from .contrast import RESIDENT_DIM, dots
+from .contrast import RESIDENT_DIM, dots, softmax_of
 from .contrast_prototypes import prototype_gradient
 from .pixels import (
     architecture,
@@ -49,7 +49,7 @@ def pixel_scale(grad_ptr, denominator_ptr, class_weight_ptr, pixel_weight_ptr, b
 @triton.jit
 def weights_of(z, lse, offs_k, K, cls):
     """p_k - [k = label] -> [BLOCK_N, BLOCK_K], 0 beyond K."""
-    p = tl.exp(z - lse[:, None])
+    p = softmax_of(z, lse)
     return tl.where((offs_k < K)[None, :], tl.where(offs_k[None, :] == cls[:, None], p - 1.0, p), 0.0)
 
 
@@ -77,7 +77,7 @@ def backward_resident_kernel(
     mask_n = n < P
     cls, bad = read_class(label_ptr, flag_ptr, b, n, mask_n, w, H, W, scale_h, scale_w, label_b, label_h, label_w, ignore_index, K)
     s = pixel_scale(grad_ptr, denominator_ptr, class_weight_ptr, pixel_weight_ptr, b, n, P, w, cls, bad, grad_b, grad_h, grad_w)
-    lse = tl.load(lse_ptr + b * P + n, mask=mask_n, other=0.0)
+    lse = tl.load(lse_ptr + b * P + n, mask=mask_n, other=0.0).to(tl.float32)  # half floats round the weights far more; it saves registers
     inv = tl.load(inv_ptr + b * P + n, mask=mask_n, other=0.0)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import settings
-from .contrast import dots
+from .contrast import dots, softmax_of
 from .pixels import INTERPRETED, architecture, class_and_pixel_weight, flag, is_flat, layout, pixel_offset, precision, read_class
 
 _PROGRAMS = 1024  # aimed at; a constant, not the GPU's size
@@ -58,7 +58,7 @@ def prototype_kernel(
         else:
             z, _ = dots(image_ptr, proto_ptr, offs_n, mask_n, k0, K, D, stride_d, BLOCK_N, BLOCK_K, BLOCK_D, False, PRECISION)
             z = z * (inv * inv_temperature)[:, None]
-        p = tl.exp(z - lse[:, None])
+        p = softmax_of(z, lse)
         weight = tl.where(offs_k[None, :] == cls[:, None], p - 1.0, p) * (coefficient / largest)[:, None]
         weight = tl.where((cls >= 0)[:, None] & (offs_k < K)[None, :], weight, 0.0)
         x = tl.load(image_ptr + offs_n[:, None] + offs_d[None, :].to(tl.int64) * stride_d,

@@ -52,6 +52,14 @@ def test_value_and_gradients_are_as_accurate_as_eager(backend, temperature, dtyp
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("num_classes", [19, 40])
+def test_large_logits_cost_no_accuracy(backend, num_classes, normalize):
+    features, labels, prototypes = problem((1, 64, 5, 9), num_classes, (5, 9), ignored=0)
+    check(backend, features, labels, prototypes * 6, temperature=0.05, normalize=normalize)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("normalize", "reduction"), list(itertools.product([True, False], ["mean", "sum", "none"])))
 def test_weights_enter_value_and_gradient_but_pixel_weight_not_the_denominator(backend, normalize, reduction):
     features, labels, prototypes = problem()

@@ -57,6 +57,14 @@ def test_value_and_gradients_are_as_accurate_as_eager(dtype, temperature):
     check(*problem(dtype=dtype), temperature=temperature)
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("num_classes", [19, 40])
+def test_large_logits_cost_no_accuracy(num_classes, normalize):
+    """Neither features nor prototypes of unit length, and a low temperature: logsumexp is near 100, and its last bit 8e-6."""
+    features, labels, prototypes = problem((1, 64, 5, 9), num_classes, (5, 9), ignored=0)
+    check(features, labels, prototypes * 4, temperature=0.05, normalize=normalize)
+
+
 # D above and below the resident limit, K above and below one tile: every kernel form, with edges that no block size divides.
 @pytest.mark.parametrize(
     ("shape", "num_classes", "dtype"),

@@ -147,7 +147,8 @@ def prototype_contrastive_backward(
     for b in range(batch):
         x = features[b].flatten(1).to(wide)
         z = logits[b] if logits.numel() else _image_logits(x, prototypes, variances, temperature, normalize)[0]
-        weight = (z - lse[b]).exp()
+        weight = (z - z.amax(0)).exp()  # not (z - lse).exp(): lse is rounded, which at a low temperature would be seen
+        weight /= weight.sum(0, dtype=torch.float64).to(wide)
         weight.scatter_add_(0, target[b, None], weight.new_full((1, 1), -1.0).expand(1, weight.shape[1]))
         weight = (weight * scale[b]).where(labelled[b], 0)
         unit = x.mul_(inv_norm[b]) if x.dtype != features.dtype else x * inv_norm[b]

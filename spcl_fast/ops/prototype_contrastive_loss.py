@@ -144,15 +144,16 @@ def _(
     used = _backend(backend, small, features, num_classes, variances is not None)
     saves_logits = save and getattr(used, "saves_logits", lambda *_: False)(num_classes, dim, features.dtype)
 
-    def empty(*shape):
-        return features.new_empty(shape, dtype=_wide(features))
+    def empty(*shape, dtype=None):
+        return features.new_empty(shape, dtype=dtype or _wide(features))
 
     if _in_one_pass(used, features, num_classes, reduction, needs_dfeatures, needs_dprototypes):
         return empty(), *(empty(0) for _ in range(4)), torch.empty_like(features)
     pixels = (batch, height * width) if save else (0,)
     loss = empty(batch, height, width) if reduction == "none" else empty()
     logits = empty(*((batch, num_classes, height * width) if saves_logits else (0,)))
-    return loss, empty(), empty(*pixels), empty(*pixels), logits, features.new_empty(0)
+    lse = empty(*pixels, dtype=getattr(used, "LSE_DTYPE", None))
+    return loss, empty(), lse, empty(*pixels), logits, features.new_empty(0)
 
 
 @torch.library.custom_op("spcl_fast::prototype_contrastive_backward", mutates_args=())
