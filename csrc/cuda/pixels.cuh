@@ -10,9 +10,10 @@ namespace spcl::gpu {
 constexpr int kNoClass = -1;   // ignored
 constexpr int kBadLabel = -2;  // outside of [0, K) and not ignored
 
-// The index that F.interpolate(mode="nearest") reads for `i`, in its own float32 arithmetic.
+// The index that F.interpolate(mode="nearest") reads for `i`, in its own float32 arithmetic. A grid of the labels' own size is read as it is:
+// float32 does not hold every index beyond 2^24, which the rows of an [N, D] matrix may pass.
 __host__ __device__ __forceinline__ int64_t nearest(int64_t i, float scale, int64_t size) {
-  const int64_t at = static_cast<int64_t>(static_cast<float>(i) * scale);
+  const int64_t at = scale == 1.0f ? i : static_cast<int64_t>(static_cast<float>(i) * scale);
   return at < size - 1 ? at : size - 1;
 }
 
