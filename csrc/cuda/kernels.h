@@ -70,7 +70,7 @@ struct Moments {
 MomentsPlan plan_moments(const Features& x, int64_t num_classes, bool normalize);
 Status class_moments(const Moments& a, Stream stream);
 
-// ---- source_step ------------------------------------------------------------------------------------------------
+// ---- move_prototypes --------------------------------------------------------------------------------------------
 
 // The moving average that the sums feed: prototype <- keep * prototype + (1 - keep) * sum / count, in the kernel that adds the partial sums.
 struct PrototypeMove {
