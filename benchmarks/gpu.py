@@ -82,7 +82,7 @@ def parts() -> dict:
 
 def sources_hash() -> str:
     digest = hashlib.sha256()
-    for folder in ("kernels", "spcl_fast/ops", "spcl_fast/backends", "spcl_fast/models", "spcl_fast/train", "benchmarks", "csrc/cuda"):
+    for folder in ("kernels", "spcl_fast/ops", "spcl_fast/backends", "spcl_fast/models", "spcl_fast/train", "benchmarks", "csrc"):
         for path in sorted((offline.ROOT / folder).rglob("*.[chp]*")):
             if path.suffix not in (".py", ".cu", ".cuh", ".h", ".cpp"):
                 continue

@@ -245,6 +245,7 @@ def beyond_2_31(context) -> dict:
     if not torch.allclose(sums, expected, rtol=1e-4, atol=1e-4):
         failures.append("moments: the last image differs from the same image alone")
     del features, grad, loss, alone, grad_alone
+    failures += _rows_beyond_2_24(context)
 
     logits = torch.randn(1025, 2, 16, 32, device=context.device).requires_grad_()
     labels = torch.randint(0, 2, (1025, 1024, 2048), device=context.device, dtype=torch.uint8)
@@ -260,6 +261,27 @@ def beyond_2_31(context) -> dict:
     expected = sf.upsampled_prediction(logits[-1:].clone(), (128, 256), backend=context.backend)
     same("prediction, logits beyond 2**31", got.confidence[-1:], expected.confidence)
     return {"peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1), "failures": failures}
+
+
+def _rows_beyond_2_24(context) -> list[str]:
+    """[N, D] with more rows than float32 can count: the last ones must give what they give alone. Under 1 GB."""
+    first, rows = 2**24, 1024  # a whole number of tiles before the last rows
+    features = torch.randn(first + rows, 4, device=context.device, dtype=torch.bfloat16).requires_grad_()
+    labels = torch.randint(0, 5, (first + rows,), device=context.device, dtype=torch.uint8)
+    prototypes = F.normalize(torch.randn(5, 4, device=context.device), dim=1)
+    asked = {"temperature": 0.1, "reduction": "none", "backend": context.backend}
+    loss = sf.prototype_contrastive_loss(features, labels, prototypes, **asked)
+    (grad,) = torch.autograd.grad(loss.sum(), features)
+    alone = features[first:].detach().clone().requires_grad_()
+    loss_alone = sf.prototype_contrastive_loss(alone, labels[first:], prototypes, **asked)
+    (grad_alone,) = torch.autograd.grad(loss_alone.sum(), alone)
+    labels[:first] = 255
+    counts = sf.class_moments(features.detach(), labels, 5, backend=context.backend).counts
+    pairs = {
+        "contrast loss": (loss[first:], loss_alone), "contrast gradient": (grad[first:], grad_alone),
+        "moments": (counts, torch.bincount(labels[first:].long(), minlength=5)),
+    }  # fmt: skip
+    return [f"{name}: rows beyond 2**24 differ from the same rows alone" for name, (a, b) in pairs.items() if not torch.equal(a, b)]
 
 
 def compiled(context) -> dict:

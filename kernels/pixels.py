@@ -19,12 +19,18 @@ from . import settings
 
 
 @triton.jit
+def nearest(i, scale, size):
+    """The index that F.interpolate(mode="nearest") reads for `i`. A grid of the labels' own size is read as it is: float32 does not hold
+    every index beyond 2**24, which the rows of an [N, D] matrix may pass."""
+    return tl.minimum(tl.where(scale == 1.0, i, (i.to(tl.float32) * scale).to(tl.int32)), size - 1)
+
+
+@triton.jit
 def read_class(label_ptr, flag_ptr, b, n, mask_n, w, H, W, scale_h, scale_w, stride_b, stride_h, stride_w, ignore_index, K):
-    """Class of each pixel n of image b (-1: none), and whether its label is bad. Index rule of F.interpolate(mode="nearest")."""
+    """Class of each pixel n of image b (-1: none), and whether its label is bad."""
     i = n // w
-    j = n - i * w
-    i = tl.minimum((i.to(tl.float32) * scale_h).to(tl.int32), H - 1)
-    j = tl.minimum((j.to(tl.float32) * scale_w).to(tl.int32), W - 1)
+    j = nearest(n - i * w, scale_w, W)
+    i = nearest(i, scale_h, H)
     offs = b * stride_b + i.to(tl.int64) * stride_h + j.to(tl.int64) * stride_w
     return classify(tl.load(label_ptr + offs, mask=mask_n, other=0), flag_ptr, mask_n, ignore_index, K)
 

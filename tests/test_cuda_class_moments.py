@@ -19,7 +19,7 @@ INTEGERS = [torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, to
 def cuda():
     from cuda_emulator.emulated import Backend
 
-    return Backend("class_moments", "source_step")
+    return Backend("class_moments", "move_prototypes")
 
 
 def problem(shape, num_classes, size=None, dtype=torch.float32, layout="nchw", seed=0):
@@ -189,7 +189,7 @@ PROBLEMS_FOR_BUGS = [((2, 40, 7, 9), torch.float32, 5), ((2, 34, 11, 31), torch.
 def test_a_planted_bug_is_seen(bug):
     from cuda_emulator.emulated import Backend
 
-    planted = Backend("class_moments", "source_step", replace=(BUGS[bug],))
+    planted = Backend("class_moments", "move_prototypes", replace=(BUGS[bug],))
     with pytest.raises((AssertionError, RuntimeError)):
         for shape, dtype, classes in PROBLEMS_FOR_BUGS:
             features, labels = problem(shape, classes, dtype=dtype)

@@ -103,6 +103,13 @@ def test_the_nearest_rule_is_that_of_interpolate(index):
         assert [index.nearest_index(i, size, out) for i in range(out)] == expected.long().tolist()
 
 
+def test_a_grid_of_the_labels_own_size_is_read_as_it_is_beyond_2_24(index):
+    size = 2**31 + 7
+    for i in (0, 2**24, 2**24 + 1, 2**25 + 3, 2**31 - 1, size - 1):
+        assert index.nearest_index(i, size, size) == i
+    assert index.nearest_index(2**24, 2**24, 2**24 + 1) == 2**24 - 1  # the scale is rounded to 1: still inside of the labels
+
+
 def test_a_class_is_never_an_index_before_it_is_in_range(index):
     assert [index.class_of(v, 0, 255, 19) for v in (0, 18, 19, -1, 255, 2**40)] == [0, 18, -2, -2, -1, -2]
     assert index.class_of(-1, 0, -1, 19) == -1 and index.class_of(-1, 1, -1, 19) == -2  # 2**64 - 1 is not -1

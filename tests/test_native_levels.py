@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,10 +35,22 @@ def test_build_info_names_what_was_built():
     from spcl_fast import _C
 
     info = _C.build_info()
-    assert set(info) >= {"compiler", "flags", "cpu_levels", "cuda_archs", "torch_target"}
+    assert set(info) == {"compiler", "flags", "cpu_levels", "torch_target"}  # the CUDA part has a module of its own, which names its own
     assert info["cpu_levels"][0] == "baseline" and set(info["cpu_levels"]) <= set(ORDER)
-    assert info["cuda_archs"] == [] and "-ffast-math" not in info["flags"]
+    assert "-ffast-math" not in info["flags"]
     assert _C.cpu_capability() in info["cpu_levels"]
+
+
+def test_the_processor_is_asked_for_everything_that_the_kernels_are_compiled_with():
+    from spcl_fast import _C
+
+    levels = re.findall(r"\[(\w+): ([^\]]*)\]", _C.build_info()["flags"])
+    if not levels:
+        pytest.skip("only the baseline was built")
+    used = {flag.removeprefix("-m") for _, flags in levels for flag in flags.split() if "=" not in flag}
+    source = (Path(__file__).parent.parent / "csrc" / "ops" / "levels.cpp").read_text()
+    asked = {(a or b).lower() for a, b in re.findall(r'cpu_supports\("(\w+)"\)|& bit_(\w+)', source)}
+    assert used == asked
 
 
 @pytest.mark.parametrize("level", ORDER[:-1])

@@ -10,7 +10,12 @@ import spcl_fast as sf
 from spcl_fast import backends
 from spcl_fast.backends.labels import label_flag
 
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+import triton.language as tl  # noqa: E402
+
 kernels = pytest.importorskip("spcl_fast.kernels", reason="Triton is not installed")
+from spcl_fast.kernels.pixels import read_class  # noqa: E402
+
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, on the NaN that some tests put in
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -26,6 +31,15 @@ def problem(shape=(2, 33, 5, 9), num_classes=5, size=(11, 13), dtype=torch.float
     labels[torch.rand(labels.shape, generator=generator) < ignored] = 100_000 if num_classes > 255 else 255
     prototypes = torch.nn.functional.normalize(torch.randn(num_classes, shape[1], generator=generator), dim=1)
     return features, labels.to(DEVICE), prototypes.to(DEVICE)
+
+
+@triton.jit
+def classes_kernel(
+    label_ptr, out_ptr, flag_ptr, first, w, H, W, scale_h, scale_w, label_b, label_h, label_w, ignore_index, K, N: tl.constexpr
+):  # fmt: skip
+    n = first + tl.arange(0, N)
+    cls, _ = read_class(label_ptr, flag_ptr, 1, n, n >= 0, w, H, W, scale_h, scale_w, label_b, label_h, label_w, ignore_index, K)
+    tl.store(out_ptr + tl.arange(0, N), cls)
 
 
 def value_and_gradients(function, features, labels, prototypes, weight=None, **settings):
@@ -131,6 +145,17 @@ def test_labels_of_any_size_follow_the_nearest_rule(size):
     got = sf.prototype_contrastive_loss(features, labels, prototypes, temperature=1.0, reduction="none", backend="triton")
     expected = oracle.contrast(features.cpu(), labels.cpu(), prototypes.cpu(), temperature=1.0, reduction="none")
     torch.testing.assert_close(got.double().cpu(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [1, 2**24 + 13])
+def test_labels_of_the_features_own_grid_are_read_where_they_are_beyond_2_24(width):
+    """float32 has no odd numbers there. The labels begin at pixel `first`: nothing large is allocated."""
+    first, pixels = 2**24 - 3, 2**24 + 13
+    labels = torch.arange(16, dtype=torch.uint8, device=DEVICE)
+    classes = torch.empty(16, dtype=torch.int32, device=DEVICE)
+    height = pixels // width
+    classes_kernel[(1,)](labels, classes, label_flag(DEVICE), first, width, height, width, 1.0, 1.0, -first, 1, 1, 255, 19, 16)
+    assert classes.tolist() == list(range(16))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

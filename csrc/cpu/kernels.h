@@ -1,25 +1,13 @@
 // What the kernels take and give: plain structs, raw pointers, no torch and no std. The kernels are compiled once per instruction set, so
-// nothing here may define a function that is not static: two instruction sets must never share a compiled body.
+// nothing here or in arrays.h may define a function that is not static: two instruction sets must never share a compiled body.
 #pragma once
-#include <stdint.h>
+#include "../arrays.h"
 
 namespace spcl {
 
 constexpr int kPanel = 64;          // pixels that are worked on together; every packed buffer is [..][kPanel]
 constexpr int kMaxPanels = 4;       // panels in a tile
-constexpr float kNormEps = 1e-12f;  // of F.normalize
 constexpr float kClampedInvNorm = 1.0f / kNormEps;  // the inv_norm of a pixel whose norm is under the clamp
-
-enum FloatType : int { kFloat32, kBFloat16, kFloat16 };
-enum LabelType : int { kUInt8, kInt8, kUInt16, kInt16, kUInt32, kInt32, kUInt64, kInt64 };
-
-// [B, D, h, w] with any strides, counted in elements.
-struct Features {
-  void* data;
-  FloatType type;
-  int64_t batch, dim, height, width;
-  int64_t stride_b, stride_d, stride_h, stride_w;
-};
 
 // [B, H, W]; pixel (i, j) of the features' grid reads row[i], col[j]: offsets in elements, nearest rule and strides already in them.
 struct Labels {
@@ -30,12 +18,6 @@ struct Labels {
   const int64_t* col;
   bool rows_of_pixels;  // the features' grid is the labels' own, and consecutive pixels of a row are consecutive in memory
   int64_t ignore_index, num_classes;
-};
-
-// One float a pixel of the features' grid; data == nullptr stands for ones.
-struct PixelMap {
-  const float* data;
-  int64_t stride_b, stride_h, stride_w;
 };
 
 // A matrix operand cut into blocks of `rows` rows: [blocks][length][rows], rows beyond `count` are zero.

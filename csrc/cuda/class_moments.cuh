@@ -58,7 +58,7 @@ struct MomentsBlock {
     const int unit = lane & (m.units - 1), given = min(kUnit, t.pixels - unit * kUnit) * static_cast<int>(sizeof(T));
     if (given <= 0) return;
     const T* from = pixel_data(t, unit * kUnit);
-    for (int own = 0; own < kOwnChannels; ++own)
+    for (int own = 0; own < kThreadChannels; ++own)
       for (int r = lane / m.units; r < 32; r += 32 / m.units) {
         const int d = first_row(own) + r;
         if (d < channels) copy_async<16>(row(d) + unit * kUnit, from + d * a.x.stride_d, given);
@@ -90,7 +90,7 @@ struct MomentsBlock {
     const int lanes = min(tile_pixels(), 32), step = 32 / lanes, skip = lane / lanes;
     for (int p = lane & (lanes - 1); p < t.pixels; p += lanes) {
       const T* data = pixel_data(t, p);
-      for (int own = 0; own < kOwnChannels; ++own) {
+      for (int own = 0; own < kThreadChannels; ++own) {
         const int first = first_row(own) + skip, left = min(32 - skip, channels - first);
         copy((left + step - 1) / step, [&](int i) { return row(first + i * step) + p; },
              [&](int i) { return data + (first + i * step) * a.x.stride_d; });
@@ -101,7 +101,7 @@ struct MomentsBlock {
   // Lanes along channels, which are neighbours in memory: each lane loads its own rows.
   __device__ __forceinline__ void load_channels(const TilePlace& t) const {
     const T* data = pixel_data(t, 0);
-    for (int own = 0; own < kOwnChannels; ++own) {
+    for (int own = 0; own < kThreadChannels; ++own) {
       const int d = first_row(own) + lane;
       if (d < channels) copy(t.pixels, [&](int p) { return row(d) + p; }, [&](int p) { return data + p * a.x.stride_w + d; });
     }
@@ -140,7 +140,7 @@ struct MomentsBlock {
   __device__ __forceinline__ void square_rows() const {
     const int unit = lane & (m.units - 1);
     float sum[kUnit] = {};
-    for (int own = 0; own < kOwnChannels; ++own)
+    for (int own = 0; own < kThreadChannels; ++own)
       for (int r = lane / m.units; r < 32; r += 32 / m.units) {
         const int d = first_row(own) + r;
         if (d >= channels) continue;
@@ -171,14 +171,14 @@ template <class T, bool kSquares>
 struct MomentsWalk {
   static constexpr int kUnit = MomentsBlock<T>::kUnit;
   const MomentsBlock<T>& block;
-  float sum[kOwnChannels], square[kSquares ? kOwnChannels : 1];
+  float sum[kThreadChannels], square[kSquares ? kThreadChannels : 1];
   int current = kNoClass, held = 0;
 
   __device__ __forceinline__ explicit MomentsWalk(const MomentsBlock<T>& b) : block(b) { clear(); }
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (int own = 0; own < kOwnChannels; ++own) {
+    for (int own = 0; own < kThreadChannels; ++own) {
       sum[own] = 0;
       if constexpr (kSquares) square[own] = 0;
     }
@@ -201,7 +201,7 @@ struct MomentsWalk {
     const bool fresh = is_new();
     const int64_t at = (block.range * block.a.num_classes + current) * block.a.x.dim + block.d0;
 #pragma unroll
-    for (int own = 0; own < kOwnChannels; ++own) {
+    for (int own = 0; own < kThreadChannels; ++own) {
       const int d = block.first_row(own) + block.lane;
       if (d >= block.channels) continue;
       float* to = block.a.partial_sums + at + d;
@@ -245,7 +245,7 @@ struct MomentsWalk {
       inv[i] = four.x, inv[i + 1] = four.y, inv[i + 2] = four.z, inv[i + 3] = four.w;
     }
 #pragma unroll
-    for (int own = 0; own < kOwnChannels; ++own) {
+    for (int own = 0; own < kThreadChannels; ++own) {
       const int d = block.first_row(own) + block.lane;
       if (d >= block.channels) continue;
       float x[kUnit];
@@ -260,7 +260,7 @@ struct MomentsWalk {
     turn_to(cls);
     ++held;
 #pragma unroll
-    for (int own = 0; own < kOwnChannels; ++own) {
+    for (int own = 0; own < kThreadChannels; ++own) {
       const int d = block.first_row(own) + block.lane;
       if (d < block.channels) add(own, to_float(block.row(d)[p]) * block.inv[p]);
     }
@@ -276,7 +276,7 @@ __device__ __forceinline__ void clear_block(const MomentsBlock<T>& b) {
     for (int64_t k = thread; k < b.a.num_classes; k += threads) b.counts[k] = 0;
   if (b.m.mark_words) return;
   // too many classes for marks: every sum starts at 0, each set by the thread that adds to it
-  for (int own = 0; own < kOwnChannels; ++own) {
+  for (int own = 0; own < kThreadChannels; ++own) {
     const int d = b.first_row(own) + b.lane;
     if (d >= b.channels) continue;
     for (int64_t k = 0; k < b.a.num_classes; ++k) {

@@ -1,16 +1,11 @@
 // class_moments: how the pixels and channels are cut, and where things lie. Plain arithmetic, for the host, the device and the tests.
 #pragma once
 #include "kernels.h"
-
-#if defined(__CUDACC__)
-#define SPCL_BOTH __host__ __device__ __forceinline__
-#else
-#define SPCL_BOTH inline
-#endif
+#include "sizes.h"
 
 namespace spcl::gpu {
 
-constexpr int kOwnChannels = 4;         // channels that a thread walks at once
+constexpr int kThreadChannels = 4;      // channels that a thread walks at once
 constexpr int kMostThreads = 512;
 constexpr int64_t kMarkedClasses = 2048;  // up to here a block notes in shared memory which classes it has met, and counts them there
 constexpr int kUnitBytes = 16;          // pixels of one channel are walked 16 bytes at a time
@@ -42,13 +37,10 @@ SPCL_BOTH MomentsMemory moments_memory(const MomentsPlan& plan, int type_bytes, 
   return m;
 }
 
-SPCL_BOTH int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-SPCL_BOTH int64_t between(int64_t value, int64_t low, int64_t high) { return value < low ? low : value > high ? high : value; }
-
 SPCL_BOTH void cut_channels(MomentsPlan& plan, const Features& x, int type_bytes, int64_t slice) {
   plan.slice = slice;
   plan.slices = ceil_div(x.dim, slice);
-  plan.threads = static_cast<int>(between(ceil_div(ceil_div(slice, kOwnChannels), 32) * 32, slice <= 64 ? 64 : 128, kMostThreads));
+  plan.threads = static_cast<int>(between(ceil_div(ceil_div(slice, kThreadChannels), 32) * 32, slice <= 64 ? 64 : 128, kMostThreads));
   plan.tile_pixels = (slice > 1024 ? 64 : 128) / type_bytes;
   plan.tiles_per_image = ceil_div(x.height * x.width, plan.tile_pixels);
   plan.tiles = plan.tiles_per_image * x.batch;
@@ -68,7 +60,7 @@ SPCL_BOTH MomentsPlan moments_plan(const Features& x, int64_t num_classes, bool 
   plan.own_norms = normalize;
   const MomentsMemory whole = moments_memory(plan, type_bytes, num_classes);
   const bool parallel = affordable >= (plan.tiles < kEnoughRanges ? plan.tiles : kEnoughRanges);
-  if (normalize && x.dim <= kOwnChannels * kMostThreads && whole.bytes <= shared_limit && parallel) {
+  if (normalize && x.dim <= kThreadChannels * kMostThreads && whole.bytes <= shared_limit && parallel) {
     const int64_t resident = between(shared_limit / whole.bytes, 1, 4);
     cut_pixels(plan, affordable < kBlocks * resident ? affordable : kBlocks * resident);
   } else {

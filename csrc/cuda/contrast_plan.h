@@ -1,14 +1,7 @@
 // How prototype_contrastive_loss is cut into blocks, warps and shared memory: sizes only, for host and device, read by any C++ compiler.
 #pragma once
-#include <stdint.h>
-
 #include "kernels.h"
-
-#if defined(__CUDACC__)
-#define SPCL_PLAN __host__ __device__ constexpr
-#else
-#define SPCL_PLAN constexpr
-#endif
+#include "sizes.h"
 
 namespace spcl::gpu {
 
@@ -35,13 +28,12 @@ struct ContrastWarps {
   int groups, slices, count;
 };
 
-SPCL_PLAN ContrastWarps contrast_warps(int64_t num_classes, int classes_of_warp) {
-  const int groups = static_cast<int>((num_classes + classes_of_warp - 1) / classes_of_warp);
+SPCL_BOTH ContrastWarps contrast_warps(int64_t num_classes, int classes_of_warp) {
+  const int groups = static_cast<int>(ceil_div(num_classes, classes_of_warp));
   return {groups, groups == 1 ? 4 : groups == 2 ? 2 : 1, groups < 4 ? 4 : groups};
 }
 
-SPCL_PLAN int64_t larger_of(int64_t a, int64_t b) { return a > b ? a : b; }
-SPCL_PLAN int64_t pieces_of(int64_t num_classes) { return (num_classes + kPiece - 1) / kPiece; }
+SPCL_BOTH int64_t pieces_of(int64_t num_classes) { return ceil_div(num_classes, kPiece); }
 
 // Shared memory of a block, in bytes from its beginning. Streamed: stages (a chunk of pixels, then the prototypes' part); over them, once they
 // are done with, what the slices exchange and the logits; then the weights; then what is known of each pixel. Resident: every chunk of pixels
@@ -54,34 +46,34 @@ struct ContrastShared {
 };
 
 // Where the pixels of a chunk lie; `item` counts what is staged.
-SPCL_PLAN int64_t x_slot(const ContrastShared& shared, int64_t chunk, int64_t item) {
+SPCL_BOTH int64_t x_slot(const ContrastShared& shared, int64_t chunk, int64_t item) {
   return (shared.resident ? chunk : item % shared.stages) * shared.x_step;
 }
-SPCL_PLAN int64_t proto_slot(const ContrastShared& shared, int64_t item) { return shared.proto_at + item % shared.stages * shared.proto_step; }
+SPCL_BOTH int64_t proto_slot(const ContrastShared& shared, int64_t item) { return shared.proto_at + item % shared.stages * shared.proto_step; }
 
 constexpr int64_t kPixelBytes = 40;  // of a pixel in PixelTable, contrast_tile.cuh
 
 template <int kBytes>
-SPCL_PLAN int64_t pixels_bytes() { return int64_t{ContrastShape<kBytes>::kChunk} * ContrastShape<kBytes>::kRow * kBytes; }
+SPCL_BOTH int64_t pixels_bytes() { return int64_t{ContrastShape<kBytes>::kChunk} * ContrastShape<kBytes>::kRow * kBytes; }
 template <int kBytes>
-SPCL_PLAN int64_t padded_classes(const ContrastWarps& warps) { return warps.groups * ContrastShape<kBytes>::kClasses; }
+SPCL_BOTH int64_t padded_classes(const ContrastWarps& warps) { return warps.groups * ContrastShape<kBytes>::kClasses; }
 template <int kBytes>
-SPCL_PLAN int64_t prototypes_bytes(const ContrastWarps& warps) {
+SPCL_BOTH int64_t prototypes_bytes(const ContrastWarps& warps) {
   using Shape = ContrastShape<kBytes>;
   return padded_classes<kBytes>(warps) * (Shape::kHalf ? Shape::kProtoRow : Shape::kChunk) * kBytes;
 }
 template <int kBytes>
-SPCL_PLAN int64_t exchange_bytes(const ContrastWarps& warps) {
+SPCL_BOTH int64_t exchange_bytes(const ContrastWarps& warps) {
   return warps.slices / 2 * static_cast<int64_t>(warps.groups) * ContrastShape<kBytes>::kSums * 32 * 4;
 }
 template <int kBytes>
-SPCL_PLAN int64_t logits_bytes(const ContrastWarps& warps) { return padded_classes<kBytes>(warps) * kLogitsRow * 4; }
+SPCL_BOTH int64_t logits_bytes(const ContrastWarps& warps) { return padded_classes<kBytes>(warps) * kLogitsRow * 4; }
 template <int kBytes>
-SPCL_PLAN int64_t weights_bytes(int64_t classes) { return pieces_of(classes) * kPiece * ContrastShape<kBytes>::kWeightRow * 4; }
+SPCL_BOTH int64_t weights_bytes(int64_t classes) { return pieces_of(classes) * kPiece * ContrastShape<kBytes>::kWeightRow * 4; }
 
 // classes: rows of logits that are formed here (0: they are read); gradient: whether the gradient's product is.
 template <int kBytes>
-SPCL_PLAN ContrastShared contrast_shared(int64_t classes, int64_t gradient_classes) {
+SPCL_BOTH ContrastShared contrast_shared(int64_t classes, int64_t gradient_classes) {
   using Shape = ContrastShape<kBytes>;
   const ContrastWarps warps = contrast_warps(classes, Shape::kClasses);
   const int64_t pixels = pixels_bytes<kBytes>(), piece = gradient_classes ? kPiece * Shape::kProtoRow * kBytes : 0;
@@ -92,15 +84,15 @@ SPCL_PLAN ContrastShared contrast_shared(int64_t classes, int64_t gradient_class
   return {stages, false, stage, pixels, stage, 0, 0, region, region + weights, region + weights + kTile * kPixelBytes};
 }
 
-// The same for the prototypes' gradient: a block owns the classes of one warp and kOwnChannels channels.
-constexpr int kOwnChannels = 64;
+// The same for the prototypes' gradient: a block owns the classes of one warp and kBlockChannels channels.
+constexpr int kBlockChannels = 64;
 constexpr int kOwnRow = 68;  // floats between two classes' weights
 
 template <int kBytes>
-SPCL_PLAN ContrastShared prototype_shared(bool forms_logits) {
+SPCL_BOTH ContrastShared prototype_shared(bool forms_logits) {
   using Shape = ContrastShape<kBytes>;
   const ContrastShared dots = contrast_shared<kBytes>(forms_logits ? Shape::kClasses : 0, 0);
-  const int64_t region = larger_of(dots.weights_at, kOwnChannels * Shape::kRow * kBytes), weights = kPiece * kOwnRow * 4;
+  const int64_t region = larger_of(dots.weights_at, kBlockChannels * Shape::kRow * kBytes), weights = kPiece * kOwnRow * 4;
   return {dots.stages, false, dots.x_step, dots.proto_at, dots.proto_step, 0, 0, region, region + weights, region + weights + kTile * kPixelBytes};
 }
 
@@ -110,7 +102,7 @@ struct ContrastChannels {
 };
 
 template <int kBytes>
-SPCL_PLAN int64_t chunks_of(int64_t dim) { return (dim + ContrastShape<kBytes>::kChunk - 1) / ContrastShape<kBytes>::kChunk; }
+SPCL_BOTH int64_t chunks_of(int64_t dim) { return ceil_div(dim, ContrastShape<kBytes>::kChunk); }
 
 // One pass: the D channels of a tile of pixels stay in the shared memory of a cluster of `blocks`, `chunks` in each block but the last ones.
 // Each block finishes the softmax of kTile / blocks of the pixels.
@@ -125,9 +117,9 @@ constexpr int kMaxOnePassClasses = kPiece;
 constexpr int64_t kHalfShared = 113 << 10;  // bytes of which two blocks fit into a multiprocessor's 228 KB, with 1 KB a block for the system
 
 template <int kBytes>
-SPCL_PLAN OnePassPlan one_pass_of(int64_t classes, int64_t dim, int blocks) {
+SPCL_BOTH OnePassPlan one_pass_of(int64_t classes, int64_t dim, int blocks) {
   const ContrastWarps warps = contrast_warps(classes, ContrastShape<kBytes>::kClasses);
-  const int64_t chunks = (chunks_of<kBytes>(dim) + blocks - 1) / blocks, pixels = pixels_bytes<kBytes>();
+  const int64_t chunks = ceil_div(chunks_of<kBytes>(dim), blocks), pixels = pixels_bytes<kBytes>();
   const int stages = 4;
   const int64_t proto = larger_of(prototypes_bytes<kBytes>(warps), int64_t{kPiece} * ContrastShape<kBytes>::kProtoRow * kBytes);
   const int64_t proto_at = chunks * pixels, logits_at = proto_at + larger_of(stages * proto, exchange_bytes<kBytes>(warps));
@@ -137,14 +129,14 @@ SPCL_PLAN OnePassPlan one_pass_of(int64_t classes, int64_t dim, int blocks) {
 
 // The smallest cluster of which two blocks fit into a multiprocessor: one loads while the other computes. By the sizes alone.
 template <int kBytes>
-SPCL_PLAN OnePassPlan one_pass_plan(int64_t classes, int64_t dim) {
+SPCL_BOTH OnePassPlan one_pass_plan(int64_t classes, int64_t dim) {
   int blocks = 1;
   while (blocks < kMaxCluster && one_pass_of<kBytes>(classes, dim, blocks).shared.bytes > kHalfShared) blocks *= 2;
   return one_pass_of<kBytes>(classes, dim, blocks);
 }
 
 template <int kBytes>
-SPCL_PLAN ContrastChannels channels_of_rank(const OnePassPlan& plan, int64_t dim, int rank) {
+SPCL_BOTH ContrastChannels channels_of_rank(const OnePassPlan& plan, int64_t dim, int rank) {
   const int64_t first = rank * plan.chunks, left = chunks_of<kBytes>(dim) - first;
   return {first * ContrastShape<kBytes>::kChunk, left < 0 ? 0 : left < plan.chunks ? left : plan.chunks};
 }
@@ -156,9 +148,9 @@ struct OnePassCount {
 
 constexpr int kCountThreads = 256;
 
-SPCL_PLAN OnePassCount one_pass_count(int64_t pixels) {
-  const int64_t most = 128, steps = (pixels + most * kCountThreads - 1) / (most * kCountThreads), each = steps * kCountThreads;
-  return {each, (pixels + each - 1) / each};
+SPCL_BOTH OnePassCount one_pass_count(int64_t pixels) {
+  const int64_t most = 128, steps = ceil_div(pixels, most * kCountThreads), each = steps * kCountThreads;
+  return {each, ceil_div(pixels, each)};
 }
 
 // Tile t of the batch: pixels [first, first + count) of an image.
@@ -167,24 +159,24 @@ struct ContrastTile {
   int count;
 };
 
-SPCL_PLAN int64_t contrast_tiles(int64_t pixels) { return (pixels + kTile - 1) / kTile; }
+SPCL_BOTH int64_t contrast_tiles(int64_t pixels) { return ceil_div(pixels, kTile); }
 
-SPCL_PLAN ContrastTile contrast_tile(int64_t tile, int64_t pixels) {
+SPCL_BOTH ContrastTile contrast_tile(int64_t tile, int64_t pixels) {
   const int64_t each = contrast_tiles(pixels), image = tile / each, first = (tile - image * each) * kTile;
   return {image, first, pixels - first < kTile ? static_cast<int>(pixels - first) : kTile};
 }
 
 // Where word w (two half floats) of a row begins, in elements from its first pixel: rows that begin in the middle of a word are read from
 // its beginning. And how many of its bytes belong to the `count` pixels (the one before them is another's and is not looked at).
-SPCL_PLAN int word_begin(int word, int shifted) { return 2 * word - shifted; }
-SPCL_PLAN int word_given(int begin, int count) { return begin + 1 < count ? 4 : begin < count ? 2 : 0; }
+SPCL_BOTH int word_begin(int word, int shifted) { return 2 * word - shifted; }
+SPCL_BOTH int word_given(int begin, int count) { return begin + 1 < count ? 4 : begin < count ? 2 : 0; }
 
 // Tensor core, forward: pixel of column n of product j. A lane's 8 pixels of a row lie side by side: one 16-byte read serves 8 products.
-SPCL_PLAN int forward_pixel(int product, int column) { return column * 8 + product; }
+SPCL_BOTH int forward_pixel(int product, int column) { return column * 8 + product; }
 // Tensor core, backward: the 16 pixels that a lane gets, columns 2q and 2q + 1 of 8 products, lie side by side.
-SPCL_PLAN int backward_pixel(int product, int column) { return column / 2 * 16 + product * 2 + column % 2; }
+SPCL_BOTH int backward_pixel(int product, int column) { return column / 2 * 16 + product * 2 + column % 2; }
 // Its inverse, as the place of the weight of (class, pixel) among the half floats that a lane reads as its part of the second factor.
-SPCL_PLAN int weight_place(int cls, int pixel) {
+SPCL_BOTH int weight_place(int cls, int pixel) {
   const int product = pixel % 16 / 2, column = pixel / 16 * 2 + pixel % 2;
   const int in_step = cls % 16, lane = column * 4 + in_step % 8 / 2, word = (product % 2) * 2 + in_step / 8;
   return (((cls / 16 * 4 + product / 2) * 32 + lane) * 4 + word) * 2 + in_step % 2;
@@ -192,7 +184,7 @@ SPCL_PLAN int weight_place(int cls, int pixel) {
 
 // The pixel whose weight is in this 4-byte word of the weights, kTile or more where none is.
 template <int kBytes>
-SPCL_PLAN int pixel_of_word(int word) {
+SPCL_BOTH int pixel_of_word(int word) {
   if (kBytes == 4) return word % ContrastShape<4>::kWeightRow;
   return backward_pixel(word / 128 % 4 * 2 + word % 4 / 2, word / 16 % 8);
 }
@@ -202,13 +194,13 @@ struct ContrastGroups {
   int64_t tiles_per_group, groups;
 };
 
-SPCL_PLAN ContrastGroups contrast_groups(int64_t tiles, int64_t blocks, int64_t floats) {
-  int64_t groups = (1024 + blocks - 1) / blocks;
+SPCL_BOTH ContrastGroups contrast_groups(int64_t tiles, int64_t blocks, int64_t floats) {
+  int64_t groups = ceil_div(1024, blocks);
   const int64_t affordable = larger_of(1, (int64_t{8} << 20) / floats);
   if (groups > affordable) groups = affordable;
   if (groups > tiles) groups = tiles;
-  const int64_t each = (tiles + groups - 1) / groups;
-  return {each, (tiles + each - 1) / each};
+  const int64_t each = ceil_div(tiles, groups);
+  return {each, ceil_div(tiles, each)};
 }
 
 }  // namespace spcl::gpu

@@ -1,25 +1,12 @@
 // What the CUDA launchers take and give: plain structs, raw pointers, a stream; no torch. Every launcher only enqueues: no host sync, no
 // allocation, capturable in a CUDA graph. A section for each op.
 #pragma once
-#include <stdint.h>
+#include "../arrays.h"
 
 namespace spcl::gpu {
 
 using Stream = void*;        // a cudaStream_t
 using Status = const char*;  // nullptr, or what CUDA said in words that last
-
-constexpr float kNormEps = 1e-12f;  // of F.normalize
-
-enum FloatType : int { kFloat32, kBFloat16, kFloat16 };
-enum LabelType : int { kUInt8, kInt8, kUInt16, kInt16, kUInt32, kInt32, kUInt64, kInt64 };
-
-// [B, D, h, w] with any strides, counted in elements.
-struct Features {
-  void* data;
-  FloatType type;
-  int64_t batch, dim, height, width;
-  int64_t stride_b, stride_d, stride_h, stride_w;
-};
 
 // [B, H, W] with any strides. Pixel (i, j) of a grid of other size reads (nearest(i, scale_h, H), nearest(j, scale_w, W)): see pixels.cuh.
 struct Labels {
@@ -30,12 +17,6 @@ struct Labels {
   float scale_h, scale_w;  // H / h and W / w, divided in float32 as F.interpolate does
   int64_t ignore_index, num_classes;
   int64_t* flag;  // maximum of the bad labels that were met: see backends/labels.py
-};
-
-// One float a pixel; data == nullptr stands for ones, strides 0 for one number.
-struct PixelMap {
-  const float* data;
-  int64_t stride_b, stride_h, stride_w;
 };
 
 // ---- class_moments ----------------------------------------------------------------------------------------------
@@ -70,7 +51,7 @@ struct Moments {
 MomentsPlan plan_moments(const Features& x, int64_t num_classes, bool normalize);
 Status class_moments(const Moments& a, Stream stream);
 
-// ---- source_step ------------------------------------------------------------------------------------------------
+// ---- move_prototypes --------------------------------------------------------------------------------------------
 
 // The moving average that the sums feed: prototype <- keep * prototype + (1 - keep) * sum / count, in the kernel that adds the partial sums.
 struct PrototypeMove {

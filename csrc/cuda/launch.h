@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "kernels.h"
+#include "sizes.h"
 
 #if defined(SPCL_EMULATED)
 #include "cuda_emulator.h"
@@ -128,7 +129,7 @@ __device__ __forceinline__ T* shared_of(T* mine, int rank) {
 
 // ---- floats of the features -------------------------------------------------------------------------------------
 
-__host__ __device__ __forceinline__ float to_float(float v) { return v; }
+SPCL_BOTH float to_float(float v) { return v; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
 __device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
 

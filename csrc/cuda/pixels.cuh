@@ -10,30 +10,31 @@ namespace spcl::gpu {
 constexpr int kNoClass = -1;   // ignored
 constexpr int kBadLabel = -2;  // outside of [0, K) and not ignored
 
-// The index that F.interpolate(mode="nearest") reads for `i`, in its own float32 arithmetic.
-__host__ __device__ __forceinline__ int64_t nearest(int64_t i, float scale, int64_t size) {
-  const int64_t at = static_cast<int64_t>(static_cast<float>(i) * scale);
+// The index that F.interpolate(mode="nearest") reads for `i`, in its own float32 arithmetic. A grid of the labels' own size is read as it is:
+// float32 does not hold every index beyond 2^24, which the rows of an [N, D] matrix may pass.
+SPCL_BOTH int64_t nearest(int64_t i, float scale, int64_t size) {
+  const int64_t at = scale == 1.0f ? i : static_cast<int64_t>(static_cast<float>(i) * scale);
   return at < size - 1 ? at : size - 1;
 }
 
 // Elements from data to pixel (i, j) of image b, in a grid of the features' size.
-__host__ __device__ __forceinline__ int64_t label_offset(const Labels& labels, int64_t b, int64_t i, int64_t j) {
+SPCL_BOTH int64_t label_offset(const Labels& labels, int64_t b, int64_t i, int64_t j) {
   return b * labels.stride_b + nearest(i, labels.scale_h, labels.height) * labels.stride_h + nearest(j, labels.scale_w, labels.width) * labels.stride_w;
 }
 
 // Elements from data to channel 0 of pixel n of image b.
-__host__ __device__ __forceinline__ int64_t pixel_offset(const Features& x, int64_t b, int64_t n) {
+SPCL_BOTH int64_t pixel_offset(const Features& x, int64_t b, int64_t n) {
   const int64_t i = n / x.width;
   return b * x.stride_b + i * x.stride_h + (n - i * x.width) * x.stride_w;
 }
 
 // Whether pixel n of an image lies n * stride_w from the first.
-__host__ __device__ __forceinline__ bool is_flat(const Features& x) { return x.height == 1 || x.stride_h == x.width * x.stride_w; }
+SPCL_BOTH bool is_flat(const Features& x) { return x.height == 1 || x.stride_h == x.width * x.stride_w; }
 
-__host__ __device__ __forceinline__ int size_of(FloatType type) { return type == kFloat32 ? 4 : 2; }
+SPCL_BOTH int size_of(FloatType type) { return type == kFloat32 ? 4 : 2; }
 
 // value: as stored, widened; huge: an unsigned value that int64 cannot hold.
-__host__ __device__ __forceinline__ int classify(int64_t value, bool huge, int64_t ignore_index, int64_t num_classes) {
+SPCL_BOTH int classify(int64_t value, bool huge, int64_t ignore_index, int64_t num_classes) {
   if (!huge && value == ignore_index) return kNoClass;
   return !huge && value >= 0 && value < num_classes ? static_cast<int>(value) : kBadLabel;
 }

@@ -62,7 +62,7 @@ struct PrototypeSums {
     for (int i = 0; i < kRows * 4; ++i) sums[i / 4][i % 4] = 0;
   }
 
-  // x [kOwnChannels][kRow], weights [kPiece][kOwnRow].
+  // x [kBlockChannels][kRow], weights [kPiece][kOwnRow].
   __device__ __forceinline__ void add(const T* x, const float* weights, const PixelTable* table, int shifts) {
     const int shifted = shifts >> column % 2 & 1;
     for (int p = 0; p < kTile; p += 4) {
@@ -96,8 +96,8 @@ __global__ void __launch_bounds__(kThreads, 2) contrast_prototypes_kernel(const 
   PixelTable* table = reinterpret_cast<PixelTable*>(memory + a.shared.pixels_at);
   float* weights = reinterpret_cast<float*>(memory + a.shared.weights_at);
   T* x = reinterpret_cast<T*>(memory);
-  const int64_t blocks = (a.x.dim + kOwnChannels - 1) / kOwnChannels, k0 = blockIdx.x / blocks * Shape::kClasses;
-  const int64_t d0 = blockIdx.x % blocks * kOwnChannels, tiles = a.x.batch * contrast_tiles(a.pixels);
+  const int64_t blocks = ceil_div(a.x.dim, kBlockChannels), k0 = blockIdx.x / blocks * Shape::kClasses;
+  const int64_t d0 = blockIdx.x % blocks * kBlockChannels, tiles = a.x.batch * contrast_tiles(a.pixels);
   PrototypeSums<T> own;
   const int64_t first = blockIdx.y * a.groups.tiles_per_group;
   for (int64_t t = first; t < min(first + a.groups.tiles_per_group, tiles); ++t) {
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, 2) contrast_prototypes_kernel(const 
     if (!a.logits) tile_dots<T>(a, tile, all_channels<T>(a.x), k0, a.warps, a.shared, table);
     for_each_pixel([&](int p, int part) { weigh_pixel(a, tile, table, weights, k0, p, part); });
     __syncthreads();
-    for (int c = 0; c < kOwnChannels; c += Shape::kChunk) stage_pixels<T>(a.x, a.access, tile, table->x_at, d0 + c, x + c * Shape::kRow);
+    for (int c = 0; c < kBlockChannels; c += Shape::kChunk) stage_pixels<T>(a.x, a.access, tile, table->x_at, d0 + c, x + c * Shape::kRow);
     copy_async_commit();
     copy_async_wait<0>();
     __syncthreads();
@@ -134,7 +134,7 @@ struct PrototypeGrid {
 
 PrototypeGrid grid_of(const Features& x, int64_t num_classes) {
   const int64_t classes = x.type == kFloat32 ? ContrastShape<4>::kClasses : ContrastShape<2>::kClasses;
-  const int64_t blocks = (num_classes + classes - 1) / classes * ((x.dim + kOwnChannels - 1) / kOwnChannels);
+  const int64_t blocks = ceil_div(num_classes, classes) * ceil_div(x.dim, kBlockChannels);
   return {blocks, contrast_groups(contrast_blocks(x), blocks, num_classes * x.dim)};
 }
 
@@ -152,7 +152,7 @@ Status gradient(const ContrastBackward& from, Stream stream) {
   const Grid grid{dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.groups.groups)), kThreads, static_cast<size_t>(a.shared.bytes)};
   if (Status failed = launch(contrast_prototypes_kernel<T>, grid, stream, a); failed || plan.groups.groups == 1) return failed;
   const int64_t size = from.num_classes * from.x.dim;
-  const Grid adding{dim3(static_cast<unsigned>((size + kAddThreads - 1) / kAddThreads)), kAddThreads};
+  const Grid adding{dim3(static_cast<unsigned>(ceil_div(size, kAddThreads))), kAddThreads};
   return launch(contrast_add_groups_kernel, adding, stream, from.partial, plan.groups.groups, size, from.dprototypes);
 }
 

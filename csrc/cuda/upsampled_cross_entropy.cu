@@ -236,7 +236,8 @@ CrossEntropyTask make_cross_entropy_task(const UpsampledCrossEntropy& a, const S
   task.labels = a.labels, task.class_weight = a.class_weight, task.pixel_weight = a.pixel_weight;
   task.loss_map = a.loss_map, task.dlogits = a.dlogits;
   task.inv_temperature = static_cast<float>(1.0 / a.temperature);
-  task.denominators = a.dlogits && a.mean ? std::min(ceil_div(a.logits.batch * a.height, kUpWarps), kLabelBlocks) : 0;
+  const int64_t label_blocks = std::min<int64_t>(ceil_div(a.logits.batch * a.height, kUpWarps), kLabelBlocks);
+  task.denominators = a.dlogits && a.mean ? static_cast<int>(label_blocks) : 0;
   task.partial = a.workspace, task.partial_denominator = task.denominators ? a.workspace + 2 * blocks_of(task, a.logits.batch) : nullptr;
   return task;
 }

@@ -194,7 +194,7 @@ Status launch_shape(const UpsampledPrediction& a, Stream stream) {
   static_cast<UpsamplingTask&>(task) = make_task(a, kRows, kColumns, false, 32);
   task.thresholds = a.thresholds, task.ignore_index = a.ignore_index, task.labels = a.labels, task.confidence = a.confidence;
   task.warps = a.logits.batch * (a.logits.height + 1) * task.plan.tiles;
-  const Grid grid{static_cast<unsigned>((task.warps + kUpWarps - 1) / kUpWarps), kUpThreads, kUpWarps * sizeof(StagedRow<kColumns>)};
+  const Grid grid{static_cast<unsigned>(ceil_div(task.warps, kUpWarps)), kUpThreads, kUpWarps * sizeof(StagedRow<kColumns>)};
   return with_float_type(a.logits.type, [&](auto type) {
     return launch(prediction_kernel<decltype(type), kRows, kColumns>, grid, stream, task);
   });

@@ -1,6 +1,9 @@
 #include "ops/levels.h"
 
 #include <cstdlib>
+#if defined(SPCL_HAS_X86_LEVELS)
+#include <cpuid.h>
+#endif
 
 namespace spcl {
 namespace {
@@ -21,10 +24,19 @@ const Kernels kLevels[] = {
 #endif
 };
 
+#if defined(SPCL_HAS_X86_LEVELS)
+// Not every compiler's __builtin_cpu_supports knows this one.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
+// Asks for all that X86_LEVELS in setup.py lets the compiler use.
 size_t best_level() {
 #if defined(SPCL_HAS_X86_LEVELS)
   __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !has_f16c()) return 0;
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
   return avx512 ? 2 : 1;

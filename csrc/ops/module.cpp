@@ -23,7 +23,6 @@ pybind11::dict build_info() {
 #endif
   info["flags"] = SPCL_CXX_FLAGS;
   info["cpu_levels"] = spcl::level_names();
-  info["cuda_archs"] = std::vector<std::string>();
   info["torch_target"] = "2.11";
   return info;
 }
@@ -36,6 +35,6 @@ STABLE_TORCH_LIBRARY_IMPL(spcl_fast_native, CPU, m) { m.impl("empty_gradient", T
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of spcl_fast; importing this registers torch.ops.spcl_fast_native.";
-  m.def("build_info", &build_info, "compiler, flags, cpu_levels, cuda_archs, torch_target");
+  m.def("build_info", &build_info, "compiler, flags, cpu_levels, torch_target");
   m.def("cpu_capability", [] { return std::string(spcl::kernels().name); }, "avx512, avx2 or baseline: the level in use");
 }

@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prototype_contrastive
   const LabelMap map(labels, a.x, K, ignore_index);
   const PanelBuffer by_class(as_floats(prototypes), K, D, D, 1);
   a.labels = map.view, a.by_class = by_class.view, a.num_classes = K;
-  a.class_weight = class_weight ? as_floats(*class_weight) : nullptr;
+  a.class_weight = as_floats(class_weight);
   a.pixel_weight = as_pixel_map(pixel_weight);
   a.temperature = static_cast<float>(temperature), a.normalize = normalize;
   a.tiles = make_tiles(a.x, 128 + K);
@@ -72,7 +72,7 @@ Tensor prototype_contrastive_backward(
   const float* proto = as_floats(prototypes);
   const PanelBuffer by_class(logits.numel() ? nullptr : proto, K, D, D, 1), by_channel(proto, D, K, 1, D);
   a.labels = map.view, a.by_class = by_class.view, a.by_channel = by_channel.view, a.num_classes = K;
-  a.class_weight = class_weight ? as_floats(*class_weight) : nullptr;
+  a.class_weight = as_floats(class_weight);
   a.pixel_weight = as_pixel_map(pixel_weight), a.grad = as_pixel_map(grad_loss);
   a.temperature = static_cast<float>(temperature), a.normalize = normalize;
   a.denominator = *as_floats(denominator), a.lse = as_floats(lse), a.inv_norm = as_floats(inv_norm);

@@ -1,33 +1,13 @@
-// Tensors to the plain structs of cpu/kernels.h, checked.
+// Tensors to the plain structs of cpu/kernels.h, checked; those that CUDA has, too, are in arrays_of_tensors.h.
 #pragma once
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <algorithm>
 #include <limits>
-#include <optional>
 #include <vector>
 
+#include "arrays_of_tensors.h"
 #include "cpu/kernels.h"
 
 namespace spcl {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-inline Features as_features(const Tensor& t) {
-  FloatType type;
-  switch (t.scalar_type()) {
-    case ScalarType::Float: type = kFloat32; break;
-    case ScalarType::BFloat16: type = kBFloat16; break;
-    case ScalarType::Half: type = kFloat16; break;
-    default: STD_TORCH_CHECK(false, "spcl_fast_native: features must be float32, bfloat16 or float16");
-  }
-  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 4, "spcl_fast_native: features must be a CPU tensor [B, D, h, w]");
-  const auto size = t.sizes(), stride = t.strides();
-  return {t.data_ptr(), type, size[0], size[1], size[2], size[3], stride[0], stride[1], stride[2], stride[3]};
-}
 
 // The nearest rule of F.interpolate, in its own float32 arithmetic; the stride is multiplied in.
 inline std::vector<int64_t> nearest_offsets(int64_t size, int64_t out, int64_t stride) {
@@ -49,21 +29,7 @@ struct LabelMap {
     stride_h = t.stride(1), stride_w = t.stride(2);
     row = nearest_offsets(t.size(1), x.height, stride_h);
     col = nearest_offsets(t.size(2), x.width, stride_w);
-    view = {t.data_ptr(), type_of(t), t.stride(0), row.data(), col.data(), stride_w == 1 && t.size(2) == x.width, ignore_index, num_classes};
-  }
-
-  static LabelType type_of(const Tensor& t) {
-    switch (t.scalar_type()) {
-      case ScalarType::Byte: return kUInt8;
-      case ScalarType::Char: return kInt8;
-      case ScalarType::UInt16: return kUInt16;
-      case ScalarType::Short: return kInt16;
-      case ScalarType::UInt32: return kUInt32;
-      case ScalarType::Int: return kInt32;
-      case ScalarType::UInt64: return kUInt64;
-      case ScalarType::Long: return kInt64;
-      default: STD_TORCH_CHECK(false, "spcl_fast_native: labels must have an integer dtype");
-    }
+    view = {t.data_ptr(), label_type(t), t.stride(0), row.data(), col.data(), stride_w == 1 && t.size(2) == x.width, ignore_index, num_classes};
   }
 
   int64_t value_at(int64_t offset) const {
@@ -90,19 +56,6 @@ struct LabelMap {
     return out;
   }
 };
-
-// [B, h, w] float32, or a scalar that stands for every pixel.
-inline PixelMap as_pixel_map(const std::optional<Tensor>& t) {
-  if (!t) return {nullptr, 0, 0, 0};
-  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && (t->dim() == 3 || t->numel() == 1), "spcl_fast_native: expected float32 [B, h, w]");
-  const float* data = static_cast<const float*>(t->data_ptr());
-  return t->dim() == 3 ? PixelMap{data, t->stride(0), t->stride(1), t->stride(2)} : PixelMap{data, 0, 0, 0};
-}
-
-inline const float* as_floats(const Tensor& t) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous(), "spcl_fast_native: expected contiguous float32");
-  return static_cast<const float*>(t.data_ptr());
-}
 
 inline Tensor empty_floats(std::vector<int64_t> shape) { return torch::stable::empty(shape, ScalarType::Float); }
 inline float* floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }

@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor, Tensor> upsampled_cross_entropy_forward(
   a.pixels.batch = B, a.pixels.height = H, a.pixels.width = W;
   const LabelMap map(labels, a.pixels, K, ignore_index);
   a.labels = map.view;
-  a.class_weight = class_weight ? as_floats(*class_weight) : nullptr;
+  a.class_weight = as_floats(class_weight);
   a.pixel_weight = as_pixel_map(pixel_weight);
 
   const int64_t bands = B * a.bands;

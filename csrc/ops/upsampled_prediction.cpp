@@ -18,7 +18,7 @@ std::tuple<Tensor, Tensor> upsampled_prediction(Tensor logits, int64_t height, i
   UpsampledPrediction a{up.view};
   Tensor labels = torch::stable::empty({logits.size(0), height, width}, ScalarType::Byte);
   Tensor confidence = empty_floats({logits.size(0), height, width});
-  a.thresholds = thresholds ? as_floats(*thresholds) : nullptr;
+  a.thresholds = as_floats(thresholds);
   a.ignore_index = static_cast<uint8_t>(ignore_index);
   a.labels = static_cast<uint8_t*>(labels.data_ptr()), a.confidence = floats(confidence);
   const Kernels& isa = kernels();

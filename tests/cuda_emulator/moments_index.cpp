@@ -3,6 +3,7 @@
 #include "class_totals.cuh"
 #include "pixels.cuh"
 
+using namespace spcl;
 using namespace spcl::gpu;
 
 #define SPCL_EXPORT extern "C" __attribute__((visibility("default")))

@@ -30,7 +30,7 @@ extern "C" int walk_plan(int h, int w, int H, int W, int align_corners, int imag
                          int* pixels, int* nodes) {
   const Axis y = make_axis(h, H, align_corners), x = make_axis(w, W, align_corners);
   const CellPlan plan = plan_cells(y, x, images, rows, columns, owns_nodes, most_lanes);
-  const int windows = ceil_div(most_pixels(y), rows);
+  const int windows = static_cast<int>(ceil_div(most_pixels(y), rows));
   for (int strip = 0; strip < plan.strips; ++strip)
     for (int tile = 0; tile < plan.tiles; ++tile)
       for (int r = 0; r < plan.group_rows() * plan.groups; ++r)
