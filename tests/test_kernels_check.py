@@ -86,7 +86,7 @@ PLANTED = [
     ("batch offset of the features forgotten", "contrast", "    feat_ptr += b * stride_b\n", "", contrast_is_right),
     ("batch offset in the backward forgotten", "contrast_backward", "    feat_ptr += b * stride_b\n", "", contrast_is_right),
     ("batch offset of the labels forgotten", "pixels", "offs = b * stride_b + i", "offs = i", contrast_is_right),
-    ("rows of labels read too low", "pixels", "i = tl.minimum((i.to(tl.float32) * scale_h).to(tl.int32), H - 1)", "i = tl.minimum((i.to(tl.float32) * scale_h).to(tl.int32) + 1, H - 1)", contrast_is_right),
+    ("rows of labels read too low", "pixels", "i = nearest(i, scale_h, H)", "i = tl.minimum(nearest(i, scale_h, H) + 1, H - 1)", contrast_is_right),
     ("prototypes beyond K in the softmax", "contrast", "z = tl.where((offs_k < K)[None, :], z, -float(\"inf\"))", "z = z", contrast_is_right),
     ("pixel weights in the denominator", "contrast", "tl.sum(class_weight + poison, 0)", "tl.sum(class_weight * pixel_weight + poison, 0)", contrast_is_right),
     ("one group too long", "contrast_prototypes", "tl.minimum((group + 1) * tiles_per_group, tiles)", "tl.minimum((group + 1) * tiles_per_group + 1, tiles)", contrast_is_right),

@@ -53,7 +53,7 @@ def kill_until_finished(folder: Path, rng: random.Random, pause: float) -> int:
         if rng.random() < 0.8:
             while not begun.wait(0.01) and process.is_alive():  # mostly in the training; sometimes while it still starts
                 pass
-        process.join(rng.uniform(0, 0.5 * STEPS * (pause + 0.004)))
+        process.join(rng.uniform(0, 0.5 * STEPS * (pause + 0.004)) * (1 + kills / 20))  # longer where a busy machine gets nowhere
         process.kill()
         process.join(60)
         if process.exitcode == 0:
