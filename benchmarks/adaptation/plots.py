@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from .lines import Spread, by_setting, miou, spread
-from .table import NET_NAMES, Lines, differences
+from .table import NET_NAMES, differences
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # told apart by colour-blind readers too
-
+BLUE = "#0072b2"
 
 def plot(path: Path, to: Path) -> Path:
-    """Write one PNG and return its path."""
+    """One PNG of the nets of the first setting and of its differences: between its nets, and with the other settings. -> its path."""
     settings = {name: lines for name, lines in by_setting(path).items() if any("source_only" in line["nets"] for line in lines.values())}
-    compared = list(differences(settings))
+    first = next(iter(settings))
+    compared = [(what, found) for what, found in differences(settings) if what.startswith((f"{first}: ", f"{first} - "))]
     figure = Figure(figsize=(12, max(3.5, 0.32 * len(compared) + 1.2)), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    _nets(left, settings)
+    left, right = figure.subplots(1, 2, width_ratios=(2, 3))
+    _nets(left, settings[first])
+    left.set_title(f"{first}, {len(settings[first])} seeds", fontsize=9)
     _differences(right, compared)
     figure.suptitle(f"{path.stem}: mean ± standard error over seeds; dots are seeds")
     to.parent.mkdir(parents=True, exist_ok=True)
@@ -29,27 +31,22 @@ def plot(path: Path, to: Path) -> Path:
     return to
 
 
-def _nets(axes: Axes, settings: Lines) -> None:
-    shown = [net for net in NET_NAMES if any(net in line["nets"] for lines in settings.values() for line in lines.values())]
-    width = 0.8 / len(settings)
-    for i, (name, lines) in enumerate(settings.items()):
-        for j, net in enumerate(shown):
-            found = spread(miou(line, net) for line in lines.values())
-            if found is not None:
-                where, label = j - 0.4 + (i + 0.5) * width, f"{name} ({len(lines)} seeds)" if j == 0 else None
-                axes.bar(where, found.mean, width * 0.9, color=COLOURS[i % len(COLOURS)], alpha=0.6, label=label)
-                axes.errorbar(where, found.mean, _error(found), color="black", capsize=3)
-                axes.plot([where] * len(found.values), found.values, ".", color="black", markersize=4)
-    axes.set_xticks(range(len(shown)), shown)
+def _nets(axes: Axes, lines: dict[int, dict[str, Any]]) -> None:
+    found = {net: spread(miou(line, net) for line in lines.values()) for net in NET_NAMES}
+    shown = {net: values for net, values in found.items() if values is not None}
+    for where, values in enumerate(shown.values()):
+        axes.bar(where, values.mean, 0.7, color=BLUE, alpha=0.6)
+        axes.errorbar(where, values.mean, _error(values), color="black", capsize=3)
+        axes.plot([where] * len(values.values), values.values, ".", color="black", markersize=4)
+    axes.set_xticks(range(len(shown)), list(shown))
     axes.set_ylabel("mIoU on target validation images, %")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=8)
 
 
 def _differences(axes: Axes, compared: list[tuple[str, Spread]]) -> None:
     axes.axvline(0, color="grey", linewidth=0.8)
     for row, (_, found) in enumerate(compared):
         axes.plot(found.values, [row] * len(found.values), ".", color="#7b8794", markersize=4)
-        axes.errorbar(found.mean, row, xerr=_error(found), fmt="o", color="#0072b2", capsize=3, markersize=4)
+        axes.errorbar(found.mean, row, xerr=_error(found), fmt="o", color=BLUE, capsize=3, markersize=4)
     axes.set_yticks(range(len(compared)), [what for what, _ in compared], fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("paired difference in mIoU")
