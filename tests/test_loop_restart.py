@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -101,6 +102,23 @@ def test_a_signal_saves_the_next_step_and_exits_75(tmp_path, undisturbed, number
     stage.fit(tmp_path)
     assert stage.calls[0] == step, "nothing is done twice"
     assert metrics_without_times(Run(tmp_path))[-1]["step"] == STEPS
+
+
+def test_a_signal_to_the_whole_group_leaves_the_data_workers_their_work(tmp_path):
+    """As `timeout` and batch systems send it."""
+    settings = {"runs_dir": tmp_path, "name": "run", "loop.workers": 1, "loop.log_every": 1, "source_only.iterations": 100_000}
+    sizes = {"source.size": "48,32", "source.eval_size": "48,32", "source.train_images": 6, "source_only.batch_size": 2}
+    words = [word for key, value in {**settings, **sizes}.items() for word in (f"--{key}", str(value))]
+    command = [sys.executable, "-m", "spcl_fast", "source-only", "--preset", "demo", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    try:
+        assert any("source_only 3/" in line for line in process.stdout)
+        os.killpg(process.pid, signal.SIGTERM)
+        said = process.stdout.read()
+        assert process.wait(120) == 75, said
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def endless_step(folder: Path, begun) -> None:

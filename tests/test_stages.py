@@ -187,15 +187,22 @@ def test_a_net_picked_by_labels_is_never_called_the_last(tmp_path):
         run_stages(tiny_config(tmp_path), ("source_only",))
 
 
-def test_where_nothing_is_labelled_no_class_weighs_more(finished):
+def test_labels_without_a_known_class_are_refused_in_words(finished):
     data = finished.dataset("source", "train")
     assert torch.isfinite(finished.class_weight(data, 0.5)).all()
     ignored = data.spread(1)
     ignored.label = lambda index: np.full((4, 4), 255, np.uint8)
-    assert finished.class_weight(ignored, 0.5) is None
+    with pytest.raises(DataError, match="no pixel of its labels has a known class"):
+        finished.class_weight(ignored, 0.5)
 
 
-def test_a_stage_without_its_predecessor_says_which(tmp_path):
+def test_a_stage_without_its_predecessor_says_which(finished, tmp_path):
+    shutil.copytree(finished.run.folder, tmp_path / "run")
+    (tmp_path / "run" / "prototypes.safetensors").unlink()
+    shutil.rmtree(tmp_path / "run" / "adapt")
+    with pytest.raises(CheckpointError, match="'prototypes' is not finished"):
+        run_stages(tiny_config(tmp_path), ("adapt",))
+    shutil.rmtree(tmp_path / "run")
     with pytest.raises(CheckpointError, match="'source_only' is not finished"):
         run_stages(tiny_config(tmp_path), ("adapt",))
 

@@ -201,5 +201,10 @@ class _WorkerStart:
 
     def __call__(self, worker: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process saves its state and ends us
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, _ends_next_time)  # `timeout` and batch systems send it to the group, too
         CACHE.set_budget(self.cache_bytes)
+
+
+def _ends_next_time(number: int, frame: object) -> None:
+    """The main process needs its batches until it has saved; when it ends, a worker gets the signal once more."""
+    signal.signal(number, signal.SIG_DFL)

@@ -133,7 +133,8 @@ def _cards(run: RunFolder) -> list[Card]:
     if final is not None and run.baseline:
         cards.append(_gain("gain", final.miou - run.evaluations[run.baseline].miou, f"points over {NETS[run.baseline][1]}"))
     if final is not None and "control" in run.evaluations:
-        cards.append(_gain("gain over the control", final.miou - run.evaluations["control"].miou, "points; the control trained as long"))
+        gain = final.miou - run.evaluations["control"].miou
+        cards.append(_gain("gain over the control", gain, "points; the control trained on without the target"))
     gap = number(run.summary.get("gap_closed"))
     if gap is not None:
         cards.append(

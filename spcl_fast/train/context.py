@@ -97,13 +97,14 @@ class Context:
     def class_weight(self, dataset: Dataset, power: float) -> Tensor | None:
         """[K] = share ** -power with mean 1 over the classes that occur; an absent class weighs as the rarest.
 
-        None for power 0, and where nothing is labelled.
+        None for power 0. Raises DataError where nothing is labelled.
         """
         if not power:
             return None
         met = class_frequency(dataset, _COUNTED_IMAGES) > 0
         if not met.any():
-            return None
+            where = f"{dataset.kind}, split {dataset.split!r}"
+            raise DataError(f"{where}: no pixel of its labels has a known class; `spcl-fast check-data` tells what is there.")
         weight = rarity(dataset, _COUNTED_IMAGES, power)
         return torch.tensor(weight / weight[met].mean(), dtype=torch.float32, device=self.device)
 

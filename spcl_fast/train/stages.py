@@ -290,6 +290,8 @@ def adapt(context: Context) -> None:
 
 def load_prototypes(context: Context) -> Tensor:
     """[K, D] float32 that the prototypes stage wrote."""
+    if not context.run.path("prototypes.safetensors").is_file():
+        raise CheckpointError(f"The stage 'prototypes' is not finished in {context.run.folder}; do it first: spcl-fast prototypes.")
     return read_tensors(context.run.path("prototypes.safetensors"))["prototypes"]
 
 
