@@ -249,8 +249,8 @@ def test_evaluation_keeps_labels_at_their_own_size_and_order(scenes):
     assert next(eval_batches(scenes, (64, 32), labels=False))[1] is None
 
 
-def test_workers_leave_ctrl_c_to_the_main_process(scenes):
-    """A worker that died of Ctrl-C would stop the run before its state is saved."""
+def test_workers_leave_a_signal_to_the_group_to_the_main_process(scenes):
+    """A worker that died of it would stop the run before its state is saved. A second SIGTERM is the main process's own."""
     from spcl_fast.data.loading import _WorkerStart
 
     interrupt, terminate = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
@@ -259,7 +259,9 @@ def test_workers_leave_ctrl_c_to_the_main_process(scenes):
     budget = CACHE.budget_bytes
     try:
         _WorkerStart(budget)(0)
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN and signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGINT, interrupt)
         signal.signal(signal.SIGTERM, terminate)
