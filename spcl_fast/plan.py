@@ -11,7 +11,6 @@ from typing import Any
 from . import rules
 from .config import Config
 from .errors import ConfigError
-from .rules import TRAINED
 from .settings import as_text
 from .train.plan import CATEGORIES, Prediction, num_classes_of, predict
 
@@ -71,7 +70,7 @@ def fit(config: Config, stages: list[str], limit_bytes: int) -> Fit:
     Tried in this order, each on top of what is given: nothing; gradients absorbed; bfloat16; then recomputation, parts of the batch, both
     (the one that fits with the fewest counted operations); offload; smaller images. Raises ConfigError that names the least peak found.
     """
-    trained = [stage for stage in stages if stage in TRAINED] or stages
+    trained = [stage for stage in stages if stage in rules.TRAINED] or stages
     num_classes = num_classes_of(config)
 
     @functools.cache
@@ -105,7 +104,7 @@ def _candidates(config: Config, stages: list[str], scale: float) -> Iterator[lis
     base: dict[str, Any] = {} if scale == 1 else _smaller(config, scale)
     if scale == 1:
         yield [{}]
-    trains = [getattr(config, stage) for stage in stages if stage in TRAINED]
+    trains = [getattr(config, stage) for stage in stages if stage in rules.TRAINED]
     if trains and all(train.optimizer == "sgd" and train.momentum for train in trains):
         base = base | {"loop.absorb_gradients": True}
         if scale == 1:
