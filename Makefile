@@ -36,15 +36,15 @@ $(VENV)/.requirements: requirements.txt
 $(VENV)/.package: $(VENV)/.requirements $(SOURCES)
 	@echo "building spcl_fast (a minute, again when csrc/ or setup.py change)"
 	@$(PIP) install --quiet --no-build-isolation --no-deps --editable .
-	@$(BIN)/python -c 'import importlib.util as u; print("ready: $(BIN)/spcl-fast", "(with the compiled part)" if u.find_spec("spcl_fast._C") else "(without the compiled part: `spcl-fast doctor` says why)")'
+	@$(BIN)/python -c 'import importlib.util as u; print("ready: $(BIN)/spcl-fast", "(with the compiled part)" if u.find_spec("spcl_fast._cpu") else "(without the compiled part: `spcl-fast doctor` says why)")'
 	@touch $@
 
 bench: install ## the benchmarks, peers in the same run (ARGS="-k moments")
 	@$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
 
 kernels-check: install ## compile every GPU kernel without a GPU: registers, shared memory, spills
-	@$(BIN)/python -m spcl_fast.kernels.check $(ARGS)
-	@$(BIN)/python -m spcl_fast.kernels.check_cuda
+	@$(BIN)/python -m benchmarks.kernels_check.triton_kernels $(ARGS)
+	@$(BIN)/python -m benchmarks.kernels_check.cuda_kernels
 
 gpu: ## on a machine with an NVIDIA GPU: build, GPU tests, memory checker, benchmarks
 	@$(GPU_PYTHON) benchmarks/gpu.py $(ARGS)

@@ -1,4 +1,4 @@
-"""Builds spcl_fast._C where torch and a compiler are found, and spcl_fast._cuda where nvcc and a CUDA build of torch are, too.
+"""Builds spcl_fast._cpu where torch and a compiler are found, and spcl_fast._cuda where nvcc and a CUDA build of torch are, too.
 
 Where not, the install goes on without them and says why. The kernels of csrc/cpu are compiled once per instruction set; which one runs is
 decided on the machine that runs them. Those of csrc/cuda are compiled for every architecture of CUDA_ARCHS; no GPU is needed for that.
@@ -14,12 +14,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext as PlainBuild
 
 ROOT = Path(__file__).parent
-PARTS = ("ops", "backends", "compat", "models", "data", "data.driver", "train", "report", "kernels")
-REASON_FILE = "native_build.txt"  # beside _C: "built", or why it was not
+REASON_FILE = "cpu_build.txt"  # next to _cpu: "built", or why it was not
 CUDA_REASON_FILE = "cuda_build.txt"  # the same of _cuda
 # No -ffast-math: NaN and infinity must come through. -ffp-contract=fast lets a * b + c be one instruction.
 KERNEL_FLAGS = [
@@ -32,10 +31,13 @@ KERNEL_FLAGS = [
     "-Wno-maybe-uninitialized",
 ]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-X86_LEVELS = {"avx2": AVX2, "avx512": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]}
+X86_LEVELS = {
+    "avx2": AVX2,
+    "avx512": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
+}
 OPS = ("prototype_contrastive_loss", "class_moments", "upsampled_cross_entropy", "upsampled_prediction")
 KERNELS = [f"csrc/cpu/{op}.cpp" for op in OPS]
-MODULE = [f"csrc/ops/{part}.cpp" for part in (*OPS, "levels", "pages", "module")]
+MODULE = [f"csrc/cpu/bind_{part}.cpp" for part in (*OPS, "levels", "pages", "module")]
 
 # Compiled for each of these, and as PTX of the last for what comes later. SPCL_FAST_CUDA_ARCHS="90a" builds for one machine alone.
 CUDA_ARCHS = os.environ.get("SPCL_FAST_CUDA_ARCHS", "80 86 89 90a 100").replace(";", " ").split()
@@ -52,12 +54,15 @@ def levels() -> dict[str, list[str]]:
 
 def torch_build() -> tuple[type, str | None]:
     """The build command of torch and None, or the plain one and why torch's cannot be used."""
-    if os.environ.get("SPCL_FAST_NO_NATIVE"):
-        return PlainBuild, "SPCL_FAST_NO_NATIVE was set when the package was built"
+    if os.environ.get("SPCL_FAST_NO_CPU"):
+        return PlainBuild, "SPCL_FAST_NO_CPU was set when the package was built"
     if sys.platform == "win32":
         return PlainBuild, "the C++ kernels are built on Linux and macOS only"
     if importlib.util.find_spec("torch") is None:
-        return PlainBuild, "torch was not importable when the package was built; build again with `pip install --no-build-isolation .`"
+        return (
+            PlainBuild,
+            "torch was not importable when the package was built; build again with `pip install --no-build-isolation .`",
+        )
     try:
         from torch.utils.cpp_extension import BuildExtension
     except Exception as error:  # a torch that is there but broken must not break the install
@@ -68,7 +73,7 @@ def torch_build() -> tuple[type, str | None]:
 BASE, NO_TORCH = torch_build()
 
 
-class BuildNative(BASE):
+class BuildKernels(BASE):
     """Compiles the kernels level by level, then the module; a failure becomes a sentence in REASON_FILE, not a failed install."""
 
     def run(self):
@@ -89,7 +94,11 @@ class BuildNative(BASE):
         for level, flags in levels().items():
             folder = Path(self.build_temp) / level
             ext.extra_objects += self.compiler.compile(
-                KERNELS, output_dir=str(folder), macros=[("SPCL_ISA", level)], extra_postargs=[*KERNEL_FLAGS, *flags], depends=ext.depends
+                KERNELS,
+                output_dir=str(folder),
+                macros=[("SPCL_ISA", level)],
+                extra_postargs=[*KERNEL_FLAGS, *flags],
+                depends=ext.depends,
             )
         super().build_extension(ext)
 
@@ -103,12 +112,15 @@ class BuildNative(BASE):
 
     def record(self, reason):
         cuda_reason = reason or getattr(self, "cuda_reason", NO_CUDA)
-        folders = {Path(self.get_ext_fullpath("spcl_fast._C")).parent, *([ROOT / "spcl_fast"] if self.inplace else [])}
+        folders = {
+            Path(self.get_ext_fullpath("spcl_fast._cpu")).parent,
+            *([ROOT / "spcl_fast"] if self.inplace else []),
+        }
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / REASON_FILE).write_text((reason or "built") + "\n")
             (folder / CUDA_REASON_FILE).write_text((cuda_reason or "built") + "\n")
-        for why, name, what in ((reason, "_C", "native"), (cuda_reason, "_cuda", "CUDA")):
+        for why, name, what in ((reason, "_cpu", "C++"), (cuda_reason, "_cuda", "CUDA")):
             if why is not None:
                 for stale in (s for folder in folders for s in folder.glob(f"{name}.*")):
                     stale.unlink()
@@ -176,7 +188,9 @@ def compile_cuda(folder: Path) -> list[str]:
 
     def compile_one(source: Path) -> str:
         out = folder / f"{source.stem}.o"
-        done = subprocess.run([nvcc, *CUDA_FLAGS, *code, "-c", str(source), "-o", str(out)], capture_output=True, text=True, cwd=ROOT)
+        done = subprocess.run(
+            [nvcc, *CUDA_FLAGS, *code, "-c", str(source), "-o", str(out)], capture_output=True, text=True, cwd=ROOT
+        )
         if done.returncode:
             raise RuntimeError(done.stderr or done.stdout)
         return str(out)
@@ -197,22 +211,30 @@ def cuda_extension() -> Extension:
         include_dirs=["csrc/cuda"],
         library_dirs=[str(cudart_folder())],
         extra_link_args=[*CUDART, *torch_rpaths(library_paths())],
-        extra_compile_args=[*STABLE_ABI, f'-DSPCL_CUDA_ARCHS="{" ".join(archs)}"', f'-DSPCL_CUDA_TOOLKIT="{nvcc_version(nvcc)}"'],
+        extra_compile_args=[
+            *STABLE_ABI,
+            f'-DSPCL_CUDA_ARCHS="{" ".join(archs)}"',
+            f'-DSPCL_CUDA_TOOLKIT="{nvcc_version(nvcc)}"',
+        ],
         optional=True,
     )
 
 
 def torch_rpaths(library_paths: list[str]) -> list[str]:
     """So that an extension imports before torch does."""
-    return [f"-Wl,-rpath,{origin}" for origin in ("$ORIGIN/../torch/lib", *library_paths)] if sys.platform == "linux" else []
+    return (
+        [f"-Wl,-rpath,{origin}" for origin in ("$ORIGIN/../torch/lib", *library_paths)]
+        if sys.platform == "linux"
+        else []
+    )
 
 
-def native_extension() -> Extension:
+def cpu_extension() -> Extension:
     flags = list(STABLE_ABI)
     if len(levels()) > 1:
         flags.append("-DSPCL_HAS_X86_LEVELS")
     if NO_TORCH is not None:
-        return Extension("spcl_fast._C", MODULE, optional=True)
+        return Extension("spcl_fast._cpu", MODULE, optional=True)
     from torch.utils.cpp_extension import CppExtension, library_paths
 
     try:
@@ -223,7 +245,7 @@ def native_extension() -> Extension:
         include = []  # torch ships a copy of the headers
     said = " ".join(KERNEL_FLAGS + [f"[{level}: {' '.join(extra)}]" for level, extra in levels().items() if extra])
     return CppExtension(
-        "spcl_fast._C",
+        "spcl_fast._cpu",
         MODULE,
         include_dirs=[str(ROOT / "csrc"), *include],
         depends=sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*") if p.is_file()),
@@ -235,9 +257,17 @@ def native_extension() -> Extension:
 
 NO_CUDA = why_no_cuda()
 setup(
-    packages=["spcl_fast", *(f"spcl_fast.{part}" for part in PARTS)],
+    packages=[
+        *find_packages(include=["spcl_fast", "spcl_fast.*"]),
+        "spcl_fast.kernels",
+        *(f"spcl_fast.kernels.{p}" for p in find_packages("kernels")),
+    ],
     package_dir={"spcl_fast": "spcl_fast", "spcl_fast.kernels": "kernels"},
-    package_data={"spcl_fast": ["presets/*.yaml", "presets/sets/*.yaml"], "spcl_fast.report": ["*.html"], "spcl_fast.backends": ["*.json"]},
-    ext_modules=[native_extension(), *([] if NO_CUDA else [cuda_extension()])],
-    cmdclass={"build_ext": BuildNative},
+    package_data={
+        "spcl_fast.config": ["presets/*.yaml", "presets/sets/*.yaml"],
+        "spcl_fast.report": ["*.html"],
+        "spcl_fast.backends": ["*.json"],
+    },
+    ext_modules=[cpu_extension(), *([] if NO_CUDA else [cuda_extension()])],
+    cmdclass={"build_ext": BuildKernels},
 )

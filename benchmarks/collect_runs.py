@@ -27,7 +27,9 @@ def main() -> int:
     summaries = [json.loads((run / "summary.json").read_text(encoding="utf-8")) for run in args.runs]
     configs = [_recipe(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))) for run in args.runs]
     if any(config != configs[0] for config in configs):
-        print("collect_runs: the runs have different settings; expected the same recipe with other seeds", file=sys.stderr)
+        print(
+            "collect_runs: the runs have different settings; expected the same recipe with other seeds", file=sys.stderr
+        )
         return 2
     result = {
         "date": datetime.date.today().isoformat(),
@@ -35,12 +37,18 @@ def main() -> int:
         "seeds": [summary["seed"] for summary in summaries],
         "selection": summaries[0]["selection"],
         "classes": summaries[0]["classes"],
-        "miou": {net: _spread([s[net]["miou"] for s in summaries]) for net in NET_NAMES if all(s[net] for s in summaries)},
+        "miou": {
+            net: _spread([s[net]["miou"] for s in summaries]) for net in NET_NAMES if all(s[net] for s in summaries)
+        },
         "gain": _gains(summaries),
         "iou": {net: _by_class(summaries, net, "iou") for net in NET_NAMES if all(s[net] for s in summaries)},
-        "predicted_share": {net: _by_class(summaries, net, "predicted_share") for net in NET_NAMES if all(s[net] for s in summaries)},
+        "predicted_share": {
+            net: _by_class(summaries, net, "predicted_share") for net in NET_NAMES if all(s[net] for s in summaries)
+        },
         "seconds": {stage: _spread([s["seconds"][stage] for s in summaries]) for stage in summaries[0]["seconds"]},
-        "trained_seconds": [round(sum(summary["seconds"].values()), 1) for summary in summaries],  # of the trained stages together
+        "trained_seconds": [
+            round(sum(summary["seconds"].values()), 1) for summary in summaries
+        ],  # of the trained stages together
         "settings": configs[0],
         "runs": summaries,
     }
@@ -54,7 +62,9 @@ def main() -> int:
 
 def _recipe(config: dict) -> dict:
     """The settings without the names of this machine's folders."""
-    return {key: _recipe(value) if isinstance(value, dict) else value for key, value in config.items() if key not in PRIVATE}
+    return {
+        key: _recipe(value) if isinstance(value, dict) else value for key, value in config.items() if key not in PRIVATE
+    }
 
 
 def _spread(values: list[float]) -> dict:

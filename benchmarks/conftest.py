@@ -15,7 +15,11 @@ from cpu_context import Problem, UpsampledProblem  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--save-results", action="store_true", help=f"write the figures to benchmarks/results/{cpu_context.RESULTS.name}")
+    parser.addoption(
+        "--save-results",
+        action="store_true",
+        help=f"write the figures to benchmarks/results/{cpu_context.RESULTS.name}",
+    )
 
 
 @pytest.fixture(params=cpu_context.SHAPES, ids=lambda name: name.replace("'", "_prime"))
@@ -40,14 +44,18 @@ def _threads():
 def figure(benchmark) -> Callable:
     """figure(op, problem, peer, call, rounds): time `call` and keep the result beside the others of this op and shape."""
 
-    def time_it(op: str, problem: Problem | UpsampledProblem, peer: str, call: Callable[[], object], rounds: int) -> None:
+    def time_it(
+        op: str, problem: Problem | UpsampledProblem, peer: str, call: Callable[[], object], rounds: int
+    ) -> None:
         benchmark.group = f"{op} {problem.name}"
         benchmark.pedantic(call, rounds=rounds, iterations=1, warmup_rounds=2 if rounds > 4 else 1)
         if benchmark.disabled:
             return
         stats = benchmark.stats.stats
         figures = {"median_ms": 1e3 * stats.median, "min_ms": 1e3 * stats.min, "iqr_ms": 1e3 * stats.iqr}
-        cpu_context.entry(op, problem)["times"][peer] = {key: round(value, 3) for key, value in figures.items()} | {"rounds": rounds}
+        cpu_context.entry(op, problem)["times"][peer] = {key: round(value, 3) for key, value in figures.items()} | {
+            "rounds": rounds
+        }
 
     return time_it
 
@@ -70,6 +78,8 @@ def pytest_terminal_summary(terminalreporter) -> None:
                 line = f"  {peer:<28}{t['median_ms']:>10.2f}  ({t['min_ms']:.2f}, {t['iqr_ms']:.2f})"
                 terminalreporter.line(line + (f"   spcl_fast is {faster} x as fast" if faster else ""))
             if "share_of_floor" in one:
-                terminalreporter.line(f"  floor {one['floor']['ms']:.2f} ms = {one['floor']['is']}; share of floor {one['share_of_floor']}")
+                terminalreporter.line(
+                    f"  floor {one['floor']['ms']:.2f} ms = {one['floor']['is']}; share of floor {one['share_of_floor']}"
+                )
             for peer, reason in one["skipped"].items():
                 terminalreporter.line(f"  {peer} was skipped: {reason}")

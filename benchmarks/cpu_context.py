@@ -60,7 +60,9 @@ class UpsampledProblem:
         return dict(zip("BKhwHW", UPSAMPLED_SHAPES[self.name], strict=True))
 
 
-def _blocks_of_labels(batch: int, height: int, width: int, num_classes: int, generator: torch.Generator) -> torch.Tensor:
+def _blocks_of_labels(
+    batch: int, height: int, width: int, num_classes: int, generator: torch.Generator
+) -> torch.Tensor:
     blocks = torch.randint(0, num_classes, (batch, height // 8 + 1, width // 8 + 1), generator=generator)
     blocks[torch.rand(blocks.shape, generator=generator) < 0.1] = 255
     return blocks.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, :height, :width].to(torch.uint8).contiguous()
@@ -81,7 +83,9 @@ def make_upsampled_problem(name: str) -> UpsampledProblem:
     batch, num_classes, low_height, low_width, height, width = UPSAMPLED_SHAPES[name]
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(batch, num_classes, low_height, low_width, generator=generator)
-    return UpsampledProblem(name, logits.requires_grad_(), _blocks_of_labels(batch, height, width, num_classes, generator))
+    return UpsampledProblem(
+        name, logits.requires_grad_(), _blocks_of_labels(batch, height, width, num_classes, generator)
+    )
 
 
 def _best_ms(call: Callable[[], object]) -> float:
@@ -147,24 +151,35 @@ def finish(op: dict) -> None:
         if ours is None:
             continue
         one["times_faster_than"] = {
-            peer: round(stats["median_ms"] / ours["median_ms"], 2) for peer, stats in one["times"].items() if peer != "spcl_fast"
+            peer: round(stats["median_ms"] / ours["median_ms"], 2)
+            for peer, stats in one["times"].items()
+            if peer != "spcl_fast"
         }
         if "floor" in one:
             one["share_of_floor"] = round(one["floor"]["ms"] / ours["median_ms"], 3)
 
 
 def machine() -> dict:
-    from spcl_fast.backends import native
+    from spcl_fast.backends import cpu as cpu_backend
 
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
-        models = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        models = [
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
         cpu = models[0] if models else cpu
     instructions = None
-    if native.why_not("class_moments", device=torch.device("cpu"), dtype=torch.float32, num_classes=2, dim=2, has_variances=False) is None:
-        from spcl_fast import _C
+    if (
+        cpu_backend.why_not(
+            "class_moments", device=torch.device("cpu"), dtype=torch.float32, num_classes=2, dim=2, has_variances=False
+        )
+        is None
+    ):
+        from spcl_fast import _cpu
 
-        instructions = _C.cpu_capability()
+        instructions = _cpu.cpu_capability()
     return {
         "cpu": cpu, "cores": os.cpu_count(), "threads": THREADS, "instructions": instructions, "load_before": round(_load, 2),
         "python": platform.python_version(), "torch": torch.__version__,

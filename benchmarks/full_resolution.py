@@ -24,9 +24,13 @@ _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536",
 
 
 def config_of(options: argparse.Namespace, sizes: tuple[tuple[int, int], tuple[int, int]]):
-    from spcl_fast.settings import load_config
+    from spcl_fast.config.load import load_config
 
-    loop = {"precision": options.precision, "checkpoint": options.checkpoint, "absorb_gradients": str(not options.keep_gradients).lower()}
+    loop = {
+        "precision": options.precision,
+        "checkpoint": options.checkpoint,
+        "absorb_gradients": str(not options.keep_gradients).lower(),
+    }
     given = {f"loop.{key}": value for key, value in loop.items()} | {"loop.device": "cpu", "adapt.batch_size": "1"}
     given |= {"loop.channels_last": str(options.channels_last).lower()}
     given |= {f"{side}.size": f"{size[0]}x{size[1]}" for side, size in zip(("source", "target"), sizes, strict=True)}
@@ -37,8 +41,8 @@ def run_step(config, seed: int = 0):
     """-> (seconds, peak above what was resident before the step's own tensors)."""
     import torch
 
+    from spcl_fast.memory_plan.peak import prepare, work_of
     from spcl_fast.train import memory
-    from spcl_fast.train.plan import prepare, work_of
 
     gc.collect()
     before = memory.resident_bytes()
@@ -70,7 +74,7 @@ def main() -> int:
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | _MALLOC)
     import torch
 
-    from spcl_fast.train.plan import predict
+    from spcl_fast.memory_plan.peak import predict
 
     sizes = tuple(tuple(round(v * options.scale) for v in size) for size in ((1914, 1052), (2048, 1024)))
     config = config_of(options, sizes)

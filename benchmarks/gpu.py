@@ -82,7 +82,15 @@ def parts() -> dict:
 
 def sources_hash() -> str:
     digest = hashlib.sha256()
-    for folder in ("kernels", "spcl_fast/ops", "spcl_fast/backends", "spcl_fast/models", "spcl_fast/train", "benchmarks", "csrc"):
+    for folder in (
+        "kernels",
+        "spcl_fast/ops",
+        "spcl_fast/backends",
+        "spcl_fast/models",
+        "spcl_fast/train",
+        "benchmarks",
+        "csrc",
+    ):
         for path in sorted((offline.ROOT / folder).rglob("*.[chp]*")):
             if path.suffix not in (".py", ".cu", ".cuh", ".h", ".cpp"):
                 continue
@@ -147,11 +155,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, to prove the script")
     parser.add_argument("--parts", default="", help="comma-separated; default all")
     parser.add_argument("--again", action="store_true", help="repeat what is done")
-    parser.add_argument("--seconds", type=float, default=530, help="time for all parts; those that no longer fit wait for the next call")
+    parser.add_argument(
+        "--seconds", type=float, default=530, help="time for all parts; those that no longer fit wait for the next call"
+    )
     parser.add_argument("--out", type=Path, help="result file (default results/<gpu>.json)")
     options = parser.parse_args(argv)
     if not options.dry_run and not torch.cuda.is_available():
-        print("make gpu: torch sees no NVIDIA GPU here; `python benchmarks/gpu.py --dry-run` tries the script without one", file=sys.stderr)
+        print(
+            "make gpu: torch sees no NVIDIA GPU here; `python benchmarks/gpu.py --dry-run` tries the script without one",
+            file=sys.stderr,
+        )
         return 1
     if options.dry_run and torch.cuda.is_available():
         print("--dry-run is for machines without a GPU", file=sys.stderr)
@@ -177,7 +190,10 @@ def main(argv: list[str] | None = None) -> int:
             print(f"[{name}] done before", flush=True)
             continue
         if context.seconds_left < (0 if options.dry_run else needs):
-            print(f"[{name}] left for the next call: it needs {needs} s, {context.seconds_left:.0f} s are left", flush=True)
+            print(
+                f"[{name}] left for the next call: it needs {needs} s, {context.seconds_left:.0f} s are left",
+                flush=True,
+            )
             continue
         results["parts"][name] = run_part(name, function, context)
         results["cuda_beside_triton"] = gpu_dispatch.beside_triton(results["parts"])

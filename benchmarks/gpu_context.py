@@ -23,12 +23,10 @@ class Context:
     def seconds_left(self) -> float:
         return self.deadline - time.monotonic()
 
-
     def lacks(self, op: str, dtype: torch.dtype, num_classes: int, dim: int) -> str | None:
         """Why the backend cannot do it, or None."""
         what = {"device": self.device, "dtype": dtype, "num_classes": num_classes, "dim": dim, "has_variances": False}
         return backends.why_not(op, self.backend, **what)
-
 
     def in_one_pass(self, features: torch.Tensor, num_classes: int):
         """A context in which the loss of such features is formed in one pass, or None where the backend has no such form for them."""

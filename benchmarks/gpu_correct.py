@@ -29,7 +29,9 @@ def problem(context, shape, num_classes, dtype, seed=0, label_dtype=torch.uint8)
     generator = torch.Generator(context.device).manual_seed(seed)
     batch, dim, height, width = shape
     features = torch.randn(shape, generator=generator, device=context.device, dtype=torch.float32).to(dtype)
-    coarse = torch.randint(0, num_classes, (batch, -(-height // 8), -(-width // 8)), generator=generator, device=context.device)
+    coarse = torch.randint(
+        0, num_classes, (batch, -(-height // 8), -(-width // 8)), generator=generator, device=context.device
+    )
     labels = coarse.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, :height, :width].contiguous()
     labels[:, : height // 8] = 255
     prototypes = F.normalize(torch.randn(num_classes, dim, generator=generator, device=context.device), dim=1)
@@ -39,7 +41,9 @@ def problem(context, shape, num_classes, dtype, seed=0, label_dtype=torch.uint8)
 def upsampling_problem(context, shape, size, dtype, seed=0):
     generator = torch.Generator(context.device).manual_seed(seed)
     logits = (3 * torch.randn(shape, generator=generator, device=context.device)).to(dtype)
-    labels = torch.randint(0, shape[1], (shape[0], *size), generator=generator, device=context.device, dtype=torch.uint8)
+    labels = torch.randint(
+        0, shape[1], (shape[0], *size), generator=generator, device=context.device, dtype=torch.uint8
+    )
     labels[:, : size[0] // 8] = 255
     return logits, labels
 
@@ -67,7 +71,9 @@ def worst_ratio(got, eager, truth) -> float:
 def eager_contrast(features, labels, prototypes, temperature):
     """All in the features' dtype, as a user would write it."""
     rows = F.normalize(features, dim=1).permute(0, 2, 3, 1).flatten(0, 2)
-    return F.cross_entropy(rows @ prototypes.to(rows.dtype).t() / temperature, labels.flatten().long(), ignore_index=255)
+    return F.cross_entropy(
+        rows @ prototypes.to(rows.dtype).t() / temperature, labels.flatten().long(), ignore_index=255
+    )
 
 
 def accuracy(context) -> dict:
@@ -83,17 +89,31 @@ def accuracy(context) -> dict:
         if lacks:
             left_out.add(lacks)
         for layout in () if lacks else ("pixels", "channels"):
-            features = features.contiguous(memory_format=torch.channels_last if layout == "channels" else torch.contiguous_format)
+            features = features.contiguous(
+                memory_format=torch.channels_last if layout == "channels" else torch.contiguous_format
+            )
             asked = {"temperature": temperature, "backend": context.backend}
             got = gradients(sf.prototype_contrastive_loss, features, labels, prototypes, **asked)
             eager = gradients(eager_contrast, features, labels, prototypes, temperature=temperature)
             truth = gradients(eager_contrast, features.double(), labels, prototypes.double(), temperature=temperature)
-            rows.append(["contrast", str(dtype), list(shape), classes, layout, temperature, round(worst_ratio(got, eager, truth), 3)])
+            rows.append(
+                [
+                    "contrast",
+                    str(dtype),
+                    list(shape),
+                    classes,
+                    layout,
+                    temperature,
+                    round(worst_ratio(got, eager, truth), 3),
+                ]
+            )
             if once := context.in_one_pass(features, classes):
                 with once:
                     got = gradients(sf.prototype_contrastive_loss, features, labels, prototypes=prototypes, **asked)
                 ratio = worst_ratio(got, eager[:2], truth[:2])
-                rows.append(["contrast in one pass", str(dtype), list(shape), classes, layout, temperature, round(ratio, 3)])
+                rows.append(
+                    ["contrast in one pass", str(dtype), list(shape), classes, layout, temperature, round(ratio, 3)]
+                )
         if temperature == 1.0:
             got = sf.class_moments(features, labels, classes, backend=context.backend)
             truth = formulas.one_hot_sums(features.double(), labels, classes)
@@ -127,7 +147,9 @@ def _exact_upsampled(logits, labels, temperature):
 
 def _calls(context):
     """name -> a call of one op on inputs of its own; results as a tuple of tensors."""
-    shape, low, size = ((1, 20, 3, 5), (1, 3, 3, 4), (9, 12)) if context.dry else ((2, 256, 64, 128), (2, 19, 33, 65), (256, 512))
+    shape, low, size = (
+        ((1, 20, 3, 5), (1, 3, 3, 4), (9, 12)) if context.dry else ((2, 256, 64, 128), (2, 19, 33, 65), (256, 512))
+    )
     features, labels, prototypes = problem(context, shape, 5, torch.float32)
     logits, big = upsampling_problem(context, low, size, torch.float32)
     asked = {"temperature": 0.1, "backend": context.backend}
@@ -171,7 +193,14 @@ def build_cuda(context) -> dict:
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     environment = os.environ | {"SPCL_FAST_CUDA_ARCHS": arch}
     try:
-        run = subprocess.run(command, cwd=BENCHMARKS.parent, env=environment, capture_output=True, text=True, timeout=context.seconds_left)
+        run = subprocess.run(
+            command,
+            cwd=BENCHMARKS.parent,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=context.seconds_left,
+        )
     except subprocess.TimeoutExpired:
         return {"failures": ["building ran out of time"]}
     cuda.missing.cache_clear()
@@ -231,10 +260,14 @@ def beyond_2_31(context) -> dict:
     features = torch.randn(shape, device=context.device, dtype=dtype).requires_grad_()
     labels = torch.randint(0, 19, (127, 65, 129), device=context.device)
     prototypes = F.normalize(torch.randn(19, 2048, device=context.device), dim=1)
-    loss = sf.prototype_contrastive_loss(features, labels, prototypes, temperature=0.1, reduction="none", backend=context.backend)
+    loss = sf.prototype_contrastive_loss(
+        features, labels, prototypes, temperature=0.1, reduction="none", backend=context.backend
+    )
     (grad,) = torch.autograd.grad(loss.sum(), features)
     alone = features[-1:].detach().clone().requires_grad_()
-    loss_alone = sf.prototype_contrastive_loss(alone, labels[-1:], prototypes, temperature=0.1, reduction="none", backend=context.backend)
+    loss_alone = sf.prototype_contrastive_loss(
+        alone, labels[-1:], prototypes, temperature=0.1, reduction="none", backend=context.backend
+    )
     (grad_alone,) = torch.autograd.grad(loss_alone.sum(), alone)
     same("contrast loss", loss[-1:], loss_alone)
     same("contrast gradient", grad[-1:], grad_alone)
@@ -252,7 +285,9 @@ def beyond_2_31(context) -> dict:
     loss = sf.upsampled_cross_entropy(logits, labels, reduction="sum", backend=context.backend)
     (grad,) = torch.autograd.grad(loss, logits)
     alone = logits[-1:].detach().clone().requires_grad_()
-    (grad_alone,) = torch.autograd.grad(sf.upsampled_cross_entropy(alone, labels[-1:], reduction="sum", backend=context.backend), alone)
+    (grad_alone,) = torch.autograd.grad(
+        sf.upsampled_cross_entropy(alone, labels[-1:], reduction="sum", backend=context.backend), alone
+    )
     same("upsample, labels beyond 2**31", grad[-1:], grad_alone)
     del labels, grad, logits
 
@@ -281,14 +316,20 @@ def _rows_beyond_2_24(context) -> list[str]:
         "contrast loss": (loss[first:], loss_alone), "contrast gradient": (grad[first:], grad_alone),
         "moments": (counts, torch.bincount(labels[first:].long(), minlength=5)),
     }  # fmt: skip
-    return [f"{name}: rows beyond 2**24 differ from the same rows alone" for name, (a, b) in pairs.items() if not torch.equal(a, b)]
+    return [
+        f"{name}: rows beyond 2**24 differ from the same rows alone"
+        for name, (a, b) in pairs.items()
+        if not torch.equal(a, b)
+    ]
 
 
 def compiled(context) -> dict:
     """torch.compile(fullgraph=True) around each loss, ignored pixels included: the same bits."""
     failures = []
     backend = "aot_eager" if context.dry else "inductor"
-    features, labels, prototypes = problem(context, (1, 20, 3, 5) if context.dry else (2, 256, 32, 64), 5, torch.float32)
+    features, labels, prototypes = problem(
+        context, (1, 20, 3, 5) if context.dry else (2, 256, 32, 64), 5, torch.float32
+    )
     logits, big = upsampling_problem(context, (1, 3, 3, 4), (9, 12), torch.float32)
 
     def both(features, labels, prototypes, logits, big):
@@ -296,7 +337,10 @@ def compiled(context) -> dict:
         return contrast + sf.upsampled_cross_entropy(logits, big, backend=context.backend)
 
     expected = gradients(both, features, labels, prototypes, logits, big)
-    if _differ(expected, gradients(torch.compile(both, fullgraph=True, backend=backend), features, labels, prototypes, logits, big)):
+    if _differ(
+        expected,
+        gradients(torch.compile(both, fullgraph=True, backend=backend), features, labels, prototypes, logits, big),
+    ):
         failures.append("torch.compile gives other bits")
     return {"backend": backend, "failures": failures}
 
@@ -312,14 +356,20 @@ def test_suite(context) -> dict:
         raise Skipped("`make test` runs them in the interpreter")
     files = [str(BENCHMARKS.parent / "tests" / f"test_triton_{word}.py") for word in ("contrast", "upsample")]
     command = [sys.executable, "-m", "pytest", "-p", "offline", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
-    listed = subprocess.run([*command, "--collect-only", *files], env=_environment(), cwd=BENCHMARKS.parent, capture_output=True, text=True)
+    listed = subprocess.run(
+        [*command, "--collect-only", *files], env=_environment(), cwd=BENCHMARKS.parent, capture_output=True, text=True
+    )
     names = [line for line in listed.stdout.splitlines() if "::" in line]
     if not names:
         return {"failures": [f"nothing collected: {listed.stdout[-500:]}{listed.stderr[-500:]}"]}
     workers = max(1, min(12, (os.cpu_count() or 2) - 2))
     running = [
         subprocess.Popen(
-            [*command, "--tb=line", *names[i::workers]], env=_environment(), cwd=BENCHMARKS.parent, stdout=subprocess.PIPE, text=True
+            [*command, "--tb=line", *names[i::workers]],
+            env=_environment(),
+            cwd=BENCHMARKS.parent,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for i in range(min(workers, len(names)))
     ]
@@ -333,7 +383,9 @@ def test_suite(context) -> dict:
             failures.append("a worker ran out of time")
         tails.append(output.strip().splitlines()[-1] if output.strip() else "no output")
         if process.returncode not in (0, 5):
-            failures += [line for line in output.splitlines() if line.startswith("FAILED") or "Error" in line][:8] or [tails[-1]]
+            failures += [line for line in output.splitlines() if line.startswith("FAILED") or "Error" in line][:8] or [
+                tails[-1]
+            ]
     return {"tests": len(names), "workers": tails, "failures": failures}
 
 
@@ -346,9 +398,20 @@ def sanitizer(context) -> dict:
     for kind in ("memcheck", "racecheck", "initcheck", "synccheck"):
         if context.seconds_left < 45:
             break
-        command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, str(BENCHMARKS / "gpu_correct.py"), context.backend]
+        command = [
+            tool,
+            "--tool",
+            kind,
+            "--error-exitcode",
+            "9",
+            sys.executable,
+            str(BENCHMARKS / "gpu_correct.py"),
+            context.backend,
+        ]
         try:
-            run = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=max(30, context.seconds_left - 10))
+            run = subprocess.run(
+                command, env=_environment(), capture_output=True, text=True, timeout=max(30, context.seconds_left - 10)
+            )
         except subprocess.TimeoutExpired:
             failures.append(f"{kind}: out of time")
             continue
@@ -361,7 +424,9 @@ def sanitizer(context) -> dict:
 def _every_op_once(backend: str) -> None:
     """What the sanitizer watches: each op and kernel form on odd shapes."""
     context = Context(torch.device("cuda", 0), False, 0.0, backend)
-    for dtype, shape, classes in itertools.product((torch.float32, torch.bfloat16), ((2, 33, 5, 7), (1, 600, 3, 5)), (5, 70)):
+    for dtype, shape, classes in itertools.product(
+        (torch.float32, torch.bfloat16), ((2, 33, 5, 7), (1, 600, 3, 5)), (5, 70)
+    ):
         features, labels, prototypes = problem(context, shape, classes, dtype)
         gradients(sf.prototype_contrastive_loss, features, labels, prototypes, temperature=0.1, backend=context.backend)
         for call in _one_pass_calls(context, features, labels, prototypes).values():

@@ -28,7 +28,10 @@ OPS = {  # a timed row's name -> the op it decides
 }
 # Parts that must be right before a speed counts, and parts that must not be wrong where they were run.
 REQUIRED = ("correct", "correct_cuda")
-CHECKS = (*REQUIRED, *(name + suffix for name in ("graph", "determinism", "big", "sanitizer") for suffix in ("", "_cuda")))
+CHECKS = (
+    *REQUIRED,
+    *(name + suffix for name in ("graph", "determinism", "big", "sanitizer") for suffix in ("", "_cuda")),
+)
 _NOISE = 0.97  # the two were timed minutes apart, with other clocks: less of a gain than this is none, however small the spread
 Time = tuple[float, float, float]  # microseconds: median, 20th and 80th percentile
 
@@ -54,7 +57,11 @@ def beside_triton(parts: dict) -> list[dict]:
     """Of each row that both backends have: how many times faster the CUDA kernels are."""
     table = []
     for triton, cuda in pairs(parts):
-        ratio = {way: round(triton[way] / cuda[way], 2) for way in ("us", "graph_us", "wall_us") if triton.get(way) and cuda.get(way)}
+        ratio = {
+            way: round(triton[way] / cuda[way], 2)
+            for way in ("us", "graph_us", "wall_us")
+            if triton.get(way) and cuda.get(way)
+        }
         table.append({"op": cuda["op"], "shape": cuda["shape"], "dtype": cuda["dtype"], "times_faster": ratio})
     return table
 
@@ -65,7 +72,9 @@ def choices(parts: dict) -> list[dict]:
     for triton, cuda in pairs(parts):
         if cuda["op"] in OPS:
             sizes = cuda["sizes"]
-            size = measured.size_class(num_classes=sizes["num_classes"], dim=sizes["dim"], small=measured.is_small(sizes["values"]))
+            size = measured.size_class(
+                num_classes=sizes["num_classes"], dim=sizes["dim"], small=measured.is_small(sizes["values"])
+            )
             kind = measured.KINDS[getattr(torch, cuda["dtype"])]
             classes.setdefault((OPS[cuda["op"]], kind, size), []).append((triton, cuda))
     return [_choice(*key, timed) for key, timed in sorted(classes.items())]
@@ -75,7 +84,14 @@ def _choice(op: str, kind: str, size: str, timed: list[tuple[dict, dict]]) -> di
     triton, cuda = (_total(rows) for rows in zip(*timed, strict=True))
     order = ["cuda", "triton"] if _clearly_faster(cuda, triton) else ["triton", "cuda"]
     us = {"triton": round(triton[0], 1), "cuda": round(cuda[0], 1)}
-    return {"op": op, "kind": kind, "size": size, "order": order, "us": us, "shapes": [row["shape"] for _, row in timed]}
+    return {
+        "op": op,
+        "kind": kind,
+        "size": size,
+        "order": order,
+        "us": us,
+        "shapes": [row["shape"] for _, row in timed],
+    }
 
 
 def _total(rows: tuple[dict, ...]) -> Time:

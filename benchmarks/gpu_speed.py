@@ -161,7 +161,10 @@ def _row(context, op, shape_name, dtype, call, floor_us, counted_bytes=None, **m
     best = min(took[0] for way, took in times.items() if took and way != "wall_us")
     row = {"op": op, "shape": shape_name, "dtype": str(dtype).removeprefix("torch.")}
     row |= {way: took and round(took[0], 1) for way, took in times.items()}
-    row |= {"spread": {way: [round(us, 1) for us in took[1:]] for way, took in times.items() if took}, "floor_us": round(floor_us, 1)}
+    row |= {
+        "spread": {way: [round(us, 1) for us in took[1:]] for way, took in times.items() if took},
+        "floor_us": round(floor_us, 1),
+    }
     row |= {"share_of_floor": round(floor_us / best, 3), "peak_bytes": peak_bytes(context, call)}
     if counted_bytes:
         rate = counted_bytes / best / 1e3
@@ -225,7 +228,9 @@ def contrast(context) -> dict:
         leaf = features.requires_grad_()
 
         def ours(leaf=leaf, labels=labels, prototypes=prototypes):
-            return sf.prototype_contrastive_loss(leaf, labels, prototypes, temperature=_TEMPERATURE, backend=context.backend)
+            return sf.prototype_contrastive_loss(
+                leaf, labels, prototypes, temperature=_TEMPERATURE, backend=context.backend
+            )
 
         def both(function, leaf=leaf):
             return torch.autograd.grad(function(), leaf)
@@ -240,8 +245,12 @@ def contrast(context) -> dict:
             continue
         detached = leaf.detach()
         forward = lambda f=detached, y=labels, p=prototypes: ours(f, y, p)  # noqa: E731
-        rows.append(_row(context, "contrast forward", name, dtype, forward, _floor_us(context, shape, dtype, 1, 1), size))
-        calls = {n: lambda f=f, a=(leaf, labels, prototypes): both(lambda: f(*a, _TEMPERATURE)) for n, f in peers.items()}
+        rows.append(
+            _row(context, "contrast forward", name, dtype, forward, _floor_us(context, shape, dtype, 1, 1), size)
+        )
+        calls = {
+            n: lambda f=f, a=(leaf, labels, prototypes): both(lambda: f(*a, _TEMPERATURE)) for n, f in peers.items()
+        }
         rows.append(
             _row(
                 context, "contrast forward + backward", name, dtype, lambda: both(ours), _floor_us(context, shape, dtype, 3, 2), 3 * size,
@@ -262,7 +271,9 @@ def moments(context) -> dict:
         *map_shape, classes = shape
         features, labels, _ = problem(context, tuple(map_shape), classes, dtype)
         call = lambda f=features, y=labels, k=classes: sf.class_moments(f, y, k, backend=context.backend).sums  # noqa: E731
-        wrong = _agree(f"moments {name} {dtype}", call(), formulas.one_hot_sums(features.float(), labels, classes), 1e-3)
+        wrong = _agree(
+            f"moments {name} {dtype}", call(), formulas.one_hot_sums(features.float(), labels, classes), 1e-3
+        )
         failures += wrong
         if wrong:
             continue
@@ -290,7 +301,9 @@ def source_step(context) -> dict:
 
         def step(bank=bank, leaf=leaf, labels=labels):
             bank.update_(leaf, labels)
-            loss = sf.prototype_contrastive_loss(leaf, labels, bank.prototypes, temperature=_TEMPERATURE, backend=context.backend)
+            loss = sf.prototype_contrastive_loss(
+                leaf, labels, bank.prototypes, temperature=_TEMPERATURE, backend=context.backend
+            )
             return torch.autograd.grad(loss, leaf)
 
         size = features.numel() * dtype.itemsize
@@ -315,7 +328,9 @@ def upsample(context) -> dict:
         def both(function, leaf=leaf, labels=labels):
             return torch.autograd.grad(function(context, leaf, labels), leaf)[0]
 
-        wrong = _agree(f"upsample {name} {dtype}", both(_ours_up), both(_eager_up), 1e-2 if dtype != torch.float32 else 1e-4)
+        wrong = _agree(
+            f"upsample {name} {dtype}", both(_ours_up), both(_eager_up), 1e-2 if dtype != torch.float32 else 1e-4
+        )
         failures += wrong
         if wrong:
             continue
@@ -323,10 +338,17 @@ def upsample(context) -> dict:
         peers = _peers_us(context, {"interpolate + cross_entropy": lambda f=both: f(_eager_up)})
         call = lambda f=both: f(_ours_up)  # noqa: E731
         sizes = _sizes(labels.numel() * shape[1], shape[1], shape[1])
-        rows.append(_row(context, "upsampled_cross_entropy with gradient", name, dtype, call, 2 * floor, peers_us=peers, **sizes))
+        rows.append(
+            _row(
+                context, "upsampled_cross_entropy with gradient", name, dtype, call, 2 * floor, peers_us=peers, **sizes
+            )
+        )
         if shape[1] <= 256:
             detached = logits.detach()
-            peers = _peers_us(context, {"interpolate + softmax + max": lambda d=detached, s=size: formulas.interpolate_prediction(d, s)})
+            peers = _peers_us(
+                context,
+                {"interpolate + softmax + max": lambda d=detached, s=size: formulas.interpolate_prediction(d, s)},
+            )
             predict = lambda d=detached, s=size: sf.upsampled_prediction(d, s, backend=context.backend)  # noqa: E731
             rows.append(_row(context, "upsampled_prediction", name, dtype, predict, floor, peers_us=peers, **sizes))
     return {"rows": rows, "failures": failures}

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 
-from spcl_fast.bank import PrototypeBank
 from spcl_fast.config import AdaptConfig, LoopConfig
+from spcl_fast.estimators.bank import PrototypeBank
+from spcl_fast.method.released import released_step, unfold_batch_norm
+from spcl_fast.method.steps import adapt_step
 from spcl_fast.models import build_model
 from spcl_fast.train.absorb import AbsorbingSGD
 from spcl_fast.train.device import Precision
 from spcl_fast.train.lean import lean_model
-from spcl_fast.train.released import released_step, unfold_batch_norm
-from spcl_fast.train.steps import adapt_step
 
 SIZES = {"released sizes": ((720, 1280), (512, 1024)), "full resolution": ((1052, 1914), (1024, 2048))}  # height, width
 _DRY_SIZES = {"released sizes": ((48, 64), (40, 56)), "full resolution": ((64, 80), (64, 96))}
@@ -48,7 +48,9 @@ def build(context, settings: LoopConfig | None, sizes):
     """-> step, optimizer, batch."""
     torch.manual_seed(0)
     train = AdaptConfig()
-    model = build_model("tiny" if context.dry else "deeplab_v2_resnet101", 19, feature_dim=16).to(context.device).train()
+    model = (
+        build_model("tiny" if context.dry else "deeplab_v2_resnet101", 19, feature_dim=16).to(context.device).train()
+    )
     batch = tuple(
         Batch(
             torch.rand(1, 3, *size, device=context.device),
@@ -66,9 +68,13 @@ def build(context, settings: LoopConfig | None, sizes):
     if context.dry:
         settings = dataclasses.replace(settings, offload=False)
     bank = PrototypeBank(19, model.channels).to(context.device)
-    net = lean_model(model, settings, Precision(context.device, settings.precision), [domain.images.shape for domain in batch])
+    net = lean_model(
+        model, settings, Precision(context.device, settings.precision), [domain.images.shape for domain in batch]
+    )
     fused = {} if context.dry else {"fused": True}
-    optimizer = AbsorbingSGD(groups, **options) if settings.absorb_gradients else torch.optim.SGD(groups, **options, **fused)
+    optimizer = (
+        AbsorbingSGD(groups, **options) if settings.absorb_gradients else torch.optim.SGD(groups, **options, **fused)
+    )
     return adapt_step(net, bank, train, None), optimizer, batch
 
 
@@ -90,7 +96,10 @@ def measure(context, settings: LoopConfig | None, sizes, repeats: int = 4) -> di
     best = min(seconds[1:])
     row = {"seconds": round(best, 4), "images_per_s": round(2 / best, 3)}
     if gpu:
-        row |= {"allocated_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
+        row |= {
+            "allocated_bytes": torch.cuda.max_memory_allocated(),
+            "reserved_bytes": torch.cuda.max_memory_reserved(),
+        }
     return row
 
 

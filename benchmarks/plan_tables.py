@@ -1,6 +1,6 @@
 """The tables of docs/memory.md: `plan` for one adaptation step at the released sizes and at full resolution, with each setting.
 
-    python benchmarks/plan_tables.py        writes results/plan.json and prints the tables; takes a few minutes, allocates nothing
+python benchmarks/plan_tables.py        writes results/plan.json and prints the tables; takes a few minutes, allocates nothing
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import json
 import sys
 from pathlib import Path
 
-from spcl_fast.settings import load_config
-from spcl_fast.train.plan import predict
+from spcl_fast.config.load import load_config
+from spcl_fast.memory_plan.peak import predict
 
 RESULTS = Path(__file__).resolve().parent / "results" / "plan.json"
 SIZES = {"released sizes": ("1280x720", "1024x512"), "full resolution": ("1914x1052", "2048x1024")}
@@ -50,7 +50,10 @@ def main() -> int:
         base = next(entry["tflop"] for entry in tables[title] if entry["name"] == "bf16")
         print(f"\n{title}: {' + '.join(sizes)}\n")
         for entry in tables[title]:
-            print(f"| {entry['name']} | {entry['peak_gib']:.2f} | {entry['tflop'] / base:.2f} | {entry['floor_gib']:.2f} |", flush=True)
+            print(
+                f"| {entry['name']} | {entry['peak_gib']:.2f} | {entry['tflop'] / base:.2f} | {entry['floor_gib']:.2f} |",
+                flush=True,
+            )
     RESULTS.write_text(json.dumps(tables, indent=1) + "\n")
     return 0
 

@@ -26,7 +26,10 @@ FUNCTIONS = {"spcl_fast": ours, "one-hot product": formulas.one_hot_sums, "relea
 
 def refuse_a_wrong_answer(function, peer: str, problem: Problem) -> None:
     x, labels = problem.features.detach().flatten(2), problem.labels.flatten(1).long()
-    sums, counts = torch.zeros(problem.num_classes, x.shape[1], dtype=torch.float64), torch.zeros(problem.num_classes, dtype=torch.float64)
+    sums, counts = (
+        torch.zeros(problem.num_classes, x.shape[1], dtype=torch.float64),
+        torch.zeros(problem.num_classes, dtype=torch.float64),
+    )
     for image, target in zip(x, labels, strict=True):
         unit = (image.double() / image.double().norm(dim=0))[:, target != 255]
         sums.index_add_(0, target[target != 255], unit.t())

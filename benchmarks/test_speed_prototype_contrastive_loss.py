@@ -25,7 +25,11 @@ def ours(features, labels, prototypes, temperature):
 
 
 def functions() -> dict:
-    known = {"spcl_fast": ours, "released": formulas.released_contrast, "channel_first": formulas.channel_first_contrast}
+    known = {
+        "spcl_fast": ours,
+        "released": formulas.released_contrast,
+        "channel_first": formulas.channel_first_contrast,
+    }
     return known | {name: function for name, function in PEERS.items() if name not in known}
 
 
@@ -63,7 +67,13 @@ def refuse_a_wrong_answer(function, problem: Problem) -> None:
 
 @pytest.mark.parametrize(
     "peer",
-    ["spcl_fast", "channel_first compiled", "channel_first", "released", *sorted({*PEERS, *MISSING} - {"channel_first", "released"})],
+    [
+        "spcl_fast",
+        "channel_first compiled",
+        "channel_first",
+        "released",
+        *sorted({*PEERS, *MISSING} - {"channel_first", "released"}),
+    ],
 )
 def test_forward_and_backward(peer, problem, figure):
     if peer in MISSING:

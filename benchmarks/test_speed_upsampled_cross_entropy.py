@@ -47,14 +47,20 @@ def truth(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """In float64, by the formula."""
     problem = make_upsampled_problem(name)
     logits = problem.logits.detach().double().requires_grad_()
-    up = torch.nn.functional.interpolate(logits, problem.labels.shape[1:], mode="bilinear", align_corners=True) / TEMPERATURE
+    up = (
+        torch.nn.functional.interpolate(logits, problem.labels.shape[1:], mode="bilinear", align_corners=True)
+        / TEMPERATURE
+    )
     loss = torch.nn.functional.cross_entropy(up, problem.labels.long(), ignore_index=255)
     loss.backward()
     return loss.detach(), logits.grad
 
 
 def refuse_a_wrong_answer(function, problem: UpsampledProblem) -> None:
-    (loss, gradient), (expected, slope) = value_and_gradient(function, problem.logits, problem.labels), truth(problem.name)
+    (loss, gradient), (expected, slope) = (
+        value_and_gradient(function, problem.logits, problem.labels),
+        truth(problem.name),
+    )
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(gradient, slope, rtol=1e-3, atol=1e-5 * slope.abs().max().item())
 

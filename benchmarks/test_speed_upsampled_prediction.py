@@ -17,16 +17,24 @@ def ours(logits, size):
     return sf.upsampled_prediction(logits, size, backend="cpu")
 
 
-FUNCTIONS = {"spcl_fast": ours, "interpolate compiled": formulas.interpolate_prediction, "interpolate": formulas.interpolate_prediction}
+FUNCTIONS = {
+    "spcl_fast": ours,
+    "interpolate compiled": formulas.interpolate_prediction,
+    "interpolate": formulas.interpolate_prediction,
+}
 
 
 def refuse_a_wrong_answer(function, problem: UpsampledProblem) -> None:
     logits, size = problem.logits.detach(), problem.labels.shape[1:]
     labels, confidence = function(logits, size)
     for image in range(len(logits)):
-        up = torch.nn.functional.interpolate(logits[image : image + 1].double(), size, mode="bilinear", align_corners=True)[0]
+        up = torch.nn.functional.interpolate(
+            logits[image : image + 1].double(), size, mode="bilinear", align_corners=True
+        )[0]
         top = up.softmax(0).topk(2, 0)
-        torch.testing.assert_close(confidence[image].double(), top.values[0], rtol=1e-4, atol=1e-5)  # eager computes positions in float32
+        torch.testing.assert_close(
+            confidence[image].double(), top.values[0], rtol=1e-4, atol=1e-5
+        )  # eager computes positions in float32
         clear = top.values[0] - top.values[1] > 1e-4
         assert torch.equal(labels[image].long()[clear], top.indices[0][clear])
 

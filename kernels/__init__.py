@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import torch
 
-from .contrast import LSE_DTYPE, prototype_contrastive_forward, saves_logits
-from .contrast_backward import prototype_contrastive_backward
-from .moments import class_moments
+from .class_moments import class_moments
 from .pixels import DTYPES, INTERPRETED, interpreter_trouble
-from .prediction import upsampled_prediction
-from .upsample import upsampled_cross_entropy_forward
+from .prototype_contrastive_loss.backward import prototype_contrastive_backward
+from .prototype_contrastive_loss.forward import LSE_DTYPE, prototype_contrastive_forward, saves_logits
+from .upsampled_cross_entropy import upsampled_cross_entropy_forward
+from .upsampled_prediction import upsampled_prediction
 
 __all__ = [
     "LSE_DTYPE",

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends.labels import label_flag
-from . import settings
+from . import launch as settings
 
 
 @triton.jit
@@ -26,7 +26,9 @@ def nearest(i, scale, size):
 
 
 @triton.jit
-def read_class(label_ptr, flag_ptr, b, n, mask_n, w, H, W, scale_h, scale_w, stride_b, stride_h, stride_w, ignore_index, K):
+def read_class(
+    label_ptr, flag_ptr, b, n, mask_n, w, H, W, scale_h, scale_w, stride_b, stride_h, stride_w, ignore_index, K
+):
     """Class of each pixel n of image b (-1: none), and whether its label is bad."""
     i = n // w
     j = nearest(n - i * w, scale_w, W)
@@ -148,7 +150,15 @@ def layout(features: Tensor) -> str:
 def label_arguments(labels: Tensor, height: int, width: int, ignore_index: int) -> tuple:
     """The label's part of a kernel's arguments, from `w` on: sizes, nearest scales (float32 arithmetic), strides, ignore_index."""
     size_h, size_w = labels.shape[1:]
-    return (width, size_h, size_w, _nearest_scale(size_h, height), _nearest_scale(size_w, width), *labels.stride(), ignore_index)
+    return (
+        width,
+        size_h,
+        size_w,
+        _nearest_scale(size_h, height),
+        _nearest_scale(size_w, width),
+        *labels.stride(),
+        ignore_index,
+    )
 
 
 @functools.lru_cache(maxsize=4096)

@@ -17,7 +17,11 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-from . import contrast, contrast_backward, moments, pixels, settings
+from . import class_moments as moments
+from . import launch as settings
+from . import pixels
+from .prototype_contrastive_loss import backward as contrast_backward
+from .prototype_contrastive_loss import forward as contrast
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LEAST_BLOCK, _MOST_BLOCK = 16, 256
@@ -48,7 +52,9 @@ def _calls(problem: dict) -> dict[str, Callable]:
         )
 
     def sums():
-        return moments.class_moments(features, labels, problem["num_classes"], normalize=True, squares=False, ignore_index=255)
+        return moments.class_moments(
+            features, labels, problem["num_classes"], normalize=True, squares=False, ignore_index=255
+        )
 
     return {
         "contrast_forward": lambda: contrast.prototype_contrastive_forward(*inputs, **common, save=True),
@@ -90,7 +96,9 @@ def _alike(got, expected) -> bool:
     return all(near(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def tune_kernel(kernel: str, call: Callable, condition: dict, dtype: torch.dtype, layout: str, seconds: float) -> settings.Row | None:
+def tune_kernel(
+    kernel: str, call: Callable, condition: dict, dtype: torch.dtype, layout: str, seconds: float
+) -> settings.Row | None:
     """The best row found for one kernel, or None where the shipped settings stay the best. `condition`: {"dim": D, "num_classes": K}."""
     arch = "interpreter" if pixels.INTERPRETED else settings.architecture(torch.cuda.current_device())
     launch = settings.find(arch, kernel, dtype, condition["dim"], condition["num_classes"], layout)
@@ -119,14 +127,18 @@ def tune_kernel(kernel: str, call: Callable, condition: dict, dtype: torch.dtype
     return None if launch is shipped else {**key, "launch": launch}
 
 
-def tune(shape, num_classes: int, dtype: torch.dtype, layout: str, device: torch.device, seconds: float) -> list[settings.Row]:
+def tune(
+    shape, num_classes: int, dtype: torch.dtype, layout: str, device: torch.device, seconds: float
+) -> list[settings.Row]:
     """Rows for the kernels that these sizes use, but the separate pass for norms of deep features."""
     problem = _problem(shape, num_classes, dtype, layout, device)
     condition = {"dim": shape[1], "num_classes": num_classes}
     rows = []
     calls = _calls(problem)
     resident = contrast._resident(shape[1], dtype)
-    form = contrast_backward._form(problem["features"], num_classes, contrast.saves_logits(num_classes, shape[1], dtype))[0]
+    form = contrast_backward._form(
+        problem["features"], num_classes, contrast.saves_logits(num_classes, shape[1], dtype)
+    )[0]
     kernels = {
         "contrast_forward_resident" if resident else "contrast_forward": "contrast_forward",
         f"contrast_backward_{form}": "contrast_backward", "contrast_prototypes": "contrast_prototypes", "moments": "moments",
@@ -158,7 +170,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m spcl_fast.kernels.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--dim", type=int, required=True, help="channels of the features")
-    parser.add_argument("--size", type=int, nargs=2, default=(256, 512), metavar=("HEIGHT", "WIDTH"), help="of the features")
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=(256, 512), metavar=("HEIGHT", "WIDTH"), help="of the features"
+    )
     parser.add_argument("--classes", type=int, required=True, help="classes or prototypes")
     parser.add_argument("--dtype", choices=sorted(_DTYPES), default="bfloat16")
     parser.add_argument("--layout", choices=("pixels", "channels"), default="pixels", help="NCHW or channels_last")
@@ -173,7 +187,11 @@ def main(argv: list[str] | None = None) -> int:
     rows = tune(shape, options.classes, _DTYPES[options.dtype], options.layout, device, options.seconds)
     if rows:
         write(rows, arch)
-    print(f"{len(rows)} rows written to {settings.user_table_path()}" if rows else "nothing better than the shipped settings was found")
+    print(
+        f"{len(rows)} rows written to {settings.user_table_path()}"
+        if rows
+        else "nothing better than the shipped settings was found"
+    )
     return 0
 
 

@@ -25,14 +25,15 @@ _HOME = {
     "available_backends": "spcl_fast.backends",
     "PrototypeContrastiveLoss": "spcl_fast.losses",
     "UpsampledCrossEntropyLoss": "spcl_fast.losses",
-    "PrototypeBank": "spcl_fast.bank",
-    "PseudoLabelThresholds": "spcl_fast.thresholds",
+    "PrototypeBank": "spcl_fast.estimators.bank",
+    "PseudoLabelThresholds": "spcl_fast.estimators.thresholds",
 }
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
     from .backends import available_backends
-    from .bank import PrototypeBank
+    from .estimators.bank import PrototypeBank
+    from .estimators.thresholds import PseudoLabelThresholds
     from .losses import PrototypeContrastiveLoss, UpsampledCrossEntropyLoss
     from .ops import (
         ClassMoments,
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
         upsampled_cross_entropy,
         upsampled_prediction,
     )
-    from .thresholds import PseudoLabelThresholds
 
 
 def __getattr__(name: str) -> Any:

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from spcl_fast import distributed
 from spcl_fast.config import LoopConfig
 from spcl_fast.errors import SpclFastError
-from spcl_fast.train import distributed
-from spcl_fast.train.log import Run
+from spcl_fast.runs.folder import Run
 from spcl_fast.train.loop import FitResult, fit
 
 FAULTS = ("ENOSPC", "EIO", "crash", "power cut")
@@ -46,7 +46,9 @@ class FaultyDisk:
         self._real: dict[str, Callable[..., Any]] = {}
         self._descriptors: dict[int, str] = {}
         self._flushed: dict[str, int] = {}  # file -> how many of its bytes are on the disk for sure
-        self._names: dict[str, list[tuple[str, ...]]] = {}  # folder -> creations and renames that are not on the disk yet
+        self._names: dict[
+            str, list[tuple[str, ...]]
+        ] = {}  # folder -> creations and renames that are not on the disk yet
 
     def __enter__(self) -> FaultyDisk:
         for name in ("open", "write", "fsync", "close", "mkdir", "rename", "replace", "unlink", "rmdir"):
@@ -112,7 +114,10 @@ class FaultyDisk:
         self._real["fsync"](descriptor)
 
     def _close(self, descriptor: int) -> None:
-        gone = self.fails and self.kind in ("crash", "power cut")  # then `finally` clauses must not turn the crash into an EBADF
+        gone = self.fails and self.kind in (
+            "crash",
+            "power cut",
+        )  # then `finally` clauses must not turn the crash into an EBADF
         known = self._descriptors.pop(descriptor, None)
         with contextlib.suppress(OSError) if gone else contextlib.nullcontext():
             self._real["close"](descriptor)
@@ -182,7 +187,9 @@ class TinyNet(nn.Module):
         return self.body(images)
 
 
-def tiny_batches(start: int, size: int = 4, rank: int = 0, world_size: int = 1, broken_at: int | None = None) -> Iterator[SimpleNamespace]:
+def tiny_batches(
+    start: int, size: int = 4, rank: int = 0, world_size: int = 1, broken_at: int | None = None
+) -> Iterator[SimpleNamespace]:
     """Batch t is a function of t; several processes share it out."""
     t = start
     while True:
@@ -240,7 +247,13 @@ class TinyStage:
         state.update({f"critic.{key}": value.clone() for key, value in self.critic.state_dict().items()})
         for name, optimizer in self.optimizers.items():
             for i, entry in optimizer.state_dict()["state"].items():
-                state.update({f"{name}.{i}.{key}": value.clone() for key, value in entry.items() if isinstance(value, torch.Tensor)})
+                state.update(
+                    {
+                        f"{name}.{i}.{key}": value.clone()
+                        for key, value in entry.items()
+                        if isinstance(value, torch.Tensor)
+                    }
+                )
         return state
 
 
@@ -304,7 +317,13 @@ class Begun:
 
 def as_rank(rank: int, world_size: int, port: int, target: Callable[..., None], *args: Any) -> None:
     """Run `target` as torchrun would."""
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    names = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world_size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     os.environ.update({name: str(value) for name, value in names.items()})
     with distributed.session("cpu"):
         target(*args)

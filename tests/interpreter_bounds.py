@@ -21,7 +21,9 @@ class _Checked:
         return getattr(self.wrapped, name)
 
     def allow(self, tensors) -> None:
-        storages = sorted({(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in (t.untyped_storage() for t in tensors) if s.nbytes()})
+        storages = sorted(
+            {(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in (t.untyped_storage() for t in tensors) if s.nbytes()}
+        )
         self.starts, self.ends = (np.array([s[i] for s in storages], np.uint64) for i in (0, 1))
 
     def check(self, pointers, mask, bytes_: int, what: str) -> None:

@@ -12,7 +12,9 @@ def resized(labels: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(labels[:, None].double(), (height, width), mode="nearest")[:, 0].long()
 
 
-def reduced(nll: Tensor, labels: Tensor, num_classes: int, class_weight, pixel_weight, ignore_index: int, reduction: str) -> Tensor:
+def reduced(
+    nll: Tensor, labels: Tensor, num_classes: int, class_weight, pixel_weight, ignore_index: int, reduction: str
+) -> Tensor:
     labelled = labels != ignore_index
     weight = torch.ones(num_classes, dtype=nll.dtype) if class_weight is None else class_weight.to(nll.dtype)
     weight = weight[labels.where(labelled, 0)] * labelled

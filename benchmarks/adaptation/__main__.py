@@ -15,9 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.adaptation.plan import RUNS, read_plan
 from spcl_fast.errors import Interrupted, SpclFastError
-
-from .plan import RUNS, read_plan
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -33,7 +32,9 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.adaptation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.adaptation",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True)
 
@@ -59,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     ):
         sub = command(name, act, summary)
         sub.add_argument("--results", type=Path, default=RESULTS)
-        sub.add_argument("--output", type=Path, help="a file for the table (default: the terminal), a folder for the plots")
+        sub.add_argument(
+            "--output", type=Path, help="a file for the table (default: the terminal), a folder for the plots"
+        )
     sub = command("day-to-dusk", _day_to_dusk, "two roots, day and dusk, from one copy of CamVid")
     sub.add_argument("camvid", type=Path)
     sub.add_argument("folder", type=Path)
@@ -79,7 +82,10 @@ def _run(args: argparse.Namespace) -> int:
                 running[_start(args, pair, seed)] = f"{pair}, seed {seed}"
             for process in [p for p in running if p.poll() is not None]:
                 what = running.pop(process)
-                print(f"{what}: {'done' if process.returncode == 0 else f'ended with {process.returncode}, see its log'}", flush=True)
+                print(
+                    f"{what}: {'done' if process.returncode == 0 else f'ended with {process.returncode}, see its log'}",
+                    flush=True,
+                )
                 worst = max(worst, abs(process.returncode))
             time.sleep(0.2)
     finally:
@@ -93,7 +99,9 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _stopped(number: int, frame: object) -> None:
-    raise Interrupted(f"Stopped by {signal.Signals(number).name}; the running seeds save their state. Start the same command to go on.")
+    raise Interrupted(
+        f"Stopped by {signal.Signals(number).name}; the running seeds save their state. Start the same command to go on."
+    )
 
 
 def _start(args: argparse.Namespace, pair: str, seed: int) -> subprocess.Popen:
@@ -112,13 +120,13 @@ def _start(args: argparse.Namespace, pair: str, seed: int) -> subprocess.Popen:
 
 
 def _seed(args: argparse.Namespace) -> None:
-    from .seed import run_seed
+    from benchmarks.adaptation.seed import run_seed
 
     run_seed(read_plan(args.plan), args.pair, args.seed, args.results, args.runs)
 
 
 def _table(args: argparse.Namespace) -> None:
-    from .table import table
+    from benchmarks.adaptation.table import table
 
     text = "\n".join(table(path) for path in sorted(args.results.glob("*.jsonl")))
     if args.output:
@@ -128,7 +136,7 @@ def _table(args: argparse.Namespace) -> None:
 
 
 def _plot(args: argparse.Namespace) -> None:
-    from .plots import plot
+    from benchmarks.adaptation.plots import plot
 
     folder = args.output or args.results
     for path in sorted(args.results.glob("*.jsonl")):
@@ -136,7 +144,7 @@ def _plot(args: argparse.Namespace) -> None:
 
 
 def _day_to_dusk(args: argparse.Namespace) -> None:
-    from .day_to_dusk import make_pair
+    from benchmarks.adaptation.day_to_dusk import make_pair
 
     for root, images in make_pair(args.camvid, args.folder).items():
         print(f"{root}: {images} images")

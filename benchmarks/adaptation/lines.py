@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.adaptation.sharing import depends_on
 from spcl_fast.errors import DataError
-
-from .sharing import depends_on
 
 # Nets that do not depend on how a run adapts: trained once, they serve every setting. An oracle never sees the source, so that pairs with
 # the same target share it, too; but its signals on source are its pair's alone.
@@ -35,7 +34,9 @@ def latest(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
             line = json.loads(text)
             found[line["setting"], line["seed"]] = line
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}, line {number} is no result: {error!r}. Remove it; the run is made anew from its folder.") from None
+            raise DataError(
+                f"{path}, line {number} is no result: {error!r}. Remove it; the run is made anew from its folder."
+            ) from None
     return found
 
 
@@ -87,7 +88,9 @@ class Spread:
         return math.sqrt(sum((v - self.mean) ** 2 for v in self.values) / (n - 1) / n) if n > 1 else math.nan
 
     def text(self, form: str = ".1f") -> str:
-        return f"{self.mean:{form}} ± {self.error:{form.lstrip('+')}}" if len(self.values) > 1 else f"{self.mean:{form}}"
+        return (
+            f"{self.mean:{form}} ± {self.error:{form.lstrip('+')}}" if len(self.values) > 1 else f"{self.mean:{form}}"
+        )
 
 
 def spread(values: Iterable[float | None]) -> Spread | None:

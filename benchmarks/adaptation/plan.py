@@ -20,16 +20,25 @@ from typing import Any
 import yaml
 
 from spcl_fast.config import Config
+from spcl_fast.config.load import flatten, load_config
+from spcl_fast.config.rules import STAGES, check_config
 from spcl_fast.errors import ConfigError
-from spcl_fast.rules import STAGES, check_config
-from spcl_fast.settings import flatten, load_config
-from spcl_fast.train.identity import flat_settings, settings_sha256
+from spcl_fast.runs.identity import flat_settings, settings_sha256
 
 RUNS = Path("runs/adaptation")
 _KEYS = {"seeds", "pairs", "settings"}
 _PATHS = {"root", "weights", "classes", "file", "folder", "thresholds"}  # of these the last part says what was run
 # say where and how, not what
-_ELSEWHERE = {"name", "runs_dir", "seed", "loop.workers", "loop.log_every", "loop.checkpoints_kept", "loop.resume", "loop.device"}
+_ELSEWHERE = {
+    "name",
+    "runs_dir",
+    "seed",
+    "loop.workers",
+    "loop.log_every",
+    "loop.checkpoints_kept",
+    "loop.resume",
+    "loop.device",
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,10 @@ def read_plan(path: Path) -> Plan:
 def recipe(config: Config) -> dict[str, Any]:
     """What decides a result, flat: every setting but the seed and the names of this machine's folders."""
     settings = {key: value for key, value in flat_settings(config).items() if key not in _ELSEWHERE}
-    return {key: PurePath(value).name if value and key.rpartition(".")[2] in _PATHS else value for key, value in settings.items()}
+    return {
+        key: PurePath(value).name if value and key.rpartition(".")[2] in _PATHS else value
+        for key, value in settings.items()
+    }
 
 
 def recipe_sha256(config: Config) -> str:

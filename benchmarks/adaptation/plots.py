@@ -9,16 +9,23 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .lines import Spread, by_setting, miou, spread
-from .table import NET_NAMES, differences
+from benchmarks.adaptation.lines import Spread, by_setting, miou, spread
+from benchmarks.adaptation.table import NET_NAMES, differences
 
 BLUE = "#0072b2"
 
+
 def plot(path: Path, to: Path) -> Path:
     """One PNG of the nets of the first setting and of its differences: between its nets, and with the other settings. -> its path."""
-    settings = {name: lines for name, lines in by_setting(path).items() if any("source_only" in line["nets"] for line in lines.values())}
+    settings = {
+        name: lines
+        for name, lines in by_setting(path).items()
+        if any("source_only" in line["nets"] for line in lines.values())
+    }
     first = next(iter(settings))
-    compared = [(what, found) for what, found in differences(settings) if what.startswith((f"{first}: ", f"{first} - "))]
+    compared = [
+        (what, found) for what, found in differences(settings) if what.startswith((f"{first}: ", f"{first} - "))
+    ]
     figure = Figure(figsize=(12, max(3.5, 0.32 * len(compared) + 1.2)), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(2, 3))

@@ -8,15 +8,14 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from benchmarks.adaptation.lines import add_line, latest
+from benchmarks.adaptation.plan import RUNS, Plan, in_order, recipe, recipe_sha256
+from benchmarks.adaptation.sharing import take_over
+from benchmarks.adaptation.unlabelled import keep_signals
 from spcl_fast.config import Config
-from spcl_fast.train.context import Context
-from spcl_fast.train.stages import run_stages
-from spcl_fast.train.summary import NETS
-
-from .lines import add_line, latest
-from .plan import RUNS, Plan, in_order, recipe, recipe_sha256
-from .sharing import take_over
-from .signals import keep_signals
+from spcl_fast.method.context import Context
+from spcl_fast.method.stages import run_stages
+from spcl_fast.method.summary import NETS
 
 PSEUDO_LABELS = ("pseudo_labels", "pseudo_labels_2")
 
@@ -55,8 +54,13 @@ def line_of(config: Config) -> dict[str, Any]:
         "settings_sha256": recipe_sha256(config),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": {"spcl_fast": importlib.metadata.version("spcl_fast"), "commit": _commit(), **summary["machine"]},
-        "nets": {NETS[stage]: {**summary[NETS[stage]], "signals": run.read_json(f"{stage}/signals.json")} for stage in trained},
-        "pseudo_labels": {stage: _kept(run.read_json(f"{stage}/thresholds.json")) for stage in PSEUDO_LABELS if stage in config.stages},
+        "nets": {
+            NETS[stage]: {**summary[NETS[stage]], "signals": run.read_json(f"{stage}/signals.json")}
+            for stage in trained
+        },
+        "pseudo_labels": {
+            stage: _kept(run.read_json(f"{stage}/thresholds.json")) for stage in PSEUDO_LABELS if stage in config.stages
+        },
         "seconds": summary["seconds"],
         "settings": recipe(config),
     }
@@ -68,13 +72,19 @@ def _kept(record: dict[str, Any] | None) -> dict[str, Any] | None:
         return None
     predicted, kept = record["predicted_pixels"], record["kept_pixels"]
     by_class = {name: kept[name] / count if count else None for name, count in predicted.items()}
-    return {"kept_share": sum(kept.values()) / max(sum(predicted.values()), 1), "by_class": by_class, "thresholds": record["thresholds"]}
+    return {
+        "kept_share": sum(kept.values()) / max(sum(predicted.values()), 1),
+        "by_class": by_class,
+        "thresholds": record["thresholds"],
+    }
 
 
 def _commit() -> str | None:
     """Of this checkout, with a + where tracked files differ from it; None where there is no git."""
     command = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
     try:
-        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -13,10 +13,19 @@ from typing import Any
 import yaml
 
 from spcl_fast.config import Config
-from spcl_fast.train.identity import flat_settings, settings_difference
-from spcl_fast.train.log import Run
+from spcl_fast.runs.folder import Run
+from spcl_fast.runs.identity import flat_settings, settings_difference
 
-_COMMON = ("source", "target", "model", "evaluate", "seed", "loop.precision", "loop.channels_last", "loop.checkpoint_every")
+_COMMON = (
+    "source",
+    "target",
+    "model",
+    "evaluate",
+    "seed",
+    "loop.precision",
+    "loop.channels_last",
+    "loop.checkpoint_every",
+)
 _SECTION = {"pseudo_labels": "pseudo_label", "pseudo_labels_2": "pseudo_label"}
 _BESIDE = {"prototypes": "prototypes.safetensors"}  # what a stage writes outside of its folder
 
@@ -42,7 +51,11 @@ def depends_on(stage: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         stages.add(one := waiting.pop())
         waiting.extend(inputs(one, settings))
     sections = {*_COMMON, *(_SECTION.get(one, one) for one in stages)}
-    return {key: value for key, value in settings.items() if any(key == name or key.startswith(f"{name}.") for name in sections)}
+    return {
+        key: value
+        for key, value in settings.items()
+        if any(key == name or key.startswith(f"{name}.") for name in sections)
+    }
 
 
 def take_over(stage: str, config: Config) -> Path | None:

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from spcl_fast.train.summary import NETS, gap_closed
-
-from .lines import by_setting, miou, paired, spread
+from benchmarks.adaptation.lines import by_setting, miou, paired, spread
+from spcl_fast.method.summary import NETS, gap_closed
 
 NET_NAMES = tuple(NETS.values())
 SIGNALS = ("source_miou", "entropy", "agreement_flip", "agreement_scale", "share_distance", "margin")
@@ -21,7 +20,14 @@ Lines = dict[str, dict[int, dict[str, Any]]]
 def table(path: Path) -> str:
     """Everything results/<pair>.jsonl says, as one Markdown section."""
     settings = by_setting(path)
-    parts = [f"## {path.stem}", *_scores(settings), *_differences(settings), *_classes(settings), *_signals(settings), *_kept(settings)]
+    parts = [
+        f"## {path.stem}",
+        *_scores(settings),
+        *_differences(settings),
+        *_classes(settings),
+        *_signals(settings),
+        *_kept(settings),
+    ]
     return "\n".join(parts) + "\n"
 
 
@@ -73,7 +79,10 @@ def differences(settings: Lines) -> Iterator[tuple[str, Any]]:
 
 def _differences(settings: Lines) -> Iterator[str]:
     yield "\nPaired differences in mIoU: taken seed by seed, then averaged."
-    rows = [[what, str(len(d.values)), d.text("+.2f"), ", ".join(f"{v:+.1f}" for v in d.values)] for what, d in differences(settings)]
+    rows = [
+        [what, str(len(d.values)), d.text("+.2f"), ", ".join(f"{v:+.1f}" for v in d.values)]
+        for what, d in differences(settings)
+    ]
     yield from _rows(["difference", "seeds", "mean ± standard error", "by seed"], rows)
 
 
@@ -96,7 +105,11 @@ def _classes(settings: Lines) -> Iterator[str]:
 def _signals(settings: Lines) -> Iterator[str]:
     yield "\nWhat can be known without labels of the target: source validation mIoU, and signals on target training images."
     rows = [
-        [name, net, *(_text((one["signals"][s] for one in found), ".1f" if s == "source_miou" else ".3f") for s in SIGNALS)]
+        [
+            name,
+            net,
+            *(_text((one["signals"][s] for one in found), ".1f" if s == "source_miou" else ".3f") for s in SIGNALS),
+        ]
         for name, net, found in _nets(settings)
         if all(one["signals"] for one in found)
     ]

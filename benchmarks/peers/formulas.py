@@ -14,7 +14,9 @@ import torch.nn.functional as F
 def released_contrast(features, labels, prototypes, temperature):
     """The released loss: F.normalize, two transposes with a copy, mm, cross-entropy. Source: core/utils/loss.py of SPCL."""
     unit = F.normalize(features, p=2, dim=1).transpose(1, 2).transpose(2, 3).contiguous().view(-1, features.shape[1])
-    return F.cross_entropy(unit.mm(prototypes.to(unit.dtype).t()) / temperature, labels.view(-1).long(), ignore_index=255)
+    return F.cross_entropy(
+        unit.mm(prototypes.to(unit.dtype).t()) / temperature, labels.view(-1).long(), ignore_index=255
+    )
 
 
 def channel_first_contrast(features, labels, prototypes, temperature):
@@ -52,7 +54,10 @@ def cut_contrast(features, labels, prototypes, temperature):
 def contrast_peers() -> tuple[dict, dict[str, str]]:
     """-> {name: function}, {name: why it is not there}."""
     peers, missing = {"released": released_contrast, "channel_first": channel_first_contrast}, {}
-    for name, function, package in (("liger", liger_contrast, "liger_kernel"), ("cut_cross_entropy", cut_contrast, "cut_cross_entropy")):
+    for name, function, package in (
+        ("liger", liger_contrast, "liger_kernel"),
+        ("cut_cross_entropy", cut_contrast, "cut_cross_entropy"),
+    ):
         if importlib.util.find_spec(package):
             peers[name] = function
         else:

@@ -22,7 +22,7 @@ from .measured import is_small as is_small  # what ops ask before `pick`
 OPS = ("prototype_contrastive_loss", "class_moments", "upsampled_cross_entropy", "upsampled_prediction")
 _MODULES = {
     "reference": "spcl_fast.backends.reference",
-    "cpu": "spcl_fast.backends.native",
+    "cpu": "spcl_fast.backends.cpu",
     "triton": "spcl_fast.kernels",
     "cuda": "spcl_fast.backends.cuda",
 }
@@ -80,7 +80,12 @@ def choice_in_words(op: str, device: torch.device) -> str | None:
     return measured.in_words(op, device, _ORDER["cuda"][0]) if device.type == "cuda" else None
 
 
-_LARGE = {"num_classes": 19, "dim": 256, "dtype": torch.float32, "has_variances": False}  # what is spoken of where no tensors are given
+_LARGE = {
+    "num_classes": 19,
+    "dim": 256,
+    "dtype": torch.float32,
+    "has_variances": False,
+}  # what is spoken of where no tensors are given
 
 
 def available_backends(device: torch.device | str | None = None) -> dict[str, dict[str, str | None]]:

@@ -9,6 +9,8 @@ BUILT = "built"
 
 
 def build_record(part: str) -> str:
-    """Of the part `native` or `cuda`: BUILT, or in words why it is not there."""
+    """Of the part `cpu` or `cuda`: BUILT, or in words why it is not there."""
     record = FOLDER / f"{part}_build.txt"
-    return record.read_text(encoding="utf-8").strip() if record.exists() else "the package was not installed by setup.py"
+    return (
+        record.read_text(encoding="utf-8").strip() if record.exists() else "the package was not installed by setup.py"
+    )

@@ -54,7 +54,10 @@ def check_range(
     if bad.any():
         b, i, j = (int(v) for v in bad.nonzero()[0])
         height, width = given or labels.shape[1:]
-        row, column = nearest_index(height, labels.shape[1], labels.device)[i], nearest_index(width, labels.shape[2], labels.device)[j]
+        row, column = (
+            nearest_index(height, labels.shape[1], labels.device)[i],
+            nearest_index(width, labels.shape[2], labels.device)[j],
+        )
         pixel = (b, int(row), int(column))
         raise ValueError(bad_label_message(int(labels[b, i, j]), pixel, num_classes, ignore_index))
     return labelled, None

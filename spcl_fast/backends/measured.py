@@ -57,7 +57,9 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def order(op: str, small: bool, *, device: torch.device, dtype: torch.dtype, num_classes: int, dim: int, **_) -> tuple[str, ...]:
+def order(
+    op: str, small: bool, *, device: torch.device, dtype: torch.dtype, num_classes: int, dim: int, **_
+) -> tuple[str, ...]:
     """The measured backends from the fastest on; empty where nothing was measured on such a GPU, op, float and size."""
     here = table().get(architecture(device))
     if here is None:  # and no size is compared: nothing is guarded for a choice that does not depend on it

@@ -69,7 +69,9 @@ def _fixed_sum(values: Tensor) -> Tensor:
 # ---- prototype_contrastive_loss -----------------------------------------------------------------------------------
 
 
-def _image_logits(x: Tensor, prototypes: Tensor, variances: Tensor | None, temperature: float, normalize: bool) -> tuple[Tensor, Tensor]:
+def _image_logits(
+    x: Tensor, prototypes: Tensor, variances: Tensor | None, temperature: float, normalize: bool
+) -> tuple[Tensor, Tensor]:
     """x [D, P] -> logits [K, P], inv_norm [P]."""
     inv = 1 / x.norm(dim=0).clamp_min(_EPS) if normalize else torch.ones_like(x[0])
     logits = _matmul(prototypes, x) * (inv / temperature)
@@ -80,7 +82,18 @@ def _image_logits(x: Tensor, prototypes: Tensor, variances: Tensor | None, tempe
 
 @_exact
 def prototype_contrastive_forward(
-    features, labels, prototypes, class_weight, pixel_weight, variances, *, temperature, normalize, ignore_index, reduction, save
+    features,
+    labels,
+    prototypes,
+    class_weight,
+    pixel_weight,
+    variances,
+    *,
+    temperature,
+    normalize,
+    ignore_index,
+    reduction,
+    save,
 ):
     """-> loss, denominator, lse [B, P], inv_norm [B, P], logits [B, K, P] (the last three empty unless `save`)."""
     wide, (batch, _, height, width) = _wide(features.dtype), features.shape
@@ -115,7 +128,9 @@ def prototype_contrastive_forward(
     return loss, denominator, lse, inv, logits
 
 
-def pixel_scale(labelled: Tensor, target: Tensor, class_weight: Tensor | None, pixel_weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+def pixel_scale(
+    labelled: Tensor, target: Tensor, class_weight: Tensor | None, pixel_weight: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """[B, P]: class weight x pixel weight of each labelled pixel, 0 elsewhere."""
     weight = labelled.flatten(1).to(dtype)
     if class_weight is not None:
@@ -194,7 +209,9 @@ def class_moments(features, labels, num_classes, *, normalize, squares, ignore_i
 # ---- upsampled_cross_entropy and upsampled_prediction -------------------------------------------------------------
 
 
-def _bilinear(size: int, out: int, align_corners: bool, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _bilinear(
+    size: int, out: int, align_corners: bool, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     """For each of `out` positions along one axis of `size` nodes: lower node, upper node, weight of the upper; as F.interpolate."""
     position = torch.arange(out, dtype=torch.float64, device=device)
     if align_corners:
@@ -241,7 +258,9 @@ def upsampled_cross_entropy_forward(
     labelled, any_bad = check_range(labels, num_classes, ignore_index)
     target = labels.where(labelled, 0)
     weight = pixel_scale(labelled, target.flatten(1), class_weight, None, wide).view(labels.shape)
-    denominator = _fixed_sum(weight) if reduction == "mean" else torch.ones((), dtype=torch.float64, device=logits.device)
+    denominator = (
+        _fixed_sum(weight) if reduction == "mean" else torch.ones((), dtype=torch.float64, device=logits.device)
+    )
     inverse = torch.where(denominator == 0, 0, 1 / denominator)
     if pixel_weight is not None:
         weight = (weight * pixel_weight.to(wide)).where(labelled, 0)
@@ -264,7 +283,9 @@ def upsampled_cross_entropy_forward(
                 nll[b, rows] = loss
             if needs_dlogits:
                 dstrip = strip.sub_(lse).exp_()
-                dstrip.scatter_add_(0, target[b, None, rows], dstrip.new_full((1, 1, 1), -1.0).expand(1, *dstrip.shape[1:]))
+                dstrip.scatter_add_(
+                    0, target[b, None, rows], dstrip.new_full((1, 1, 1), -1.0).expand(1, *dstrip.shape[1:])
+                )
                 dstrip = (dstrip * (weight[b, rows] * (inverse / temperature).to(wide))).where(labelled[b, rows], 0)
                 dlogits[b] += _matmul(y_matrix[rows].T, _matmul(dstrip, x_matrix))
     loss = nll if nll is not None else (total * inverse).to(wide)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import CheckpointError
-from ..thresholds import PseudoLabelThresholds
+from ..estimators.thresholds import PseudoLabelThresholds
 
 
 def load_semantic_prototype(path: str | Path, num_classes: int) -> Tensor:
@@ -29,9 +29,13 @@ def load_semantic_prototype(path: str | Path, num_classes: int) -> Tensor:
     try:
         prototype = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path} cannot be read as the release's semantic_prototype.pth: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(
+            f"{path} cannot be read as the release's semantic_prototype.pth: {str(error).splitlines()[0]}"
+        ) from error
     if not isinstance(prototype, Tensor) or prototype.dim() != 2 or prototype.shape[1] != num_classes:
-        found = f"a tensor {list(prototype.shape)}" if isinstance(prototype, Tensor) else f"a {type(prototype).__name__}"
+        found = (
+            f"a tensor {list(prototype.shape)}" if isinstance(prototype, Tensor) else f"a {type(prototype).__name__}"
+        )
         raise CheckpointError(f"{path} holds {found}; expected a tensor [D, {num_classes}], a column for each class")
     return prototype.float().t().contiguous()
 
@@ -60,8 +64,12 @@ class PixelCLLoss(nn.Module):
         self.cfg = cfg
         self.temperature = temperature
 
-    def forward(self, semantic_prototype: Tensor, src_feat: Tensor, src_mask: Tensor, tgt_feat: Tensor, tgt_mask: Tensor) -> Tensor:
-        return self._domain(semantic_prototype, src_feat, src_mask) + self._domain(semantic_prototype, tgt_feat, tgt_mask)
+    def forward(
+        self, semantic_prototype: Tensor, src_feat: Tensor, src_mask: Tensor, tgt_feat: Tensor, tgt_mask: Tensor
+    ) -> Tensor:
+        return self._domain(semantic_prototype, src_feat, src_mask) + self._domain(
+            semantic_prototype, tgt_feat, tgt_mask
+        )
 
     def _domain(self, semantic_prototype: Tensor, feat: Tensor, mask: Tensor) -> Tensor:
         mask = mask.reshape(feat.shape[0], *feat.shape[2:])  # the release takes any shape with as many pixels

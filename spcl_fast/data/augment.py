@@ -51,7 +51,10 @@ def make_sample(
     window = _choose_window(label, augment, size, out_wh, rng, rarity)
     picture, labels = _cut(image, label, window, out_wh)
     if augment.flip and rng.random() < augment.flip:
-        picture, labels = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT), labels.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        picture, labels = (
+            picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+            labels.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        )
     if augment.blur and rng.random() < augment.blur:
         picture = picture.filter(ImageFilter.GaussianBlur(0.1 + 1.4 * rng.random()))
     matrix, offset = _colour_map(picture, augment.jitter, rng)
@@ -94,7 +97,10 @@ def _choose_window(
         centre = _rare_pixel(label, rarity, rng)
     x, y = (
         _offset(
-            free=resized[axis] - out_wh[axis], centre=None if centre is None else centre[axis] * resized[axis], length=out_wh[axis], rng=rng
+            free=resized[axis] - out_wh[axis],
+            centre=None if centre is None else centre[axis] * resized[axis],
+            length=out_wh[axis],
+            rng=rng,
         )
         for axis in (0, 1)
     )
@@ -122,7 +128,9 @@ def _rare_pixel(label: np.ndarray, rarity: np.ndarray, rng: np.random.Generator)
     return (place % label.shape[1] + 0.5) / label.shape[1], (place // label.shape[1] + 0.5) / label.shape[0]
 
 
-def _cut(image: Image.Image, label: np.ndarray | None, window: Window, out_wh: tuple[int, int]) -> tuple[Image.Image, Image.Image]:
+def _cut(
+    image: Image.Image, label: np.ndarray | None, window: Window, out_wh: tuple[int, int]
+) -> tuple[Image.Image, Image.Image]:
     """The window as pictures of the output's size: bicubic colours, nearest labels, padded with a mean colour and 255."""
     rw, rh = window.resized
     x0, y0 = max(window.x, 0), max(window.y, 0)

@@ -26,7 +26,9 @@ def file_key(path: Path) -> Hashable:
 
 
 def size_bytes(value: Image.Image | np.ndarray) -> int:
-    return value.nbytes if isinstance(value, np.ndarray) else value.width * value.height * 4  # Pillow stores RGB in 4 bytes
+    return (
+        value.nbytes if isinstance(value, np.ndarray) else value.width * value.height * 4
+    )  # Pillow stores RGB in 4 bytes
 
 
 class ContentCache:

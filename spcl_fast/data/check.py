@@ -42,7 +42,9 @@ class DataReport:
         """A table for people; at most `most` problems are spelt out."""
         lines = [f"{self.kind}, split {self.split!r}: {self.images} images, {self.checked} checked"]
         lines.append(
-            "sizes: " + ", ".join(f"{w}x{h} ({n})" for (w, h), n in self.sizes.most_common(6)) + (", ..." if len(self.sizes) > 6 else "")
+            "sizes: "
+            + ", ".join(f"{w}x{h} ({n})" for (w, h), n in self.sizes.most_common(6))
+            + (", ..." if len(self.sizes) > 6 else "")
         )
         if self.has_labels:
             lines += ["", f"{'class':<16}{'pixels':>9}{'images':>9}"]
@@ -75,7 +77,13 @@ def check_data(dataset: Dataset, num_samples: int | None = None) -> DataReport:
     """
     read = dataset.spread(num_samples)
     report = DataReport(
-        dataset.kind, dataset.split, len(dataset), len(read), dataset.has_labels, dataset.classes.names, problems=list(dataset.problems)
+        dataset.kind,
+        dataset.split,
+        len(dataset),
+        len(read),
+        dataset.has_labels,
+        dataset.classes.names,
+        problems=list(dataset.problems),
     )
     pixels = np.zeros(256, np.int64)
     images_with = np.zeros(256, np.int64)

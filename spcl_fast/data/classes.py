@@ -43,7 +43,9 @@ CITYSCAPES_19 = ClassSet(
 
 # SYNTHIA has 16 of the 19: no terrain, truck, train
 _SIXTEEN = (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 15, 17, 18)
-CITYSCAPES_16 = ClassSet(tuple(CITYSCAPES_19.names[k] for k in _SIXTEEN), tuple(CITYSCAPES_19.palette[k] for k in _SIXTEEN))
+CITYSCAPES_16 = ClassSet(
+    tuple(CITYSCAPES_19.names[k] for k in _SIXTEEN), tuple(CITYSCAPES_19.palette[k] for k in _SIXTEEN)
+)
 SIXTEEN_TO_NINETEEN = dict(enumerate(_SIXTEEN))
 # the 13-class mean of the SYNTHIA literature leaves out wall, fence and pole
 THIRTEEN_OF_SIXTEEN = tuple(k for k in range(16) if k not in (3, 4, 5))
@@ -112,13 +114,17 @@ def read_classes(path: Path) -> tuple[ClassSet, dict[str, dict[int, int]]]:
     Raises DataError where the file is missing, is no JSON or contradicts itself.
     """
     if not path.is_file():
-        raise DataError(f'classes file {path} does not exist. Expected a JSON with "names" and "palette"; see docs/data.md.')
+        raise DataError(
+            f'classes file {path} does not exist. Expected a JSON with "names" and "palette"; see docs/data.md.'
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         names = tuple(str(name) for name in content["names"])
         colours = content.get("palette") or spread_palette(len(names))
         palette = tuple((int(r), int(g), int(b)) for r, g, b in colours)
-        tables = {key: {int(old): int(new) for old, new in table.items()} for key, table in content.get("from", {}).items()}
+        tables = {
+            key: {int(old): int(new) for old, new in table.items()} for key, table in content.get("from", {}).items()
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f'classes file {path} cannot be used: {error!r}. Expected {{"names": [..], "palette": [[r, g, b], ..]}}.'
@@ -129,11 +135,15 @@ def read_classes(path: Path) -> tuple[ClassSet, dict[str, dict[int, int]]]:
 
 def _check_classes(path: Path, names: tuple, palette: tuple, tables: dict, ignore_index: object) -> None:
     if ignore_index != IGNORE:
-        raise DataError(f"classes file {path}: ignore_index is {ignore_index}, but only 255 is supported. Store void pixels as 255.")
+        raise DataError(
+            f"classes file {path}: ignore_index is {ignore_index}, but only 255 is supported. Store void pixels as 255."
+        )
     if not 2 <= len(names) <= 255:
         raise DataError(f"classes file {path}: {len(names)} names; between 2 and 255 classes are supported.")
     if len(palette) != len(names) or any(not 0 <= c <= 255 for colour in palette for c in colour):
-        raise DataError(f"classes file {path}: {len(palette)} colours for {len(names)} names; expected one [r, g, b] of 0-255 per name.")
+        raise DataError(
+            f"classes file {path}: {len(palette)} colours for {len(names)} names; expected one [r, g, b] of 0-255 per name."
+        )
     for key, table in tables.items():
         for old, new in table.items():
             if not (0 <= old < _FULL and (0 <= new < len(names) or new == IGNORE)):

@@ -32,7 +32,16 @@ class Dataset:
     `problems` holds what was left out when the set was built with skip_bad_files.
     """
 
-    def __init__(self, kind: str, split: str, classes: ClassSet, names: list[str], *, has_labels: bool, skip_bad_files: bool = False):
+    def __init__(
+        self,
+        kind: str,
+        split: str,
+        classes: ClassSet,
+        names: list[str],
+        *,
+        has_labels: bool,
+        skip_bad_files: bool = False,
+    ):
         self.kind, self.split, self.classes, self.names = kind, split, classes, names
         self.has_labels = has_labels
         self.skip_bad_files = skip_bad_files
@@ -95,11 +104,15 @@ class FileDataset(Dataset):
         read_ids: ReadIds,
         skip_bad_files: bool = False,
     ):
-        super().__init__(kind, split, classes, list(files), has_labels=label_files is not None, skip_bad_files=skip_bad_files)
+        super().__init__(
+            kind, split, classes, list(files), has_labels=label_files is not None, skip_bad_files=skip_bad_files
+        )
         self._image_files = list(files.values())
         self._label_files = label_files
         self._table, self._read_ids = table, read_ids
-        self.label_info: Path | None = None  # the released scripts' file of which image holds which class, if the set came with one
+        self.label_info: Path | None = (
+            None  # the released scripts' file of which image holds which class, if the set came with one
+        )
 
     def image_path(self, index: int) -> Path:
         return self._image_files[index]
@@ -114,7 +127,9 @@ class FileDataset(Dataset):
         if self._label_files is None:
             return None
         path = self._label_files[index]
-        return CACHE.get(("label", _key(path), self._table.key()), lambda: _frozen(self._table.apply(self._read_ids(path))))
+        return CACHE.get(
+            ("label", _key(path), self._table.key()), lambda: _frozen(self._table.apply(self._read_ids(path)))
+        )
 
     def load(self, index: int) -> tuple[Image.Image, np.ndarray | None]:
         image, label = self.image(index), self.label(index)
@@ -147,7 +162,9 @@ class Joined(Dataset):
             )
         names = [*first.names, *(f"{second.kind}/{name}" for name in second.names)]
         kind = f"{first.kind}+{second.kind}"
-        super().__init__(kind, first.split, first.classes, names, has_labels=first.has_labels, skip_bad_files=first.skip_bad_files)
+        super().__init__(
+            kind, first.split, first.classes, names, has_labels=first.has_labels, skip_bad_files=first.skip_bad_files
+        )
         self.problems = [*first.problems, *second.problems]
         self._places = [(part, index) for part in (first, second) for index in range(len(part))]
 
@@ -183,7 +200,9 @@ class PseudoLabelled(Dataset):
         return subset
 
     def __init__(self, base: Dataset, folder: Path, label_files: list[Path]):
-        super().__init__(base.kind, base.split, base.classes, base.names, has_labels=True, skip_bad_files=base.skip_bad_files)
+        super().__init__(
+            base.kind, base.split, base.classes, base.names, has_labels=True, skip_bad_files=base.skip_bad_files
+        )
         self._base, self.folder, self._label_files = base, folder, label_files
 
     def image_path(self, index: int) -> Path | None:

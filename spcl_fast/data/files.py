@@ -19,7 +19,9 @@ from ..errors import DataError
 
 log = logging.getLogger("spcl_fast.data")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
-MAX_PIXELS = 1 << 26  # 67 M pixels: twice the largest driving picture; above it a small file may be a decompression bomb
+MAX_PIXELS = (
+    1 << 26
+)  # 67 M pixels: twice the largest driving picture; above it a small file may be a decompression bomb
 _COLOUR_MODES = ("RGB", "RGBA", "P", "L")  # what becomes RGB without guessing
 _REMEDY = "Replace the file, take it out of the data set, or pass --skip-bad-files to leave such files out."
 
@@ -44,16 +46,22 @@ def _decode(path: Path, what: str, prepare=None) -> Image.Image:
     except DataError:
         raise
     except FileNotFoundError as error:
-        raise DataError(f"{what} {path} does not exist. Check the root and the split, or the list file that names it.") from error
+        raise DataError(
+            f"{what} {path} does not exist. Check the root and the split, or the list file that names it."
+        ) from error
     except Image.DecompressionBombError as error:
-        raise DataError(f"{what} {path} is larger than {MAX_PIXELS} pixels and is not decoded: {error}. {_REMEDY}") from error
+        raise DataError(
+            f"{what} {path} is larger than {MAX_PIXELS} pixels and is not decoded: {error}. {_REMEDY}"
+        ) from error
     except UnidentifiedImageError as error:
         size = path.stat().st_size if path.exists() else 0
         state = "is empty (0 bytes)" if size == 0 else "is neither a PNG nor a JPEG"
         raise DataError(f"{what} {path} {state}. {_REMEDY}") from error
     except MemoryError:
         raise
-    except Exception as error:  # decoders of broken files raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
+    except (
+        Exception
+    ) as error:  # decoders of broken files raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
         raise DataError(f"{what} {path} cannot be decoded: {error}. It may be truncated. {_REMEDY}") from error
 
 
@@ -75,7 +83,11 @@ def read_ids(path: Path) -> np.ndarray:
 
     def check(image: Image.Image) -> None:
         if image.mode not in ("L", "P", "I;16", "I;16B", "I"):
-            hint = "It looks like a coloured rendering of a label: give the folder with class ids." if image.mode.startswith("RGB") else ""
+            hint = (
+                "It looks like a coloured rendering of a label: give the folder with class ids."
+                if image.mode.startswith("RGB")
+                else ""
+            )
             raise DataError(
                 f"label {path} has mode {image.mode}; expected one class id per pixel (8-bit grey or palette PNG). {hint} {_REMEDY}"
             )
@@ -116,7 +128,9 @@ def check_name(name: str, where: str) -> str:
     path = PurePosixPath(name)
     odd = not name.isprintable() or "\\" in name or re.match("[A-Za-z]:", name)
     if not name or odd or path.is_absolute() or ".." in path.parts:
-        raise DataError(f"{where} names {name!r}; expected a relative path without '..' and control characters. Correct or rename it.")
+        raise DataError(
+            f"{where} names {name!r}; expected a relative path without '..' and control characters. Correct or rename it."
+        )
     return str(path)
 
 

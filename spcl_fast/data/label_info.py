@@ -16,7 +16,9 @@ from ..errors import DataError
 
 class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> NoReturn:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only lists, dictionaries, strings and numbers are allowed")
+        raise pickle.UnpicklingError(
+            f"it asks for {module}.{name}, and only lists, dictionaries, strings and numbers are allowed"
+        )
 
     def persistent_load(self, pid: Any) -> NoReturn:
         raise pickle.UnpicklingError("it refers to something outside of the file")

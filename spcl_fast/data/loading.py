@@ -60,13 +60,17 @@ def train_batches(
     labels first). A file that cannot be used raises DataError, or is replaced by the next one, logged and counted where the data set skips.
     """
     if batch_size < 1 or not 0 <= rank < world_size:
-        raise ValueError(f"train_batches: expected batch_size >= 1 and 0 <= rank < world_size, got {batch_size}, {rank}, {world_size}")
+        raise ValueError(
+            f"train_batches: expected batch_size >= 1 and 0 <= rank < world_size, got {batch_size}, {rank}, {world_size}"
+        )
     check_augment(augment, size)
     order: Order = BalancedOrder(class_presence(dataset), seed) if balanced else ShuffledOrder(len(dataset), seed)
     weights = rarity(dataset) if augment.rare_crop and dataset.has_labels else None
     samples = _TrainSamples(dataset, augment, tuple(size), seed, weights)
     keys = _Keys(order, batch_size, rank, world_size, start_step)
-    loader = map(samples.__getitems__, iter(keys)) if workers == 0 else _worker_loader(samples, keys, workers, pin_memory)
+    loader = (
+        map(samples.__getitems__, iter(keys)) if workers == 0 else _worker_loader(samples, keys, workers, pin_memory)
+    )
     for batch in loader:
         if isinstance(batch, _Failure):
             raise DataError(batch.text)
@@ -81,7 +85,11 @@ def eval_batches(
     """Every image in order: (float32 [1, 3, h, w] at size_wh, labels uint8 at their own size or None, name). Bad files as in training."""
     samples = _EvalSamples(dataset, tuple(size_wh), labels and dataset.has_labels)
     one_each = [[index] for index in range(len(dataset))]
-    loader = map(samples.__getitems__, one_each) if workers == 0 else _worker_loader(samples, one_each, workers, pin_memory=False)
+    loader = (
+        map(samples.__getitems__, one_each)
+        if workers == 0
+        else _worker_loader(samples, one_each, workers, pin_memory=False)
+    )
     for item in loader:
         if isinstance(item, _Failure):
             if not dataset.skip_bad_files:
@@ -125,7 +133,9 @@ class _Keys:
 class _TrainSamples:
     """Keys -> a Batch. Lives in the worker processes."""
 
-    def __init__(self, dataset: Dataset, augment: AugmentConfig, size: tuple[int, int], seed: int, weights: np.ndarray | None):
+    def __init__(
+        self, dataset: Dataset, augment: AugmentConfig, size: tuple[int, int], seed: int, weights: np.ndarray | None
+    ):
         self._dataset, self._augment, self._size, self._seed, self._weights = dataset, augment, size, seed, weights
 
     def __getitems__(self, keys: list[_Key]) -> Batch | _Failure:
@@ -168,7 +178,11 @@ class _EvalSamples:
             image, label = self._dataset.load(index) if self._with_labels else (self._dataset.image(index), None)
         except DataError as error:
             return _Failure(self._dataset.names[index], str(error))
-        return image_tensor(image, self._size)[None], None if label is None else torch.from_numpy(label.copy()), self._dataset.names[index]
+        return (
+            image_tensor(image, self._size)[None],
+            None if label is None else torch.from_numpy(label.copy()),
+            self._dataset.names[index],
+        )
 
 
 def image_tensor(image: Image.Image, size_wh: tuple[int, int] | None = None) -> Tensor:
@@ -200,7 +214,9 @@ class _WorkerStart:
     cache_bytes: int  # every worker decodes for itself: together they keep to the budget
 
     def __call__(self, worker: int) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process saves its state and ends us
+        signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # Ctrl-C reaches the whole group; the main process saves its state and ends us
         signal.signal(signal.SIGTERM, _ends_next_time)  # `timeout` and batch systems send it to the group, too
         CACHE.set_budget(self.cache_bytes)
 

@@ -24,12 +24,16 @@ def class_counts(dataset: Dataset, max_images: int | None = None) -> np.ndarray:
     as empty where the data set skips bad files.
     """
     if not dataset.has_labels:
-        raise DataError(f"{dataset.kind}, split {dataset.split!r} was opened without labels, so its classes cannot be counted.")
+        raise DataError(
+            f"{dataset.kind}, split {dataset.split!r} was opened without labels, so its classes cannot be counted."
+        )
     known = _COUNTED.setdefault(dataset, {})
     if max_images is not None and max_images >= len(dataset):
         max_images = None
     if max_images not in known:
-        picks = range(len(dataset)) if max_images is None else (np.arange(max_images) * len(dataset) // max_images).tolist()
+        picks = (
+            range(len(dataset)) if max_images is None else (np.arange(max_images) * len(dataset) // max_images).tolist()
+        )
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             known[max_images] = np.stack(list(pool.map(lambda i: _count(dataset, i), picks)))
     return known[max_images]

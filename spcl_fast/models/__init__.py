@@ -5,4 +5,12 @@ from .build import MODEL_NAMES, build_model, wrap_model
 from .discriminator import Discriminator
 from .weights import LoadedWeights, load_weights
 
-__all__ = ["MODEL_NAMES", "Discriminator", "LoadedWeights", "SegmentationModel", "build_model", "load_weights", "wrap_model"]
+__all__ = [
+    "MODEL_NAMES",
+    "Discriminator",
+    "LoadedWeights",
+    "SegmentationModel",
+    "build_model",
+    "load_weights",
+    "wrap_model",
+]

@@ -50,7 +50,9 @@ class SegmentationModel(nn.Module):
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images: expected [B, 3, H, W], got {list(images.shape)}")
         if not images.is_floating_point():
-            raise TypeError(f"images: expected floating point RGB in [0, 1], got {images.dtype}; divide 8-bit images by 255")
+            raise TypeError(
+                f"images: expected floating point RGB in [0, 1], got {images.dtype}; divide 8-bit images by 255"
+            )
         return self.feature_extractor((images - self.mean) / self.std)
 
     def classify(self, features: Tensor) -> Tensor:
@@ -81,7 +83,9 @@ class SegmentationModel(nn.Module):
         return ((n, p) for n, p in self.named_parameters() if p.requires_grad)
 
     def _in_head(self, name: str) -> bool:
-        return name.startswith("classifier.") or (self.head is not None and name.startswith(f"feature_extractor.{self.head}."))
+        return name.startswith("classifier.") or (
+            self.head is not None and name.startswith(f"feature_extractor.{self.head}.")
+        )
 
 
 def linear_classifier(channels: int, num_classes: int) -> nn.Conv2d:

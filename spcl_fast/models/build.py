@@ -40,7 +40,9 @@ def build_model(
     elif name == "tiny":
         model = tiny(num_classes, feature_dim=feature_dim)
     elif name in MODEL_NAMES:
-        model = deeplab_v2(name.removeprefix("deeplab_v2_"), num_classes, freeze_bn=freeze_bn, frozen_bn_eps=frozen_bn_eps)
+        model = deeplab_v2(
+            name.removeprefix("deeplab_v2_"), num_classes, freeze_bn=freeze_bn, frozen_bn_eps=frozen_bn_eps
+        )
     else:
         near = difflib.get_close_matches(name, MODEL_NAMES, n=1)
         raise ConfigError(

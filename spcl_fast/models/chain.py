@@ -50,7 +50,9 @@ class Chain(nn.Module):
             lambda *given: run_blocks(blocks, given),
             *state,
             use_reentrant=False,
-            preserve_rng_state=any(isinstance(module, _DropoutNd) for module in self.modules()),  # reading it waits for a GPU
+            preserve_rng_state=any(
+                isinstance(module, _DropoutNd) for module in self.modules()
+            ),  # reading it waits for a GPU
             context_fn=lambda: (contextlib.nullcontext(), statistics_kept(self)),
         )
 

@@ -105,9 +105,13 @@ class Lite0Encoder(nn.Module):
         self._blocks = nn.ModuleList()
         for kernel, stride, expand, inputs, outputs, repeats in STAGES:
             self._blocks.append(InvertedBottleneck(kernel, stride, expand, inputs, outputs, frozen))
-            self._blocks.extend(InvertedBottleneck(kernel, 1, expand, outputs, outputs, frozen) for _ in range(repeats - 1))
+            self._blocks.extend(
+                InvertedBottleneck(kernel, 1, expand, outputs, outputs, frozen) for _ in range(repeats - 1)
+            )
         init_convs(self)
-        for block in self._blocks:  # the projection is linear: half the variance of one before a ReLU; residual sums must not grow
+        for block in (
+            self._blocks
+        ):  # the projection is linear: half the variance of one before a ReLU; residual sums must not grow
             nn.init.kaiming_normal_(block._project_conv.weight, mode="fan_in", nonlinearity="linear")
             if block.residual and isinstance(block._bn2, FrozenBatchNorm2d):
                 block._bn2.weight.fill_(0.5)
@@ -159,7 +163,9 @@ class Lite0Features(Chain):
         self.head = SkipHead(Lite0Encoder.skip_channels, Lite0Encoder.deep_channels, feature_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu":  # oneDNN's depthwise convolutions: a training step takes two thirds of the time in this layout
+        if (
+            x.device.type == "cpu"
+        ):  # oneDNN's depthwise convolutions: a training step takes two thirds of the time in this layout
             x = x.contiguous(memory_format=torch.channels_last)
         return super().forward(x)
 

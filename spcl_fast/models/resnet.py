@@ -25,7 +25,16 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, inputs: int, width: int, stride: int, dilation: int, last_dilation: int, downsample: nn.Module | None, norm) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        width: int,
+        stride: int,
+        dilation: int,
+        last_dilation: int,
+        downsample: nn.Module | None,
+        norm,
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, width, 3, stride, dilation, dilation, bias=False)
         self.bn1 = norm(width)
@@ -43,7 +52,16 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, inputs: int, width: int, stride: int, dilation: int, last_dilation: int, downsample: nn.Module | None, norm) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        width: int,
+        stride: int,
+        dilation: int,
+        last_dilation: int,
+        downsample: nn.Module | None,
+        norm,
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
         self.bn1 = norm(width)
@@ -78,13 +96,17 @@ class ResNet(Chain):
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
         self.bn1 = norm(64)
         inputs, dilation = 64, 1
-        for index, (width, depth, stride, dilated) in enumerate(zip(WIDTHS, DEPTHS[name], STRIDES, DILATED, strict=True), start=1):
+        for index, (width, depth, stride, dilated) in enumerate(
+            zip(WIDTHS, DEPTHS[name], STRIDES, DILATED, strict=True), start=1
+        ):
             first_dilation = dilation
             if dilated:
                 dilation, stride = dilation * stride, 1
             downsample = None
             if stride != 1 or inputs != width * block.expansion:
-                downsample = nn.Sequential(nn.Conv2d(inputs, width * block.expansion, 1, stride, bias=False), norm(width * block.expansion))
+                downsample = nn.Sequential(
+                    nn.Conv2d(inputs, width * block.expansion, 1, stride, bias=False), norm(width * block.expansion)
+                )
             blocks = [block(inputs, width, stride, first_dilation, dilation, downsample, norm)]
             inputs = width * block.expansion
             blocks += [block(inputs, width, 1, dilation, dilation, None, norm) for _ in range(depth - 1)]

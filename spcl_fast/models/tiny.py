@@ -16,7 +16,11 @@ from .lite0 import SkipHead
 from .norm import init_convs
 
 WIDTHS = (16, 32, 48)  # channels at stride 2, 4, 8
-DILATIONS = (1, 2, 4)  # of the residual blocks at stride 8: a receptive field of about 120 px without a fourth down-sampling
+DILATIONS = (
+    1,
+    2,
+    4,
+)  # of the residual blocks at stride 8: a receptive field of about 120 px without a fourth down-sampling
 
 
 class NormedConv(nn.Module):

@@ -57,7 +57,9 @@ def load_weights(model: SegmentationModel, path: str | Path) -> LoadedWeights:
     path = Path(path)
     found = _recognise(_read(path), path)
     expected = {key for key in model.state_dict() if not key.endswith("num_batches_tracked")}
-    wanted = {key for key in expected if key.startswith(found.covers) and not (found.leaves and key.startswith(found.leaves))}
+    wanted = {
+        key for key in expected if key.startswith(found.covers) and not (found.leaves and key.startswith(found.leaves))
+    }
     if not any(key in wanted for key in found.state):
         raise ConfigError(
             f"{path} holds {found.format}, and the net is {model.name}: not one key fits. Change model.name or model.weights."
@@ -117,13 +119,17 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path} holds more than tensors (or is damaged) and was not run: {_first_line(error)}. Save a plain state dict."
         ) from error
     except (OSError, ValueError, RuntimeError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{path} cannot be read: {_first_line(error)}. It may be cut short; fetch it again.") from error
+        raise CheckpointError(
+            f"{path} cannot be read: {_first_line(error)}. It may be cut short; fetch it again."
+        ) from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":  # imported only where it is used
             raise
         raise CheckpointError(f"{path} is no whole safetensors file: {_first_line(error)}. Copy it again.") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a dictionary of tensors. We read {READABLE}.")
+        raise CheckpointError(
+            f"{path} holds a {type(content).__name__}, expected a dictionary of tensors. We read {READABLE}."
+        )
     return content
 
 
@@ -140,7 +146,9 @@ def _recognise(content: dict[str, Any], path: Path) -> _Found:
             content = content[wrapper]
             break
     state = _plain({key: value for key, value in content.items() if isinstance(value, Tensor)})
-    if any(key.startswith("model.feature_extractor.") for key in state):  # the net of a training checkpoint, beside optimiser and bank
+    if any(
+        key.startswith("model.feature_extractor.") for key in state
+    ):  # the net of a training checkpoint, beside optimiser and bank
         state = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
     if any(key.startswith("feature_extractor.") for key in state):
         return _Found("weights of spcl_fast", state)
@@ -164,7 +172,11 @@ def _prefixed(prefix: str, state: State) -> State:
 
 
 def _released(content: dict[str, Any]) -> _Found:
-    parts = {name: _plain(content[name]) for name in ("feature_extractor", "classifier") if isinstance(content.get(name), dict)}
+    parts = {
+        name: _plain(content[name])
+        for name in ("feature_extractor", "classifier")
+        if isinstance(content.get(name), dict)
+    }
     state = {key: value for name, part in parts.items() for key, value in _prefixed(name + ".", part).items()}
     return _Found("a released SPCL checkpoint", state, covers=tuple(name + "." for name in parts))
 
@@ -174,7 +186,9 @@ def _torchvision_resnet(state: State) -> _Found | None:
         return None
     body = {key: value for key, value in state.items() if not key.startswith("fc.")}
     prefix = "feature_extractor.backbone."
-    return _Found("torchvision's ResNet state dict", _prefixed(prefix, body), tuple(sorted(state.keys() - body.keys())), (prefix,))
+    return _Found(
+        "torchvision's ResNet state dict", _prefixed(prefix, body), tuple(sorted(state.keys() - body.keys())), (prefix,)
+    )
 
 
 def _torchvision_vgg16(state: State) -> _Found | None:

@@ -58,7 +58,9 @@ def check_pixels(op: str, features: Tensor, labels: Tensor) -> None:
 def check_device(op: str, anchor: Tensor, anchor_name: str, **others: Tensor | None) -> None:
     for name, tensor in others.items():
         if tensor is not None and tensor.device != anchor.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device} and {anchor_name} on {anchor.device}; expected one device")
+            raise ValueError(
+                f"{op}: {name} is on {tensor.device} and {anchor_name} on {anchor.device}; expected one device"
+            )
 
 
 def check_temperature(op: str, temperature: float) -> None:
@@ -90,7 +92,9 @@ def check_constant(op: str, name: str, tensor: Tensor | None, shapes: tuple[tupl
     if tensor is None:
         return
     if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS:
-        raise TypeError(f"{op}: {name} must be a floating-point tensor, got {getattr(tensor, 'dtype', type(tensor).__name__)}")
+        raise TypeError(
+            f"{op}: {name} must be a floating-point tensor, got {getattr(tensor, 'dtype', type(tensor).__name__)}"
+        )
     if tuple(tensor.shape) not in shapes:
         raise ValueError(
             f"{op}: {name} must have {what}, got shape {list(tensor.shape)}, expected {' or '.join(str(list(s)) for s in shapes)}"
@@ -101,6 +105,8 @@ def check_constant(op: str, name: str, tensor: Tensor | None, shapes: tuple[tupl
 
 def refuse_double_backward(op: str):
     def backward(ctx, *grads):
-        raise RuntimeError(f"{op} is differentiable once: its gradient cannot be differentiated again (create_graph=True is not supported)")
+        raise RuntimeError(
+            f"{op} is differentiable once: its gradient cannot be differentiated again (create_graph=True is not supported)"
+        )
 
     return backward

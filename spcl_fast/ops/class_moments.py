@@ -46,7 +46,9 @@ def class_moments(
         raise ValueError(f"{_OP}: num_classes must be an int of at least 1, got {num_classes!r}")
     if features.dim() == 2:
         features, labels = features.t()[None, :, :, None], labels[None, :, None]
-    sums, counts, square_sums = _class_moments(features.detach(), labels, num_classes, normalize, squares, ignore_index, backend or "")
+    sums, counts, square_sums = _class_moments(
+        features.detach(), labels, num_classes, normalize, squares, ignore_index, backend or ""
+    )
     return ClassMoments(sums, counts, square_sums if squares else None)
 
 
@@ -102,7 +104,9 @@ def move_prototypes_(
     _check_prototypes("move_prototypes_", prototypes, features)
     if features.dim() == 2:
         features, labels = features.t()[None, :, :, None], labels[None, :, None]
-    _move_prototypes(prototypes, features.detach(), labels, keep, min_pixels, decay_absent, normalize, ignore_index, backend or "")
+    _move_prototypes(
+        prototypes, features.detach(), labels, keep, min_pixels, decay_absent, normalize, ignore_index, backend or ""
+    )
 
 
 def _check_prototypes(op: str, prototypes: Tensor, features: Tensor) -> None:
@@ -124,14 +128,22 @@ def _move_prototypes(
     ignore_index: int, backend: str,
 ) -> None:  # fmt: skip
     num_classes, dim = prototypes.shape
-    what = {"device": features.device, "dtype": features.dtype, "num_classes": num_classes, "dim": dim, "has_variances": False}
+    what = {
+        "device": features.device,
+        "dtype": features.dtype,
+        "num_classes": num_classes,
+        "dim": dim,
+        "has_variances": False,
+    }
     module = backends.module(backends.pick(_OP, backend or None, small=backends.is_small(features.numel()), **what))
     settings = {"normalize": normalize, "ignore_index": ignore_index}
     if hasattr(module, "move_prototypes"):
         average = {"keep": keep, "min_pixels": min_pixels, "decay_absent": decay_absent}
         return module.move_prototypes(prototypes, features, labels, **average, **settings)
     sums, counts, _ = module.class_moments(features, labels, num_classes, squares=False, **settings)
-    prototypes.copy_(moved_prototypes(prototypes, sums, counts, keep=keep, min_pixels=min_pixels, decay_absent=decay_absent))
+    prototypes.copy_(
+        moved_prototypes(prototypes, sums, counts, keep=keep, min_pixels=min_pixels, decay_absent=decay_absent)
+    )
 
 
 @_move_prototypes.register_fake
@@ -139,7 +151,9 @@ def _(prototypes, features, labels, keep, min_pixels, decay_absent, normalize, i
     return None
 
 
-def moved_prototypes(prototypes: Tensor, sums: Tensor, counts: Tensor, *, keep: float, min_pixels: int, decay_absent: bool) -> Tensor:
+def moved_prototypes(
+    prototypes: Tensor, sums: Tensor, counts: Tensor, *, keep: float, min_pixels: int, decay_absent: bool
+) -> Tensor:
     """The moving average itself: prototypes and sums [K, D], counts [K] -> [K, D]."""
     present = (counts >= min_pixels)[:, None]
     mean = sums / counts.clamp_min(1)[:, None]
@@ -147,7 +161,9 @@ def moved_prototypes(prototypes: Tensor, sums: Tensor, counts: Tensor, *, keep: 
     return torch.where(present, moved, keep * prototypes if decay_absent else prototypes)
 
 
-def agreement_labels(labels: Tensor, predictions: Tensor, *, num_classes: int | None = None, ignore_index: int = 255) -> Tensor:
+def agreement_labels(
+    labels: Tensor, predictions: Tensor, *, num_classes: int | None = None, ignore_index: int = 255
+) -> Tensor:
     """Labels at the predictions' size, with ignore_index where the prediction differs: the source mask of SPCL.
 
     labels [B, H, W] of any integer dtype and size (nearest rule), predictions [B, h, w] integer -> [B, h, w] int64.

@@ -61,7 +61,9 @@ def prototype_contrastive_loss(
     grid = (features.shape[0],) if rows else (features.shape[0], *features.shape[2:])
     checks.check_constant(_OP, "class_weight", class_weight, ((prototypes.shape[0],),), "one weight a class")
     checks.check_constant(_OP, "pixel_weight", pixel_weight, (grid, tuple(labels.shape)), "one weight a pixel")
-    checks.check_device(_OP, features, "features", prototypes=prototypes, class_weight=class_weight, pixel_weight=pixel_weight)
+    checks.check_device(
+        _OP, features, "features", prototypes=prototypes, class_weight=class_weight, pixel_weight=pixel_weight
+    )
     if rows:
         features, labels = features.t()[None, :, :, None], labels[None, :, None]
         pixel_weight = None if pixel_weight is None else pixel_weight[None, :, None]
@@ -69,7 +71,9 @@ def prototype_contrastive_loss(
         pixel_weight = resize_nearest(pixel_weight, *features.shape[2:]).to(_wide(features))
     class_weight = None if class_weight is None else class_weight.to(_wide(features))
     recorded = torch.is_grad_enabled()
-    small = backends.is_small(features.numel())  # here, not in the op: what is traced must save what is run saves, and the backend decides
+    small = backends.is_small(
+        features.numel()
+    )  # here, not in the op: what is traced must save what is run saves, and the backend decides
     loss = _forward(
         features, labels, prototypes, class_weight, pixel_weight, variances, float(temperature), normalize, ignore_index, reduction,
         recorded and features.requires_grad, recorded and prototypes.requires_grad, backend or "", small,
@@ -125,12 +129,21 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> loss, denominator, lse, inv_norm, logits, and nothing [0]; or, in one pass, loss, four times nothing, dfeatures."""
     used = _backend(backend, small, features, prototypes.shape[0], variances is not None)
-    settings = {"temperature": temperature, "normalize": normalize, "ignore_index": ignore_index, "reduction": reduction}
+    settings = {
+        "temperature": temperature,
+        "normalize": normalize,
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+    }
     if _in_one_pass(used, features, prototypes.shape[0], reduction, needs_dfeatures, needs_dprototypes):
-        loss, dfeatures = used.prototype_contrastive_one_pass(features, labels, prototypes, class_weight, pixel_weight, **settings)
+        loss, dfeatures = used.prototype_contrastive_one_pass(
+            features, labels, prototypes, class_weight, pixel_weight, **settings
+        )
         return loss, *(loss.new_empty(0) for _ in range(4)), dfeatures
     save = needs_dfeatures or needs_dprototypes
-    saved = used.prototype_contrastive_forward(features, labels, prototypes, class_weight, pixel_weight, variances, **settings, save=save)
+    saved = used.prototype_contrastive_forward(
+        features, labels, prototypes, class_weight, pixel_weight, variances, **settings, save=save
+    )
     return *saved, features.new_empty(0)
 
 
@@ -181,7 +194,9 @@ def _(
 
 
 def _setup_context(ctx, inputs, output):
-    features, labels, prototypes, class_weight, pixel_weight, variances, *ctx.settings, _, _, ctx.backend, ctx.small = inputs
+    features, labels, prototypes, class_weight, pixel_weight, variances, *ctx.settings, _, _, ctx.backend, ctx.small = (
+        inputs
+    )
     loss, denominator, lse, inv_norm, logits, dfeatures = output
     ctx.mark_non_differentiable(denominator, lse, inv_norm, logits, dfeatures)
     ctx.set_materialize_grads(False)
@@ -189,7 +204,9 @@ def _setup_context(ctx, inputs, output):
     if ctx.one_pass:
         ctx.save_for_backward(dfeatures)
     else:
-        ctx.save_for_backward(features, labels, prototypes, class_weight, pixel_weight, variances, lse, inv_norm, logits, denominator)
+        ctx.save_for_backward(
+            features, labels, prototypes, class_weight, pixel_weight, variances, lse, inv_norm, logits, denominator
+        )
 
 
 def _autograd_backward(ctx, grad_loss, *_):
@@ -202,7 +219,9 @@ def _autograd_backward(ctx, grad_loss, *_):
     prototypes = ctx.saved_tensors[2]
     needs_dfeatures, needs_dprototypes = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
     choice = (ctx.backend, ctx.small)
-    dfeatures, dprototypes = _backward(grad_loss, *ctx.saved_tensors, *ctx.settings, needs_dfeatures, needs_dprototypes, *choice)
+    dfeatures, dprototypes = _backward(
+        grad_loss, *ctx.saved_tensors, *ctx.settings, needs_dfeatures, needs_dprototypes, *choice
+    )
     nothing[0] = dfeatures if needs_dfeatures else None
     nothing[2] = dprototypes.to(prototypes.dtype) if needs_dprototypes else None
     return tuple(nothing)

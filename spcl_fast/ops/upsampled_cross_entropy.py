@@ -34,7 +34,9 @@ def upsampled_cross_entropy(
     checks.check_float(_OP, "logits", logits, (4,), "[B, K, h, w]")
     checks.check_labels_tensor(_OP, labels, 3, "[B, H, W]")
     if labels.shape[0] != logits.shape[0]:
-        raise ValueError(f"{_OP}: logits and labels must hold as many images, got {list(logits.shape)} and {list(labels.shape)}")
+        raise ValueError(
+            f"{_OP}: logits and labels must hold as many images, got {list(logits.shape)} and {list(labels.shape)}"
+        )
     if 0 in logits.shape[1:]:
         raise ValueError(f"{_OP}: logits must hold at least one class and one node, got shape {list(logits.shape)}")
     checks.check_temperature(_OP, temperature)
@@ -48,7 +50,16 @@ def upsampled_cross_entropy(
     class_weight = None if class_weight is None else class_weight.to(wide)
     pixel_weight = None if pixel_weight is None else pixel_weight.to(wide)
     return _forward(
-        logits, labels, class_weight, pixel_weight, float(temperature), align_corners, ignore_index, reduction, needs_dlogits, backend or ""
+        logits,
+        labels,
+        class_weight,
+        pixel_weight,
+        float(temperature),
+        align_corners,
+        ignore_index,
+        reduction,
+        needs_dlogits,
+        backend or "",
     )[0]
 
 
@@ -74,7 +85,18 @@ def _forward(
 
 
 @_forward.register_fake
-def _(logits, labels, class_weight, pixel_weight, temperature, align_corners, ignore_index, reduction, needs_dlogits, backend):
+def _(
+    logits,
+    labels,
+    class_weight,
+    pixel_weight,
+    temperature,
+    align_corners,
+    ignore_index,
+    reduction,
+    needs_dlogits,
+    backend,
+):
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     formed = needs_dlogits and reduction != "none"
     loss = logits.new_empty(labels.shape if reduction == "none" else (), dtype=wide)
@@ -96,7 +118,9 @@ def _autograd_backward(ctx, grad_loss, _):
     nothing = [None] * 10
     if grad_loss is None:
         return tuple(nothing)
-    if ctx.reduction == "none":  # the gradient of sum(map * grad) is that of the summed loss with the grad as pixel weights
+    if (
+        ctx.reduction == "none"
+    ):  # the gradient of sum(map * grad) is that of the summed loss with the grad as pixel weights
         logits, labels, class_weight, pixel_weight = ctx.saved_tensors
         weight = grad_loss if pixel_weight is None else grad_loss * pixel_weight
         dlogits = _forward(logits.detach(), labels, class_weight, weight, *ctx.settings, "sum", True, ctx.backend)[1]

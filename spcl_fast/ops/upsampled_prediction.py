@@ -53,10 +53,19 @@ def upsampled_prediction(
     checks.check_constant(_OP, "thresholds", thresholds, ((logits.shape[1],),), "one threshold a class")
     checks.check_device(_OP, logits, "logits", thresholds=thresholds)
     if thresholds is not None and ignore_index < logits.shape[1]:
-        raise ValueError(f"{_OP}: ignore_index {ignore_index} is one of the {logits.shape[1]} classes; with thresholds it must be none")
+        raise ValueError(
+            f"{_OP}: ignore_index {ignore_index} is one of the {logits.shape[1]} classes; with thresholds it must be none"
+        )
     thresholds = None if thresholds is None else thresholds.float()
     labels, confidence = _prediction(
-        logits.detach(), int(size[0]), int(size[1]), thresholds, float(temperature), align_corners, ignore_index, backend or ""
+        logits.detach(),
+        int(size[0]),
+        int(size[1]),
+        thresholds,
+        float(temperature),
+        align_corners,
+        ignore_index,
+        backend or "",
     )
     return Prediction(labels, confidence)
 
@@ -83,7 +92,12 @@ def _prediction(
         small=backends.is_small(logits.shape[0] * logits.shape[1] * height * width),
     )
     return backends.module(name).upsampled_prediction(
-        logits, (height, width), thresholds, temperature=temperature, align_corners=align_corners, ignore_index=ignore_index
+        logits,
+        (height, width),
+        thresholds,
+        temperature=temperature,
+        align_corners=align_corners,
+        ignore_index=ignore_index,
     )
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .collapse import COLLAPSED, nearly_all_kept, signs
-from .run_folder import NETS, Evaluation, RunFolder, number
+from ..runs.reading import NETS, Evaluation, RunFolder, number
+from ..runs.signs import COLLAPSED, nearly_all_kept, signs
 
 NEVER = 1e-5  # share of pixels below which a class counts as never predicted
 OCCURS = 1e-3
@@ -36,10 +36,13 @@ def find(run: RunFolder) -> list[Finding]:
 
 def _collapse(run: RunFolder) -> list[Finding]:
     found = []
-    collapsed = {stage: classes for stage, evaluation in run.evaluations.items() if (classes := _taken_over(evaluation))}
+    collapsed = {
+        stage: classes for stage, evaluation in run.evaluations.items() if (classes := _taken_over(evaluation))
+    }
     if collapsed:
         nets = [
-            f"the {NETS[stage][1]} net calls {run.evaluations[stage].predicted_share[name]:.0%} {name}" for stage, name in collapsed.items()
+            f"the {NETS[stage][1]} net calls {run.evaluations[stage].predicted_share[name]:.0%} {name}"
+            for stage, name in collapsed.items()
         ]
         if "source_only" in collapsed or "oracle" in collapsed:
             advice = "It does not start with adaptation: train the source stage longer, and check its learning rate and labels."
@@ -47,11 +50,14 @@ def _collapse(run: RunFolder) -> list[Finding]:
             advice = "Lower the weight of the contrastive loss or the learning rate, and look at the pseudo-labels that it started from."
         found.append(Finding("bad", "Collapsed to one class", f"Of the target's pixels {_list(nets)}. {advice}"))
     for records in run.metrics.values():
-        last = next((record for record in reversed(records) if "predicted_share" in record or "prototype_nearest" in record), {})
+        last = next(
+            (record for record in reversed(records) if "predicted_share" in record or "prototype_nearest" in record), {}
+        )
         found += [Finding("bad", sign.title, sign.text) for sign in signs(last, run.classes)]
     for stage, record in run.thresholds.items():
         predicted, kept = (
-            sum(value for value in map(number, record[key].values()) if value) for key in ("predicted_pixels", "kept_pixels")
+            sum(value for value in map(number, record[key].values()) if value)
+            for key in ("predicted_pixels", "kept_pixels")
         )
         sign = nearly_all_kept(stage, predicted, kept)
         found += [Finding("bad", sign.title, sign.text)] if sign else []
@@ -61,7 +67,9 @@ def _collapse(run: RunFolder) -> list[Finding]:
 def _taken_over(evaluation: Evaluation) -> str | None:
     """The class that nearly all pixels are given to, though they are not of it."""
     taken = [
-        name for name, share in evaluation.predicted_share.items() if share > max(COLLAPSED, evaluation.true_share.get(name, 0.0) + 0.1)
+        name
+        for name, share in evaluation.predicted_share.items()
+        if share > max(COLLAPSED, evaluation.true_share.get(name, 0.0) + 0.1)
     ]
     return taken[0] if taken else None
 
@@ -70,7 +78,8 @@ def _selection(run: RunFolder) -> list[Finding]:
     if run.summary.get("selection") != "target_val":
         return []
     text = (
-        "evaluate.selection is target_val: target labels were used to choose the net, so its score is not that of unsupervised adaptation."
+        "evaluate.selection is target_val: target labels were used to choose the net, so its score is not that of "
+        "unsupervised adaptation."
     )
     return [Finding("bad", "The checkpoint was chosen on target labels", text)]
 
@@ -102,7 +111,11 @@ def _classes(run: RunFolder) -> list[Finding]:
     evaluation = run.evaluations.get(run.final) if run.final else None
     if evaluation is None or not evaluation.true_share:
         return found
-    never = [name for name, share in evaluation.predicted_share.items() if share < NEVER and evaluation.true_share.get(name, 0) > OCCURS]
+    never = [
+        name
+        for name, share in evaluation.predicted_share.items()
+        if share < NEVER and evaluation.true_share.get(name, 0) > OCCURS
+    ]
     oracle = run.evaluations.get("oracle")
     beyond = [name for name in never if oracle is not None and (oracle.iou.get(name) or 0.0) < 1.0]
     reachable = [name for name in never if name not in beyond]
@@ -120,7 +133,13 @@ def _classes(run: RunFolder) -> list[Finding]:
     for name, share in evaluation.predicted_share.items():
         true = evaluation.true_share.get(name, 0.0)
         if COLLAPSED > share > 3 * true and share - true > 0.03:
-            found.append(Finding("note", f"Too much {name}", f"{share:.1%} of the target's pixels are predicted {name}, {true:.1%} are."))
+            found.append(
+                Finding(
+                    "note",
+                    f"Too much {name}",
+                    f"{share:.1%} of the target's pixels are predicted {name}, {true:.1%} are.",
+                )
+            )
     return found
 
 

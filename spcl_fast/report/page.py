@@ -10,9 +10,10 @@ from typing import Any
 import jinja2
 
 from ..errors import CheckpointError
-from . import memory, pictures, plots
+from ..runs.reading import NETS, RunFolder, number, read_run
+from . import memory_rows as memory
+from . import pictures, plots
 from .findings import find
-from .run_folder import NETS, RunFolder, number, read_run
 
 SELECTION = {
     "last": "Every net is the last one of its stage. No label was used to choose it.",
@@ -131,7 +132,9 @@ def _cards(run: RunFolder) -> list[Card]:
     if final is not None:
         cards.append(Card(f"SPCL, {NETS[run.final][1]}", f"{final.miou:.1f}", "mIoU on target, %", "final"))
     if final is not None and run.baseline:
-        cards.append(_gain("gain", final.miou - run.evaluations[run.baseline].miou, f"points over {NETS[run.baseline][1]}"))
+        cards.append(
+            _gain("gain", final.miou - run.evaluations[run.baseline].miou, f"points over {NETS[run.baseline][1]}")
+        )
     if final is not None and "control" in run.evaluations:
         gain = final.miou - run.evaluations["control"].miou
         cards.append(_gain("gain over the control", gain, "points; the control trained on without the target"))
@@ -141,7 +144,9 @@ def _cards(run: RunFolder) -> list[Card]:
             Card(
                 "gap closed",
                 f"{100 * gap:.0f}%",
-                f"of the way to the oracle's {run.evaluations['oracle'].miou:.1f}" if "oracle" in run.evaluations else "",
+                f"of the way to the oracle's {run.evaluations['oracle'].miou:.1f}"
+                if "oracle" in run.evaluations
+                else "",
             )
         )
     return cards
@@ -164,7 +169,10 @@ def _table(run: RunFolder) -> dict[str, Any] | None:
     gains: list[float | None] = [None] * len(rows)
     if run.baseline and run.final:
         before, after = stages.index(run.baseline), stages.index(run.final)
-        gains = [None if values[before] is None or values[after] is None else values[after] - values[before] for _, _, values in rows]
+        gains = [
+            None if values[before] is None or values[after] is None else values[after] - values[before]
+            for _, _, values in rows
+        ]
     shares = run.evaluations[run.final or stages[-1]]
     return {
         "header": [NETS[stage][1] for stage in stages],

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..data.palette import overlay, read_label_png
-from .run_folder import NETS, RunFolder
+from ..runs.reading import NETS, RunFolder
 
 WIDTH = 480  # of a picture in the report, in pixels: four of them stand side by side
 
@@ -23,7 +23,9 @@ class Picture:
     uri: str | None  # None: there is no such picture
 
 
-def label_overlay(image: np.ndarray, label: np.ndarray, palette: Sequence[tuple[int, int, int]], opacity: float = 0.6) -> np.ndarray:
+def label_overlay(
+    image: np.ndarray, label: np.ndarray, palette: Sequence[tuple[int, int, int]], opacity: float = 0.6
+) -> np.ndarray:
     """Class colours of `label` [H, W] (train ids) over `image` uint8 [h, w, 3] -> uint8 [h, w, 3]; a label of another size is resized
     (nearest).
 

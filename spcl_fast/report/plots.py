@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from .run_folder import COLUMNS, NETS, SAFE_COLOURS, RunFolder, number
+from ..runs.reading import COLUMNS, NETS, SAFE_COLOURS, RunFolder, number
 
 BLUE, RED, GREEN, ORANGE, SKY, PINK, BLACK, BROWN = SAFE_COLOURS
 INK, FAINT = "#1f2933", "#9aa5b1"
@@ -83,7 +83,10 @@ def class_scores(run: RunFolder) -> bytes | None:
     rows = [*run.classes, "mIoU"]
     with _figure(8.6, 0.9 + 0.3 * len(rows)) as figure:
         axes = figure.subplots()
-        values = {stage: [run.evaluations[stage].iou.get(name) for name in run.classes] + [run.evaluations[stage].miou] for stage in stages}
+        values = {
+            stage: [run.evaluations[stage].iou.get(name) for name in run.classes] + [run.evaluations[stage].miou]
+            for stage in stages
+        }
         places = np.arange(len(rows), dtype=float)
         places[-1] += 0.35
         if run.baseline and run.final:
@@ -96,7 +99,9 @@ def class_scores(run: RunFolder) -> bytes | None:
             points = [(value, y) for value, y in zip(values[stage], places, strict=True) if value is not None]
             size = 90 if marker == "|" else 34 if marker == "o" else 22
             edge = {} if marker == "|" else {"edgecolors": "white", "linewidths": 0.8}
-            axes.scatter(*zip(*points, strict=True), s=size, c=colour, marker=marker, label=NETS[stage][1], zorder=3, **edge)
+            axes.scatter(
+                *zip(*points, strict=True), s=size, c=colour, marker=marker, label=NETS[stage][1], zorder=3, **edge
+            )
         axes.axhline(len(rows) - 1.33, color="#cbd2d9", linewidth=0.8)
         axes.set_yticks(places, rows)
         axes.get_yticklabels()[-1].set_fontweight("bold")
@@ -143,7 +148,9 @@ def _learning_rates(axes: Axes, run: RunFolder) -> None:
     for stage, records in run.metrics.items():
         for _, steps, values in _series(records, ["lr"]):
             colour = NET_LOOKS.get(stage, (FAINT,))[0]
-            axes.plot(steps, values, color=colour, label=NETS[stage][1] if stage in NETS else stage, marker=_mark(steps), ms=4)
+            axes.plot(
+                steps, values, color=colour, label=NETS[stage][1] if stage in NETS else stage, marker=_mark(steps), ms=4
+            )
     axes.set_title("learning rate")
     _iterations(axes)
     axes.set_ylim(bottom=0)
@@ -200,7 +207,14 @@ def class_shares(run: RunFolder) -> bytes | None:
             for found, colour, label in ((kept, ORANGE, "has a pseudo-label"), (predicted, BLUE, "predicted")):
                 if found is not None:
                     steps, values = found
-                    axes.plot(steps, 100 * values[:, index], color=colour, label=label if index == 0 else None, marker=_mark(steps), ms=4)
+                    axes.plot(
+                        steps,
+                        100 * values[:, index],
+                        color=colour,
+                        label=label if index == 0 else None,
+                        marker=_mark(steps),
+                        ms=4,
+                    )
             axes.set_title(name, fontsize=9)
             axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
             axes.yaxis.set_major_locator(MaxNLocator(3))
@@ -238,7 +252,9 @@ def prototype_norms(run: RunFolder) -> bytes | None:
             axes.plot(steps, values[:, index], color=colour, marker=_mark(steps), ms=4)
             lead = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 1}
             end = (steps[-1], values[-1, index])
-            axes.annotate(name, end, xytext=(12, 0), textcoords="offset points", arrowprops=lead, fontsize=7.5, va="center")
+            axes.annotate(
+                name, end, xytext=(12, 0), textcoords="offset points", arrowprops=lead, fontsize=7.5, va="center"
+            )
         _spread(axes)
         axes.set_ylim(0, max(1.05, values.max() * 1.05))
         _iterations(axes)
@@ -258,7 +274,9 @@ def _spread(axes: Axes) -> None:
     for index in reversed(range(len(places))):  # what was pushed out at the top comes back in
         places[index] = min(places[index], 1.0 if index == len(places) - 1 else places[index + 1] - gap)
     for text, place in zip(names, places, strict=True):
-        text.set_position((12, (place - text.xy[1] / top) * 3.2 * 72))  # offsets are in points; the axes are about 3.2 inches high
+        text.set_position(
+            (12, (place - text.xy[1] / top) * 3.2 * 72)
+        )  # offsets are in points; the axes are about 3.2 inches high
 
 
 def confusion(run: RunFolder) -> bytes | None:
@@ -275,7 +293,9 @@ def confusion(run: RunFolder) -> bytes | None:
         for axes, stage in zip(grid, stages, strict=True):
             matrix = run.evaluations[stage].confusion
             share = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-            axes.imshow(np.sqrt(share), cmap="Blues", vmin=0, vmax=10, aspect="equal")  # square root: small confusions stay visible
+            axes.imshow(
+                np.sqrt(share), cmap="Blues", vmin=0, vmax=10, aspect="equal"
+            )  # square root: small confusions stay visible
             for row, column in zip(*np.nonzero(share >= 0.5), strict=True):
                 value = share[row, column]
                 colour = "white" if value > 45 else INK
@@ -297,7 +317,9 @@ def feature_map(run: RunFolder) -> bytes | None:
     sample = run.features
     if sample is None or len(sample.features) < 3 or sample.features.shape[1] < 2:
         return None
-    points, prototypes = _plane(sample.features, sample.prototypes, unit=run.setting("adapt", "normalize", default=True))
+    points, prototypes = _plane(
+        sample.features, sample.prototypes, unit=run.setting("adapt", "normalize", default=True)
+    )
     colours = np.array([*run.palette, (203, 210, 217)]) / 255
     labels = np.where((sample.labels >= 0) & (sample.labels < len(run.palette)), sample.labels, len(run.palette))
     with _figure(10.6, 4.9) as figure:
@@ -308,14 +330,31 @@ def feature_map(run: RunFolder) -> bytes | None:
             axes.scatter(*points[own].T, s=8, c=colours[labels[own]], linewidths=0, alpha=0.75)
             for index in np.flatnonzero(np.linalg.norm(sample.prototypes, axis=1) > 1e-6):
                 if index < len(run.palette):
-                    axes.scatter(*prototypes[index], marker="*", s=210, color=colours[index], edgecolors=INK, linewidths=0.9, zorder=5)
+                    axes.scatter(
+                        *prototypes[index],
+                        marker="*",
+                        s=210,
+                        color=colours[index],
+                        edgecolors=INK,
+                        linewidths=0.9,
+                        zorder=5,
+                    )
             axes.set_title(title)
             axes.tick_params(labelbottom=False, labelleft=False, length=0)  # directions have no unit
             axes.grid(False)
         present = [index for index in range(len(run.palette)) if (labels == index).any()]
-        handles = [Line2D([], [], marker="o", linestyle="", color=colours[index], label=run.classes[index]) for index in present]
+        handles = [
+            Line2D([], [], marker="o", linestyle="", color=colours[index], label=run.classes[index])
+            for index in present
+        ]
         handles.append(Line2D([], [], marker="*", linestyle="", ms=11, mfc="white", mec=INK, label="prototype"))
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 10), handletextpad=0.1, columnspacing=1.2)
+        figure.legend(
+            handles=handles,
+            loc="outside lower center",
+            ncols=min(len(handles), 10),
+            handletextpad=0.1,
+            columnspacing=1.2,
+        )
         return _png(figure)
 
 

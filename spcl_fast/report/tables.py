@@ -6,7 +6,7 @@ import sys
 from io import StringIO
 from typing import Any
 
-from .run_folder import NETS, number
+from ..runs.reading import NETS, number
 
 _TITLES = dict(NETS.values())  # name in summary.json -> name for the reader
 
@@ -31,7 +31,9 @@ def iou_table(summary: dict[str, Any]) -> str:
 
 def _nets(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
     found = {
-        name: value for name, value in summary.items() if isinstance(value, dict) and "miou" in value and isinstance(value.get("iou"), dict)
+        name: value
+        for name, value in summary.items()
+        if isinstance(value, dict) and "miou" in value and isinstance(value.get("iou"), dict)
     }
     order = [*_TITLES, *found]
     return dict(sorted(found.items(), key=lambda item: order.index(item[0])))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import distributed
+from .. import distributed
 
 
 class AbsorbingSGD(torch.optim.SGD):
@@ -73,4 +73,6 @@ class AbsorbingSGD(torch.optim.SGD):
                 self._begin(parameter, group)
         if len(taking_part) != len(self._touched):
             raise RuntimeError("a parameter has a gradient now but had none at the first step on any process")
-        distributed.all_reduce_([self.state[parameter]["momentum_buffer"] for _, parameter in taking_part], average=True)
+        distributed.all_reduce_(
+            [self.state[parameter]["momentum_buffer"] for _, parameter in taking_part], average=True
+        )

@@ -42,7 +42,9 @@ def choose_device(name: str) -> torch.device:
         raise ConfigError(f"loop.device: {name!r} is not a device; expected auto, cpu, cuda or cuda:N.") from error
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise ConfigError(f"loop.device: {name!r} was asked for, but torch {torch.__version__} sees no GPU. Use auto or cpu.")
+            raise ConfigError(
+                f"loop.device: {name!r} was asked for, but torch {torch.__version__} sees no GPU. Use auto or cpu."
+            )
         return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     return device
 
@@ -60,5 +62,7 @@ def move(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, list | tuple):
         return type(batch)(move(value, device) for value in batch)
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        return dataclasses.replace(batch, **{field.name: move(getattr(batch, field.name), device) for field in dataclasses.fields(batch)})
+        return dataclasses.replace(
+            batch, **{field.name: move(getattr(batch, field.name), device) for field in dataclasses.fields(batch)}
+        )
     return batch

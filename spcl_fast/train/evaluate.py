@@ -27,7 +27,10 @@ class Scores:
         """In percent by class; None where the class is neither there nor predicted."""
         hit = np.diag(self.confusion)
         union = self.confusion.sum(0) + self.confusion.sum(1) - hit
-        return {name: 100 * float(h) / float(u) if u else None for name, h, u in zip(self.classes.names, hit, union, strict=True)}
+        return {
+            name: 100 * float(h) / float(u) if u else None
+            for name, h, u in zip(self.classes.names, hit, union, strict=True)
+        }
 
     @property
     def miou(self) -> float:

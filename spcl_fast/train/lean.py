@@ -55,24 +55,36 @@ class LeanModel:
 
     @contextlib.contextmanager
     def _forward(self) -> Iterator[None]:
-        with self.precision.autocast(), offloaded(self.model) if self.offload else contextlib.nullcontext(), memory.phase("forward"):
+        with (
+            self.precision.autocast(),
+            offloaded(self.model) if self.offload else contextlib.nullcontext(),
+            memory.phase("forward"),
+        ):
             yield
 
 
-def lean_model(model: SegmentationModel, settings: LoopConfig, precision: Precision, shapes: Sequence[tuple[int, ...]]) -> LeanModel:
+def lean_model(
+    model: SegmentationModel, settings: LoopConfig, precision: Precision, shapes: Sequence[tuple[int, ...]]
+) -> LeanModel:
     """`model` with the loop's settings; `shapes`: of the images that it will see, for `checkpoint: auto`. Raises ConfigError."""
     if settings.checkpoint != "none" and model.chain is None:
-        raise ConfigError(f"loop.checkpoint: {model.name} is not made of blocks (models/chain.py), so nothing can be recomputed: use none.")
+        raise ConfigError(
+            f"loop.checkpoint: {model.name} is not made of blocks (models/chain.py), so nothing can be recomputed: use none."
+        )
     if model.chain is not None:
         model.chain.cuts = _cuts(model, settings.checkpoint, precision, shapes)
     if settings.compile:
         model.feature_extractor.compile()
     if settings.offload and precision.device.type != "cuda":
-        raise ConfigError(f"loop.offload: the net is on {precision.device}, whose memory is the host's already; leave it out.")
+        raise ConfigError(
+            f"loop.offload: the net is on {precision.device}, whose memory is the host's already; leave it out."
+        )
     return LeanModel(model, precision, offload=settings.offload)
 
 
-def _cuts(model: SegmentationModel, checkpoint: str, precision: Precision, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+def _cuts(
+    model: SegmentationModel, checkpoint: str, precision: Precision, shapes: Sequence[tuple[int, ...]]
+) -> tuple[int, ...]:
     if checkpoint == "none":
         return ()
     if checkpoint == "stage":

@@ -19,14 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .. import distributed
 from ..config import LoopConfig, TrainConfig
 from ..errors import CheckpointError, DataError, Interrupted, NumericError, OutOfMemory
-from ..report.run_folder import COLUMNS, PHASES
-from . import distributed, memory
-from .checkpoint import Checkpoint, CheckpointStore, read_checkpoint
+from ..runs.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
+from ..runs.folder import Run
+from ..runs.identity import flat_settings, settings_difference, step_seed
+from ..runs.reading import COLUMNS, PHASES
+from . import memory
 from .device import choose_device, move
-from .identity import flat_settings, settings_difference, step_seed
-from .log import Run
 from .meter import Meter, first_not_finite, numeric_error
 from .pace import Closing, Pace
 from .progress import Progress
@@ -95,10 +96,19 @@ def fit(
     holds one), CheckpointError, DataError (no more batches), Interrupted (a stop signal; state saved). Waits for the device only where a
     line is logged or a checkpoint written.
     """
-    own = {"iterations": iterations, "seed": seed, "precision": settings.precision, "channels_last": settings.channels_last}
+    own = {
+        "iterations": iterations,
+        "seed": seed,
+        "precision": settings.precision,
+        "channels_last": settings.channels_last,
+    }
     # these change the order of additions; at their defaults they are left out, so that runs of before they existed go on
     default = LoopConfig()
-    own |= {name: value for name in ("accumulate", "absorb_gradients") if (value := getattr(settings, name)) != getattr(default, name)}
+    own |= {
+        name: value
+        for name in ("accumulate", "absorb_gradients")
+        if (value := getattr(settings, name)) != getattr(default, name)
+    }
     whole = {**flat_settings(identity or {}), "stage": stage, **own}
     loop = _Loop(stage, run, TrainingState(modules, optimizers), iterations, seed, settings, whole, plan)
     with run.exclusive(), stop_requests() as stop:
@@ -183,7 +193,9 @@ class _Loop:
         resume = self.settings.resume
         if resume == "never":
             if self.store.paths():
-                raise CheckpointError(f"{self.store.folder} holds checkpoints and loop.resume is 'never'. Use 'auto', or another run name.")
+                raise CheckpointError(
+                    f"{self.store.folder} holds checkpoints and loop.resume is 'never'. Use 'auto', or another run name."
+                )
             return None
         checkpoint = self.store.latest()
         if checkpoint is None and resume != "auto":
@@ -262,7 +274,9 @@ class _Loop:
         try:
             return next(feed)
         except StopIteration:
-            raise DataError(f"The batches of {self.stage} ended at step {self.done} of {self.iterations}; expected no end.") from None
+            raise DataError(
+                f"The batches of {self.stage} ended at step {self.done} of {self.iterations}; expected no end."
+            ) from None
         except Exception:
             if stop.requested:  # a signal to the whole process group ended the data-loading processes too
                 return None
@@ -357,7 +371,9 @@ class _Loop:
             self._save()
         distributed.barrier()  # a process that leaves early makes torchrun end the one that still writes
         where = f"its state is in {self.store.paths()[0]}" if self.store.paths() else "before its first step"
-        raise Interrupted(f"Stopped by {stop.name} at step {self.done} of {self.stage}; {where}. Start the same command again to go on.")
+        raise Interrupted(
+            f"Stopped by {stop.name} at step {self.done} of {self.stage}; {where}. Start the same command again to go on."
+        )
 
     @contextlib.contextmanager
     def _measured(self) -> Iterator[None]:
@@ -407,4 +423,6 @@ def load_modules(checkpoint: Checkpoint | None, modules: Mapping[str, nn.Module]
         try:
             module.load_state_dict(checkpoint.group(name))
         except RuntimeError as error:
-            raise CheckpointError(f"{checkpoint.path / (name + '.safetensors')} does not fit {type(module).__name__}: {error}") from error
+            raise CheckpointError(
+                f"{checkpoint.path / (name + '.safetensors')} does not fit {type(module).__name__}: {error}"
+            ) from error

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ..config import LoopConfig
-from ..report.run_folder import PHASES
+from ..runs.reading import PHASES
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -55,7 +55,9 @@ def keep_freed_memory() -> bool:
     As it comes, large tensors are mapped and unmapped one by one, and every page is faulted in anew: a quarter of a training step on a CPU.
     """
     mallopt = _glibc("mallopt")
-    return mallopt is not None and mallopt(_MMAP_THRESHOLD, 1 << 30) == 1 and mallopt(_TRIM_THRESHOLD, (1 << 31) - 1) == 1
+    return (
+        mallopt is not None and mallopt(_MMAP_THRESHOLD, 1 << 30) == 1 and mallopt(_TRIM_THRESHOLD, (1 << 31) - 1) == 1
+    )
 
 
 def _give_back_freed_memory() -> None:

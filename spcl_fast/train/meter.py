@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import distributed
 from ..errors import NumericError
-from . import distributed
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,9 @@ class Meter:
         for name in vectors:
             rows = [part[name] for _, _, part in gathered if name in part]
             values[name] = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
-        steps = {name: min(part.get(name, math.inf) for _, part, _ in gathered) for _, part, _ in gathered for name in part}
+        steps = {
+            name: min(part.get(name, math.inf) for _, part, _ in gathered) for _, part, _ in gathered for name in part
+        }
         return Reading(values, {name: int(step) for name, step in steps.items() if step != math.inf})
 
     def reset(self) -> None:
@@ -111,7 +113,9 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     return next((name for name, flag in zip(order, flags, strict=True) if not flag), None)
 
 
-def numeric_error(stage: str, what: str, step: int, names: list[str], before: list[str], checkpoint: str) -> NumericError:
+def numeric_error(
+    stage: str, what: str, step: int, names: list[str], before: list[str], checkpoint: str
+) -> NumericError:
     files = ", ".join(names) or "(the batch has no names)"
     earlier = f" (the step before: {', '.join(before)})" if before else ""
     return NumericError(

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from . import distributed
+from .. import distributed
 
 
 class Pace:

@@ -6,7 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import Any, TextIO
 
-from ..report.run_folder import COLUMNS
+from ..runs.folder import tell
+from ..runs.reading import COLUMNS
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -48,17 +49,11 @@ class Progress:
             tell(self.output, f"{self.stage} {record['step']}/{self.total}  {text}  eta {duration(eta_seconds)}")
 
 
-def tell(output: TextIO, line: str) -> None:
-    """Print a line. Where nobody reads any more (`| head`, a `tee` that died) training goes on, unheard."""
-    try:
-        print(line, file=output, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())  # what is still in the buffer, too
-
-
 def describe(record: Mapping[str, Any]) -> str:
     """Losses, learning rate, speed, data wait and memory of a record in one line."""
-    values = [f"{name} {value:.4g}" for name, value in record.items() if isinstance(value, float) and name not in COLUMNS]
+    values = [
+        f"{name} {value:.4g}" for name, value in record.items() if isinstance(value, float) and name not in COLUMNS
+    ]
     values.append(f"lr {record['lr']:.3g}")
     values.append(f"{record['images_per_s']:.3g} images/s")
     values.append(f"data wait {100 * record['data_wait']:.0f} %")
@@ -87,7 +82,14 @@ def is_terminal(output: TextIO) -> bool:
 def _bar(output: TextIO) -> Any:
     try:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
     except ImportError:
         return None
     what = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn())

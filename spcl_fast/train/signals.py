@@ -53,7 +53,9 @@ def stop_requests() -> Iterator[StopRequest]:
         yield _current or StopRequest()
         return
     request = StopRequest()
-    before = {number: signal.signal(number, request._handle) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    before = {
+        number: signal.signal(number, request._handle) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    }
     _current = request
     try:
         yield request

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import distributed
+from .. import distributed
+from ..runs.statetree import flatten, unflatten
 from .absorb import AbsorbingSGD
-from .statetree import flatten, unflatten
 
 _OPTIMIZER = "optimizer-"
 
@@ -24,7 +24,9 @@ class TrainingState:
         clash = [name for name in modules if name.startswith(_OPTIMIZER)]
         if clash:
             raise ValueError(f"module names must not begin with {_OPTIMIZER!r}: {clash}")
-        self._base = {name: [float(group["lr"]) for group in optimizer.param_groups] for name, optimizer in optimizers.items()}
+        self._base = {
+            name: [float(group["lr"]) for group in optimizer.param_groups] for name, optimizer in optimizers.items()
+        }
         # those that no optimiser owns too: their gradients would grow without end
         self._every_parameter = list({id(p): p for module in modules.values() for p in module.parameters()}.values())
         self._every_parameter += [p for _, p in self._parameters()]
@@ -35,7 +37,11 @@ class TrainingState:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state by `file/name`; no copies."""
-        result = {f"{name}/{key}": value for name, module in self.modules.items() for key, value in module.state_dict().items()}
+        result = {
+            f"{name}/{key}": value
+            for name, module in self.modules.items()
+            for key, value in module.state_dict().items()
+        }
         wrong = [key for key, value in result.items() if not isinstance(value, Tensor)]
         if wrong:
             raise TypeError(f"module state that is not a tensor cannot be saved: {wrong}; register it as a buffer")
@@ -47,7 +53,10 @@ class TrainingState:
         return self._optimizer_trees({})
 
     def _optimizer_trees(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        return {name: flatten(optimizer.state_dict(), tensors, f"{_OPTIMIZER}{name}/state") for name, optimizer in self.optimizers.items()}
+        return {
+            name: flatten(optimizer.state_dict(), tensors, f"{_OPTIMIZER}{name}/state")
+            for name, optimizer in self.optimizers.items()
+        }
 
     def restore(self, tensors: Mapping[str, Tensor], trees: Mapping[str, Any]) -> None:
         """Set modules and optimisers to a saved state, bit for bit.
@@ -55,7 +64,9 @@ class TrainingState:
         Raises CheckpointError, KeyError, RuntimeError or ValueError where it does not fit.
         """
         for name, module in self.modules.items():
-            module.load_state_dict({key[len(name) + 1 :]: value for key, value in tensors.items() if key.startswith(name + "/")})
+            module.load_state_dict(
+                {key[len(name) + 1 :]: value for key, value in tensors.items() if key.startswith(name + "/")}
+            )
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(unflatten(trees[name], tensors))
 
@@ -63,10 +74,16 @@ class TrainingState:
         """Several processes: start from the modules of the first."""
         if distributed.world_size() == 1:
             return
-        own = {f"{name}/{key}": value.detach().cpu() for name, module in self.modules.items() for key, value in module.state_dict().items()}
+        own = {
+            f"{name}/{key}": value.detach().cpu()
+            for name, module in self.modules.items()
+            for key, value in module.state_dict().items()
+        }
         shared = distributed.broadcast_tensors(own if distributed.is_main() else None)
         for name, module in self.modules.items():
-            module.load_state_dict({key[len(name) + 1 :]: value for key, value in shared.items() if key.startswith(name + "/")})
+            module.load_state_dict(
+                {key[len(name) + 1 :]: value for key, value in shared.items() if key.startswith(name + "/")}
+            )
 
     def set_rates(self, factor: float) -> None:
         """Every group's rate = its base rate times `factor`."""
@@ -76,7 +93,9 @@ class TrainingState:
 
     def rate(self) -> float:
         """The rate of the first group of the first optimiser, for the log."""
-        return next((float(group["lr"]) for optimizer in self.optimizers.values() for group in optimizer.param_groups), 0.0)
+        return next(
+            (float(group["lr"]) for optimizer in self.optimizers.values() for group in optimizer.param_groups), 0.0
+        )
 
     def reduce_gradients(self) -> None:
         """Average the gradients over the processes.

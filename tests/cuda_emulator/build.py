@@ -1,6 +1,6 @@
 """The kernels of csrc/cuda for the CPU: built once for their sources, kept in build/, loaded by ctypes or as a torch library.
 
-    library = build.library("name", ["csrc/cuda/some.cu", "tests/some_entry.cpp"])
+library = build.library("name", ["csrc/cuda/some.cu", "tests/some_entry.cpp"])
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ FLAGS = [
 ORDERS = {"forward": (0, 0), "reverse": (1, 0), "random": (2, 1), "another random": (2, 2), "block by block": (3, 0)}
 
 
-def library(name: str, sources: Sequence[str], replace: Sequence[tuple[str, str, str]] = (), flags: Sequence[str] = ()) -> Path:
+def library(
+    name: str, sources: Sequence[str], replace: Sequence[tuple[str, str, str]] = (), flags: Sequence[str] = ()
+) -> Path:
     """The shared library of these sources (paths from the root) and the emulator. Each object is kept for its text and its headers'.
 
     replace: (file name, old, new) plants a bug: `old` must be there.
@@ -36,7 +38,9 @@ def library(name: str, sources: Sequence[str], replace: Sequence[tuple[str, str,
     BUILT.mkdir(parents=True, exist_ok=True)
     with _lock():
         headers = _planted_headers(replace)
-        objects = [_object(source, headers, replace, flags) for source in ("tests/cuda_emulator/cuda_emulator.cpp", *sources)]
+        objects = [
+            _object(source, headers, replace, flags) for source in ("tests/cuda_emulator/cuda_emulator.cpp", *sources)
+        ]
         linking = [f for f in flags if f.startswith(("-l", "-L", "-Wl"))]
         out = BUILT / f"{name}-{digest(*(o.name for o in objects), *flags)}.so"
         if not out.exists():
@@ -47,7 +51,12 @@ def library(name: str, sources: Sequence[str], replace: Sequence[tuple[str, str,
 
 def _planted_headers(replace) -> tuple[str, ...]:
     """-I of a folder with the changed headers, before the true ones; nothing where no header changes."""
-    changed = [(path, old, new) for name, old, new in replace for path in ROOT.glob(f"csrc/cuda/{name}") if path.suffix in (".h", ".cuh")]
+    changed = [
+        (path, old, new)
+        for name, old, new in replace
+        for path in ROOT.glob(f"csrc/cuda/{name}")
+        if path.suffix in (".h", ".cuh")
+    ]
     if not changed:
         return ()
     folder = BUILT / f"planted-{digest(repr(replace))}"
@@ -75,7 +84,21 @@ def _object(source: str, headers: tuple[str, ...], replace, flags: Sequence[str]
     if not out.exists():
         copy = out.with_suffix(".cpp")
         copy.write_text(f'#line 1 "{path}"\n{text}')
-        _run([COMPILER, "-x", "c++", "-c", copy, "-o", out.with_suffix(".tmp"), *headers, f"-I{path.parent}", *FLAGS, *for_torch])
+        _run(
+            [
+                COMPILER,
+                "-x",
+                "c++",
+                "-c",
+                copy,
+                "-o",
+                out.with_suffix(".tmp"),
+                *headers,
+                f"-I{path.parent}",
+                *FLAGS,
+                *for_torch,
+            ]
+        )
         out.with_suffix(".tmp").replace(out)
         copy.unlink()
     return out
@@ -113,7 +136,10 @@ def _lock() -> Iterator[None]:
 def load(path: Path) -> ctypes.CDLL:
     """The library by ctypes, with the emulator's own functions declared."""
     handle = ctypes.CDLL(str(path))
-    handle.emulator_allocate.restype, handle.emulator_allocate.argtypes = ctypes.c_void_p, [ctypes.c_size_t, ctypes.c_size_t]
+    handle.emulator_allocate.restype, handle.emulator_allocate.argtypes = (
+        ctypes.c_void_p,
+        [ctypes.c_size_t, ctypes.c_size_t],
+    )
     handle.emulator_free.argtypes = [ctypes.c_void_p]
     handle.emulator_damage.restype = ctypes.c_char_p
     return handle

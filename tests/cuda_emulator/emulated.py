@@ -1,7 +1,7 @@
 """The cuda backend on CPU tensors: its own glue and kernels, in the emulator.
 
-    cuda = emulated.Backend("class_moments")     # builds and loads; pytest's monkeypatch is not needed
-    with cuda.taken():                           # sf.class_moments(..., backend="cuda") now works on CPU tensors
+cuda = emulated.Backend("class_moments")     # builds and loads; pytest's monkeypatch is not needed
+with cuda.taken():                           # sf.class_moments(..., backend="cuda") now works on CPU tensors
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Experiments and measurements: each part runs as `python -m benchmarks.<part>` from the root of a checkout."""

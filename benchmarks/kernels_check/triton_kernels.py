@@ -1,0 +1,317 @@
+"""Compile every Triton kernel for sm_80 and sm_90 without a GPU: `python -m benchmarks.kernels_check.triton_kernels [--quick]`.
+
+The launchers run on "meta" tensors of the quoted shapes while the kernels are replaced by a recorder; each recorded launch is compiled with
+the very specialisation (types, divisibility, ones, settings) it would have on a GPU. Printed per kernel: registers, shared memory, stack,
+which matrix instruction, 16-byte loads. Fails on a spill, on more shared memory than the architecture has, on a half-float dot without a
+matrix instruction, and on an aligned feature map that is not loaded 16 bytes at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from spcl_fast.kernels import class_moments as moments
+from spcl_fast.kernels import pixels
+from spcl_fast.kernels import upsampled_cross_entropy as upsample
+from spcl_fast.kernels import upsampled_prediction as prediction
+from spcl_fast.kernels.prototype_contrastive_loss import backward as contrast_backward
+from spcl_fast.kernels.prototype_contrastive_loss import forward as contrast
+from spcl_fast.kernels.prototype_contrastive_loss import prototypes as contrast_prototypes
+
+_MODULES = (pixels, contrast, contrast_backward, contrast_prototypes, moments, upsample, prediction)
+SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+_TYPES = {
+    torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
+    torch.uint8: "u8", torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
+_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One kernel with the specialisation that a launch would give it."""
+
+    name: str
+    kernel: object
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, object], ...]
+    divisible: tuple[int, ...]
+    options: tuple[tuple[str, int], ...]
+    grid: tuple[int, ...] = dataclasses.field(compare=False)
+
+    @property
+    def dtype(self) -> str:
+        names = dict(self.signature)
+        pointers = (names.get(k, "") for k in ("feat_ptr", "logits_ptr", "label_ptr", "partial_ptr"))
+        return next((kind.lstrip("*") for kind in pointers if kind.startswith("*")), "")
+
+
+class _Recorder:
+    def __init__(self, kernel, launches: list[Launch]):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.launches.append(describe(self.kernel, grid, args, kwargs))
+
+
+def describe(kernel, grid, args, kwargs) -> Launch:
+    """The specialisation Triton's launcher would choose for these arguments, pointers taken as 16-byte aligned."""
+    options = tuple((k, v) for k, v in kwargs.items() if k in _OPTIONS)
+    values = dict(zip(kernel.arg_names, args, strict=False)) | {k: v for k, v in kwargs.items() if k not in _OPTIONS}
+    signature, constants, divisible = {}, {}, []
+    for index, parameter in enumerate(kernel.params):
+        name, value = parameter.name, values[parameter.name]
+        if (
+            parameter.is_constexpr
+            or value is None
+            or (type(value) is int and value == 1 and not parameter.do_not_specialize)
+        ):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = "*" + _TYPES[value.dtype]
+            divisible.append(index)
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                divisible.append(index)
+    name = kernel.__name__.removesuffix("_kernel")
+    return Launch(
+        name, kernel, tuple(signature.items()), tuple(constants.items()), tuple(divisible), options, tuple(grid)
+    )
+
+
+@contextlib.contextmanager
+def recorded(arch: str) -> Iterator[list[Launch]]:
+    """Launches within the context are recorded instead of done, with the settings of `arch`."""
+    launches: list[Launch] = []
+    saved = []
+    for module in _MODULES:
+        for name, value in list(vars(module).items()):
+            if name.endswith("_kernel") and isinstance(value, triton.JITFunction):
+                saved.append((module, name, value))
+                setattr(module, name, _Recorder(value, launches))
+            elif name == "architecture":
+                saved.append((module, name, value))
+                setattr(module, name, lambda tensor: arch)
+    try:
+        yield launches
+    finally:
+        for module, name, value in saved:
+            setattr(module, name, value)
+
+
+# ---- what is launched ---------------------------------------------------------------------------------------------
+
+SHAPES = {
+    "A": (1, 2048, 91, 161, 19),
+    "B": (2, 256, 256, 512, 19),
+    "C": (1, 512, 512, 1024, 150),
+    "D": (8, 256, 128, 256, 1900),
+}
+UPSAMPLED = {
+    "U1": ((1, 19, 91, 161), (720, 1280)), "U2": ((2, 19, 128, 256), (512, 1024)), "U3": ((16, 150, 128, 128), (512, 512)),
+}  # fmt: skip
+
+
+def _contrast(
+    shape,
+    dtype,
+    *,
+    channels_last=False,
+    labels=torch.uint8,
+    weights=False,
+    reduction="mean",
+    normalize=True,
+    prototypes=True,
+) -> None:
+    batch, dim, height, width, num_classes = shape
+    feat = torch.empty(batch, dim, height, width, dtype=dtype, device="meta")
+    if channels_last:
+        feat = feat.to(memory_format=torch.channels_last)
+    label = torch.empty(batch, 2 * height, 2 * width, dtype=labels, device="meta")
+    proto = torch.empty(num_classes, dim, device="meta")
+    class_weight = torch.empty(num_classes, device="meta") if weights else None
+    pixel_weight = torch.empty(batch, height, width, device="meta") if weights else None
+    common = {"temperature": 0.1, "normalize": normalize, "ignore_index": 255, "reduction": reduction}
+    inputs = (feat, label, proto, class_weight, pixel_weight, None)
+    loss, denominator, *saves = contrast.prototype_contrastive_forward(*inputs, **common, save=True)
+    grad = torch.empty(loss.shape, device="meta")
+    contrast_backward.prototype_contrastive_backward(
+        grad, *inputs, *saves, denominator, **common, needs_dfeatures=True, needs_dprototypes=prototypes
+    )
+
+
+def _moments(shape, dtype, *, channels_last=False, squares=False) -> None:
+    batch, dim, height, width, num_classes = shape
+    feat = torch.empty(batch, dim, height, width, dtype=dtype, device="meta")
+    if channels_last:
+        feat = feat.to(memory_format=torch.channels_last)
+    label = torch.empty(batch, height, width, dtype=torch.uint8, device="meta")
+    moments.class_moments(feat, label, num_classes, normalize=True, squares=squares, ignore_index=255)
+
+
+def _upsampled(case, dtype, *, align_corners=True, reduction="mean", gradient=True, weights=False) -> None:
+    (batch, num_classes, h, w), size = case
+    logits = torch.empty(batch, num_classes, h, w, dtype=dtype, device="meta")
+    label = torch.empty(batch, *size, dtype=torch.uint8, device="meta")
+    class_weight = torch.empty(num_classes, device="meta") if weights else None
+    pixel_weight = torch.empty(batch, *size, device="meta") if weights else None
+    settings = {"temperature": 1.8, "align_corners": align_corners, "ignore_index": 255}
+    upsample.upsampled_cross_entropy_forward(
+        logits, label, class_weight, pixel_weight, **settings, reduction=reduction, needs_dlogits=gradient
+    )
+    prediction.upsampled_prediction(logits, size, torch.empty(num_classes, device="meta"), **settings)
+
+
+def cases(quick: bool) -> Iterator[Callable[[], None]]:
+    """Every op on the quoted shapes, in the dtypes and layouts the table knows; quick leaves out what compiles to much the same."""
+    dtypes = (torch.float32, torch.bfloat16) if quick else (torch.float32, torch.bfloat16, torch.float16)
+    for dtype in dtypes:
+        for shape in SHAPES.values():
+            yield lambda s=shape, d=dtype: _contrast(s, d)
+            yield lambda s=shape, d=dtype: _moments(s, d)
+        for case in (UPSAMPLED["U1"],) if quick else UPSAMPLED.values():
+            yield lambda c=case, d=dtype: _upsampled(c, d)
+        yield lambda d=dtype: _contrast((1, 2048, 64, 64, 1900), d, prototypes=not quick)  # both D and K in steps
+        if quick:
+            continue
+        for shape in SHAPES.values():
+            yield lambda s=shape, d=dtype: _contrast(s, d, channels_last=True)
+            yield lambda s=shape, d=dtype: _moments(s, d, channels_last=True)
+        yield lambda d=dtype: _contrast(
+            SHAPES["B"], d, labels=torch.int64, weights=True, reduction="none", normalize=False
+        )
+        yield lambda d=dtype: _contrast((2, 48, 33, 65, 100_000), d)
+        yield lambda d=dtype: _contrast((2, 64, 64, 64, 64), d)
+        yield lambda d=dtype: _moments((2, 48, 33, 65, 100_000), d)
+        yield lambda d=dtype: _moments(SHAPES["B"], d, squares=True)
+        for case in UPSAMPLED.values():
+            yield lambda c=case, d=dtype: _upsampled(c, d, align_corners=False, weights=True)
+            yield lambda c=case, d=dtype: _upsampled(c, d, gradient=False, reduction="none")
+        yield lambda d=dtype: _upsampled(((2, 19, 128, 128), (64, 48)), d)
+
+
+# ---- compile and read ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    matrix: str  # wgmma | mma | fma
+    wide_loads: int  # 16-byte loads from global memory
+
+
+def compiled(launch: Launch, capability: int) -> Usage:
+    source = ASTSource(
+        launch.kernel,
+        dict(launch.signature),
+        dict(launch.constants),
+        {(i,): [["tt.divisibility", 16]] for i in launch.divisible},
+    )
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
+    ptx = binary.asm["ptx"]
+    wide = len(
+        re.findall(
+            r"cp\.async\.cg\.shared\.global|ld\.global[\w:.]*\.v4\.(?:b32|u32|f32)|ld\.global[\w:.]*\.v2\.b64", ptx
+        )
+    )
+    matrix = "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else "fma"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        listing = subprocess.run(
+            [_cuobjdump(), "-res-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", listing)}
+    return Usage(used["REG"], used["STACK"] + used["LOCAL"], binary.metadata.shared, matrix, wide)
+
+
+def _cuobjdump() -> str:
+    own = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return str(own) if own.exists() else "cuobjdump"
+
+
+def faults(launch: Launch, usage: Usage, capability: int) -> list[str]:
+    found = []
+    if usage.stack_bytes:
+        found.append(f"{usage.stack_bytes} bytes spilled")
+    if usage.shared_bytes > SHARED_BYTES[capability]:
+        found.append(f"{usage.shared_bytes} bytes of shared memory, the architecture has {SHARED_BYTES[capability]}")
+    names, values = dict(launch.signature), dict(launch.constants)
+    if "PRECISION" in names or "resident" in launch.name:  # kernels with a dot
+        half = launch.dtype in ("bf16", "fp16") or values.get("PRECISION") == "tf32"
+        if half and usage.matrix == "fma":
+            found.append("no matrix instruction")
+        order = list(names)
+        aligned = all(
+            k in values or order.index(k) in launch.divisible for k in ("stride_b", "stride_d", "stride_w", "P")
+        )
+        if aligned and values.get("FLAT") and not usage.wide_loads:
+            found.append("no 16-byte load of an aligned feature map")
+    return found
+
+
+_HEADER = "kernel             dtype arch   warps stages  regs  shared stack dot     16B  blocks"
+
+
+def _line(launch: Launch, usage: Usage, capability: int) -> str:
+    options = dict(launch.options)
+    blocks = [
+        f"{k.removeprefix('BLOCK_')}={v}"
+        for k, v in launch.constants
+        if k.startswith("BLOCK") or k in ("ROWS", "COLS", "TAIL")
+    ]
+    return (
+        f"{launch.name:18} {launch.dtype:5} sm_{capability:<3} {options.get('num_warps', 4):5} {options.get('num_stages', 3):6} "
+        f"{usage.registers:5} {usage.shared_bytes:7} {usage.stack_bytes:5} {usage.matrix:6} {usage.wide_loads:4}  {' '.join(blocks)}"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels_check.triton_kernels", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="default settings, fewer dtypes and layouts (for the test suite)"
+    )
+    parser.add_argument("--capability", type=int, nargs="*", default=[80, 90], choices=sorted(SHARED_BYTES))
+    options = parser.parse_args(argv)
+    if pixels.INTERPRETED:
+        print("kernels-check compiles; unset TRITON_INTERPRET", file=sys.stderr)
+        return 2
+    print(_HEADER)
+    wrong = 0
+    for capability in options.capability:
+        with recorded(f"sm_{capability}") as launches:
+            for case in cases(options.quick):
+                case()
+        for launch in dict.fromkeys(launches):
+            usage = compiled(launch, capability)
+            found = faults(launch, usage, capability)
+            wrong += bool(found)
+            print(_line(launch, usage, capability) + "".join(f"  <-- {text}" for text in found), flush=True)
+    print(f"{wrong} faulty" if wrong else "no spills, shared memory within limits")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TRITON_CACHE_DIR", str(Path(tempfile.gettempdir()) / "spcl_fast_kernels_check"))
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The pair of domains: street scenes in two layouts and two styles."""

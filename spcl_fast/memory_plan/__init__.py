@@ -1,0 +1,1 @@
+"""Peak memory of a stage, predicted without a GPU, and settings that fit."""

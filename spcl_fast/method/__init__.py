@@ -1,0 +1,1 @@
+"""SPCL as stages: what each one reads, trains and writes."""

@@ -1,0 +1,245 @@
+"""A trained net on new images: find its weights, load it, write colour masks and overlays."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..config import Config
+from ..data.classes import CITYSCAPES_16, CITYSCAPES_19, THIRTEEN_OF_SIXTEEN, ClassSet, read_classes
+from ..data.files import find_images, inside, read_image
+from ..data.palette import overlay, write_label_png
+from ..errors import CheckpointError, ConfigError, DataError
+
+if TYPE_CHECKING:
+    from ..models import SegmentationModel
+
+FINAL_FIRST = (
+    "distill",
+    "adapt",
+    "warmup",
+    "control",
+    "source_only",
+)  # which stage's net is a run's result; an oracle only by name
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A net in eval mode on its device, what it predicts, and where its weights lay."""
+
+    model: SegmentationModel
+    classes: ClassSet
+    weights: Path
+    device: torch.device
+
+
+def run_of(path: Path) -> Path | None:
+    """The run folder that `path` is or lies in, if any."""
+    for folder in (path, *path.resolve().parents):
+        if (folder / "config.yaml").is_file():
+            return folder
+    return None
+
+
+def find_weights(path: Path, stage: str | None = None, *, selected: bool = False) -> Path:
+    """The weights of a run folder (of `stage`, or of the last one finished); a weights file or a checkpoint as it is.
+
+    The newest whole checkpoint, or, with `selected`, what the run's evaluate.selection picked. A stage asked for by name may still train.
+    """
+    if not path.exists():
+        raise ConfigError(f"{path}: there is no such run folder, checkpoint folder or weights file.")
+    if path.is_file() or (any(path.glob("*.safetensors")) and not (path / "config.yaml").is_file()):
+        return path
+    from ..runs.checkpoint import CheckpointStore
+
+    stage = stage and stage.replace("-", "_")  # its command's name
+    for name in (stage,) if stage else FINAL_FIRST:
+        if not stage and not (path / name / "done.json").is_file():
+            continue
+        if selected and (path / name / "selected.safetensors").is_file():
+            return path / name / "selected.safetensors"
+        checkpoint = CheckpointStore(path / name / "checkpoints").latest()
+        if checkpoint is not None:
+            return checkpoint.path
+    raise CheckpointError(
+        f"{path} holds no net of {stage or 'a finished ' + ', '.join(FINAL_FIRST)}. "
+        f"Expected {path}/{stage or 'distill'}/checkpoints/step_*; train that stage first, or name a weights file."
+    )
+
+
+def load_trained(path: Path, config: Config, stage: str | None = None) -> Trained:
+    """Build the config's net and fill it with the weights at `path`. Raises ConfigError or CheckpointError where they do not fit."""
+    from ..models import build_model, load_weights
+    from ..train.device import choose_device
+
+    weights = find_weights(path, stage, selected=config.evaluate.selection != "last")
+    classes = _classes(path, config)
+    model = build_model(
+        config.model.name,
+        len(classes),
+        feature_dim=config.model.feature_dim,
+        freeze_bn=config.model.freeze_bn,
+        frozen_bn_eps=config.model.frozen_bn_eps,
+    )
+    loaded = load_weights(model, weights)
+    if any(key.startswith("classifier.") for key in loaded.fresh):
+        raise CheckpointError(
+            f"{weights} holds {loaded.format}, which has no classifier. Expected those of a trained net."
+        )
+    device = choose_device(config.loop.device)
+    return Trained(model.eval().to(device), classes, weights, device)
+
+
+def _classes(path: Path, config: Config) -> ClassSet:
+    """The names and colours that the run kept, so that a net works where its training data is not; else those of the target's data set."""
+    run = run_of(path)
+    if run is not None and (run / "classes.json").is_file():
+        return read_classes(run / "classes.json")[0]
+    if config.target.classes is not None:
+        return read_classes(Path(config.target.classes))[0]
+    if config.target.dataset in ("gta5", "synthia", "synscapes", "cityscapes"):
+        return CITYSCAPES_16 if config.target.num_classes == 16 else CITYSCAPES_19
+    from ..data import dataset_of
+
+    return dataset_of(config.target, config.target.val_split, labels=False).classes
+
+
+# ---------------------------------------------------------------------------------------------- evaluate
+
+
+def evaluate_trained(
+    path: Path, config: Config, stage: str | None, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Score a net on the target's validation split; prints a table, returns what `evaluation.json` of a stage holds and `weights`.
+
+    With the 16 classes of SYNTHIA also `miou_13`, the literature's mean without wall, fence and pole.
+    """
+    from ..data import dataset_of
+    from ..train.evaluate import evaluate_model
+
+    trained = load_trained(path, config, stage)
+    dataset = dataset_of(config.target, config.target.val_split, skip_bad_files=config.loop.skip_bad_files)
+    if dataset.classes.names != trained.classes.names:
+        raise ConfigError(
+            f"{trained.weights} predicts {len(trained.classes)} classes ({', '.join(trained.classes.names)}), and the data has "
+            f"{len(dataset.classes)} ({', '.join(dataset.classes.names)}). Give those it was trained with: --target.classes FILE.json."
+        )
+    settings = config.evaluate
+    scores = evaluate_model(
+        trained.model,
+        dataset,
+        config.target.eval_size,
+        device=trained.device,
+        tta=settings.tta,
+        images=settings.images,
+        workers=config.loop.workers,
+    )
+    result = {"weights": str(trained.weights), "images": len(dataset.spread(settings.images)), **scores.as_json()}
+    if dataset.classes == CITYSCAPES_16:
+        known = [result["iou"][dataset.classes.names[k]] for k in THIRTEEN_OF_SIXTEEN]
+        result["miou_13"] = float(np.mean([value for value in known if value is not None] or [0.0]))
+    say(_score_table(result))
+    return result
+
+
+def _score_table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['weights']} on {result['images']} images",
+        f"{'class':<16}{'IoU':>7}{'predicted':>12}{'true':>9}",
+    ]
+    for name, iou in result["iou"].items():
+        predicted, true = result["predicted_share"][name], result["true_share"][name]
+        lines.append(f"{name:<16}{'-' if iou is None else format(iou, '.1f'):>7}{predicted:>12.1%}{true:>9.1%}")
+    lines.append(f"{'mIoU':<16}{result['miou']:>7.1f}")
+    if "miou_13" in result:
+        lines.append(f"{'mIoU, 13 classes':<16}{result['miou_13']:>7.1f}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------- predict
+
+
+def parse_size(text: str) -> tuple[int, int] | None:
+    """'640x360' -> (640, 360); 'native' -> None."""
+    if text == "native":
+        return None
+    width, _, height = text.partition("x")
+    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise ConfigError(f"--size: got {text!r}, expected WIDTHxHEIGHT such as 640x360, or native")
+    return int(width), int(height)
+
+
+def predict_folder(
+    trained: Trained,
+    images: Path,
+    output: Path,
+    *,
+    size: tuple[int, int] | None,  # (width, height) at which the net sees an image; None: its own
+    tta: str = "none",
+    skip_bad_files: bool = False,
+    say: Callable[[str], None] = print,
+) -> int:
+    """Write output/masks/<name>.png (palette PNG: colours to look at, class ids to read) and output/overlays/<name>.png at the images' own
+    sizes, and output/classes.json; returns how many. `images` is a folder or one file. Raises DataError that names a broken file."""
+    if images.is_dir():
+        files = find_images(images)
+        root = images
+    elif images.is_file():
+        files, root = {images.stem: images}, images.parent
+    else:
+        raise DataError(f"{images}: there is no such folder or image. Expected a folder of PNG or JPEG images.")
+    if not files:
+        raise DataError(f"{images} holds no PNG or JPEG image. Expected at least one, in it or below it.")
+    done = 0
+    for name, image in _readable(files, root, skip_bad_files, say):
+        labels = predict(trained, image, size, tta)
+        write_label_png(output / "masks" / f"{name}.png", labels, trained.classes.palette)
+        target = output / "overlays" / f"{name}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(overlay(np.asarray(image), labels, trained.classes.palette)).save(target)
+        done += 1
+        if done % 50 == 0:
+            say(f"{done} of {len(files)} images")
+    names = {
+        "names": trained.classes.names,
+        "palette": trained.classes.palette,
+        "ignore_index": trained.classes.ignore_index,
+    }
+    if done:
+        (output / "classes.json").write_text(json.dumps(names, indent=1), encoding="utf-8")
+    return done
+
+
+def _readable(
+    files: dict[str, Path], root: Path, skip_bad_files: bool, say: Callable[[str], None]
+) -> Iterator[tuple[str, Image.Image]]:
+    skipped = 0
+    for name, path in files.items():
+        try:
+            yield name, read_image(inside(root, path))
+        except DataError as error:
+            if not skip_bad_files:
+                raise
+            skipped += 1
+            say(f"skipped: {error}")
+    if skipped:
+        say(f"{skipped} of {len(files)} images skipped")
+
+
+@torch.inference_mode()
+def predict(trained: Trained, image: Image.Image, size: tuple[int, int] | None, tta: str = "none") -> np.ndarray:
+    """Class of every pixel of an RGB image, uint8 [H, W]."""
+    from ..ops import upsampled_prediction
+    from ..train.evaluate import predict_logits
+
+    seen = image if size is None or size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(seen, dtype=np.uint8)).permute(2, 0, 1)[None].to(trained.device)
+    logits = predict_logits(trained.model, pixels.float().div(255), tta)
+    return upsampled_prediction(logits, (image.height, image.width)).labels[0].cpu().numpy()

@@ -1,0 +1,280 @@
+"""Everything the report knows: the files of a run folder, read as far as they are there and whole. What is missing becomes a sentence."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# Stage of a trained net -> its name in summary.json and its name for the reader, in the order of the method.
+NETS = {
+    "source_only": ("source_only", "source-only"),
+    "control": ("control", "control"),
+    "warmup": ("warmup", "warm-up"),
+    "adapt": ("adapted", "adapted"),
+    "distill": ("distilled", "distilled"),
+    "oracle": ("oracle", "oracle"),
+}
+# What a line of metrics.jsonl holds beside the losses: a step may not return these names, and no curve is drawn of them.
+COLUMNS = {
+    "stage",
+    "step",
+    "seconds",
+    "lr",
+    "images_per_s",
+    "data_wait",
+    "peak_memory_bytes",
+    "predicted_peak_bytes",
+    "phase_peak_bytes",
+}
+PHASES = ("data", "forward", "loss", "backward", "step")  # of one training step, in order
+BASELINES = ("source_only", "warmup")
+FINALS = ("distill", "adapt")
+# Colour-blind-safe (Okabe and Ito); classes that come without a palette get these in turn.
+SAFE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#000000", "#8A6D00")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a net did on the target's validation images. iou in percent, None where the class is neither there nor predicted."""
+
+    miou: float
+    iou: dict[str, float | None]
+    confusion: np.ndarray | None = None  # int [K, K], true class in rows
+    predicted_share: dict[str, float] = field(default_factory=dict)
+    true_share: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Features:
+    """A sample of pixels of both domains."""
+
+    features: np.ndarray  # float32 [n, D]
+    labels: np.ndarray  # int [n]
+    domain: np.ndarray  # int [n]: 0 source, 1 target
+    prototypes: np.ndarray  # float32 [K, D]
+
+
+@dataclass
+class RunFolder:
+    """A run as the report sees it. `missing` says in words what was not there or not readable."""
+
+    folder: Path
+    classes: list[str] = field(default_factory=list)
+    palette: list[tuple[int, int, int]] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)  # by stage
+    metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # by stage, by step
+    thresholds: dict[str, dict[str, Any]] = field(default_factory=dict)  # by pseudo-label stage
+    saved_bytes: dict[str, dict[str, float]] = field(
+        default_factory=dict
+    )  # by stage: planned bytes that each setting of the loop saves
+    done: dict[str, dict[str, Any]] = field(default_factory=dict)  # by stage
+    features: Features | None = None
+    settings: str = ""
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def final(self) -> str | None:
+        """The stage of the net that the run is about: the distilled one, else the adapted one."""
+        return next((stage for stage in FINALS if stage in self.evaluations), None)
+
+    @property
+    def baseline(self) -> str | None:
+        """The stage of the net without adaptation: source-only, else the warm-up."""
+        return next((stage for stage in BASELINES if stage in self.evaluations and stage != self.final), None)
+
+    def setting(self, *path: str, default: Any = None) -> Any:
+        """A value of config.yaml, or `default`."""
+        value: Any = self.parsed_settings
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        return default if value is None else value
+
+    parsed_settings: dict[str, Any] = field(default_factory=dict)
+
+
+def read_run(folder: Path) -> RunFolder:
+    run = RunFolder(folder)
+    run.summary = _json(run, "summary.json") or {}
+    if not run.summary:
+        run.missing.append(
+            "summary.json: the run has not come to its end; what follows is what its stages have written so far"
+        )
+    _read_settings(run)
+    for stage in NETS:
+        evaluation = _evaluation(_json(run, f"{stage}/evaluation.json"), run, f"{stage}/evaluation.json")
+        # A summary may be all that was kept of a run.
+        evaluation = evaluation or _evaluation(run.summary.get(NETS[stage][0]), run, "summary.json")
+        if evaluation is not None:
+            run.evaluations[stage] = evaluation
+    for stage in (*NETS, "prototypes", "pseudo_labels", "pseudo_labels_2"):
+        record = _json(run, f"{stage}/done.json")
+        if record is not None:
+            run.done[stage] = record
+    for stage in NETS:
+        record = _json(run, f"{stage}/plan.json") or {}
+        run.saved_bytes[stage] = _numbers(record.get("saved_bytes"))
+    for stage in ("pseudo_labels", "pseudo_labels_2"):
+        record = _json(run, f"{stage}/thresholds.json")
+        if record is not None and all(
+            isinstance(record.get(key), dict) for key in ("thresholds", "predicted_pixels", "kept_pixels")
+        ):
+            run.thresholds[stage] = record
+    _read_classes(run)
+    _read_metrics(run)
+    _read_features(run)
+    _say_what_is_missing(run)
+    return run
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _json(run: RunFolder, name: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads((run.folder / name).read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        run.missing.append(f"{name} is damaged ({error}); it was left out")
+        return None
+    if not isinstance(value, dict):
+        run.missing.append(f"{name} is damaged (a {type(value).__name__}, expected an object); it was left out")
+        return None
+    return value
+
+
+def _numbers(value: Any) -> dict[str, float]:
+    known = {str(key): number(item) for key, item in value.items()} if isinstance(value, dict) else {}
+    return {key: item for key, item in known.items() if item is not None}
+
+
+def _evaluation(value: Any, run: RunFolder, name: str) -> Evaluation | None:
+    if value is None:
+        return None
+    miou = number(value.get("miou")) if isinstance(value, dict) else None
+    if miou is None or not isinstance(value.get("iou"), dict):
+        run.missing.append(f"{name} holds no mIoU or no IoU by class; it was left out")
+        return None
+    confusion = None
+    try:
+        confusion = np.asarray(value["confusion"], dtype=np.int64)
+        if confusion.ndim != 2 or confusion.shape[0] != confusion.shape[1]:
+            confusion = None
+    except (KeyError, TypeError, ValueError, OverflowError):
+        pass
+    iou = {str(key): number(item) for key, item in value["iou"].items()}
+    return Evaluation(miou, iou, confusion, _numbers(value.get("predicted_share")), _numbers(value.get("true_share")))
+
+
+def _read_settings(run: RunFolder) -> None:
+    try:
+        run.settings = (run.folder / "config.yaml").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        run.missing.append("config.yaml: the run's settings were not saved")
+        return
+    try:
+        import yaml
+
+        parsed = yaml.safe_load(run.settings)
+    except Exception:  # shown as text all the same; a report must not fail on it
+        parsed = None
+    run.parsed_settings = parsed if isinstance(parsed, dict) else {}
+
+
+def _read_classes(run: RunFolder) -> None:
+    record = _json(run, "classes.json") or {}
+    names = record.get("names") or run.summary.get("classes")
+    if not isinstance(names, list) or not names:
+        names = next((list(evaluation.iou) for evaluation in run.evaluations.values()), [])
+    run.classes = [str(name) for name in names]
+    palette = record.get("palette")
+    try:
+        run.palette = [tuple(int(np.clip(part, 0, 255)) for part in colour) for colour in palette]
+        whole = len(run.palette) == len(run.classes) and all(len(colour) == 3 for colour in run.palette)
+    except (TypeError, ValueError):
+        whole = False
+    if not whole:
+        spare = [tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5)) for colour in SAFE_COLOURS]
+        run.palette = [spare[i % len(spare)] for i in range(len(run.classes))]
+
+
+def _read_metrics(run: RunFolder) -> None:
+    try:
+        lines = (run.folder / "metrics.jsonl").read_bytes().splitlines()
+    except OSError:
+        return
+    torn = 0
+    for line in lines:
+        try:
+            record = json.loads(line)
+            stage, step = str(record["stage"]), int(record["step"])
+        except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
+            torn += 1
+            continue
+        run.metrics.setdefault(stage, []).append({**record, "step": step})
+    for records in run.metrics.values():
+        records.sort(key=lambda record: record["step"])
+    if torn:
+        run.missing.append(f"metrics.jsonl: {torn} line{'s' if torn > 1 else ''} cut short; left out of the curves")
+
+
+def _read_features(run: RunFolder) -> None:
+    path = run.folder / "features.npz"
+    if not path.is_file():
+        return
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            features, prototypes = (np.asarray(arrays[key], dtype=np.float32) for key in ("features", "prototypes"))
+            labels, domain = (np.asarray(arrays[key]).astype(np.int64).ravel() for key in ("labels", "domain"))
+        if (
+            features.ndim != 2
+            or prototypes.ndim != 2
+            or features.shape[1] != prototypes.shape[1]
+            or not len(features) == len(labels) == len(domain)
+        ):
+            raise ValueError("its arrays do not fit each other")
+    except Exception as error:  # a cut zip file raises anything
+        run.missing.append(f"features.npz is damaged ({error}); the picture of the features was left out")
+        return
+    whole = np.isfinite(features).all(1)
+    run.features = Features(features[whole], labels[whole], domain[whole], np.nan_to_num(prototypes))
+
+
+def _say_what_is_missing(run: RunFolder) -> None:
+    say = run.missing.append
+    absent = [stage for stage in NETS if stage not in run.evaluations]
+    started = [stage for stage in absent if stage in run.metrics or stage in run.done]
+    for stage in started:
+        where = (
+            "finished but was not judged: the target has no labelled validation images"
+            if stage in run.done
+            else (
+                f"stopped after step {run.metrics[stage][-1]['step']}; the same command goes on from its last checkpoint"
+            )
+        )
+        say(f"{NETS[stage][1]}: the stage {where}")
+    texts = {
+        "source_only": "source-only: not trained, so nothing says what adaptation is worth (stage source_only)",
+        "control": "matched control: not trained, so a gain may come from more training alone (stage control)",
+        "adapt": "adapted: there is no adapted net yet (stage adapt)",
+        "oracle": "oracle: not trained, so the share of the gap that is closed is not known (stage oracle)",
+    }
+    for stage, text in texts.items():
+        if stage in absent and stage not in started:
+            say(text)
+    if not run.metrics:
+        say("metrics.jsonl: no logged step, so there are no curves")
+    if run.features is None and not any("features.npz" in line for line in run.missing):
+        say("features.npz: no sample of features (written when adaptation ends)")
+    if not list(run.folder.glob("report_samples/**/*_image.png")):
+        say("report_samples: no pictures (written when adaptation ends)")

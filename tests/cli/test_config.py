@@ -1,0 +1,253 @@
+"""Settings from presets, files and words: what wins, what is refused, and in which words."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from spcl_fast.config import Config, rules
+from spcl_fast.config import load as settings
+from spcl_fast.config.load import dump_config, load_config
+from spcl_fast.data.generated import DOMAINS
+from spcl_fast.data.layouts import GENERATED, READERS
+from spcl_fast.errors import ConfigError
+from spcl_fast.models import MODEL_NAMES
+
+ROOTS = [("source.root", "a"), ("target.root", "b")]
+
+
+def message(function, *args, **kwargs) -> str:
+    with pytest.raises(ConfigError) as caught:
+        function(*args, **kwargs)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_later_wins_from_defaults_to_command_line(tmp_path):
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("adapt: {lr: 0.1, keep: 0.2, contrast_weight: 0.3}\nseed: 5\n")
+    second.write_text("adapt:\n  keep: 0.25\n  contrast_temperature: 7\n")
+    config = load_config(
+        "gta5_cityscapes", [first, second], ["released"], [("adapt.min_pixels", "9"), ("adapt.lr", "1e-4")]
+    )
+    assert config.adapt.lr == 1e-4  # the command line over a file
+    assert config.adapt.keep == 0.1 and config.adapt.absent == "decay"  # an overlay over files
+    assert config.adapt.contrast_temperature == 100  # the overlay again
+    assert config.seed == 5  # a file over the defaults
+    assert config.source.dataset == "gta5" and config.adapt.batch_size == 4 and config.adapt.min_pixels == 9
+
+
+@pytest.mark.parametrize("preset", settings.available("preset"))
+def test_every_preset_is_whole_and_survives_the_way_to_yaml_and_back(preset, tmp_path):
+    for sets in ([], *([name] for name in settings.available("set"))):
+        config = load_config(preset, sets=sets, overrides=ROOTS)
+        rules.check_config(config)
+        path = tmp_path / f"{preset}.yaml"
+        path.write_text(dump_config(config))
+        assert load_config(files=[path]) == config
+
+
+def test_near_zooms_less_into_every_source_image_and_leaves_the_target_alone():
+    plain, near = load_config("folders"), load_config("folders", sets=["near"])
+    for stage in ("source_only", "control", "warmup", "adapt"):
+        before, after = getattr(plain, stage).augment, getattr(near, stage).augment
+        assert after == dataclasses.replace(before, scale=(1.0, 2.0), rare_crop=0.5) != before
+    assert near.adapt.target_augment == plain.adapt.target_augment
+    assert (near.distill, near.oracle, near.target) == (plain.distill, plain.oracle, plain.target)
+
+
+@pytest.mark.parametrize("preset", ["gta5_cityscapes", "synthia_cityscapes", "synscapes_cityscapes"])
+def test_released_hyper_parameters(preset):
+    config = load_config(preset)
+    for stage in (config.warmup, config.adapt):
+        assert (stage.iterations, stage.schedule_iterations, stage.power, stage.lr, stage.batch_size) == (
+            40_000,
+            62_500,
+            0.9,
+            2.5e-4,
+            4,
+        )
+        assert (stage.optimizer, stage.head_multiplier, stage.momentum, stage.weight_decay) == ("sgd", 10, 0.9, 5e-4)
+        assert (stage.temperature, stage.augment.jitter, stage.augment.flip) == (1.8, 0.5, 0)
+        assert stage.balanced_sampling is (preset != "synscapes_cityscapes")
+    assert (config.warmup.adversarial_weight, config.warmup.discriminator_lr, config.warmup.init) == (
+        1e-3,
+        1e-4,
+        "weights",
+    )
+    assert (config.adapt.contrast_weight, config.adapt.contrast_temperature, config.adapt.keep) == (1, 100, 0.1)
+    assert config.adapt.target_augment == type(config.adapt.target_augment)()
+    distill = config.distill
+    assert (distill.iterations, distill.schedule_iterations, distill.lr, distill.batch_size) == (
+        20_000,
+        31_250,
+        5e-4,
+        8,
+    )
+    assert (distill.freeze_bn, distill.augment.crop, distill.augment.scale, distill.augment.flip) == (
+        False,
+        (1024, 512),
+        (0.5, 1.5),
+        0.5,
+    )
+    assert (config.source.size, config.target.size, config.target.eval_size) == ((1280, 720), (1024, 512), (1024, 512))
+    assert config.model.name == "deeplab_v2_resnet101" and config.source.num_classes == (
+        16 if "synthia" in preset else 19
+    )
+
+
+def test_defaults_are_corrected_and_released_brings_every_quirk_back():
+    default, released = load_config("gta5_cityscapes"), load_config("gta5_cityscapes", sets=["released"])
+    assert (default.adapt.absent, default.model.frozen_bn_eps, default.pseudo_label.estimate_size) == (
+        "keep",
+        1e-5,
+        None,
+    )
+    assert default.evaluate.selection == "last"  # never the target's labels without being asked
+    assert (released.adapt.absent, released.model.frozen_bn_eps, released.pseudo_label.estimate_size) == (
+        "decay",
+        0,
+        (1024, 512),
+    )
+    assert released.evaluate.selection == "target_val"
+
+
+def test_no_preset_picks_a_checkpoint_by_target_labels():
+    assert all(load_config(preset).evaluate.selection != "target_val" for preset in settings.available("preset"))
+
+
+@pytest.mark.parametrize("name", ["CPA_LOSS", "SOLVER.CPA_LOSS", "adapt.CPA_LOSS"])
+def test_the_shipped_scripts_name_of_the_contrast_weight_is_understood(name, tmp_path):
+    assert load_config(overrides=[(name, "0.25")]).adapt.contrast_weight == 0.25
+    (tmp_path / "x.yaml").write_text(f"{name}: 0.5" if "." not in name else f"{name.split('.')[0]}:\n  CPA_LOSS: 0.5\n")
+    assert load_config(files=[tmp_path / "x.yaml"]).adapt.contrast_weight == 0.5
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("source.size", "320x240", (320, 240)),
+        ("source.size", "320,240", (320, 240)),
+        ("source.size", "[320, 240]", (320, 240)),
+        ("adapt.augment.scale", "0.5,1.5", (0.5, 1.5)),
+        ("adapt.augment.crop", "null", None),
+        ("adapt.lr", "1e-4", 1e-4),
+        ("adapt.batch-size", "2", 2),
+        ("name", "12", "12"),
+        ("stages", "warmup,adapt", ("warmup", "adapt")),
+        ("loop.channels_last", "true", True),
+    ],
+)
+def test_values_may_be_typed_as_a_shell_likes_them(key, text, value):
+    config = load_config(overrides=[(key, text)])
+    for part in settings.canonical(key).split("."):
+        config = getattr(config, part)
+    assert config == value
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "words"),
+    [
+        ("adapt.contrast_temprature", "1", ["'adapt.contrast_temprature'", "did you mean adapt.contrast_temperature?"]),
+        ("contrast_temperature", "1", ["did you mean adapt.contrast_temperature?"]),
+        ("adpt.keep", "1", ["adapt.keep"]),
+        ("nonsense", "1", ["unknown setting 'nonsense'", "spcl-fast run --help"]),
+        ("adapt", "1", ["group of settings", "adapt.iterations"]),
+        ("adapt.lr", "fast", ["adapt.lr (command line)", "'fast'", "expected a number"]),
+        ("adapt.iterations", "1.5", ["adapt.iterations", "'1.5'", "a whole number"]),
+        ("loop.channels_last", "perhaps", ["loop.channels_last", "true or false"]),
+        ("source.size", "big", ["source.size", "two whole numbers such as 1280,720"]),
+    ],
+)
+def test_a_wrong_word_is_told_with_key_value_and_expectation(key, text, words):
+    told = message(load_config, overrides=[(key, text)])
+    assert all(word in told for word in words), told
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("adapt: {contrast_weigth: 1}", ["x.yaml", "adapt.contrast_weight?"]),
+        ("adapt: {lr: fast}", ["adapt.lr", "x.yaml", "expected a number"]),
+        ("adapt: 3", ["adapt", "group of settings"]),
+        ("- a\n- b", ["expected settings", "list"]),
+        ("adapt: {lr: 1", ["not valid YAML"]),
+        ("seed: 1\nadapt: {lr: 1}\nseed: 2", ["'seed' is given twice", "line 3"]),
+        ("seed: !!python/object/apply:os.system ['echo hacked']", ["not valid YAML", "python/object"]),
+        ("seed: 1\n\x00", ["not valid YAML"]),
+    ],
+)
+def test_a_broken_file_is_told_with_its_name_and_runs_nothing(content, words, tmp_path, capfd):
+    path = tmp_path / "x.yaml"
+    path.write_text(content)
+    told = message(load_config, files=[path])
+    assert all(word in told for word in words), told
+    assert "hacked" not in capfd.readouterr().out
+
+
+def test_missing_files_presets_and_overlays_are_told(tmp_path):
+    assert "no such file" in message(load_config, files=[tmp_path / "none.yaml"])
+    assert "did you mean gta5_cityscapes?" in message(load_config, preset="gta5_cityscape")
+    assert "released" in message(load_config, sets=["releasd"])
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"adapt.contrast_temperature": "0"}, ["adapt.contrast_temperature: got 0.0, expected a number above 0"]),
+        ({"adapt.contrast_temperature": "-1"}, ["adapt.contrast_temperature"]),
+        ({"adapt.keep": "1.5"}, ["adapt.keep: got 1.5, expected a number from 0 to 1"]),
+        ({"source.dataset": "gta"}, ["source.dataset: got 'gta'", "gta5"]),
+        ({"adapt.absent": "drop"}, ["keep, decay"]),
+        ({"loop.device": "gpu"}, ["cuda:N"]),
+        ({"name": "../x"}, ["name: got '../x'", "without a slash"]),
+        ({"stages": "warmup,adaptt"}, ["no stage 'adaptt'", "adapt"]),
+        ({"adapt.schedule_iterations": "10"}, ["adapt.schedule_iterations: got 10", "adapt.iterations"]),
+        ({"adapt.augment.scale": "2,1"}, ["adapt.augment.scale"]),
+        ({"adapt.augment.crop": "0,10"}, ["adapt.augment.crop"]),
+        ({"source.dataset": "synthia"}, ["expected 16"]),
+        ({"source.dataset": "gta5", "target.dataset": "cityscapes", "target.num_classes": "16"}, ["differ"]),
+        ({"model.name": "resnet101"}, ["model.name", "deeplab_v2_resnet101"]),
+        ({"pseudo_label.cap": "90"}, ["pseudo_label.cap", "at most 1"]),
+        ({"evaluate.selection": "best"}, ["source_val"]),
+    ],
+)
+def test_impossible_settings_are_refused_in_words(given, words):
+    config = load_config(overrides=[*ROOTS, *given.items()])
+    told = message(rules.check_config, config)
+    assert all(word in told for word in words), told
+
+
+def test_a_learning_rate_that_is_not_finite_is_refused(tmp_path):
+    (tmp_path / "x.yaml").write_text("adapt: {lr: .nan}")
+    config = load_config(files=[tmp_path / "x.yaml"], overrides=ROOTS)
+    assert "adapt.lr: got nan, expected a finite number" in message(rules.check_config, config)
+
+
+def test_all_broken_rules_are_told_at_once():
+    told = message(rules.check_config, load_config(overrides=[("adapt.keep", "2"), ("seed", "-1")]))
+    assert len(told.splitlines()) == 4 and "source.root" in told and "target.root" in told
+
+
+def test_only_the_domains_that_a_stage_reads_need_a_root():
+    source_alone = load_config(overrides=[("source.root", "a")])
+    rules.check_config(source_alone, ("prototypes",))
+    assert "--target.root" in message(rules.check_config, source_alone, ("adapt",))
+    assert "--source.root" in message(rules.check_config, load_config(overrides=[("target.root", "b")]), ("adapt",))
+
+
+def test_the_rules_know_every_net_and_every_setting():
+    assert rules._CHOICES["model.name"] == MODEL_NAMES
+    assert set(rules._CHOICES["dataset"]) == {*DOMAINS, *READERS, *(f"{name}+generated_driver" for name in READERS)}
+    assert set(GENERATED) == set(DOMAINS)
+    leaves = {key.rpartition(".")[2] for key in settings.setting_types()}
+    assert set(rules._RANGES) <= leaves
+    assert {key.rpartition(".")[2] for key in rules._CHOICES} <= leaves | {"name"}
+    assert all(settings.check_name(target, "") is None for target in settings.ALIASES.values())
+
+
+def test_the_package_default_is_a_valid_config_and_frozen():
+    rules.check_config(load_config(overrides=ROOTS))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().seed = 1

@@ -1,0 +1,289 @@
+"""The checks of the Triton kernels themselves: planted bugs are caught, every kernel compiles for two architectures, tables are read."""
+
+# ruff: noqa: E501 - a planted bug is one line of the table
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import oracle
+import pytest
+import torch
+
+from spcl_fast import backends
+
+kernels = pytest.importorskip("spcl_fast.kernels", reason="Triton is not installed")
+from spcl_fast.kernels import launch as settings  # noqa: E402
+
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+SOURCE = Path(kernels.__file__).parent
+_TROUBLE = kernels.interpreter_trouble() if DEVICE.type == "cpu" else None
+runs_kernels = pytest.mark.skipif(_TROUBLE is not None, reason=str(_TROUBLE))
+
+
+def close(got, expected, tolerance=1e-4) -> bool:
+    return bool((got.double().cpu() - expected).norm() <= tolerance * expected.norm())
+
+
+def contrast_is_right(module) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    for dim, classes in ((33, 5), (9, 40)):  # logits saved, logits computed again
+        shape = (2, dim, 5, 7)
+        features = torch.randn(shape, generator=generator)
+        labels = torch.randint(0, classes, (2, 7, 5), generator=generator)
+        labels[torch.rand(labels.shape, generator=generator) < 0.3] = 255
+        prototypes = torch.randn(classes, dim, generator=generator)
+        weight = torch.rand(classes, generator=generator), torch.rand(2, 5, 7, generator=generator)
+        common = {"temperature": 0.5, "normalize": True, "ignore_index": 255, "reduction": "mean"}
+        inputs = [t.to(DEVICE) for t in (features, labels, prototypes, *weight)] + [None]
+        loss, denominator, *saves = module.prototype_contrastive_forward(*inputs, **common, save=True)
+        dfeatures, dprototypes = module.prototype_contrastive_backward(
+            torch.ones((), device=DEVICE),
+            *inputs,
+            *saves,
+            denominator,
+            **common,
+            needs_dfeatures=True,
+            needs_dprototypes=True,
+        )
+        features, prototypes = features.double().requires_grad_(), prototypes.double().requires_grad_()
+        truth = oracle.contrast(
+            features, labels, prototypes, temperature=0.5, class_weight=weight[0], pixel_weight=weight[1]
+        )
+        truth.backward()
+        if not (
+            close(loss, truth.detach()) and close(dfeatures, features.grad) and close(dprototypes, prototypes.grad)
+        ):
+            return False
+    return True
+
+
+def moments_are_right(module) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    features, labels = (
+        torch.randn(3, 20, 5, 9, generator=generator),
+        torch.randint(0, 40, (3, 5, 9), generator=generator),
+    )
+    labels[:, 1:3, :4] = 255
+    got = module.class_moments(
+        features.to(DEVICE), labels.to(DEVICE), 40, normalize=True, squares=True, ignore_index=255
+    )
+    truth = oracle.moments(features, labels, 40)
+    return close(got[0], truth[0]) and torch.equal(got[1].cpu(), truth[1]) and close(got[2], truth[2])
+
+
+def upsampling_is_right(module) -> bool:
+    module.upsample._PROGRAMS = 1 << 30  # one band of nodes a program: every halo is used
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 3, 35, generator=generator)
+    labels = torch.randint(0, 3, (2, 8, 71), generator=generator)
+    labels[torch.rand(labels.shape, generator=generator) < 0.2] = 255
+    loss, dlogits = module.upsampled_cross_entropy_forward(
+        logits.to(DEVICE), labels.to(DEVICE), None, None, temperature=0.5, align_corners=False, ignore_index=255, reduction="mean", needs_dlogits=True
+    )  # fmt: skip
+    exact = logits.double().requires_grad_()
+    truth = oracle.upsampled(exact, labels, temperature=0.5, align_corners=False)
+    truth.backward()
+    return close(loss, truth.detach()) and close(dlogits, exact.grad)
+
+
+# what is broken, in which file, which text becomes which, and the check that must see it
+PLANTED = [
+    ("radial term of the wrong sign", "contrast_backward", "out = out - radial", "out = out + radial", contrast_is_right),
+    ("radial term without the norm", "contrast_backward", "c * inv, 0.0)", "c, 0.0)", contrast_is_right),
+    ("channel mask off by one", "contrast", "mask_d = offs_d < D - d", "mask_d = offs_d < D - d - 1", contrast_is_right),
+    ("channel mask of the output off by one", "contrast_backward", "(offs_d < D - d)[None, :]\n", "(offs_d < D - d - 1)[None, :]\n", contrast_is_right),
+    ("ignored pixels counted", "pixels", "labelled = mask & (value != ignore_index)", "labelled = mask & (value != ignore_index + 1)", contrast_is_right),
+    ("batch offset of the features forgotten", "contrast", "    feat_ptr += b * stride_b\n", "", contrast_is_right),
+    ("batch offset in the backward forgotten", "contrast_backward", "    feat_ptr += b * stride_b\n", "", contrast_is_right),
+    ("batch offset of the labels forgotten", "pixels", "offs = b * stride_b + i", "offs = i", contrast_is_right),
+    ("rows of labels read too low", "pixels", "i = nearest(i, scale_h, H)", "i = tl.minimum(nearest(i, scale_h, H) + 1, H - 1)", contrast_is_right),
+    ("prototypes beyond K in the softmax", "contrast", "z = tl.where((offs_k < K)[None, :], z, -float(\"inf\"))", "z = z", contrast_is_right),
+    ("pixel weights in the denominator", "contrast", "tl.sum(class_weight + poison, 0)", "tl.sum(class_weight * pixel_weight + poison, 0)", contrast_is_right),
+    ("one group too long", "contrast_prototypes", "tl.minimum((group + 1) * tiles_per_group, tiles)", "tl.minimum((group + 1) * tiles_per_group + 1, tiles)", contrast_is_right),
+    ("last group forgotten", "contrast_prototypes", "for _ in range(0, groups)", "for _ in range(0, groups - 1)", contrast_is_right),
+    ("edge pixels counted in the moments", "moments", "cls, _ = read_class(label_ptr, flag_ptr, b, n, n < P,", "cls, _ = read_class(label_ptr, flag_ptr, b, n, n < P + 2,", moments_are_right),
+    ("squares of raw features", "moments", "unit * unit, squares", "x * unit, squares", moments_are_right),
+    ("batch offset in the moments forgotten", "moments", "x = tl.load(feat_ptr + b * stride_b + offs_n", "x = tl.load(feat_ptr + offs_n", moments_are_right),
+    ("halo cell not shifted", "upsample", "tl.gather(upper_right, previous, 0)", "upper_right", upsampling_is_right),
+    ("halo column forgotten", "upsample", "cells = tile * (CELLS - HALO) - 1 + lane", "cells = tile * CELLS - 1 + lane", upsampling_is_right),
+    ("halo's loss counted twice", "upsample", "mine = owned & ((band >= first + HALO) | (strip == 0))", "mine = owned", upsampling_is_right),
+    ("halo band forgotten", "upsample", "range(first, first + bands + HALO)", "range(first + HALO, first + bands + HALO)", upsampling_is_right),
+    ("lower row of nodes overwritten by the neighbour's", "upsample", "(band + 1 <= first + bands)", "(band <= first + bands)", upsampling_is_right),
+    ("tail of a cell forgotten", "upsample", "if full < widest:", "if full + 1 < widest:", upsampling_is_right),
+    ("batch offset of the logits forgotten", "upsample", "    logits_ptr += b * stride_b\n", "", upsampling_is_right),
+]  # fmt: skip
+
+
+def mutant(folder: Path, file: str, old: str, new: str):
+    """A copy of the kernels with one text changed, imported under a name of its own."""
+    package = folder / "kernels_mutant"
+    package.mkdir()
+    changed = False
+    for path in SOURCE.glob("*.py"):
+        text = path.read_text().replace("from ..backends.labels", "from spcl_fast.backends.labels")
+        if path.stem == file:
+            assert old in text, f"the text to break is no longer in {path.name}: {old!r}"
+            text, changed = text.replace(old, new), True
+        (package / path.name).write_text(text)
+    assert changed
+    name = f"kernels_mutant_{abs(hash((file, old, new)))}"
+    spec = importlib.util.spec_from_file_location(
+        name, package / "__init__.py", submodule_search_locations=[str(package)]
+    )
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@runs_kernels
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_unbroken_copies_are_right(tmp_path):
+    module = mutant(tmp_path, "pixels", "import torch", "import torch")
+    assert contrast_is_right(module) and moments_are_right(module) and upsampling_is_right(module)
+
+
+@runs_kernels
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(("file", "old", "new", "is_right"), [p[1:] for p in PLANTED], ids=[p[0] for p in PLANTED])
+def test_planted_bug_is_caught(file, old, new, is_right, tmp_path):
+    assert not is_right(mutant(tmp_path, file, old, new))
+
+
+def test_every_kernel_compiles_without_a_spill_for_two_architectures():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.kernels_check.triton_kernels", "--quick"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no spills" in done.stdout and "wgmma" in done.stdout and "sm_80" in done.stdout
+
+
+def test_kernels_check_refuses_to_compile_for_the_interpreter():
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.kernels_check.triton_kernels"],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "unset TRITON_INTERPRET" in done.stderr
+
+
+@pytest.mark.parametrize("arch", sorted(settings.TABLES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_table_answers_for_every_size(arch, dtype):
+    for kernel in ("contrast_forward", "contrast_backward_split", "contrast_prototypes", "norms", "moments"):
+        for dim in (1, 64, 2048, 8192):
+            for num_classes in (1, 19, 150, 1900, 100_000):
+                assert settings.find(arch, kernel, dtype, dim, num_classes)["BLOCK_N"] >= 16
+
+
+def test_a_users_table_comes_first_and_a_broken_one_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "launch.json"
+    monkeypatch.setenv("SPCL_FAST_LAUNCH_TABLE", str(path))
+    row = {
+        "kernel": "norms",
+        "dtype": "half",
+        "max_dim": 300,
+        "launch": {"num_warps": 2, "num_stages": 5, "BLOCK_N": 256, "BLOCK_D": 16},
+    }
+    path.write_text(json.dumps({"sm_90": [row]}))
+    settings.forget()
+    try:
+        assert settings.find("sm_90", "norms", torch.float16, 256, 1) == row["launch"]
+        assert settings.find("sm_90", "norms", torch.float16, 301, 1)["BLOCK_N"] == 128
+        assert settings.find("sm_80", "norms", torch.float16, 256, 1)["BLOCK_N"] == 128
+        path.write_text('{"sm_90": [{"kernel": "norms", "launch": {"BLOCK_N": 100}}]}')
+        settings.forget()
+        with pytest.raises(ValueError, match="launch.json.*delete it"):
+            settings.find("sm_90", "norms", torch.float16, 256, 1)
+    finally:
+        monkeypatch.undo()
+        settings.forget()
+
+
+@runs_kernels
+def test_tune_keeps_what_is_faster_and_right_and_writes_it(tmp_path, monkeypatch, capsys):
+    """With a clock that prefers two stages: found, written for exactly these sizes, and read by the next launch."""
+    from spcl_fast.kernels import tune
+
+    monkeypatch.setenv("SPCL_FAST_LAUNCH_TABLE", str(tmp_path / "cache" / "launch.json"))
+    settings.forget()
+    arch = "interpreter" if kernels.pixels.INTERPRETED else settings.architecture(0)
+
+    def clock(call):
+        call()
+        launch = settings.find(arch, "contrast_forward", torch.float32, 20, 3)
+        return 1.0 if launch["num_stages"] == 2 else 2.0
+
+    monkeypatch.setattr(tune, "_median_us", clock)
+    asked = [
+        "--batch",
+        "1",
+        "--dim",
+        "20",
+        "--size",
+        "3",
+        "5",
+        "--classes",
+        "3",
+        "--dtype",
+        "float32",
+        "--seconds",
+        "20",
+    ]
+    assert tune.main(asked) == 0
+    rows = json.loads((tmp_path / "cache" / "launch.json").read_text())[arch]
+    (row,) = [row for row in rows if row["kernel"] == "contrast_forward"]
+    assert row["launch"]["num_stages"] == 2 and (row["dim"], row["num_classes"], row["layout"]) == (20, 3, "pixels")
+    assert "rows written" in capsys.readouterr().out
+    assert settings.find(arch, "contrast_forward", torch.float32, 20, 3)["num_stages"] == 2
+    assert settings.find(arch, "contrast_forward", torch.float32, 21, 3)["num_stages"] != 2
+    monkeypatch.undo()
+    settings.forget()
+
+
+@runs_kernels
+def test_make_gpu_runs_through_on_tiny_shapes_without_a_gpu(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("--dry-run is for machines without a GPU")
+    script, out = SOURCE.parent / "benchmarks" / "gpu.py", tmp_path / "dry.json"
+    command = [
+        sys.executable,
+        str(script),
+        "--dry-run",
+        "--out",
+        str(out),
+        "--parts",
+        "determinism,graph,moments,contrast,upsample,step,sanitizer",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stdout + done.stderr
+    parts = json.loads(out.read_text())["parts"]
+    assert parts["contrast"]["state"] == parts["moments"]["state"] == parts["upsample"]["state"] == "ok"
+    assert parts["graph"] == {"state": "skipped", "seconds": 0.0, "reason": "CUDA graphs need a GPU"}
+    assert set(parts["contrast"]["rows"][1]["peers_us"]) >= {"released", "channel_first"}
+    sys.path.insert(0, str(script.parent))
+    import gpu_dispatch
+
+    timed = {name: parts[name] for name in ("moments", "contrast", "upsample")}
+    choices = gpu_dispatch.choices(timed | {f"{name}_cuda": part for name, part in timed.items()})
+    assert {row["op"] for row in choices} == set(backends.OPS) and all(
+        row["order"] == ["triton", "cuda"] for row in choices
+    )
+    again = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert (
+        again.stdout.count("done before") == len(json.loads(out.read_text())["parts"]) == 7
+    )  # what is done is not done again
+
+
+def test_architecture_without_a_table_takes_the_default():
+    assert settings.find("default", "moments", torch.float32, 64, 19) is not None

@@ -1,0 +1,233 @@
+"""Reading weights: every format people own, every way a file can be wrong, and nothing in a file is ever run."""
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from spcl_fast.errors import CheckpointError, ConfigError
+from spcl_fast.models import build_model, load_weights
+
+SHARED = Path(__file__).resolve().parents[3] / "shared"
+LITE0 = SHARED / "weights" / "efficientnet_lite0_encoder_fp16.npz"
+needs_lite0 = pytest.mark.skipif(
+    not LITE0.is_file(), reason="the EfficientNet-Lite0 weights are not at ../shared/weights"
+)
+
+
+def state_of(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    torch.manual_seed(1)
+    return build_model("deeplab_v2_resnet18", 5)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("freeze_bn", [True, False])
+def test_released_checkpoint_round_trip(tmp_path, resnet, prefix, freeze_bn):
+    checkpoint = {"iteration": 40_000, "optimizer_fea": {"state": {}, "param_groups": [{"lr": 2.5e-4}]}}
+    for part in ("feature_extractor", "classifier"):
+        checkpoint[part] = {prefix + key: value for key, value in getattr(resnet, part).state_dict().items()}
+    torch.save(checkpoint, tmp_path / "model.pth")
+    torch.manual_seed(2)
+    other = build_model("deeplab_v2_resnet18", 5, freeze_bn=freeze_bn)
+    report = load_weights(other, tmp_path / "model.pth")
+    assert "SPCL" in report.format and not report.fresh
+    images = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(other.eval()(images)[1], resnet(images)[1], rtol=1e-4, atol=1e-4)
+
+
+def test_released_checkpoint_with_only_a_feature_extractor_leaves_the_classifier(tmp_path, resnet):
+    torch.save({"feature_extractor": resnet.feature_extractor.state_dict()}, tmp_path / "half.pth")
+    other = build_model("deeplab_v2_resnet18", 3)  # other classes: the classifier is not read
+    report = load_weights(other, tmp_path / "half.pth")
+    assert set(report.fresh) == {key for key in other.state_dict() if key.startswith("classifier.")}
+
+
+def test_torchvision_resnet_state_dict_with_counters_and_fc(tmp_path, resnet):
+    free = build_model("deeplab_v2_resnet18", 5, freeze_bn=False)
+    state = {key.removeprefix("backbone."): value for key, value in free.feature_extractor.state_dict().items()}
+    state |= {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
+    assert "bn1.num_batches_tracked" in state
+    torch.save(state, tmp_path / "resnet18.pth")
+    model = build_model("deeplab_v2_resnet18", 5, weights=tmp_path / "resnet18.pth")
+    for key, value in model.feature_extractor.state_dict().items():
+        assert torch.equal(value, state[key.removeprefix("backbone.")])
+    report = load_weights(model, tmp_path / "resnet18.pth")
+    assert report.unused == ("fc.bias", "fc.weight") and all(key.startswith("classifier.") for key in report.fresh)
+
+
+def test_torchvision_vgg16_moves_up_behind_the_removed_pool(tmp_path):
+    state, channels = {}, 3
+    widths = {
+        0: 64,
+        2: 64,
+        5: 128,
+        7: 128,
+        10: 256,
+        12: 256,
+        14: 256,
+        17: 512,
+        19: 512,
+        21: 512,
+        24: 512,
+        26: 512,
+        28: 512,
+    }
+    for index, width in widths.items():
+        state[f"features.{index}.weight"] = torch.full((width, channels, 3, 3), float(index))
+        state[f"features.{index}.bias"] = torch.full((width,), float(index))
+        channels = width
+    state["classifier.0.weight"] = torch.zeros(4, 4)
+    torch.save(state, tmp_path / "vgg16.pth")
+    model = build_model("deeplab_v2_vgg16", 2)
+    report = load_weights(model, tmp_path / "vgg16.pth")
+    got = [layer.bias[0].item() for layer in model.feature_extractor.backbone if hasattr(layer, "bias")]
+    assert got[:13] == [float(index) for index in widths]
+    assert report.unused == ("classifier.0.weight",)
+    assert {key.split(".")[2] for key in report.fresh if key.startswith("feature_extractor")} == {"29", "31"}
+
+
+def test_own_safetensors_alone_in_a_folder_and_inside_a_training_checkpoint(tmp_path):
+    torch.manual_seed(3)
+    model = build_model("tiny", 4)
+    (tmp_path / "step").mkdir()
+    save_file(model.state_dict(), tmp_path / "step" / "model.safetensors")
+    save_file({"momentum": torch.zeros(3)}, tmp_path / "step" / "optimizer.safetensors")
+    wrapped = {f"model.{key}": value for key, value in model.state_dict().items()} | {
+        "bank.prototypes": torch.zeros(4, 64)
+    }
+    save_file(wrapped, tmp_path / "all.safetensors")
+    for path in ("step", "step/model.safetensors", "all.safetensors"):
+        other = build_model("tiny", 4)
+        assert not same(state_of(other), state_of(model))
+        load_weights(other, tmp_path / path)
+        assert same(state_of(other), state_of(model)), path
+
+
+@needs_lite0
+def test_each_of_the_245_published_arrays_is_read_or_known():
+    model = build_model("lite0", 8, weights=None)
+    fresh_head = state_of(model.feature_extractor.head)
+    report = load_weights(model, LITE0)
+    with np.load(LITE0) as arrays:
+        names = set(arrays.files)
+        read = {key.removeprefix("feature_extractor.encoder.") for key in report.loaded}
+        assert len(names) == 245 and names == read | set(report.unused) and not read & set(report.unused)
+        assert {name.split(".")[1] for name in report.unused if name.startswith("_blocks.")} == {
+            "11",
+            "12",
+            "13",
+            "14",
+            "15",
+        }
+        assert {name.split(".")[0] for name in report.unused} == {"_blocks", "_conv_head", "_bn1"}
+        own = model.feature_extractor.encoder.state_dict()
+        assert own.keys() == read
+        for name in read:
+            assert np.array_equal(own[name].numpy(), arrays[name].astype(np.float32)), name
+    assert same(state_of(model.feature_extractor.head), fresh_head)
+
+
+@needs_lite0
+def test_weights_of_another_net_are_a_config_error():
+    with pytest.raises(ConfigError, match="EfficientNet-Lite0 encoder, and the net is tiny: not one key fits"):
+        build_model("tiny", 4, weights=LITE0)
+
+
+def test_no_file_is_a_config_error_that_says_what_we_read(tmp_path):
+    with pytest.raises(ConfigError, match="there is no file .*nowhere.pth.*torchvision"):
+        build_model("tiny", 4, weights=tmp_path / "nowhere.pth")
+    with pytest.raises(ConfigError, match="0 safetensors files"):
+        build_model("tiny", 4, weights=tmp_path)
+
+
+def broken(state, how):
+    key = "classifier.conv2d_list.0.weight"
+    if how == "missing":
+        del state[key]
+    elif how == "unexpected":
+        state["feature_extractor.backbone.layer9.weight"] = torch.zeros(1)
+    else:
+        state[key] = torch.zeros(19, *state[key].shape[1:])
+    return state
+
+
+@pytest.mark.parametrize(
+    ("how", "text"),
+    [
+        ("missing", r"1 missing: classifier\.conv2d_list\.0\.weight"),
+        ("unexpected", r"1 unexpected: feature_extractor\.backbone\.layer9\.weight"),
+        ("shape", r"of another shape: .*file \[19, 512, 3, 3\], net \[5, 512, 3, 3\].*number of classes"),
+    ],
+)
+def test_wrong_keys_are_named_and_the_net_stays_as_it_was(tmp_path, resnet, how, text):
+    save_file(broken(state_of(resnet), how), tmp_path / "wrong.safetensors")
+    torch.manual_seed(4)
+    other = build_model("deeplab_v2_resnet18", 5)
+    before = state_of(other)
+    with pytest.raises(CheckpointError, match=text):
+        load_weights(other, tmp_path / "wrong.safetensors")
+    assert same(state_of(other), before)
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("how", ["torch", "pickle", "npz"])
+def test_code_in_a_file_is_never_run(tmp_path, how):
+    trap, path = tmp_path / "was_run", tmp_path / ("evil.npz" if how == "npz" else "evil.pth")
+    if how == "torch":
+        torch.save({"state_dict": Evil(trap)}, path)
+    elif how == "pickle":
+        path.write_bytes(pickle.dumps({"state_dict": Evil(trap)}))
+    else:
+        np.savez(path, **{"_conv_stem.weight": np.array([Evil(trap)], dtype=object)})
+    with pytest.raises(CheckpointError, match="evil"):
+        build_model("lite0", 4, weights=path)
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["cut.safetensors", "cut.pth", "cut.npz", "empty.pth", "empty.npz", "empty.safetensors"]
+)
+def test_a_cut_file_is_a_checkpoint_error_that_names_it(tmp_path, name):
+    model = build_model("tiny", 4)
+    path = tmp_path / name
+    state = state_of(model)
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    elif path.suffix == ".npz":
+        np.savez(path, **{key: value.numpy() for key, value in state.items()})
+    else:
+        torch.save(state, path)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2] if name.startswith("cut") else b"")
+    with pytest.raises(CheckpointError, match=name):
+        load_weights(model, path)
+
+
+def test_an_unknown_dictionary_is_refused_with_its_first_keys(tmp_path):
+    torch.save({"epoch": 3, "weights": torch.zeros(2)}, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match="epoch, weights.*We read torchvision"):
+        build_model("tiny", 4, weights=tmp_path / "other.pth")
+    torch.save([torch.zeros(2)], tmp_path / "list.pth")
+    with pytest.raises(CheckpointError, match="holds a list"):
+        build_model("tiny", 4, weights=tmp_path / "list.pth")

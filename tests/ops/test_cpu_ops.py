@@ -1,0 +1,443 @@
+"""The C++ backend over the space of its inputs: drawn shapes, layouts, dtypes, weights and settings against the float64 oracle."""
+
+from __future__ import annotations
+
+import os
+
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import spcl_fast as sf
+from spcl_fast.backends import cpu
+
+REASON = cpu.why_not(
+    "class_moments", device=torch.device("cpu"), dtype=torch.float32, num_classes=2, dim=2, has_variances=False
+)
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+EXAMPLES = int(
+    os.environ.get("SPCL_FAST_TEST_EXAMPLES", "200")
+)  # the lower instruction sets run fewer, see test_native_levels.py
+
+LABEL_DTYPES = [
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+]
+LAYOUTS = ["nchw", "channels_last", "transposed", "cropped", "every_other"]
+
+
+def laid_out(features: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same values in other strides; what lies between them is NaN."""
+    batch, dim, height, width = features.shape
+    if layout == "channels_last":
+        return features.contiguous(memory_format=torch.channels_last)
+    if layout == "transposed":
+        return features.transpose(2, 3).contiguous().transpose(2, 3)
+    if layout == "cropped":
+        room = torch.full((batch, dim + 1, height + 2, width + 3), torch.nan, dtype=features.dtype)
+        room[:, 1:, 1:-1, 2:-1] = features
+        return room[:, 1:, 1:-1, 2:-1]
+    if layout == "every_other":
+        room = torch.full((batch, 2 * dim, height, 2 * width), torch.nan, dtype=features.dtype)
+        room[:, ::2, :, ::2] = features
+        return room[:, ::2, :, ::2]
+    return features
+
+
+@st.composite
+def problems(draw):
+    """A drawn problem; pixel counts straddle the panel of 64, channel and class counts the blocks of 6, the chunks and the vectors."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    batch, height, width = draw(st.integers(1, 2)), draw(st.integers(1, 9)), draw(st.integers(1, 40))
+    dim = draw(st.one_of(st.integers(1, 40), st.sampled_from([48, 63, 64, 65, 128, 130, 200])))
+    num_classes = draw(st.one_of(st.integers(1, 20), st.sampled_from([31, 33, 60, 100])))
+    size = draw(
+        st.sampled_from(
+            [(height, width), (2 * height, 2 * width), (1, 1), (height + 3, width + 5), (max(1, height // 2), width)]
+        )
+    )
+    dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16]))
+    features = torch.randn(batch, dim, height, width, generator=generator) * draw(st.sampled_from([1e-3, 1.0, 50.0]))
+    labels = torch.randint(0, num_classes, (batch, *size), generator=generator)
+    ignored = torch.rand(labels.shape, generator=generator) < draw(st.sampled_from([0.0, 0.3, 0.95]))
+    labels = labels.masked_fill(ignored, 120).to(draw(st.sampled_from(LABEL_DTYPES)))
+    prototypes = torch.nn.functional.normalize(torch.randn(num_classes, dim, generator=generator), dim=1)
+    weights = {
+        "class_weight": torch.rand(num_classes, generator=generator) + 0.1 if draw(st.booleans()) else None,
+        "pixel_weight": torch.rand(batch, height, width, generator=generator) if draw(st.booleans()) else None,
+    }
+    layout = draw(st.sampled_from(LAYOUTS))
+    return laid_out(features.to(dtype), layout), labels, prototypes, weights, generator
+
+
+def value_and_gradients(function, features, labels, prototypes, incoming, **arguments):
+    features, prototypes = features.detach().requires_grad_(), prototypes.detach().requires_grad_()
+    loss = function(features, labels, prototypes, **arguments)
+    gradients = torch.autograd.grad((loss * incoming).sum(), (features, prototypes))
+    return loss.detach(), *gradients
+
+
+def scales(features, labels, prototypes, temperature, normalize) -> tuple[float, float]:
+    """The size of what cancels in a pixel, at most, in float64: in its loss sum_k |w_k| |z_k| and a sum of exponentials that is at least 1;
+    in its gradient sum_k |w_k| / (temperature |x|)."""
+    rows = features.double().permute(0, 2, 3, 1).flatten(0, 2)
+    labels = oracle.resized(labels, *features.shape[2:]).flatten()
+    rows, labels = rows[labels != 120], labels[labels != 120]
+    if not len(rows):
+        return 0.0, 0.0
+    norm = rows.norm(dim=1, keepdim=True).clamp_min(1e-12) if normalize else torch.ones(len(rows), 1)
+    logits = rows / norm @ prototypes.double().T / temperature
+    weight = logits.softmax(1)
+    weight[torch.arange(len(rows)), labels] -= 1
+    in_gradient = (weight.abs().sum(1) + 1e-8) / (norm[:, 0] * temperature)  # 1e-8: what float64 cannot tell from 1 - p
+    return 1 + (weight * logits).abs().sum(1).max().item(), in_gradient.max().item()
+
+
+def assert_accurate(got, eager, truth, scale_of_terms, temperature):
+    """As the oracle's rule, plus two float32 roundings of terms that cancel: there a lucky eager result is no measure."""
+    error, allowed = (got.double() - truth).abs().max(), (eager.double() - truth).abs().max()
+    limit = (
+        2 * allowed + 4 * torch.finfo(got.dtype).eps * truth.abs().max() + 2**-22 * scale_of_terms + 1e-14 / temperature
+    )
+    assert error <= limit, f"error {error:.3e} against float64; same-dtype eager has {allowed:.3e}, limit {limit:.3e}"
+
+
+@settings(max_examples=EXAMPLES)
+@given(
+    problem=problems(),
+    temperature=st.sampled_from([0.05, 1.0, 100.0]),
+    normalize=st.booleans(),
+    reduction=st.sampled_from(["mean", "sum", "none"]),
+)
+def test_contrast_is_as_accurate_as_eager_wherever_its_inputs_lie(problem, temperature, normalize, reduction):
+    features, labels, prototypes, weights, generator = problem
+    if not normalize:  # norms of at most 1, so that logits stay where float32 resolves them
+        features = features / features.float().norm(dim=1).max().to(features.dtype)
+    arguments = {
+        "temperature": temperature,
+        "normalize": normalize,
+        "reduction": reduction,
+        "ignore_index": 120,
+        **weights,
+    }
+    incoming = torch.rand(features[:, 0].shape if reduction == "none" else (), generator=generator)
+    got = value_and_gradients(
+        sf.prototype_contrastive_loss, features, labels, prototypes, incoming, backend="cpu", **arguments
+    )
+    if (labels == 120).all():
+        assert all(torch.all(g == 0) for g in got)
+        return
+    eager = value_and_gradients(
+        oracle.contrast, features, labels, prototypes, incoming, dtype=torch.float32, **arguments
+    )
+    truth = value_and_gradients(oracle.contrast, features.double(), labels, prototypes.double(), incoming, **arguments)
+    if truth[0].isnan().any():  # the nearest rule left no labelled pixel: 0 / 0 in the formula
+        assert all(torch.all(g == 0) for g in got)
+        return
+    in_value, in_gradient = scales(features, labels, prototypes, temperature, normalize)
+    if normalize and features.shape[1] == 1:
+        in_gradient = (
+            torch.inf
+        )  # a unit feature of one channel is a constant: the true gradient is 0, all of it is rounding
+    for g, e, t, terms in zip(got, eager, truth, (in_value, in_gradient, in_value / temperature), strict=True):
+        assert_accurate(g, e, t, terms * incoming.abs().max().item(), temperature)
+
+
+@settings(max_examples=EXAMPLES)
+@given(problem=problems(), normalize=st.booleans(), squares=st.booleans())
+def test_moments_are_as_accurate_as_eager_wherever_their_inputs_lie(problem, normalize, squares):
+    features, labels, prototypes, _, _ = problem
+    num_classes = len(prototypes)
+    arguments = {"normalize": normalize, "ignore_index": 120}
+    got = sf.class_moments(features, labels, num_classes, squares=squares, backend="cpu", **arguments)
+    eager = oracle.moments(features, labels, num_classes, dtype=torch.float32, **arguments)
+    truth = oracle.moments(features, labels, num_classes, **arguments)
+    terms = truth[2].abs().max().item() if normalize else 0  # unit features of opposite signs may cancel
+    assert_accurate(got.sums, eager[0], truth[0], terms, 1)
+    assert torch.equal(got.counts, truth[1])
+    if squares:
+        oracle.assert_as_accurate(got.squares, eager[2], truth[2])
+    else:
+        assert got.squares is None
+
+
+# ---- up-sampled ------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def upsampled_problems(draw):
+    """Node and pixel counts straddle vectors and the panel of 64, class counts the block of 32; ratios up and down, sizes of 1."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    batch, width = draw(st.integers(1, 2)), draw(st.integers(1, 40))
+    height = draw(
+        st.one_of(st.integers(1, 9), st.sampled_from([40, 67]))
+    )  # a band is more than one cell from 17 or 33 on
+    num_classes = draw(st.one_of(st.integers(1, 20), st.sampled_from([31, 33, 65, 100])))
+    across = draw(
+        st.sampled_from(
+            [1, max(1, width // 3), max(1, width - 1), width, width + 1, 2 * width - 1, 4 * width, 8 * width + 3]
+        )
+    )
+    down = draw(st.sampled_from([1, max(1, height // 3), height, height + 1, 3 * height, 4 * height + 1]))
+    dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16]))
+    logits = torch.randn(batch, num_classes, height, width, generator=generator) * draw(
+        st.sampled_from([0.1, 3.0, 30.0, 300.0])
+    )
+    labels = torch.randint(0, num_classes, (batch, down, across), generator=generator)
+    ignored = torch.rand(labels.shape, generator=generator) < draw(st.sampled_from([0.0, 0.3, 0.95]))
+    labels = labels.masked_fill(ignored, 120).to(draw(st.sampled_from(LABEL_DTYPES)))
+    if draw(st.booleans()):  # strides that are not the labels' own size
+        labels = labels.transpose(1, 2).contiguous().transpose(1, 2)
+    weights = {
+        "class_weight": torch.rand(num_classes, generator=generator) + 0.1 if draw(st.booleans()) else None,
+        "pixel_weight": torch.rand(labels.shape, generator=generator) if draw(st.booleans()) else None,
+    }
+    settings = {"temperature": draw(st.sampled_from([0.3, 1.0, 1.8])), "align_corners": draw(st.booleans())}
+    return laid_out(logits.to(dtype), draw(st.sampled_from(LAYOUTS))), labels, weights, settings, generator
+
+
+@settings(max_examples=EXAMPLES)
+@given(problem=upsampled_problems(), reduction=st.sampled_from(["mean", "sum", "none"]))
+def test_upsampled_loss_is_as_accurate_as_eager_wherever_its_inputs_lie(problem, reduction):
+    logits, labels, weights, arguments, generator = problem
+    arguments = arguments | weights | {"reduction": reduction, "ignore_index": 120}
+    incoming = torch.rand(labels.shape if reduction == "none" else (), generator=generator)
+
+    def value_and_gradient(function, logits, **more):
+        logits = logits.detach().requires_grad_()
+        loss = function(logits, labels, **arguments, **more)
+        return loss.detach(), torch.autograd.grad((loss * incoming).sum(), logits)[0]
+
+    got = value_and_gradient(sf.upsampled_cross_entropy, logits, backend="cpu")
+    if (labels == 120).all():
+        assert all(torch.all(g == 0) for g in got)
+        return
+    eager, truth = (
+        value_and_gradient(oracle.upsampled, logits, dtype=torch.float32),
+        value_and_gradient(oracle.upsampled, logits.double()),
+    )
+    largest = (
+        logits.double().abs().max().item() / arguments["temperature"]
+    )  # two roundings of a logit are what cancels in a pixel's loss
+    pixels = (
+        max(1, labels[0].numel() // logits[0, 0].numel()) if reduction != "mean" else 1
+    )  # and what adds up in a node, at most about
+    for g, e, t, terms in zip(
+        got, eager, truth, (1 + largest, pixels * (1 + largest) / arguments["temperature"]), strict=True
+    ):
+        assert_accurate(g, e, t, terms, arguments["temperature"])
+
+
+@settings(max_examples=EXAMPLES)
+@given(problem=upsampled_problems(), with_thresholds=st.booleans())
+def test_upsampled_prediction_wherever_its_inputs_lie(problem, with_thresholds):
+    logits, labels, _, arguments, generator = problem
+    num_classes, size = logits.shape[1], labels.shape[1:]
+    thresholds = torch.rand(num_classes, generator=generator) if with_thresholds else None
+    got = sf.upsampled_prediction(logits, size, thresholds=thresholds, ignore_index=120, backend="cpu", **arguments)
+    up = torch.nn.functional.interpolate(
+        logits.double(), size, mode="bilinear", align_corners=arguments["align_corners"]
+    )
+    probability = (up / arguments["temperature"]).softmax(1)
+    top, best = probability.max(1)
+    rounding = 2**-22 * (1 + logits.double().abs().max().item() / arguments["temperature"])
+    torch.testing.assert_close(got.confidence.double(), top, rtol=2 * rounding, atol=0)
+    second = probability.topk(min(2, num_classes), 1).values[:, -1] if num_classes > 1 else torch.zeros_like(top)
+    clear = top - second > 4 * rounding
+    expected = best
+    if thresholds is not None:
+        clear &= (top - thresholds.double()[best]).abs() > 4 * rounding
+        expected = best.masked_fill(top < thresholds.double()[best], 120)
+    assert torch.equal(got.labels.long()[clear], expected[clear])
+
+
+def upsampled(logits, labels, **arguments):
+    logits = logits.detach().requires_grad_()
+    loss = sf.upsampled_cross_entropy(logits, labels, backend="cpu", **arguments)
+    return loss.detach(), torch.autograd.grad(loss.sum(), logits)[0]
+
+
+@pytest.mark.parametrize("num_classes", [19, 1000])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_upsampled_ops_give_the_same_bits_for_any_number_of_threads(num_classes, reduction):
+    logits, labels, _ = large_problem((2, num_classes, 41, 23), num_classes)
+    labels = labels.repeat_interleave(3, 1).repeat_interleave(5, 2)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            prediction = sf.upsampled_prediction(logits[:, :200], labels.shape[1:], backend="cpu")
+            results.append((*upsampled(logits, labels, reduction=reduction), *prediction))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("size", [(64, 96), (5, 7)], ids=["by permutation", "by gather"])
+def test_a_bound_far_above_every_logit_does_no_harm(size):
+    """Between two nodes that are sure of different classes, what bounds a pixel's logits lies 1000 above the largest of them."""
+    logits = torch.full((1, 3, 8, 12), -1000.0)
+    logits[:, 0, ::2], logits[:, 1, 1::2] = 1000.0, 1000.0
+    labels = torch.zeros(1, *size, dtype=torch.uint8)
+    got, eager = upsampled(logits, labels), value_and_gradient_of(oracle.upsampled, logits, labels, dtype=torch.float32)
+    truth = value_and_gradient_of(oracle.upsampled, logits.double(), labels)
+    for g, e, t in zip(got, eager, truth, strict=True):
+        oracle.assert_as_accurate(g, e, t)
+    confidence = sf.upsampled_prediction(logits, size, backend="cpu").confidence
+    up = torch.nn.functional.interpolate(logits.double(), size, mode="bilinear", align_corners=True)
+    torch.testing.assert_close(confidence.double(), up.softmax(1).amax(1), rtol=1e-3, atol=0)
+
+
+def value_and_gradient_of(function, logits, labels, **arguments):
+    logits = logits.detach().requires_grad_()
+    loss = function(logits, labels, **arguments)
+    return loss.detach(), torch.autograd.grad(loss, logits)[0]
+
+
+def test_an_ignored_pixel_may_lie_on_nan_among_labelled_neighbours():
+    logits, _, _ = large_problem((1, 7, 9, 40), 7)
+    labels = torch.randint(0, 7, (1, 9, 20), generator=torch.Generator().manual_seed(2))
+    labels[0, 0, 3] = 255
+    clean = upsampled(logits, labels, align_corners=False)  # halved across: nodes 6 and 7 are read by pixel 3 alone
+    for value in (torch.nan, torch.inf):
+        logits[0, 2, 0, 6] = value
+        loss, gradient = upsampled(logits, labels, align_corners=False)
+        torch.testing.assert_close((loss, gradient), clean)
+        assert torch.all(gradient[0, :, 0, 6:8] == 0)
+
+
+def test_upsampled_bad_labels_are_named_at_any_stride():
+    logits = torch.zeros(2, 5, 4, 4)
+    labels = torch.zeros(2, 16, 16, dtype=torch.int64)
+    labels[1, 12, 6], labels[1, 12, 7], labels[1, 13, 0] = 77, -3, 78
+    for strided in (
+        labels,
+        labels.transpose(1, 2).contiguous().transpose(1, 2),
+        labels.to(torch.int8),
+        labels.to(torch.uint64),
+    ):
+        with pytest.raises(ValueError, match=r"label 77 at pixel \(image 1, row 12, column 6\)"):
+            sf.upsampled_cross_entropy(logits, strided, backend="cpu")
+    with pytest.raises(ValueError, match=r"label -1 at pixel|label 18446744073709551615 at pixel"):
+        sf.upsampled_cross_entropy(
+            logits, torch.full((2, 16, 16), 2**64 - 1, dtype=torch.uint64), ignore_index=-1, backend="cpu"
+        )
+
+
+# ---- larger than a tile, a group, a chunk ---------------------------------------------------------------------------
+
+
+def large_problem(shape=(2, 200, 53, 61), num_classes=19, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(shape, generator=generator).to(dtype)
+    labels = torch.randint(0, num_classes, (shape[0], *shape[2:]), generator=generator)
+    labels[torch.rand(labels.shape, generator=generator) < 0.3] = 255
+    labels[:, 10:20] = 255  # whole panels without a label
+    prototypes = torch.nn.functional.normalize(torch.randn(num_classes, shape[1], generator=generator), dim=1)
+    return features, labels, prototypes
+
+
+def contrast(features, labels, prototypes, **arguments):
+    incoming = (
+        torch.rand(features[:, 0].shape, generator=torch.Generator().manual_seed(1))
+        if arguments.get("reduction") == "none"
+        else 1
+    )
+    return value_and_gradients(
+        sf.prototype_contrastive_loss,
+        features,
+        labels,
+        prototypes,
+        incoming,
+        temperature=0.1,
+        backend="cpu",
+        **arguments,
+    )
+
+
+@pytest.mark.parametrize("num_classes", [19, 150], ids=["logits kept", "logits computed again"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_same_bits_for_any_number_of_threads(num_classes, reduction):
+    assert cpu.saves_logits(19, 200) and not cpu.saves_logits(150, 200)
+    problem, before, results = large_problem(num_classes=num_classes), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            moments = sf.class_moments(*problem[:2], num_classes, squares=True, backend="cpu")
+            results.append((*contrast(*problem, reduction=reduction), *moments))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_logits_and_computed_ones_give_the_same_gradient(dtype, monkeypatch):
+    problem = large_problem(dtype=dtype)
+    kept = contrast(*problem)
+    monkeypatch.setattr(cpu, "saves_logits", lambda num_classes, dim: False)
+    assert all(torch.equal(a, b) for a, b in zip(kept, contrast(*problem), strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_element_of_a_reused_gradient_is_written(layout):
+    features, labels, prototypes = large_problem(shape=(2, 203, 61, 67))
+    features = laid_out(features, layout)
+    first = contrast(features, labels, prototypes)[1]
+    assert first.numel() * 4 > cpu._LARGE_BYTES
+    expected = first.clone()
+    address = first.data_ptr()
+    first.fill_(torch.nan)
+    del first
+    again = contrast(features, labels, prototypes)[1]
+    assert again.data_ptr() == address, "the pages of the freed gradient were not used again"
+    assert torch.equal(again, expected)
+
+
+def test_a_gradient_that_is_held_is_never_handed_out_again():
+    problem = large_problem(shape=(2, 203, 61, 67))
+    held = [contrast(*problem)[1] for _ in range(3)]
+    views = [g[1:, :5] for g in held]
+    copies = [v.clone() for v in views]
+    del held
+    problem[0].mul_(-3)
+    others = [contrast(*problem)[1] for _ in range(6)]
+    assert all(torch.equal(v, c) for v, c in zip(views, copies, strict=True))
+    assert len({g.data_ptr() for g in others}) == 6
+
+
+def test_what_the_backend_does_not_do_is_said_in_words():
+    what = {
+        "device": torch.device("cpu"),
+        "dtype": torch.float32,
+        "num_classes": 19,
+        "dim": 256,
+        "has_variances": False,
+    }
+    assert cpu.why_not("prototype_contrastive_loss", **what) is None
+    assert "reference backend takes float64" in cpu.why_not("class_moments", **what | {"dtype": torch.float64})
+    assert "no `variances`" in cpu.why_not("prototype_contrastive_loss", **what | {"has_variances": True})
+    assert "CPU tensors, not on cuda:0" in cpu.why_not("class_moments", **what | {"device": torch.device("cuda", 0)})
+    assert "takes float64" in cpu.why_not("upsampled_prediction", **what | {"dtype": torch.float64})
+    assert cpu.why_not("upsampled_cross_entropy", **what) is None
+
+
+def test_a_bad_label_is_reported_on_the_labels_own_grid():
+    features, labels, prototypes = large_problem(shape=(2, 8, 9, 10))
+    labels = labels.repeat_interleave(3, 1).repeat_interleave(2, 2)
+    labels[1, 12:15, 6:8] = 77
+    with pytest.raises(ValueError, match=r"label 77 at pixel \(image 1, row 12, column 6\)"):
+        sf.class_moments(features, labels, 19, backend="cpu")
+    with pytest.raises(
+        ValueError, match=r"label 18446744073709551615 at pixel \(image 1, row 12, column 6\)|label -1 at pixel"
+    ):
+        sf.class_moments(features, labels.where(labels != 77, -1).to(torch.uint64), 19, backend="cpu")

@@ -1,0 +1,168 @@
+"""Imports point one way: an arrow the other way fails here, with the line that draws it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import spcl_fast
+
+ROOT = Path(__file__).resolve().parent.parent
+# word -> words it may import; a word is a file or folder of spcl_fast/ (kernels/ lies next to it: spcl_fast.kernels)
+ALLOWED = {
+    "catalog": set(),
+    "errors": set(),
+    "distributed": {"errors"},
+    "config": {"catalog", "errors"},
+    "labels": set(),  # spcl_fast/backends/labels.py: the index rule and the flag of bad labels, below every backend
+    "kernels": {"errors", "labels"},
+    "backends": {"catalog", "errors", "labels", "kernels"},
+    "ops": {"errors", "labels", "backends"},
+    "losses": {"errors", "ops"},
+    "estimators": {"errors", "ops", "distributed"},
+    "compat": {"errors", "ops", "losses", "estimators"},
+    "models": {"catalog", "errors"},
+    "data": {"catalog", "errors", "config", "runs"},  # of runs: durable, to write a file whole
+    "runs": {"catalog", "errors", "config", "distributed"},
+    "train": {"errors", "config", "distributed", "runs", "data", "models", "ops"},
+    "method": {
+        "catalog",
+        "errors",
+        "config",
+        "distributed",
+        "runs",
+        "data",
+        "models",
+        "ops",
+        "losses",
+        "estimators",
+        "compat",
+        "train",
+        "memory_plan",
+    },
+    "memory_plan": {"catalog", "errors", "config", "data", "estimators", "models", "ops", "runs", "train", "method"},
+    "report": {"catalog", "errors", "config", "data", "runs"},
+    "cli": {
+        "catalog",
+        "errors",
+        "config",
+        "distributed",
+        "runs",
+        "data",
+        "models",
+        "ops",
+        "backends",
+        "losses",
+        "estimators",
+        "compat",
+        "train",
+        "method",
+        "memory_plan",
+        "report",
+        "kernels",
+    },
+    "__main__": {"cli"},
+    "__init__": {"ops", "backends", "losses", "estimators"},
+}
+
+
+def modules():
+    for top, name in ((ROOT / "spcl_fast", ""), (ROOT / "kernels", "kernels")):
+        for path in sorted(top.rglob("*.py")):
+            parts = path.relative_to(top).with_suffix("").parts
+            yield path, ("spcl_fast", *([name] if name else []), *parts)
+
+
+def imported_words(path: Path, module: tuple[str, ...]):
+    """(line, word of spcl_fast that the line imports)."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[tuple[str, ...]] = []
+        if isinstance(node, ast.Import):
+            names = [tuple(alias.name.split(".")) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = module[: len(module) - node.level] if node.level else ()
+            base = (*above, *filter(None, (node.module or "").split(".")))
+            names = [(*base, alias.name) for alias in node.names] if base == ("spcl_fast",) else [base]
+        for name in names:
+            if name[0] == "spcl_fast" and len(name) > 1 and not name[1].startswith("__"):
+                yield node.lineno, "labels" if name[1:] == ("backends", "labels") else name[1]
+
+
+def test_imports_point_one_way():
+    wrong = []
+    for path, module in modules():
+        word = module[1]
+        assert word in ALLOWED, f"{path}: a new word {word!r}; say in tests/test_layers.py which layers it may import"
+        for line, target in imported_words(path, module):
+            if target not in {word, "_cpu", "_cuda"} | ALLOWED[word]:
+                wrong.append(f"{path.relative_to(ROOT)}:{line}: {word} imports {target}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_an_arrow_the_other_way_is_seen(tmp_path):
+    path = tmp_path / "x.py"
+    path.write_text(
+        "from ..train.loop import fit\nimport spcl_fast.cli\nfrom spcl_fast import bank\nfrom .. import settings\n"
+    )
+    assert [word for _, word in imported_words(path, ("spcl_fast", "ops", "x"))] == ["train", "cli", "bank", "settings"]
+
+
+BACKENDS = {("spcl_fast", "backends", name) for name in ("cpu", "reference", "cuda")}
+
+
+def imported_backends(path: Path, module: tuple[str, ...]):
+    """Lines that import a backend's module, by whatever form of import."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            named = {tuple(alias.name.split(".")) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = module[: len(module) - node.level] if node.level else ()
+            base = (*above, *filter(None, (node.module or "").split(".")))
+            named = {base, *((*base, alias.name) for alias in node.names)}
+        else:
+            continue
+        if named & BACKENDS:
+            yield node.lineno
+
+
+def test_only_backends_names_a_backend_module():
+    outside = [(path, module) for path, module in modules() if module[1] not in ("backends", "kernels")]
+    named = [f"{path.relative_to(ROOT)}:{line}" for path, module in outside for line in imported_backends(path, module)]
+    assert not named, "only backends/ names backends: " + ", ".join(named)
+
+
+def test_a_backend_that_is_named_elsewhere_is_seen(tmp_path):
+    path = tmp_path / "x.py"
+    lines = [
+        "from ..backends.cpu import _load",
+        "from ..backends import cuda",
+        "import spcl_fast.backends.reference",
+        "from spcl_fast.backends import reference as r",
+        "from .. import backends",
+        "from ..backends import pick",
+        "from ..backends.labels import label_flag",
+    ]
+    path.write_text("\n".join(lines))
+    assert list(imported_backends(path, ("spcl_fast", "ops", "x"))) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("module", ["spcl_fast", "spcl_fast.cli", "spcl_fast.cli.commands"])
+def test_importing_the_package_or_its_command_line_does_not_import_torch(module):
+    code = f"import {module}, sys; print([m for m in ('torch', 'numpy', 'jsonargparse', 'yaml') if m in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
+
+
+def test_every_public_name_is_there():
+    missing = [name for name in spcl_fast.__all__ if not hasattr(spcl_fast, name)]
+    assert not missing
+
+
+def test_no_file_is_called_after_nothing():
+    vague = {"utils", "helpers", "common", "misc", "util", "helper"}
+    assert not [path for path, module in modules() if vague & set(module)]
