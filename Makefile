@@ -10,7 +10,7 @@ ARGS ?=
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint install bench kernels-check gpu soak clean
+.PHONY: help demo test lint format install bench kernels-check gpu soak clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
@@ -21,8 +21,13 @@ demo: install ## the whole of SPCL on the generated pair of domains: a table and
 test: install lint ## lint and the whole test suite (ARGS="-k contrast")
 	@$(BIN)/python -m pytest $(ARGS)
 
-lint: install
+lint: install ## ruff (rules and format); types and clang-format follow
 	@$(BIN)/python -m ruff check .
+	@$(BIN)/python -m ruff format --check --quiet . || { echo "format it: make format" >&2; exit 1; }
+
+format: install ## format Python and C++ in place
+	@$(BIN)/python -m ruff check --fix --quiet . ; $(BIN)/python -m ruff format --quiet .
+	@git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cuda_emulator/*.h' 'tests/cuda_emulator/*.cpp' | xargs $(BIN)/clang-format -i
 
 install: $(VENV)/.package ## .venv with the pinned requirements and the package, built; nothing is repeated
 

@@ -264,6 +264,7 @@ setup(
     ],
     package_dir={"spcl_fast": "spcl_fast", "spcl_fast.kernels": "kernels"},
     package_data={
+        "spcl_fast": ["py.typed"],
         "spcl_fast.config": ["presets/*.yaml", "presets/sets/*.yaml"],
         "spcl_fast.report": ["*.html"],
         "spcl_fast.backends": ["*.json"],
