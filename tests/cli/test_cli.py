@@ -8,12 +8,13 @@ import resource
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import yaml
 
-from spcl_fast import cli, errors
-from spcl_fast.cli import commands, main
+from spcl_fast import errors
+from spcl_fast.cli import commands, entry, main
 from spcl_fast.config import load as settings
 from spcl_fast.config import rules
 
@@ -276,7 +277,7 @@ def test_torchrun_takes_none_of_our_options_for_its_own():
     options = {
         option
         for name, command in commands.COMMANDS.items()
-        for option in cli._parser(name, command)._option_string_actions
+        for option in entry._parser(name, command)._option_string_actions
     }
     ours = {f"--{key}" for key in [*settings.setting_types(), *settings.ALIASES]} | {
         o for o in options if o.startswith("--")
@@ -310,8 +311,8 @@ def test_the_console_script_is_installed():
 
 
 def test_the_extras_of_the_message_are_those_of_the_package():
-    text = (commands.Path(cli.__file__).parent.parent / "pyproject.toml").read_text()
+    text = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text()
     names = {"yaml": "PyYAML", "PIL": "pillow", "pytest_benchmark": "pytest-benchmark"}
-    for library, extra in cli._EXTRA.items():
+    for library, extra in entry._EXTRA.items():
         line = next(line for line in text.splitlines() if line.startswith(f"{extra} = ["))
         assert names.get(library, library).lower() in line.lower(), f"{library} is not in the extra {extra!r}"

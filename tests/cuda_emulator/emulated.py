@@ -35,13 +35,13 @@ class Backend:
     @contextlib.contextmanager
     def taken(self, order: str = "forward") -> Iterator[None]:
         """backend="cuda" means this one, on CPU tensors; threads and blocks take turns in this order."""
-        before = cuda._native, cuda._DEVICES, cuda.missing
-        cuda._native, cuda._DEVICES, cuda.missing = self.ops, ("cuda", "cpu"), lambda: None
+        before = cuda._ops, cuda._DEVICES, cuda.missing
+        cuda._ops, cuda._DEVICES, cuda.missing = self.ops, ("cuda", "cpu"), lambda: None
         try:
             with build.order(self.handle, order):
                 yield
         finally:
-            cuda._native, cuda._DEVICES, cuda.missing = before
+            cuda._ops, cuda._DEVICES, cuda.missing = before
         damage = self.handle.emulator_damage()
         assert damage is None, damage.decode()
 

@@ -68,7 +68,7 @@ def test_a_lower_instruction_set_passes_the_same_tests(level):
         pytest.skip(f"this processor has only {_cpu.cpu_capability()}")
     code = (
         "import sys, pytest; from spcl_fast import _cpu; print('level', _cpu.cpu_capability());"
-        "sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', 'tests/test_native_ops.py']))"
+        "sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', 'tests/ops/test_cpu_ops.py']))"
     )
     out = run_python(code, SPCL_FAST_CPU_CAPABILITY=level, SPCL_FAST_TEST_EXAMPLES="60", OMP_NUM_THREADS="1")
     assert f"level {level}" in out
