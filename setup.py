@@ -41,7 +41,7 @@ MODULE = [f"csrc/cpu/bind_{part}.cpp" for part in (*OPS, "levels", "pages", "mod
 
 # Compiled for each of these, and as PTX of the last for what comes later. SPCL_FAST_CUDA_ARCHS="90a" builds for one machine alone.
 CUDA_ARCHS = os.environ.get("SPCL_FAST_CUDA_ARCHS", "80 86 89 90a 100").replace(";", " ").split()
-CUDA_FLAGS = ["-std=c++20", "-O3", "-Icsrc/cuda", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "0"]
+CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "0"]
 # The CUDA runtime is linked in: the extension does not care which one torch brought along.
 CUDART = ["-lcudart_static", "-lrt", "-lpthread", "-ldl", "-Wl,--exclude-libs,ALL"]
 STABLE_ABI = ["-std=c++20", "-O2", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
@@ -179,7 +179,7 @@ def cuda_archs(nvcc: str) -> list[str]:
 
 
 def compile_cuda(folder: Path) -> list[str]:
-    """Every csrc/cuda/*.cu to an object, several at once; RuntimeError with nvcc's words where one fails."""
+    """Every .cu of csrc/cuda to an object, several at once; RuntimeError with nvcc's words where one fails."""
     nvcc = nvcc_path()
     archs = cuda_archs(nvcc)
     folder.mkdir(parents=True, exist_ok=True)
@@ -197,7 +197,7 @@ def compile_cuda(folder: Path) -> list[str]:
 
     folder = folder.resolve()
     with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
-        return list(pool.map(compile_one, sorted(ROOT.glob("csrc/cuda/*.cu"))))
+        return list(pool.map(compile_one, sorted(ROOT.glob("csrc/cuda/*/*.cu"))))
 
 
 def cuda_extension() -> Extension:
@@ -207,8 +207,7 @@ def cuda_extension() -> Extension:
     archs = cuda_archs(nvcc)
     return CppExtension(
         "spcl_fast._cuda",
-        sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/bind*.cpp")),
-        include_dirs=["csrc/cuda"],
+        sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/**/bind*.cpp")),
         library_dirs=[str(cudart_folder())],
         extra_link_args=[*CUDART, *torch_rpaths(library_paths())],
         extra_compile_args=[

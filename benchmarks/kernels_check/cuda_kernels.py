@@ -46,7 +46,7 @@ def compiled(source: Path, arch: str) -> list[Usage]:
     """What ptxas says of every kernel of a file; RuntimeError with nvcc's words where it does not compile."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            nvcc(), "-std=c++20", "-O3", f"-I{SOURCES}", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas", "-v",
+            nvcc(), "-std=c++20", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas", "-v",
             "-cubin", "-o", f"{folder}/out.cubin", str(source),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)
@@ -80,13 +80,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.kernels_check.cuda_kernels", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("files", nargs="*", type=Path, help="default: every csrc/cuda/*.cu")
+    parser.add_argument("files", nargs="*", type=Path, help="default: every .cu of csrc/cuda")
     parser.add_argument("--arch", nargs="*", default=list(ARCHS))
     options = parser.parse_args(argv)
     if nvcc() is None:
         print("nvcc was not found: the CUDA kernels were not compiled")
         return 0
-    files = options.files or sorted(SOURCES.glob("*.cu"))
+    files = options.files or sorted(SOURCES.glob("*/*.cu"))
     if not files:
         print(f"no CUDA sources in {SOURCES}")
         return 1

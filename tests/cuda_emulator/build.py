@@ -1,6 +1,6 @@
 """The kernels of csrc/cuda for the CPU: built once for their sources, kept in build/, loaded by ctypes or as a torch library.
 
-library = build.library("name", ["csrc/cuda/some.cu", "tests/some_entry.cpp"])
+library = build.library("name", ["csrc/cuda/some_op/some.cu", "tests/some_entry.cpp"])
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+CUDA = ROOT / "csrc" / "cuda"
 BUILT = ROOT / "build" / "cuda_emulator"
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 FLAGS = [
     "-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-fno-gnu-unique", "-fvisibility=hidden", "-DSPCL_EMULATED",
-    "-Wall", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}", f"-I{ROOT / 'tests' / 'cuda_emulator'}",
+    "-Wall", "-Wno-unknown-pragmas", f"-I{CUDA}", f"-I{ROOT / 'tests' / 'cuda_emulator'}",
 ]  # fmt: skip
 ORDERS = {"forward": (0, 0), "reverse": (1, 0), "random": (2, 1), "another random": (2, 2), "block by block": (3, 0)}
 
@@ -49,21 +50,17 @@ def library(
     return out
 
 
-def _planted_headers(replace) -> tuple[str, ...]:
-    """-I of a folder with the changed headers, before the true ones; nothing where no header changes."""
-    changed = [
-        (path, old, new)
-        for name, old, new in replace
-        for path in ROOT.glob(f"csrc/cuda/{name}")
-        if path.suffix in (".h", ".cuh")
-    ]
-    if not changed:
-        return ()
-    folder = BUILT / f"planted-{digest(repr(replace))}"
-    folder.mkdir(exist_ok=True)
-    for path in (*ROOT.glob("csrc/cuda/*.h"), *ROOT.glob("csrc/cuda/*.cuh")):
-        (folder / path.name).write_text(_planted(path, replace))
-    return (f"-I{folder}",)
+def _planted_headers(replace) -> Path:
+    """The folder whose headers a source opens: csrc/cuda, or a copy of its headers with the bugs where one of them changes."""
+    headers = [path for path in CUDA.rglob("*") if path.suffix in (".h", ".cuh")]
+    if not {name for name, _, _ in replace} & {path.name for path in headers}:
+        return CUDA
+    csrc = BUILT / f"planted-{digest(repr(replace))}"
+    for path in (*headers, *CUDA.parent.glob("*.h")):
+        copy = csrc / path.relative_to(CUDA.parent)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(_planted(path, replace))
+    return csrc / "cuda"
 
 
 def _planted(path: Path, replace) -> str:
@@ -75,30 +72,18 @@ def _planted(path: Path, replace) -> str:
     return text
 
 
-def _object(source: str, headers: tuple[str, ...], replace, flags: Sequence[str]) -> Path:
+def _object(source: str, headers: Path, replace, flags: Sequence[str]) -> Path:
     path = ROOT / source
     text = _planted(path, replace)
     for_torch = [f for f in flags if not f.startswith(("-l", "-L", "-Wl"))] if path.name.startswith("bind") else []
+    folder = headers / path.parent.relative_to(CUDA) if path.is_relative_to(CUDA) else path.parent
     text_of_headers = [_planted(header, replace) for header in _included(path)]
     out = BUILT / f"{path.stem}-{digest(text, *text_of_headers, *FLAGS, *for_torch, torch.__version__)}.o"
     if not out.exists():
         copy = out.with_suffix(".cpp")
         copy.write_text(f'#line 1 "{path}"\n{text}')
-        _run(
-            [
-                COMPILER,
-                "-x",
-                "c++",
-                "-c",
-                copy,
-                "-o",
-                out.with_suffix(".tmp"),
-                *headers,
-                f"-I{path.parent}",
-                *FLAGS,
-                *for_torch,
-            ]
-        )
+        command = [COMPILER, "-x", "c++", "-c", copy, "-o", out.with_suffix(".tmp")]
+        _run([*command, f"-I{folder}", f"-I{headers}", *FLAGS, *for_torch])
         out.with_suffix(".tmp").replace(out)
         copy.unlink()
     return out
@@ -108,9 +93,10 @@ def _included(path: Path) -> list[Path]:
     """Our own headers that a source opens, however far down."""
     found, left = set(), [path]
     while left:
-        for name in re.findall(r'^#include "([^"]+)"', left.pop().read_text(), re.MULTILINE):
-            for folder in (path.parent, ROOT / "csrc" / "cuda", ROOT / "tests" / "cuda_emulator"):
-                header = folder / name
+        opened = left.pop()
+        for name in re.findall(r'^#include "([^"]+)"', opened.read_text(), re.MULTILINE):
+            for folder in (opened.parent, CUDA, ROOT / "tests" / "cuda_emulator"):
+                header = (folder / name).resolve()
                 if header.is_file() and header not in found:
                     found.add(header)
                     left.append(header)

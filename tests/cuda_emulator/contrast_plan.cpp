@@ -1,5 +1,5 @@
 // The index maps of csrc/cuda/contrast_plan.h for tests/test_cuda_contrast_plan.py. An ordinary C++ file: no CUDA, no emulator.
-#include "contrast_plan.h"
+#include "prototype_contrastive_loss/contrast_plan.h"
 
 using namespace spcl::gpu;
 

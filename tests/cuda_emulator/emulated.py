@@ -23,10 +23,11 @@ from . import build
 
 class Backend:
     def __init__(self, *ops: str, replace: tuple[tuple[str, str, str], ...] = ()) -> None:
-        """ops: words with a csrc/cuda/<op>.cu and a bind_<op>.cpp. replace: (file name, old, new) plants a bug."""
+        """ops: folders of csrc/cuda. replace: (file name, old, new) plants a bug."""
         self.name = f"spcl_fast_cuda_{build.digest(repr(ops), repr(replace))}"
-        sources = [f"csrc/cuda/{op}.cu" for op in ops] + [f"csrc/cuda/bind_{op}.cpp" for op in ops]
-        self.path = build.library(self.name, [s for s in sources if (build.ROOT / s).exists()], replace, _torch_flags())
+        files = [file for op in ops for kind in ("*.cu", "bind_*.cpp") for file in sorted((build.CUDA / op).glob(kind))]
+        sources = [str(file.relative_to(build.ROOT)) for file in files]
+        self.path = build.library(self.name, sources, replace, _torch_flags())
         os.environ["SPCL_EMULATED_NAME"] = self.name  # read by the library's registration
         self.handle = build.load(self.path)
         torch.ops.load_library(str(self.path))

@@ -1,6 +1,6 @@
 // The index arithmetic of class_moments and of the labels, as test_cuda_index.py calls it.
-#include "class_moments.h"
-#include "class_totals.cuh"
+#include "class_moments/class_moments.h"
+#include "class_moments/class_totals.cuh"
 #include "pixels.cuh"
 
 using namespace spcl;

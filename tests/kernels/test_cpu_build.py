@@ -79,7 +79,7 @@ def test_cuda_glue_compiles_beside_a_torch_without_cuda():
 
     compiler = shutil.which("g++") or pytest.skip("needs g++")
     folders = [f"-isystem{path}" for path in (*include_paths(), sysconfig.get_paths()["include"])]
-    sources = sorted((ROOT / "csrc" / "cuda").glob("bind*.cpp"))
+    sources = sorted((ROOT / "csrc" / "cuda").rglob("bind*.cpp"))
     assert sources
     flags = [
         "-std=c++20",

@@ -20,7 +20,7 @@ __global__ void stacked_kernel(int* p, int i) {
 
 @NEEDS_NVCC
 def test_the_kernel_that_moves_the_prototypes_compiles_without_spills(capsys):
-    assert check_cuda.main([str(check_cuda.SOURCES / "move_prototypes.cu"), "--arch", "90a"]) == 0
+    assert check_cuda.main([str(check_cuda.SOURCES / "class_moments" / "move_prototypes.cu"), "--arch", "90a"]) == 0
     out = capsys.readouterr().out
     assert "move_kernel" in out and "sm_90a" in out and "no spills, no stack" in out
 

@@ -19,7 +19,7 @@ INTEGERS = [torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, to
 def cuda():
     from cuda_emulator.emulated import Backend
 
-    return Backend("class_moments", "move_prototypes")
+    return Backend("class_moments")
 
 
 def problem(shape, num_classes, size=None, dtype=torch.float32, layout="nchw", seed=0):
@@ -196,7 +196,7 @@ PROBLEMS_FOR_BUGS = [
 def test_a_planted_bug_is_seen(bug):
     from cuda_emulator.emulated import Backend
 
-    planted = Backend("class_moments", "move_prototypes", replace=(BUGS[bug],))
+    planted = Backend("class_moments", replace=(BUGS[bug],))
     with pytest.raises((AssertionError, RuntimeError)):
         for shape, dtype, classes in PROBLEMS_FOR_BUGS:
             features, labels = problem(shape, classes, dtype=dtype)

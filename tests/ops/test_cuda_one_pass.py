@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 from cuda_emulator import build, emulated
-from test_cuda_prototype_contrastive_loss import NO_BAD_LABEL, WORDS, problem
+from test_cuda_prototype_contrastive_loss import NO_BAD_LABEL, OP, problem
 
 import spcl_fast as sf
 from spcl_fast.backends import cuda
@@ -21,7 +21,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.fixture(scope="module")
 def built():
-    return emulated.Backend(*WORDS)
+    return emulated.Backend(OP)
 
 
 @pytest.fixture(autouse=True)
@@ -301,7 +301,7 @@ def planted():
     for number, (where, right, wrong) in enumerate(BUGS.values(), 1):
         wrong = f"(planted_one_pass_bug == {number} ? ({wrong}) : ({right}))"
         replace.append((file, where.replace("{}", right), where.replace("{}", wrong)))
-    backend = emulated.Backend(*WORDS, replace=tuple(replace))
+    backend = emulated.Backend(OP, replace=tuple(replace))
     return backend, ctypes.c_int.in_dll(backend.handle, "planted_one_pass_bug")
 
 

@@ -1,7 +1,7 @@
 // The end of class_moments and of what is built on it: the partial sums of the ranges, added in a fixed order.
 #pragma once
 #include "class_moments.h"
-#include "launch.h"
+#include "../launch.h"
 
 namespace spcl::gpu {
 

@@ -1,6 +1,6 @@
 // The two ways through a window of pixels, for upsampled_cross_entropy.cu: from logits to losses, and from there to the gradient.
 #pragma once
-#include "upsampled_cell.cuh"
+#include "../upsampled_cell.cuh"
 
 namespace spcl::gpu {
 

@@ -3,7 +3,7 @@
 // Warps are independent: each has a piece of one row of cells, and a window of these cells' pixels. In narrow cells the classes are walked
 // once: the largest exponential and the sum of all give class and confidence together. The results of a warp are consecutive pixels of a
 // few rows; they pass through shared memory, so that they leave 16 bytes at a time. 5 bytes a pixel written; no extra memory.
-#include "upsampled_cell.cuh"
+#include "../upsampled_cell.cuh"
 
 namespace spcl::gpu {
 namespace {

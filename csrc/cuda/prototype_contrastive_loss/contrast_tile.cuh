@@ -1,7 +1,7 @@
 // A tile's pixels in and out: whatever layout the features have, the arithmetic sees rows of pixels in shared memory, [channel][kRow].
 #pragma once
 #include "contrast_plan.h"
-#include "pixels.cuh"
+#include "../pixels.cuh"
 
 namespace spcl::gpu {
 

@@ -1,7 +1,7 @@
 // How prototype_contrastive_loss is cut into blocks, warps and shared memory: sizes only, for host and device, read by any C++ compiler.
 #pragma once
-#include "kernels.h"
-#include "sizes.h"
+#include "../kernels.h"
+#include "../sizes.h"
 
 namespace spcl::gpu {
 

@@ -5,7 +5,7 @@
 // neither factor is transposed; a lane reads 8 pixels of a row at once and they are the same column of 8 products.
 #pragma once
 #include "contrast_tile.cuh"
-#include "matrix.cuh"
+#include "../matrix.cuh"
 
 namespace spcl::gpu {
 

@@ -6,7 +6,7 @@
 // No one-hot matrix, no float atomics, no sort; the cost does not grow with K. Reads the features once where the block forms the norms.
 #pragma once
 #include "class_moments.h"
-#include "pixels.cuh"
+#include "../pixels.cuh"
 
 namespace spcl::gpu {
 

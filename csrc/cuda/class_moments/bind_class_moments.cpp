@@ -1,7 +1,7 @@
 // class_moments, and the prototype update that is built on it: tensors in, workspaces, tensors out.
 #include <tuple>
 
-#include "bind.h"
+#include "../bind.h"
 
 namespace spcl::gpu {
 namespace {

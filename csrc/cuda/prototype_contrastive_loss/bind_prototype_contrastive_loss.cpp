@@ -1,7 +1,7 @@
 // prototype_contrastive_loss: tensors in, workspaces, tensors out.
 #include <tuple>
 
-#include "bind.h"
+#include "../bind.h"
 
 namespace spcl::gpu {
 namespace {

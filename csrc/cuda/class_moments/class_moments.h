@@ -1,7 +1,7 @@
 // class_moments: how the pixels and channels are cut, and where things lie. Plain arithmetic, for the host, the device and the tests.
 #pragma once
-#include "kernels.h"
-#include "sizes.h"
+#include "../kernels.h"
+#include "../sizes.h"
 
 namespace spcl::gpu {
 
