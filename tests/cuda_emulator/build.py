@@ -56,9 +56,10 @@ def _planted_headers(replace) -> Path:
     if not {name for name, _, _ in replace} & {path.name for path in headers}:
         return CUDA
     csrc = BUILT / f"planted-{digest(repr(replace))}"
+    for folder in filter(Path.is_dir, CUDA.iterdir()):  # those without headers too: a source's ../ starts there
+        (csrc / "cuda" / folder.name).mkdir(parents=True, exist_ok=True)
     for path in (*headers, *CUDA.parent.glob("*.h")):
         copy = csrc / path.relative_to(CUDA.parent)
-        copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text(_planted(path, replace))
     return csrc / "cuda"
 
