@@ -1,12 +1,14 @@
 """The five tables: backends, losses, nets, data sets, stages. A new one is a file of its own and one line here.
 
-Names and where they are defined ("module:object"), and nothing is imported: help texts, choices, the order of stages, summary keys, plots,
-the memory plan, `doctor`, tests and benchmarks go over these tables.
+Names and where they are defined ("module:object"); nothing of the house is imported. Choices and help texts, the order of the stages,
+keys of summary.json, plots, the memory plan, `doctor`, tests and benchmarks iterate over these tables.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 
 class Backend(NamedTuple):
@@ -23,29 +25,44 @@ class Loss(NamedTuple):
 
 class Net(NamedTuple):
     name: str  # model.name
-    home: str  # a function (num_classes, settings) -> SegmentationModel
+    home: str  # a function (num_classes, NetSettings) -> SegmentationModel
     summary: str
 
 
 class DataSet(NamedTuple):
     name: str  # source.dataset, target.dataset
-    home: str  # a reader: (root, split, num_classes) -> Layout; or a Domain of generated scenes
+    home: str  # a reader (root, split, num_classes) -> Layout; or a Domain of generated scenes
     summary: str
     needs_root: bool = True
-    driving: bool = False  # its classes are the 19 of Cityscapes, or 16 of them
+    num_classes: tuple[int, ...] = ()  # how many classes it can have; (): its files or its generator say so
+    joins: bool = False  # "folders+NAME" adds its images to those of a source data set that has files
 
 
 class Stage(NamedTuple):
     name: str  # in settings, run folders and logs
     home: str  # a TrainedStage or an UntrainedStage of method/stage.py
     section: str  # its settings
-    command: str  # spcl-fast COMMAND
+    command: str  # spcl-fast COMMAND; stages of one command are its rounds: --round 1, 2, ...
     summary: str
     example: str  # behind `spcl-fast COMMAND`
+    title: str = ""  # for the reader of tables and plots
     net: str | None = None  # key in summary.json of the net that it trains; None: it trains none
-    title: str = ""  # of that net in tables and plots
+    role: str = ""  # of that net in a report, see ROLES
+    after: tuple[str, ...] = ()  # stages whose results it starts from, see `inputs`
     reads: tuple[str, ...] = ("source", "target")  # domains whose data it needs
+    settings: str = (
+        ""  # class of its section ("module:class", importable without torch) where config/schema.py has none
+    )
+    absent: str = ""  # what a report lacks where this stage was not run
 
+
+ROLES = {
+    "baseline": "what adaptation is measured against",
+    "control": "a baseline trained for longer",
+    "start": "where adaptation may start from; a baseline where there is no other",
+    "result": "an adapted net; a run's final net is the last of these",
+    "bound": "what labels of the target would give",
+}
 
 BACKENDS = (  # the first usable one is taken, unless another was measured to be faster
     Backend("cpu", "spcl_fast.backends.cpu", ("cpu",)),
@@ -55,85 +72,91 @@ BACKENDS = (  # the first usable one is taken, unless another was measured to be
 )
 
 LOSSES = (
-    Loss(
-        "spcl", "spcl_fast.losses.spcl:objective", "prototype-contrastive loss and moving prototypes, arXiv 2111.12358"
-    ),
-)
+    Loss("spcl", "spcl_fast.losses.spcl:objective", "prototype-contrastive loss and moving prototypes, arXiv 2111.12358"),
+)  # fmt: skip
 
 NETS = (
-    Net(
-        "deeplab_v2_resnet101",
-        "spcl_fast.models.deeplab:resnet101",
-        "DeepLab-v2 on ResNet-101, stride 8, 2048 channels",
-    ),
+    Net("deeplab_v2_resnet101", "spcl_fast.models.deeplab:resnet101", "DeepLab-v2 on ResNet-101, stride 8, 2048 channels"),
     Net("deeplab_v2_resnet50", "spcl_fast.models.deeplab:resnet50", "DeepLab-v2 on ResNet-50, stride 8, 2048 channels"),
     Net("deeplab_v2_resnet18", "spcl_fast.models.deeplab:resnet18", "DeepLab-v2 on ResNet-18, stride 8, 512 channels"),
     Net("deeplab_v2_vgg16", "spcl_fast.models.deeplab:vgg16", "DeepLab-v2 on VGG-16, stride 8, 1024 channels"),
     Net("lite0", "spcl_fast.models.lite0:lite0", "EfficientNet-Lite0 with a stride-8 skip"),
     Net("tiny", "spcl_fast.models.tiny:tiny", "a small net for the demo and for tests"),
-)
-
-_FOLDERS = "--preset folders --source.root path/to/rendered --target.root path/to/real"
+)  # fmt: skip
 
 DATA_SETS = (
-    DataSet(
-        "generated_source", "spcl_fast.data.generated:SOURCE", "generated scenes, labelled domain", needs_root=False
-    ),
+    DataSet("generated_source", "spcl_fast.data.generated:SOURCE", "generated scenes, labelled domain", needs_root=False),
     DataSet("generated_target", "spcl_fast.data.generated:TARGET", "generated scenes, other domain", needs_root=False),
-    DataSet("generated_driver", "spcl_fast.data.generated:DRIVER", "generated driver's view", needs_root=False),
-    DataSet("gta5", "spcl_fast.data.layouts:gta5", "GTA5", driving=True),
-    DataSet("synthia", "spcl_fast.data.layouts:synthia", "SYNTHIA-RAND-CITYSCAPES", driving=True),
-    DataSet("synscapes", "spcl_fast.data.layouts:synscapes", "Synscapes", driving=True),
-    DataSet("cityscapes", "spcl_fast.data.layouts:cityscapes", "Cityscapes", driving=True),
-    DataSet("folders", "spcl_fast.data.layouts:folders", "two folders of images and label PNGs with a classes.json"),
-)
+    DataSet("generated_driver", "spcl_fast.data.generated:DRIVER", "generated driver's view", needs_root=False, joins=True),
+    DataSet("gta5", "spcl_fast.data.layouts:gta5", "GTA5", num_classes=(19, 16)),
+    DataSet("synthia", "spcl_fast.data.layouts:synthia", "SYNTHIA-RAND-CITYSCAPES", num_classes=(16,)),
+    DataSet("synscapes", "spcl_fast.data.layouts:synscapes", "Synscapes", num_classes=(19, 16)),
+    DataSet("cityscapes", "spcl_fast.data.layouts:cityscapes", "Cityscapes", num_classes=(19, 16)),
+    DataSet("folders", "spcl_fast.data.layouts:folders", "images/ and labels/ in folders of your own, and a classes.json"),
+)  # fmt: skip
+
+_FOLDERS = "--preset folders --source.root path/to/rendered --target.root path/to/real"
 
 STAGES = (  # in the order in which they run
     Stage(
         "source_only", "spcl_fast.method.supervised:SOURCE_ONLY", "source_only", "source-only",
-        "baseline: train on source labels alone", f"{_FOLDERS}", net="source_only", title="source-only",
+        "baseline: train on source labels alone", f"{_FOLDERS}",
+        title="source-only", net="source_only", role="baseline",
+        absent="not trained, so nothing says what adaptation is worth",
     ),
     Stage(
         "control", "spcl_fast.method.supervised:CONTROL", "control", "control",
-        "matched control: source-only, trained on for as long as adaptation takes", f"{_FOLDERS}", net="control", title="control",
+        "matched control: source-only, trained on for as long as adaptation takes", f"{_FOLDERS}",
+        title="control", net="control", role="control", after=("source_only",),
+        absent="not trained, so a gain may come from more training alone",
     ),
     Stage(
         "warmup", "spcl_fast.method.warmup:STAGE", "warmup", "warmup",
-        "adversarial warm-up on both domains", "--preset demo --name mine", net="warmup", title="warm-up",
+        "adversarial warm-up on both domains", "--preset demo --name mine",
+        title="warm-up", net="warmup", role="start", after=(".init",),
     ),
     Stage(
         "prototypes", "spcl_fast.method.prototypes:STAGE", "prototypes", "prototypes",
-        "one prototype per class from the labelled source images", "--run-folder runs/mine", reads=("source",),
+        "one prototype per class from the labelled source images", "--run-folder runs/mine",
+        title="prototypes", after=("warmup|source_only",), reads=("source",),
     ),
     Stage(
         "pseudo_labels", "spcl_fast.method.pseudo_labels:FIRST", "pseudo_label", "pseudo-label",
         "labels for the target's training images", "--run-folder runs/mine",
+        title="for adaptation", after=("warmup|source_only",),
     ),
     Stage(
         "adapt", "spcl_fast.method.adapt:STAGE", "adapt", "adapt",
         "segmentation and prototype-contrastive loss on both domains", "--run-folder runs/mine --adapt.contrast_temperature 0.1",
-        net="adapted", title="adapted",
+        title="adapted", net="adapted", role="result", after=("warmup|source_only", "prototypes", "pseudo_labels"),
+        absent="there is no adapted net yet",
     ),
     Stage(
-        "pseudo_labels_2", "spcl_fast.method.pseudo_labels:SECOND", "pseudo_label", "pseudo-label --round 2",
-        "labels for distill, from the adapted net", "--run-folder runs/mine",
+        "pseudo_labels_2", "spcl_fast.method.pseudo_labels:SECOND", "pseudo_label", "pseudo-label",
+        "from the adapted net, for distill", "--run-folder runs/mine --round 2",
+        title="for distillation", after=("adapt",),
     ),
     Stage(
         "distill", "spcl_fast.method.distill:STAGE", "distill", "distill",
-        "self-training of the adapted net on its own pseudo-labels", "--run-folder runs/mine", net="distilled", title="distilled",
+        "self-training of the adapted net on its own pseudo-labels", "--run-folder runs/mine",
+        title="distilled", net="distilled", role="result", after=("adapt", "pseudo_labels_2"),
     ),
     Stage(
         "oracle", "spcl_fast.method.supervised:ORACLE", "oracle", "oracle",
-        "upper bound: train on the target's labels", f"{_FOLDERS}", net="oracle", title="oracle",
+        "upper bound: train on the target's labels", f"{_FOLDERS}",
+        title="oracle", net="oracle", role="bound",
+        absent="not trained, so the share of the gap that is closed is not known",
     ),
 )  # fmt: skip
 
+Row = TypeVar("Row", Backend, Loss, Net, DataSet, Stage)
 
-def names(table: tuple) -> tuple[str, ...]:
+
+def names(table: tuple[Row, ...]) -> tuple[str, ...]:
     return tuple(row.name for row in table)
 
 
-def find(table: tuple, name: str):
+def find(table: tuple[Row, ...], name: str) -> Row:
     """The row called `name`; KeyError where there is none."""
     for row in table:
         if row.name == name:
@@ -141,10 +164,52 @@ def find(table: tuple, name: str):
     raise KeyError(name)
 
 
-def load(home: str):
+def load(home: str) -> Any:
     """The object at "module:object", or the module where no object is named."""
-    import importlib
-
     module, _, name = home.partition(":")
     found = importlib.import_module(module)
     return getattr(found, name) if name else found
+
+
+# ---- data sets -------------------------------------------------------------------------------------------------------
+
+
+def data_set_choices() -> tuple[str, ...]:
+    """What source.dataset may be: every data set, and those with files joined by generated scenes."""
+    return names(DATA_SETS) + tuple(
+        f"{row.name}+{other.name}" for row in DATA_SETS if row.needs_root for other in DATA_SETS if other.joins
+    )
+
+
+# ---- stages ----------------------------------------------------------------------------------------------------------
+
+
+def trained() -> tuple[Stage, ...]:
+    """The stages that train a net."""
+    return tuple(stage for stage in STAGES if stage.net is not None)
+
+
+def with_role(*roles: str) -> tuple[Stage, ...]:
+    return tuple(stage for stage in STAGES if stage.role in roles)
+
+
+def rounds(command: str) -> tuple[Stage, ...]:
+    """The stages of a command; more than one are its rounds."""
+    return tuple(stage for stage in STAGES if stage.command == command)
+
+
+def inputs(stage: Stage, has: Callable[[str], bool], setting: Callable[[str], Any]) -> tuple[str, ...]:
+    """The stages that `stage` starts from, in a run that `has` some stages and whose settings are `setting(dotted name)`.
+
+    Of an entry "a|b" of `after` the first one that the run has, else the last; ".key" is the stage that this setting of its section names,
+    if it names one.
+    """
+    found = []
+    for entry in stage.after:
+        if entry.startswith("."):
+            named = setting(stage.section + entry)
+            found += [named] if named in names(STAGES) else []
+        else:
+            *first, last = entry.split("|")
+            found.append(next((name for name in first if has(name)), last))
+    return tuple(found)

@@ -11,38 +11,17 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from .. import catalog
 from ..errors import ConfigError
 from .load import as_text, flatten
 from .schema import Config, DataConfig, TrainConfig
 
-# run in this order; pseudo_labels_2 and distill start from the adapted net
-STAGES = (
-    "source_only",
-    "control",
-    "warmup",
-    "prototypes",
-    "pseudo_labels",
-    "adapt",
-    "pseudo_labels_2",
-    "distill",
-    "oracle",
-)
-_READS_SOURCE = {*STAGES}  # if only for the names of the classes
-_READS_TARGET = {*STAGES} - {"prototypes"}  # every trained net is judged on the target's validation split
-TRAINED = ("source_only", "control", "warmup", "adapt", "distill", "oracle")  # also the names of their sections
-
-DRIVING = ("gta5", "synthia", "synscapes", "cityscapes")
-_WITH_GENERATED = tuple(f"{name}+generated_driver" for name in (*DRIVING, "folders"))
+STAGES = catalog.names(catalog.STAGES)
+TRAINED = catalog.names(catalog.trained())
+DRIVING = tuple(row.name for row in catalog.DATA_SETS if row.num_classes)
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "dataset": ("generated_source", "generated_target", "generated_driver", *DRIVING, "folders", *_WITH_GENERATED),
-    "model.name": (
-        "deeplab_v2_resnet101",
-        "deeplab_v2_resnet50",
-        "deeplab_v2_resnet18",
-        "deeplab_v2_vgg16",
-        "lite0",
-        "tiny",
-    ),
+    "dataset": catalog.data_set_choices(),
+    "model.name": catalog.names(catalog.NETS),
     "optimizer": ("sgd", "adamw"),
     "init": ("weights", "source_only"),
     "absent": ("keep", "decay"),
@@ -164,18 +143,22 @@ def _memory(config: Config, stages: tuple[str, ...]) -> Iterator[str]:
 
 
 def _domains(config: Config, stages: tuple[str, ...]) -> Iterator[str]:
-    for side, readers in (("source", _READS_SOURCE), ("target", _READS_TARGET)):
+    rows = {}
+    for side in ("source", "target"):
         domain: DataConfig = getattr(config, side)
-        needing = [name for name in stages if name in readers]
-        if needing and not domain.root and not domain.dataset.startswith("generated"):
-            yield f"{side}.root is not set, and {needing[0]} reads the {side} data: give --{side}.root path/to/folder"
-        if side == "target" and domain.dataset in _WITH_GENERATED:
+        name, plus, _ = domain.dataset.partition("+")
+        if name not in catalog.names(catalog.DATA_SETS):
+            continue  # _values has said so
+        rows[side] = row = catalog.find(catalog.DATA_SETS, name)
+        needing = [stage for stage in catalog.STAGES if stage.name in stages and side in stage.reads]
+        if needing and row.needs_root and not domain.root:
+            yield f"{side}.root is not set, and {needing[0].name} reads the {side} data: give --{side}.root path/to/folder"
+        if side == "target" and plus:
             yield f"target.dataset: got {domain.dataset!r}, expected one data set: generated scenes can join the source alone"
-        if domain.dataset in DRIVING and domain.num_classes not in (16, 19):
-            yield f"{side}.num_classes: got {domain.num_classes}, expected 19 or, with SYNTHIA, 16"
-        if domain.dataset == "synthia" and domain.num_classes != 16:
-            yield f"{side}.num_classes: got {domain.num_classes}, expected 16: SYNTHIA lacks three of the 19 classes"
-    both = {config.source.dataset, config.target.dataset} <= set(DRIVING)
+        if row.num_classes and domain.num_classes not in row.num_classes:
+            expected = " or ".join(map(str, row.num_classes))
+            yield f"{side}.num_classes: got {domain.num_classes}, expected {expected}, the classes of {row.summary}"
+    both = len(rows) == 2 and all(row.num_classes for row in rows.values())
     if both and config.source.num_classes != config.target.num_classes:
         yield (
             f"source.num_classes ({config.source.num_classes}) and target.num_classes ({config.target.num_classes}) differ: "

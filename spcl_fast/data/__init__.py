@@ -1,12 +1,13 @@
 """Data: readers, the generated pair, training and evaluation batches, label pictures."""
 
+from .build import build_dataset, dataset_of
 from .check import DataReport, check_data
 from .classes import CITYSCAPES_16, CITYSCAPES_19, IGNORE, THIRTEEN_OF_SIXTEEN, ClassSet
 from .dataset import Dataset, Problem
-from .layouts import build_dataset, dataset_of, with_pseudo_labels
 from .loading import Batch, eval_batches, image_tensor, train_batches
 from .mixing import class_mixed, with_class_mix
 from .palette import colourise, overlay, read_label_png, write_label_png
+from .pseudo import with_pseudo_labels
 from .statistics import class_counts, class_frequency
 
 __all__ = [

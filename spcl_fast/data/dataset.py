@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..errors import DataError
 from .cache import CACHE, file_key
-from .classes import IGNORE, ClassSet, LabelTable
+from .classes import ClassSet, LabelTable
 from .files import read_image
 
 ReadIds = Callable[[Path], np.ndarray]
@@ -128,7 +128,7 @@ class FileDataset(Dataset):
             return None
         path = self._label_files[index]
         return CACHE.get(
-            ("label", _key(path), self._table.key()), lambda: _frozen(self._table.apply(self._read_ids(path)))
+            ("label", path_key(path), self._table.key()), lambda: frozen(self._table.apply(self._read_ids(path)))
         )
 
     def load(self, index: int) -> tuple[Image.Image, np.ndarray | None]:
@@ -189,61 +189,17 @@ class Joined(Dataset):
         return part.unknown_ids(own)
 
 
-class PseudoLabelled(Dataset):
-    """The images of another data set with labels from a folder of train-id PNGs, of any size."""
-
-    _one_per_image = ("names", "_label_files")
-
-    def select(self, indices: Sequence[int]) -> Dataset:
-        subset = super().select(indices)
-        subset._base = self._base.select(indices)
-        return subset
-
-    def __init__(self, base: Dataset, folder: Path, label_files: list[Path]):
-        super().__init__(
-            base.kind, base.split, base.classes, base.names, has_labels=True, skip_bad_files=base.skip_bad_files
-        )
-        self._base, self.folder, self._label_files = base, folder, label_files
-
-    def image_path(self, index: int) -> Path | None:
-        return self._base.image_path(index)
-
-    def label_path(self, index: int) -> Path:
-        return self._label_files[index]
-
-    def image(self, index: int) -> Image.Image:
-        return self._base.image(index)
-
-    def label(self, index: int) -> np.ndarray:
-        path = self._label_files[index]
-        return CACHE.get(("pseudo", _key(path), len(self.classes)), lambda: self._read(path))
-
-    def _read(self, path: Path) -> np.ndarray:
-        from .palette import read_label_png
-
-        label = read_label_png(path)
-        counts = np.bincount(label.ravel(), minlength=256)
-        counts[: len(self.classes)] = counts[IGNORE] = 0
-        if counts.any():
-            value = int(np.flatnonzero(counts)[0])
-            raise DataError(
-                f"pseudo-label {path} holds {value}; expected a class of 0-{len(self.classes) - 1} or 255. "
-                "Was it made for other classes? Make it again with `spcl-fast pseudo-label`."
-            )
-        return _frozen(label)
-
-
 def cached_image(path: Path) -> Image.Image:
-    return CACHE.get(("image", _key(path)), lambda: read_image(path))
+    return CACHE.get(("image", path_key(path)), lambda: read_image(path))
 
 
-def _key(path: Path) -> object:
+def path_key(path: Path) -> object:
     try:
         return file_key(path)
     except OSError:
         return str(path)  # reading it will say what is wrong
 
 
-def _frozen(array: np.ndarray) -> np.ndarray:
+def frozen(array: np.ndarray) -> np.ndarray:
     array.flags.writeable = False
     return array

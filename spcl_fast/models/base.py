@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,14 @@ from .chain import Chain
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class NetSettings(NamedTuple):
+    """What a net of the catalog is built with; a net takes what it has a use for."""
+
+    feature_dim: int = 64  # channels of the features, where its body leaves the choice
+    freeze_bn: bool = True  # BatchNorm with fixed statistics and affine parameters, in training mode too
+    frozen_bn_eps: float = 1e-5  # of that BatchNorm, where no published value belongs to the weights
 
 
 class SegmentationModel(nn.Module):

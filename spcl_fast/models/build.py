@@ -7,14 +7,12 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from .. import catalog
 from ..errors import ConfigError
-from .base import IMAGENET_MEAN, IMAGENET_STD, SegmentationModel, linear_classifier
-from .deeplab import BACKBONES, deeplab_v2
-from .lite0 import lite0
-from .tiny import tiny
+from .base import IMAGENET_MEAN, IMAGENET_STD, NetSettings, SegmentationModel, linear_classifier
 from .weights import load_weights
 
-MODEL_NAMES = (*(f"deeplab_v2_{backbone}" for backbone in BACKBONES), "lite0", "tiny")
+MODEL_NAMES = catalog.names(catalog.NETS)
 
 
 def build_model(
@@ -26,7 +24,7 @@ def build_model(
     freeze_bn: bool = True,
     frozen_bn_eps: float = 1e-5,
 ) -> SegmentationModel:
-    """A net by name (`MODEL_NAMES`), from the weights of a file or from random ones.
+    """A net of the catalog (`MODEL_NAMES`) on the CPU, from the weights of a file or from random ones.
 
     `feature_dim`: D of lite0 and tiny; DeepLab-v2 has its backbone's. `freeze_bn`: BatchNorm with fixed statistics and affine parameters,
     in training mode too; a checkpoint saved with it loads without it and the other way round. `frozen_bn_eps`: of DeepLab's frozen
@@ -35,19 +33,13 @@ def build_model(
     """
     if num_classes < 1 or feature_dim < 1:
         raise ConfigError(f"model: num_classes and feature_dim must be at least 1, got {num_classes} and {feature_dim}")
-    if name == "lite0":
-        model = lite0(num_classes, feature_dim=feature_dim, freeze_bn=freeze_bn)
-    elif name == "tiny":
-        model = tiny(num_classes, feature_dim=feature_dim)
-    elif name in MODEL_NAMES:
-        model = deeplab_v2(
-            name.removeprefix("deeplab_v2_"), num_classes, freeze_bn=freeze_bn, frozen_bn_eps=frozen_bn_eps
-        )
-    else:
+    if name not in MODEL_NAMES:
         near = difflib.get_close_matches(name, MODEL_NAMES, n=1)
         raise ConfigError(
             f"model.name: no net {name!r}{f', did you mean {near[0]!r}?' if near else ''} There are {', '.join(MODEL_NAMES)}."
         )
+    build = catalog.load(catalog.find(catalog.NETS, name).home)
+    model = build(num_classes, NetSettings(feature_dim, freeze_bn, frozen_bn_eps))
     if weights is not None:
         load_weights(model, weights)
     return model

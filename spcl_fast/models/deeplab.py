@@ -7,10 +7,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from . import vgg
-from .base import SegmentationModel
+from .base import NetSettings, SegmentationModel
 from .resnet import ResNet
 
-BACKBONES = ("resnet101", "resnet50", "resnet18", "vgg16")
 DILATIONS = (6, 12, 18, 24)
 
 
@@ -41,17 +40,33 @@ class AtrousClassifier(nn.Module):
         return logits
 
 
-def deeplab_v2(backbone: str, num_classes: int, *, freeze_bn: bool, frozen_bn_eps: float) -> SegmentationModel:
-    if backbone == "vgg16":
-        body, channels = vgg.vgg16(), vgg.CHANNELS
-    else:
-        body = ResNet(backbone, frozen=freeze_bn, eps=frozen_bn_eps)
-        channels = body.channels
+def _deeplab_v2(name: str, body: nn.Module, channels: int, num_classes: int) -> SegmentationModel:
     return SegmentationModel(
-        f"deeplab_v2_{backbone}",
+        f"deeplab_v2_{name}",
         Backbone(body),
         AtrousClassifier(channels, num_classes),
         stride=8,
         channels=channels,
         num_classes=num_classes,
     )
+
+
+def _on_resnet(name: str, num_classes: int, settings: NetSettings) -> SegmentationModel:
+    body = ResNet(name, frozen=settings.freeze_bn, eps=settings.frozen_bn_eps)
+    return _deeplab_v2(name, body, body.channels, num_classes)
+
+
+def resnet101(num_classes: int, settings: NetSettings) -> SegmentationModel:
+    return _on_resnet("resnet101", num_classes, settings)
+
+
+def resnet50(num_classes: int, settings: NetSettings) -> SegmentationModel:
+    return _on_resnet("resnet50", num_classes, settings)
+
+
+def resnet18(num_classes: int, settings: NetSettings) -> SegmentationModel:
+    return _on_resnet("resnet18", num_classes, settings)
+
+
+def vgg16(num_classes: int, settings: NetSettings) -> SegmentationModel:
+    return _deeplab_v2("vgg16", vgg.vgg16(), vgg.CHANNELS, num_classes)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .base import SegmentationModel, linear_classifier
+from .base import NetSettings, SegmentationModel, linear_classifier
 from .chain import Block, Chain, run_blocks
 from .norm import FrozenBatchNorm2d, batch_norm, conv_norm, init_convs
 
@@ -176,10 +176,11 @@ class Lite0Features(Chain):
         return (1, 2, 4, 6, 9)  # the first block of each entry of STAGES, after the stem
 
 
-def lite0(num_classes: int, *, feature_dim: int, freeze_bn: bool) -> SegmentationModel:
+def lite0(num_classes: int, settings: NetSettings) -> SegmentationModel:
+    feature_dim = settings.feature_dim
     return SegmentationModel(
         "lite0",
-        Lite0Features(feature_dim, freeze_bn),
+        Lite0Features(feature_dim, settings.freeze_bn),
         linear_classifier(feature_dim, num_classes),
         stride=8,
         channels=feature_dim,

@@ -10,17 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import SegmentationModel, linear_classifier
+from .base import NetSettings, SegmentationModel, linear_classifier
 from .chain import Block, Chain
 from .lite0 import SkipHead
 from .norm import init_convs
 
 WIDTHS = (16, 32, 48)  # channels at stride 2, 4, 8
-DILATIONS = (
-    1,
-    2,
-    4,
-)  # of the residual blocks at stride 8: a receptive field of about 120 px without a fourth down-sampling
+# of the residual blocks at stride 8: a receptive field of about 120 px without a fourth down-sampling
+DILATIONS = (1, 2, 4)
 
 
 class NormedConv(nn.Module):
@@ -81,7 +78,8 @@ class TinyFeatures(Chain):
         return (1, 2)
 
 
-def tiny(num_classes: int, *, feature_dim: int) -> SegmentationModel:
+def tiny(num_classes: int, settings: NetSettings) -> SegmentationModel:
+    feature_dim = settings.feature_dim
     return SegmentationModel(
         "tiny",
         TinyFeatures(feature_dim),

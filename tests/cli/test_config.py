@@ -6,11 +6,10 @@ import dataclasses
 
 import pytest
 
+from spcl_fast import catalog
 from spcl_fast.config import Config, rules
 from spcl_fast.config import load as settings
 from spcl_fast.config.load import dump_config, load_config
-from spcl_fast.data.generated import DOMAINS
-from spcl_fast.data.layouts import GENERATED, READERS
 from spcl_fast.errors import ConfigError
 from spcl_fast.models import MODEL_NAMES
 
@@ -239,8 +238,12 @@ def test_only_the_domains_that_a_stage_reads_need_a_root():
 
 def test_the_rules_know_every_net_and_every_setting():
     assert rules._CHOICES["model.name"] == MODEL_NAMES
-    assert set(rules._CHOICES["dataset"]) == {*DOMAINS, *READERS, *(f"{name}+generated_driver" for name in READERS)}
-    assert set(GENERATED) == set(DOMAINS)
+    with_files = [row.name for row in catalog.DATA_SETS if row.needs_root]
+    assert {"gta5", "synthia", "synscapes", "cityscapes", "folders"} <= set(with_files)
+    assert set(rules._CHOICES["dataset"]) == {
+        *(row.name for row in catalog.DATA_SETS),
+        *(f"{name}+generated_driver" for name in with_files),
+    }
     leaves = {key.rpartition(".")[2] for key in settings.setting_types()}
     assert set(rules._RANGES) <= leaves
     assert {key.rpartition(".")[2] for key in rules._CHOICES} <= leaves | {"name"}

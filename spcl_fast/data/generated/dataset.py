@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ... import catalog
 from ...errors import ConfigError
 from ..cache import CACHE
 from ..classes import CITYSCAPES_19, ClassSet, LabelTable
@@ -62,9 +63,8 @@ class Domain:
     number: int
     classes: ClassSet
     size: tuple[int, int]
-    make: Callable[
-        [tuple[int, int], np.random.Generator], Any
-    ]  # size, random numbers -> a scene, which can tell its labels()
+    # size, random numbers -> a scene, which has a method labels()
+    make: Callable[[tuple[int, int], np.random.Generator], Any]
     paint: Callable[[Any, np.random.Generator], Image.Image]
 
 
@@ -74,11 +74,14 @@ def _of_pair(number: int, layout: LayoutStatistics, style: styles.Style) -> Doma
     )
 
 
-DOMAINS: dict[str, Domain] = {
-    "generated_source": _of_pair(1, _SOURCE_LAYOUT, styles.SOURCE),
-    "generated_target": _of_pair(2, _TARGET_LAYOUT, styles.TARGET),
-    "generated_driver": Domain(3, CITYSCAPES_19, (480, 360), driver.make_scene, driver.paint),
-}
+SOURCE = _of_pair(1, _SOURCE_LAYOUT, styles.SOURCE)
+TARGET = _of_pair(2, _TARGET_LAYOUT, styles.TARGET)
+DRIVER = Domain(3, CITYSCAPES_19, (480, 360), driver.make_scene, driver.paint)
+
+
+def domain_of(kind: str) -> Domain:
+    """How the catalog's generated data set of that name is made."""
+    return catalog.load(catalog.find(catalog.DATA_SETS, kind).home)
 
 
 class GeneratedDataset(Dataset):
@@ -103,7 +106,7 @@ class GeneratedDataset(Dataset):
     ):
         if split not in _COUNTS:
             raise ConfigError(f"{kind} has no split {split!r}; expected one of {', '.join(_COUNTS)}.")
-        self.domain = DOMAINS[kind]
+        self.domain = domain_of(kind)
         count = _COUNTS[split] if count is None else count
         names = [f"{split}_{index:05d}" for index in range(count)]
         super().__init__(kind, split, classes or self.domain.classes, names, has_labels=has_labels)
