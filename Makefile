@@ -45,14 +45,14 @@ $(VENV)/.package: $(VENV)/.requirements $(SOURCES)
 	@touch $@
 
 bench: install ## the benchmarks, peers in the same run (ARGS="-k moments")
-	@$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+	@$(BIN)/python -m benchmarks.cpu $(ARGS)
 
 kernels-check: install ## compile every GPU kernel without a GPU: registers, shared memory, spills
 	@$(BIN)/python -m benchmarks.kernels_check.triton_kernels $(ARGS)
 	@$(BIN)/python -m benchmarks.kernels_check.cuda_kernels
 
 gpu: ## on a machine with an NVIDIA GPU: build, GPU tests, memory checker, benchmarks
-	@$(GPU_PYTHON) benchmarks/gpu.py $(ARGS)
+	@$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
 soak: install ## the long form of the fault tests: hours
 	@$(BIN)/python -m pytest -m soak --timeout 0 $(ARGS)

@@ -1,1 +1,20 @@
-"""Experiments and measurements: each part runs as `python -m benchmarks.<part>` from the root of a checkout."""
+"""Experiments and measurements: each part runs as `python -m benchmarks.<part>` from the root of a checkout.
+
+    cpu          the ops on the CPU, their peers in the same run          gpu         checks and times on an NVIDIA GPU
+    memory       peak memory: predicted, and of a step really run         adaptation  what a recipe brings, over seeds and pairs
+    kernels_check  registers, shared memory and spills, without a GPU     figures     README's tables and pictures from results/
+
+Works on the checkout, installed or not: on a machine without a package index `kernels/`, which lies next to `spcl_fast/`, is not a part of
+an installed package, and pytest takes this module as a plugin for the same reason (`-p benchmarks`).
+"""
+
+import importlib.util
+from pathlib import Path
+
+import spcl_fast
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+if importlib.util.find_spec("spcl_fast.kernels") is None:
+    spcl_fast.__path__.append(str(ROOT))

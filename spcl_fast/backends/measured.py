@@ -1,6 +1,6 @@
 """Which backend was measured to be the faster one, by GPU architecture, op, kind of float and size class.
 
-The table is measured.json beside this file, shipped with the package; benchmarks/gpu_dispatch.py makes it from a result of `make gpu`:
+The table is measured.json beside this file, shipped with the package; `python -m benchmarks.gpu.choice` makes it from a result of `make gpu`:
     {"sm_90": {"gpu": ..., "date": ..., "rows": [{"op": ..., "kind": "fp32" | "half", "size": ..., "order": ["cuda", "triton"], ...}]}}
 What is not in it was not measured, and the order of preference in `backends` holds.
 """
@@ -84,7 +84,7 @@ def read_table(path: Path) -> tuple[dict[str, Measured], str | None]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return {}, (
             f"the table of measured backends {path} cannot be read ({type(error).__name__}: {error}); delete it, or make it again with "
-            "`make gpu` or `python benchmarks/gpu_dispatch.py RESULT.json`"
+            "`make gpu` or `python -m benchmarks.gpu.choice RESULT.json`"
         )
 
 

@@ -14,8 +14,6 @@ import oracle
 import pytest
 import torch
 
-from spcl_fast import backends
-
 kernels = pytest.importorskip("spcl_fast.kernels", reason="Triton is not installed")
 from spcl_fast.kernels import launch as settings  # noqa: E402
 
@@ -249,40 +247,6 @@ def test_tune_keeps_what_is_faster_and_right_and_writes_it(tmp_path, monkeypatch
     assert settings.find(arch, "contrast_forward", torch.float32, 21, 3)["num_stages"] != 2
     monkeypatch.undo()
     settings.forget()
-
-
-@runs_kernels
-def test_make_gpu_runs_through_on_tiny_shapes_without_a_gpu(tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("--dry-run is for machines without a GPU")
-    script, out = SOURCE.parent / "benchmarks" / "gpu.py", tmp_path / "dry.json"
-    command = [
-        sys.executable,
-        str(script),
-        "--dry-run",
-        "--out",
-        str(out),
-        "--parts",
-        "determinism,graph,moments,contrast,upsample,step,sanitizer",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stdout + done.stderr
-    parts = json.loads(out.read_text())["parts"]
-    assert parts["contrast"]["state"] == parts["moments"]["state"] == parts["upsample"]["state"] == "ok"
-    assert parts["graph"] == {"state": "skipped", "seconds": 0.0, "reason": "CUDA graphs need a GPU"}
-    assert set(parts["contrast"]["rows"][1]["peers_us"]) >= {"released", "channel_first"}
-    sys.path.insert(0, str(script.parent))
-    import gpu_dispatch
-
-    timed = {name: parts[name] for name in ("moments", "contrast", "upsample")}
-    choices = gpu_dispatch.choices(timed | {f"{name}_cuda": part for name, part in timed.items()})
-    assert {row["op"] for row in choices} == set(backends.OPS) and all(
-        row["order"] == ["triton", "cuda"] for row in choices
-    )
-    again = subprocess.run(command, capture_output=True, text=True, timeout=250)
-    assert (
-        again.stdout.count("done before") == len(json.loads(out.read_text())["parts"]) == 7
-    )  # what is done is not done again
 
 
 def test_architecture_without_a_table_takes_the_default():

@@ -14,24 +14,27 @@ import pytest
 import torch
 
 import spcl_fast as sf
+from benchmarks import shapes
+from benchmarks.gpu import choice as choice_of_backend
 from spcl_fast import backends, ops
 from spcl_fast.backends import measured
 from spcl_fast.cli import doctor
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import gpu_dispatch  # noqa: E402
-import gpu_speed  # noqa: E402
 
 GPU = torch.device("cuda", 0)
-CONTRAST, MOMENTS, ENTROPY, PREDICTION = "contrast forward + backward", "class_moments", *list(gpu_dispatch.OPS)[2:]
-CHECKED = {name: {"state": "ok"} for name in gpu_dispatch.CHECKS}
+CONTRAST, MOMENTS, ENTROPY, PREDICTION = (
+    "contrast forward + backward",
+    "class_moments",
+    *list(choice_of_backend.OPS)[2:],
+)
+CHECKED = {name: {"state": "ok"} for name in choice_of_backend.CHECKS}
 
 
 def row(op, shape, dtype, us, *, wall=None, spread=0.01) -> dict:
     """A timed row; `wall` is the caller's time (default as the GPU's), `spread` the share to either side. Every time here is made up."""
-    *sizes, classes = gpu_speed.SHAPES.get(shape) or (*gpu_speed.UPSAMPLED[shape][1], gpu_speed.UPSAMPLED[shape][0][1])
-    batch, dim, height, width = sizes if len(sizes) == 4 else (gpu_speed.UPSAMPLED[shape][0][0], classes, *sizes)
+    *sizes, classes = shapes.CONTRAST.get(shape) or (*shapes.UPSAMPLED[shape][1], shapes.UPSAMPLED[shape][0][1])
+    batch, dim, height, width = sizes if len(sizes) == 4 else (shapes.UPSAMPLED[shape][0][0], classes, *sizes)
     times = {"us": us, "graph_us": us, "wall_us": us if wall is None else wall}
     around = {way: [t * (1 - spread), t * (1 + spread)] for way, t in times.items()}
     facts = {"values": batch * dim * height * width, "num_classes": classes, "dim": dim}
@@ -47,7 +50,7 @@ def results(triton: list[dict], cuda: list[dict], capability: str = "9.0", **mor
 def contest(triton: dict, cuda: dict) -> list[str]:
     """The order of one class, from one row each: arguments of `row` beyond the shape."""
     arguments = (CONTRAST, "A", "bfloat16")
-    (choice,) = gpu_dispatch.choices(results([row(*arguments, **triton)], [row(*arguments, **cuda)])["parts"])
+    (choice,) = choice_of_backend.choices(results([row(*arguments, **triton)], [row(*arguments, **cuda)])["parts"])
     return choice["order"]
 
 
@@ -69,7 +72,7 @@ def forget():
 
 
 def write(path: Path, *arguments, **keywords) -> str:
-    said = gpu_dispatch.write(results(*arguments, **keywords), path)
+    said = choice_of_backend.write(results(*arguments, **keywords), path)
     forget()
     return said
 
@@ -299,14 +302,14 @@ def test_the_shapes_of_one_class_are_one_choice_by_the_sum_of_their_times():
     triton = [row(ENTROPY, "U1", "float32", 100), row(ENTROPY, "U2", "float32", 100)]
     for second, order in ((60, ["cuda", "triton"]), (90, ["triton", "cuda"])):
         cuda = [row(ENTROPY, "U1", "float32", 110), row(ENTROPY, "U2", "float32", second)]
-        (choice,) = gpu_dispatch.choices(results(triton, cuda)["parts"])
+        (choice,) = choice_of_backend.choices(results(triton, cuda)["parts"])
         assert (choice["order"], choice["shapes"]) == (order, ["U1", "U2"])
         assert choice["us"] == {"triton": 400.0, "cuda": 2.0 * (110 + second)}
 
 
 def test_what_only_one_backend_can_do_is_no_choice():
     both, alone = row(CONTRAST, "C", "float32", 100), row(CONTRAST, "D", "float32", 100)
-    (choice,) = gpu_dispatch.choices(results([both, alone], [both])["parts"])
+    (choice,) = choice_of_backend.choices(results([both, alone], [both])["parts"])
     assert choice["size"] == "many classes"
 
 
@@ -314,9 +317,11 @@ def test_the_timed_shapes_reach_every_size_class():
     def classes(sizes):
         return {measured.size_class(num_classes=k, dim=d, small=measured.is_small(values)) for values, k, d in sizes}
 
-    features = classes((b * d * h * w, k, d) for b, d, h, w, k in gpu_speed.SHAPES.values())
+    features = classes((b * d * h * w, k, d) for b, d, h, w, k in map(shapes.CONTRAST.get, shapes.GPU))
     assert features == {"small", "large", "deep", "many classes", "hundreds of classes"}
-    upsampled = classes((b * k * out[0] * out[1], k, k) for (b, k, *_), out in gpu_speed.UPSAMPLED.values())
+    upsampled = classes(
+        (b * k * out[0] * out[1], k, k) for (b, k, *_), out in map(shapes.UPSAMPLED.get, shapes.GPU_UPSAMPLED)
+    )
     assert upsampled == {"small", "large", "many classes"}
 
 
@@ -346,14 +351,14 @@ def test_other_architectures_stay_in_the_table_and_an_older_run_on_the_same_one_
 
 
 def test_the_command_makes_the_table_from_a_result_file(table, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_dispatch.write, "__defaults__", (table,))
+    monkeypatch.setattr(choice_of_backend.write, "__defaults__", (table,))
     timed = (CONTRAST, "A", "bfloat16")
     result = tmp_path / "gpu.json"
     result.write_text(json.dumps(results([row(*timed, 100)], [row(*timed, 50)])))
-    assert gpu_dispatch.main([str(result)]) == 0 and "cuda is taken in 1 of 1 classes" in capsys.readouterr().out
+    assert choice_of_backend.main([str(result)]) == 0 and "cuda is taken in 1 of 1 classes" in capsys.readouterr().out
     assert pick("prototype_contrastive_loss", dim=2048) == "cuda"
     result.write_text(json.dumps(results([row(*timed, 100)], [row(*timed, 50)], correct={"state": "failed"})))
-    assert gpu_dispatch.main([str(result)]) == 1
+    assert choice_of_backend.main([str(result)]) == 1
 
 
 def test_an_installed_package_has_the_table_and_every_other_file_that_is_read(tmp_path):

@@ -1,9 +1,9 @@
 """`make gpu`: check and time the GPU backends on this machine; everything goes into results/<gpu>.json, part by part.
 
-    python benchmarks/gpu.py [--dry-run] [--parts correct,time] [--again] [--seconds 530]
+    python -m benchmarks.gpu [--dry-run] [--parts correct,time] [--again] [--seconds 530]
 
 From the times of Triton's and the CUDA kernels it then makes this GPU's part of the table by which the package picks one of them
-(`gpu_dispatch.py`); nothing is picked by times whose checks failed.
+(`choice.py`); nothing is picked by times whose checks failed.
 
 Needs torch, triton, numpy and pytest, no network and no installed package. A part that is done for these sources is not repeated, so that
 a run that was stopped goes on; parts that no longer fit into --seconds are left for the next call, and say so. `--dry-run` goes through the
@@ -15,30 +15,25 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import hashlib
 import json
 import os
-import platform
 import re
 import sys
 import time
 import traceback
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
-import offline
-import triton
-from gpu_context import Context, Skipped
-
-from spcl_fast.kernels import interpreter_trouble
-
-RESULTS = Path(__file__).resolve().parent / "results"
+from benchmarks import RESULTS, ROOT
+from benchmarks.gpu import choice
+from benchmarks.gpu.where import Skipped, Where
+from benchmarks.machine import describe_gpu, today
+from spcl_fast.kernels.pixels import interpreter_trouble
 
 
 def parts() -> dict:
@@ -46,37 +41,35 @@ def parts() -> dict:
 
     A name that ends in _cuda is the same part with the CUDA kernels instead of Triton's.
     """
-    import gpu_correct
-    import gpu_speed
-    import gpu_step
+    from benchmarks.gpu import behaviour, right, speed, step, suite
 
     return {
-        "build_cuda": (gpu_correct.build_cuda, 60),
-        "correct": (gpu_correct.accuracy, 20),
-        "graph": (gpu_correct.graphs_and_streams, 10),
-        "determinism": (gpu_correct.determinism, 10),
-        "big": (gpu_correct.beyond_2_31, 15),
-        "bandwidth": (gpu_speed.ceilings, 5),
-        "host": (gpu_speed.host_cost, 5),
-        "moments": (gpu_speed.moments, 15),
-        "contrast": (gpu_speed.contrast, 40),
-        "upsample": (gpu_speed.upsample, 20),
-        "step": (gpu_step.adapt_steps, 60),
-        "tests": (gpu_correct.test_suite, 60),
-        "compile": (gpu_correct.compiled, 20),
-        "compiled_peers": (gpu_speed.compiled_peers, 60),
-        "sanitizer": (gpu_correct.sanitizer, 60),
-        "source_step": (gpu_speed.source_step, 10),
-        "correct_cuda": (gpu_correct.accuracy, 20),
-        "graph_cuda": (gpu_correct.graphs_and_streams, 10),
-        "determinism_cuda": (gpu_correct.determinism, 10),
-        "big_cuda": (gpu_correct.beyond_2_31, 15),
-        "host_cuda": (gpu_speed.host_cost, 5),
-        "moments_cuda": (gpu_speed.moments, 15),
-        "contrast_cuda": (gpu_speed.contrast, 40),
-        "upsample_cuda": (gpu_speed.upsample, 20),
-        "source_step_cuda": (gpu_speed.source_step, 10),
-        "sanitizer_cuda": (gpu_correct.sanitizer, 60),
+        "build_cuda": (suite.build_cuda, 60),
+        "correct": (right.accuracy, 20),
+        "graph": (behaviour.graphs_and_streams, 10),
+        "determinism": (behaviour.determinism, 10),
+        "big": (behaviour.beyond_2_31, 15),
+        "bandwidth": (speed.ceilings, 5),
+        "host": (speed.host_cost, 5),
+        "moments": (speed.moments, 15),
+        "contrast": (speed.contrast, 40),
+        "upsample": (speed.upsample, 20),
+        "step": (step.adapt_steps, 60),
+        "tests": (suite.test_suite, 60),
+        "compile": (behaviour.compiled, 20),
+        "compiled_peers": (speed.compiled_peers, 60),
+        "sanitizer": (suite.sanitizer, 60),
+        "source_step": (speed.source_step, 10),
+        "correct_cuda": (right.accuracy, 20),
+        "graph_cuda": (behaviour.graphs_and_streams, 10),
+        "determinism_cuda": (behaviour.determinism, 10),
+        "big_cuda": (behaviour.beyond_2_31, 15),
+        "host_cuda": (speed.host_cost, 5),
+        "moments_cuda": (speed.moments, 15),
+        "contrast_cuda": (speed.contrast, 40),
+        "upsample_cuda": (speed.upsample, 20),
+        "source_step_cuda": (speed.source_step, 10),
+        "sanitizer_cuda": (suite.sanitizer, 60),
     }
 
 
@@ -91,27 +84,15 @@ def sources_hash() -> str:
         "benchmarks",
         "csrc",
     ):
-        for path in sorted((offline.ROOT / folder).rglob("*.[chp]*")):
+        for path in sorted((ROOT / folder).rglob("*.[chp]*")):
             if path.suffix not in (".py", ".cu", ".cuh", ".h", ".cpp"):
                 continue
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def machine() -> dict:
-    facts = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        facts |= {
-            "gpu": properties.name, "capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": properties.multi_processor_count, "memory_gib": round(properties.total_memory / 2**30, 1),
-            "cuda": torch.version.cuda,
-        }  # fmt: skip
-    return facts
-
-
 def load(path: Path, again: bool) -> dict:
-    fresh = {"machine": machine(), "sources": sources_hash(), "parts": {}}
+    fresh = {"machine": describe_gpu(), "sources": sources_hash(), "parts": {}}
     if again or not path.is_file():
         return fresh
     old = json.loads(path.read_text())
@@ -125,7 +106,7 @@ def save(path: Path, results: dict) -> None:
     temporary.replace(path)
 
 
-def run_part(name: str, function, context: Context) -> dict:
+def run_part(name: str, function, context: Where) -> dict:
     """Its result with state ok | failed | skipped; an exception is a failure that does not stop the other parts."""
     start = time.monotonic()
     try:
@@ -162,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if not options.dry_run and not torch.cuda.is_available():
         print(
-            "make gpu: torch sees no NVIDIA GPU here; `python benchmarks/gpu.py --dry-run` tries the script without one",
+            "make gpu: torch sees no NVIDIA GPU here; `python -m benchmarks.gpu --dry-run` tries the script without one",
             file=sys.stderr,
         )
         return 1
@@ -172,18 +153,16 @@ def main(argv: list[str] | None = None) -> int:
     if options.dry_run and (trouble := interpreter_trouble()):
         print(f"--dry-run: {trouble}", file=sys.stderr)
         return 1
-    import gpu_dispatch
-
-    name = "dry_run" if options.dry_run else re.sub(r"[^a-z0-9]+", "_", machine()["gpu"].lower()).strip("_")
+    name = "dry_run" if options.dry_run else re.sub(r"[^a-z0-9]+", "_", describe_gpu()["gpu"].lower()).strip("_")
     path = options.out or RESULTS / f"{name}.json"
     wanted = options.parts.split(",") if options.parts else list(parts())
     unknown = set(wanted) - set(parts())
     if unknown:
         parser.error(f"unknown parts {', '.join(sorted(unknown))}; there are {', '.join(parts())}")
     device = torch.device("cpu" if options.dry_run else "cuda", None if options.dry_run else 0)
-    context = Context(device, options.dry_run, time.monotonic() + options.seconds)
+    context = Where(device, options.dry_run, time.monotonic() + options.seconds)
     results = load(path, options.again)
-    results["date"] = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
+    results["date"] = today()
     for name in wanted:
         function, needs = parts()[name]
         if results["parts"].get(name, {}).get("state") in ("ok", "skipped") and not options.again:
@@ -196,11 +175,11 @@ def main(argv: list[str] | None = None) -> int:
             )
             continue
         results["parts"][name] = run_part(name, function, context)
-        results["cuda_beside_triton"] = gpu_dispatch.beside_triton(results["parts"])
+        results["cuda_beside_triton"] = choice.beside_triton(results["parts"])
         save(path, results)
     print(f"wrote {path}")
     if not options.dry_run:
-        print(gpu_dispatch.write(results))
+        print(choice.write(results))
     return int(any(results["parts"].get(name, {}).get("state") == "failed" for name in wanted))
 
 

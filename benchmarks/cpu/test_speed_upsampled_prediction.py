@@ -1,13 +1,13 @@
-"""upsampled_prediction on the CPU beside its peers. Floor: one torch.exp over a map as large as the up-sampled logits."""
+"""upsampled_prediction on the CPU next to its peers. Floor: one torch.exp over a map as large as the up-sampled logits."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from cpu_context import UpsampledProblem, exp_ms, set_floor
-from peers import formulas
 
 import spcl_fast as sf
+from benchmarks.cpu.figures import UpsampledProblem, exp_ms, set_floor
+from benchmarks.peers import formulas
 
 OP = "upsampled_prediction"
 ROUNDS = {"spcl_fast": 25, "interpolate compiled": 9, "interpolate": 5}

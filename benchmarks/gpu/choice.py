@@ -1,4 +1,4 @@
-"""Which GPU backend is the faster one, for the package to read: `python benchmarks/gpu_dispatch.py results/<gpu>.json`.
+"""Which GPU backend is the faster one, for the package to read: `python -m benchmarks.gpu.choice results/<gpu>.json`.
 
 Writes the GPU's part of spcl_fast/backends/measured.json; `make gpu` ends with it. A choice is made for each op, kind of float and size
 class (`backends.measured.size_class`) that both backends were timed in; the rest is left out. What is compared is the time of forward and
@@ -14,8 +14,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import offline  # noqa: F401
 import torch
 
 from spcl_fast.backends import measured

@@ -1,18 +1,18 @@
 """The tables of docs/memory.md: `plan` for one adaptation step at the released sizes and at full resolution, with each setting.
 
-python benchmarks/plan_tables.py        writes results/plan.json and prints the tables; takes a few minutes, allocates nothing
+python -m benchmarks.memory.tables      writes results/plan.json and prints the tables; takes a few minutes, allocates nothing
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
+from benchmarks import RESULTS
 from spcl_fast.config.load import load_config
 from spcl_fast.memory_plan.peak import predict
 
-RESULTS = Path(__file__).resolve().parent / "results" / "plan.json"
+SAVED = RESULTS / "plan.json"
 SIZES = {"released sizes": ("1280x720", "1024x512"), "full resolution": ("1914x1052", "2048x1024")}
 BF16 = {"loop.precision": "bf16"}
 LEAN = BF16 | {"loop.absorb_gradients": "true", "loop.checkpoint": "auto"}
@@ -54,7 +54,7 @@ def main() -> int:
                 f"| {entry['name']} | {entry['peak_gib']:.2f} | {entry['tflop'] / base:.2f} | {entry['floor_gib']:.2f} |",
                 flush=True,
             )
-    RESULTS.write_text(json.dumps(tables, indent=1) + "\n")
+    SAVED.write_text(json.dumps(tables, indent=1) + "\n")
     return 0
 
 

@@ -1,13 +1,13 @@
-"""class_moments on the CPU beside the released update and a one-hot product. Floor: 1 S of traffic, S = bytes of the features read once."""
+"""class_moments on the CPU next to the released update and a one-hot product. Floor: 1 S, the features read once."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from cpu_context import Problem, floors_ms, set_floor
-from peers import formulas
 
 import spcl_fast as sf
+from benchmarks.cpu.figures import Problem, floors_ms, set_floor
+from benchmarks.peers import formulas
 
 OP = "class_moments"
 ROUNDS = {"spcl_fast": 25, "one-hot product": 6, "released update": 4}

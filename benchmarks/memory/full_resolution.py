@@ -1,6 +1,6 @@
-"""One adaptation step really run on the CPU, its peak beside `plan`'s number for the same settings.
+"""One adaptation step really run on the CPU, its peak next to `plan`'s number for the same settings.
 
-    python benchmarks/full_resolution.py [--scale 1.0] [--precision bf16] [--checkpoint auto] [--keep-gradients] [--channels-last]
+    python -m benchmarks.memory.full_resolution [--scale 1.0] [--precision bf16] [--checkpoint auto] [--keep-gradients] [--channels-last]
 
 Sizes are 1914x1052 + 2048x1024 times --scale, one image each, DeepLab-v2 on ResNet-101 with random weights, random images and labels.
 What is measured: the highest resident set of this process during the step (VmHWM, reset before it), minus what is resident after the
@@ -19,7 +19,9 @@ import sys
 import time
 from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parent / "results" / "full_resolution_cpu.json"
+from benchmarks import RESULTS
+
+SAVED = RESULTS / "full_resolution_cpu.json"
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
@@ -68,10 +70,14 @@ def main() -> int:
     parser.add_argument("--checkpoint", choices=("none", "stage", "block", "auto"), default="auto")
     parser.add_argument("--keep-gradients", action="store_true", help="without loop.absorb_gradients")
     parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--out", type=Path, help=f"result file (default {RESULTS.name} at --scale 1, else none)")
+    parser.add_argument("--out", type=Path, help=f"result file (default {SAVED.name} at --scale 1, else none)")
     options = parser.parse_args()
     if any(os.environ.get(key) != value for key, value in _MALLOC.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | _MALLOC)
+        os.execve(
+            sys.executable,
+            [sys.executable, "-m", "benchmarks.memory.full_resolution", *sys.argv[1:]],
+            os.environ | _MALLOC,
+        )
     import torch
 
     from spcl_fast.memory_plan.peak import predict
@@ -89,7 +95,7 @@ def main() -> int:
         "seconds": round(seconds, 1), "threads": torch.get_num_threads(), "torch": torch.__version__,
     }  # fmt: skip
     print(json.dumps(record, indent=1))
-    out = options.out or (RESULTS if options.scale == 1 else None)
+    out = options.out or (SAVED if options.scale == 1 else None)
     if out is not None:
         out.write_text(json.dumps(record, indent=1) + "\n")
     return 0

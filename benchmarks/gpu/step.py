@@ -1,6 +1,6 @@
-"""The part of `gpu.py` that trains: one adaptation step, the released loop and ours, at the released sizes and at full resolution.
+"""The part of `make gpu` that trains: one adaptation step, the released loop and ours, at the released sizes and at full resolution.
 
-Peaks are torch's: allocated, and reserved by its allocator. Beside them stands what `plan` predicts (results/plan.json, made without a
+Peaks are torch's: allocated, and reserved by its allocator. Next to them stands what `plan` predicts (results/plan.json, made without a
 GPU). The full-resolution step of ours runs under a limit of 4 GiB on what the allocator may reserve: running out of it is a failure.
 """
 
@@ -10,10 +10,10 @@ import dataclasses
 import gc
 import json
 import time
-from pathlib import Path
 
 import torch
 
+from benchmarks import RESULTS
 from spcl_fast.config import AdaptConfig, LoopConfig
 from spcl_fast.estimators.bank import PrototypeBank
 from spcl_fast.method.released import released_step, unfold_batch_norm
@@ -34,7 +34,7 @@ LOOPS: dict[str, LoopConfig | None] = {
     "bf16, offload, absorb_gradients": LoopConfig(precision="bf16", absorb_gradients=True, offload=True),
 }
 LIMITED, LIMIT_BYTES = "bf16, checkpoint auto, absorb_gradients", 4 << 30
-_PLAN = Path(__file__).resolve().parent / "results" / "plan.json"
+_PLAN = RESULTS / "plan.json"
 
 
 @dataclasses.dataclass

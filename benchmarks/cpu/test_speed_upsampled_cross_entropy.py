@@ -1,4 +1,4 @@
-"""upsampled_cross_entropy, forward + backward, on the CPU beside its peers.
+"""upsampled_cross_entropy, forward + backward, on the CPU next to its peers.
 
 Floor: one torch.exp over a map as large as the up-sampled logits; a softmax needs that many.
 """
@@ -9,10 +9,10 @@ import functools
 
 import pytest
 import torch
-from cpu_context import UpsampledProblem, exp_ms, make_upsampled_problem, set_floor
-from peers import formulas
 
 import spcl_fast as sf
+from benchmarks.cpu.figures import UpsampledProblem, exp_ms, make_upsampled_problem, set_floor
+from benchmarks.peers import formulas
 
 OP = "upsampled_cross_entropy"
 TEMPERATURE = 1.8

@@ -1,4 +1,4 @@
-"""The parts of `gpu.py` that measure: ceilings, host cost per call, and every op on the quoted shapes beside its peers.
+"""The parts of `make gpu` that measure: ceilings, host cost per call, and every op on the quoted shapes next to its peers.
 
 Times are medians by device events, L2 flushed between repeats; for ours also of CUDA-graph replays (without the launcher) and by the
 caller's clock. A spread is the 20th and the 80th percentile. GB/s count the bytes that must move (S = bytes of the features: 1 S forward
@@ -11,20 +11,15 @@ import statistics
 import time
 
 import torch
-from gpu_correct import problem, upsampling_problem
-from peers import formulas
 
 import spcl_fast as sf
+from benchmarks import shapes as quoted
+from benchmarks.peers import formulas
+from benchmarks.problems import contrast_problem, upsampling_problem
 from spcl_fast import backends
 
-SHAPES = {
-    "A": (1, 2048, 91, 161, 19), "B": (2, 256, 256, 512, 19), "C": (1, 512, 512, 1024, 150), "D": (8, 256, 128, 256, 1900),
-    "S": (1, 256, 32, 64, 19),  # S and U0: launches are the cost; for the choice of a backend
-}  # fmt: skip
-UPSAMPLED = {
-    "U1": ((1, 19, 91, 161), (720, 1280)), "U2": ((2, 19, 128, 256), (512, 1024)), "U3": ((16, 150, 128, 128), (512, 512)),
-    "U0": ((1, 19, 16, 32), (128, 256)),
-}  # fmt: skip
+SHAPES = {name: quoted.CONTRAST[name] for name in quoted.GPU}
+UPSAMPLED = {name: quoted.UPSAMPLED[name] for name in quoted.GPU_UPSAMPLED}
 _DRY = {"A": (1, 40, 3, 5, 5)}
 _DRY_UPSAMPLED = {"U1": ((1, 3, 2, 3), (9, 11))}
 Time = tuple[float, float, float]  # microseconds: median, 20th and 80th percentile
@@ -127,8 +122,8 @@ def ceilings(context) -> dict:
 
 def host_cost(context) -> dict:
     """Microseconds of the caller's time per call: calls on tiny inputs, issued without waiting."""
-    features, labels, prototypes = problem(context, (1, 64, 8, 8), 19, torch.float32)
-    logits, big = upsampling_problem(context, (1, 19, 4, 4), (16, 16), torch.float32)
+    features, labels, prototypes = contrast_problem((1, 64, 8, 8), 19, torch.float32)
+    logits, big = upsampling_problem((1, 19, 4, 4), (16, 16), torch.float32)
     leaf, node = features.clone().requires_grad_(), logits.clone().requires_grad_()
     kernels, inputs = backends.module(context.backend), (features, labels, prototypes, None, None, None)
     settings = {"temperature": 0.1, "normalize": True, "ignore_index": 255, "reduction": "mean"}
@@ -223,7 +218,7 @@ def contrast(context) -> dict:
         if lacks:
             left_out[name] = lacks
             continue
-        features, labels, prototypes = problem(context, tuple(map_shape), classes, dtype)
+        features, labels, prototypes = contrast_problem(tuple(map_shape), classes, dtype)
         size = features.numel() * dtype.itemsize
         leaf = features.requires_grad_()
 
@@ -269,7 +264,7 @@ def moments(context) -> dict:
     rows, failures = [], []
     for (name, shape), dtype in ((s, d) for d in dtypes(context) for s in shapes(context).items()):
         *map_shape, classes = shape
-        features, labels, _ = problem(context, tuple(map_shape), classes, dtype)
+        features, labels, _ = contrast_problem(tuple(map_shape), classes, dtype)
         call = lambda f=features, y=labels, k=classes: sf.class_moments(f, y, k, backend=context.backend).sums  # noqa: E731
         wrong = _agree(
             f"moments {name} {dtype}", call(), formulas.one_hot_sums(features.float(), labels, classes), 1e-3
@@ -295,7 +290,7 @@ def source_step(context) -> dict:
     rows = []
     for (name, shape), dtype in ((s, d) for d in dtypes(context) for s in list(shapes(context).items())[:2]):
         *map_shape, classes = shape
-        features, labels, _ = problem(context, tuple(map_shape), classes, dtype)
+        features, labels, _ = contrast_problem(tuple(map_shape), classes, dtype)
         bank = sf.PrototypeBank(classes, shape[1], backend=context.backend).to(context.device)
         leaf = features.requires_grad_()
 
@@ -322,7 +317,7 @@ def _eager_up(context, logits, labels):
 def upsample(context) -> dict:
     rows, failures = [], []
     for (name, (shape, size)), dtype in ((s, d) for d in dtypes(context) for s in upsampled_shapes(context).items()):
-        logits, labels = upsampling_problem(context, shape, size, dtype)
+        logits, labels = upsampling_problem(shape, size, dtype)
         leaf = logits.requires_grad_()
 
         def both(function, leaf=leaf, labels=labels):
@@ -368,12 +363,12 @@ def compiled_peers(context) -> dict:
         torch._dynamo.reset()
         if op == "contrast":
             *map_shape, classes = shapes(context)[name]
-            features, labels, prototypes = problem(context, tuple(map_shape), classes, dtype)
+            features, labels, prototypes = contrast_problem(tuple(map_shape), classes, dtype)
             function, leaf = torch.compile(formulas.channel_first_contrast, **mode), features.requires_grad_()
             call = lambda f=function, x=leaf, y=labels, p=prototypes: torch.autograd.grad(f(x, y, p, _TEMPERATURE), x)  # noqa: E731
         else:
             shape, size = upsampled_shapes(context)[name]
-            logits, labels = upsampling_problem(context, shape, size, dtype)
+            logits, labels = upsampling_problem(shape, size, dtype)
             function, leaf = torch.compile(formulas.interpolate_cross_entropy, **mode), logits.requires_grad_()
             call = lambda f=function, x=leaf, y=labels: torch.autograd.grad(f(x, y, 1.8), x)  # noqa: E731
         took = _peers_us(context, {"compile": call})["compile"]

@@ -1,4 +1,4 @@
-"""prototype_contrastive_loss, forward + backward, on the CPU beside its peers.
+"""prototype_contrastive_loss, forward + backward, on the CPU next to its peers.
 
 Floor: the larger of 3 S of traffic (S read twice, S written; S = bytes of the features) and the two matrix products by torch.mm.
 """
@@ -9,10 +9,10 @@ import functools
 
 import pytest
 import torch
-from cpu_context import Problem, floors_ms, note_skipped, set_floor
-from peers import formulas
 
 import spcl_fast as sf
+from benchmarks.cpu.figures import Problem, floors_ms, note_skipped, set_floor
+from benchmarks.peers import formulas
 
 OP = "prototype_contrastive_loss"
 TEMPERATURE = 0.1

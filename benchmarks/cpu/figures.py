@@ -1,35 +1,25 @@
-"""What the CPU benchmarks share: the shapes, the problems, the floors measured in the same run, and the figures.
+"""What the CPU benchmarks share: the problems, the floors measured in the same run, and the figures.
 
-`python -m pytest benchmarks --benchmark-only` prints them; with `--save-results` they also go to benchmarks/results/cpu_ops.json.
+`python -m benchmarks.cpu` prints them; with `--save-results` they also go to benchmarks/results/cpu_ops.json.
 Threads: 2, or SPCL_FAST_BENCH_THREADS. Times are wall-clock milliseconds per call; the gradient is dropped and made anew in each.
 """
 
 from __future__ import annotations
 
-import datetime
 import functools
 import json
 import os
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-SHAPES = {  # B, D, h, w, K; float32
-    "A": (1, 2048, 91, 161, 19),
-    "B'": (2, 256, 128, 256, 19),
-    "C'": (1, 512, 128, 256, 150),
-    "E'": (2, 64, 256, 512, 19),
-}
-UPSAMPLED_SHAPES = {  # B, K, h, w, H, W; float32
-    "U1": (1, 19, 91, 161, 720, 1280),
-    "U2": (2, 19, 128, 256, 512, 1024),
-    "U3'": (2, 150, 64, 64, 256, 256),
-}
-RESULTS = Path(__file__).parent / "results" / "cpu_ops.json"
+from benchmarks import RESULTS, shapes
+from benchmarks.machine import describe_cpu
+from benchmarks.problems import contrast_problem, upsampling_problem
+
+SAVED = RESULTS / "cpu_ops.json"
 THREADS = int(os.environ.get("SPCL_FAST_BENCH_THREADS", "2"))
 
 
@@ -37,7 +27,7 @@ THREADS = int(os.environ.get("SPCL_FAST_BENCH_THREADS", "2"))
 class Problem:
     name: str
     features: torch.Tensor
-    labels: torch.Tensor  # uint8 [B, h, w] in blocks of 8 x 8, a tenth of them ignored
+    labels: torch.Tensor
     prototypes: torch.Tensor
 
     @property
@@ -46,46 +36,32 @@ class Problem:
 
     @property
     def shape(self) -> dict[str, int]:
-        return dict(zip("BDhwK", SHAPES[self.name], strict=True))
+        return dict(zip("BDhwK", shapes.CONTRAST[self.name], strict=True))
 
 
 @dataclass(frozen=True)
 class UpsampledProblem:
     name: str
     logits: torch.Tensor
-    labels: torch.Tensor  # uint8 [B, H, W] in blocks of 8 x 8, a tenth of them ignored
+    labels: torch.Tensor
 
     @property
     def shape(self) -> dict[str, int]:
-        return dict(zip("BKhwHW", UPSAMPLED_SHAPES[self.name], strict=True))
-
-
-def _blocks_of_labels(
-    batch: int, height: int, width: int, num_classes: int, generator: torch.Generator
-) -> torch.Tensor:
-    blocks = torch.randint(0, num_classes, (batch, height // 8 + 1, width // 8 + 1), generator=generator)
-    blocks[torch.rand(blocks.shape, generator=generator) < 0.1] = 255
-    return blocks.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, :height, :width].to(torch.uint8).contiguous()
+        low, size = shapes.UPSAMPLED[self.name]
+        return dict(zip("BKhwHW", (*low, *size), strict=True))
 
 
 @functools.lru_cache(maxsize=1)
 def make_problem(name: str) -> Problem:
-    batch, dim, height, width, num_classes = SHAPES[name]
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(batch, dim, height, width, generator=generator)
-    labels = _blocks_of_labels(batch, height, width, num_classes, generator)
-    prototypes = torch.nn.functional.normalize(torch.randn(num_classes, dim, generator=generator), dim=1)
+    *shape, num_classes = shapes.CONTRAST[name]
+    features, labels, prototypes = contrast_problem(tuple(shape), num_classes)
     return Problem(name, features.requires_grad_(), labels, prototypes)
 
 
 @functools.lru_cache(maxsize=1)
 def make_upsampled_problem(name: str) -> UpsampledProblem:
-    batch, num_classes, low_height, low_width, height, width = UPSAMPLED_SHAPES[name]
-    generator = torch.Generator().manual_seed(0)
-    logits = 3 * torch.randn(batch, num_classes, low_height, low_width, generator=generator)
-    return UpsampledProblem(
-        name, logits.requires_grad_(), _blocks_of_labels(batch, height, width, num_classes, generator)
-    )
+    logits, labels = upsampling_problem(*shapes.UPSAMPLED[name])
+    return UpsampledProblem(name, logits.requires_grad_(), labels)
 
 
 def _best_ms(call: Callable[[], object]) -> float:
@@ -101,8 +77,8 @@ def _best_ms(call: Callable[[], object]) -> float:
 @functools.lru_cache(maxsize=1)
 def exp_ms(name: str) -> float:
     """One torch.exp over a map as large as the up-sampled logits, into a map that is there already."""
-    batch, num_classes, _, _, height, width = UPSAMPLED_SHAPES[name]
-    full = torch.randn(batch, num_classes, height, width, generator=torch.Generator().manual_seed(0))
+    (batch, num_classes, *_), size = shapes.UPSAMPLED[name]
+    full = torch.randn(batch, num_classes, *size, generator=torch.Generator().manual_seed(0))
     out = torch.empty_like(full)
     return _best_ms(lambda: torch.exp(full, out=out))
 
@@ -129,7 +105,6 @@ def floors_ms(name: str) -> dict[str, float]:
 # ---- figures ------------------------------------------------------------------------------------------------------
 
 figures: dict[str, dict[str, dict]] = {}  # op -> shape -> {"shape", "times", "skipped", "floor", ...}
-_load = os.getloadavg()[0]
 
 
 def entry(op: str, problem: Problem | UpsampledProblem) -> dict:
@@ -159,34 +134,8 @@ def finish(op: dict) -> None:
             one["share_of_floor"] = round(one["floor"]["ms"] / ours["median_ms"], 3)
 
 
-def machine() -> dict:
-    from spcl_fast.backends import cpu as cpu_backend
-
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        models = [
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        cpu = models[0] if models else cpu
-    instructions = None
-    if (
-        cpu_backend.why_not(
-            "class_moments", device=torch.device("cpu"), dtype=torch.float32, num_classes=2, dim=2, has_variances=False
-        )
-        is None
-    ):
-        from spcl_fast import _cpu
-
-        instructions = _cpu.cpu_capability()
-    return {
-        "cpu": cpu, "cores": os.cpu_count(), "threads": THREADS, "instructions": instructions, "load_before": round(_load, 2),
-        "python": platform.python_version(), "torch": torch.__version__,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }  # fmt: skip
-
-
 def save(exit_status: int) -> None:
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps({"machine": machine(), "exit_status": exit_status, "ops": figures}, indent=1) + "\n")
+    SAVED.parent.mkdir(parents=True, exist_ok=True)
+    SAVED.write_text(
+        json.dumps({"machine": describe_cpu(THREADS), "exit_status": exit_status, "ops": figures}, indent=1) + "\n"
+    )

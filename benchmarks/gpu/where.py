@@ -1,4 +1,4 @@
-"""What every part of `gpu.py` gets, and how it says that it cannot run."""
+"""What every part of `python -m benchmarks.gpu` gets, and how it says that it cannot run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from spcl_fast import backends
 
 
 @dataclasses.dataclass
-class Context:
+class Where:
     """Where to run, how small, and until when (time.monotonic)."""
 
     device: torch.device

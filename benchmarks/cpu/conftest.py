@@ -1,41 +1,39 @@
-"""Fixtures and the table of the CPU benchmarks; what they share is in cpu_context.py."""
+"""Fixtures and the table of the CPU benchmarks; what they share is in figures.py."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import cpu_context  # noqa: E402
-from cpu_context import Problem, UpsampledProblem  # noqa: E402
+from benchmarks import shapes
+from benchmarks.cpu import figures
+from benchmarks.cpu.figures import Problem, UpsampledProblem
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--save-results",
         action="store_true",
-        help=f"write the figures to benchmarks/results/{cpu_context.RESULTS.name}",
+        help=f"write the figures to benchmarks/results/{figures.SAVED.name}",
     )
 
 
-@pytest.fixture(params=cpu_context.SHAPES, ids=lambda name: name.replace("'", "_prime"))
+@pytest.fixture(params=shapes.CPU, ids=lambda name: name.replace("'", "_prime"))
 def problem(request: pytest.FixtureRequest) -> Problem:
-    return cpu_context.make_problem(request.param)
+    return figures.make_problem(request.param)
 
 
-@pytest.fixture(params=cpu_context.UPSAMPLED_SHAPES, ids=lambda name: name.replace("'", "_prime"))
+@pytest.fixture(params=shapes.CPU_UPSAMPLED, ids=lambda name: name.replace("'", "_prime"))
 def upsampled_problem(request: pytest.FixtureRequest) -> UpsampledProblem:
-    return cpu_context.make_upsampled_problem(request.param)
+    return figures.make_upsampled_problem(request.param)
 
 
 @pytest.fixture(autouse=True)
 def _threads():
     before = torch.get_num_threads()
-    torch.set_num_threads(cpu_context.THREADS)
+    torch.set_num_threads(figures.THREADS)
     yield
     torch.set_num_threads(before)
 
@@ -53,7 +51,7 @@ def figure(benchmark) -> Callable:
             return
         stats = benchmark.stats.stats
         figures = {"median_ms": 1e3 * stats.median, "min_ms": 1e3 * stats.min, "iqr_ms": 1e3 * stats.iqr}
-        cpu_context.entry(op, problem)["times"][peer] = {key: round(value, 3) for key, value in figures.items()} | {
+        figures.entry(op, problem)["times"][peer] = {key: round(value, 3) for key, value in figures.items()} | {
             "rounds": rounds
         }
 
@@ -61,17 +59,17 @@ def figure(benchmark) -> Callable:
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    for op in cpu_context.figures.values():
-        cpu_context.finish(op)
-    if cpu_context.figures and session.config.getoption("--save-results"):
-        cpu_context.save(int(exitstatus))
+    for op in figures.figures.values():
+        figures.finish(op)
+    if figures.figures and session.config.getoption("--save-results"):
+        figures.save(int(exitstatus))
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    timed = {op: shapes for op, shapes in cpu_context.figures.items() if any(one["times"] for one in shapes.values())}
-    for op, shapes in timed.items():
+    timed = {op: by_shape for op, by_shape in figures.figures.items() if any(one["times"] for one in by_shape.values())}
+    for op, by_shape in timed.items():
         terminalreporter.section(f"{op}: milliseconds, median (min, interquartile range)")
-        for name, one in shapes.items():
+        for name, one in by_shape.items():
             terminalreporter.line(f"{name} {one['shape']}")
             for peer, t in one["times"].items():
                 faster = one.get("times_faster_than", {}).get(peer)

@@ -1,0 +1,1 @@
+"""Checks and times of the GPU backends on an NVIDIA GPU: `python -m benchmarks.gpu`."""

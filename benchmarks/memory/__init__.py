@@ -1,0 +1,1 @@
+"""Peak memory: `python -m benchmarks.memory.tables` predicts it, `python -m benchmarks.memory.full_resolution` runs a step."""
