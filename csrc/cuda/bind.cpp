@@ -1,4 +1,5 @@
-// The module spcl_fast._cuda: importing it registers torch.ops.spcl_fast_cuda (the bind_<op>.cpp files); it has no functions of its own.
+// The module spcl_fast._cuda: importing it registers torch.ops.spcl_fast_cuda (the bind_<op>.cpp files); it has no
+// functions of its own.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -10,7 +11,8 @@
 #endif
 
 PyMODINIT_FUNC PyInit__cuda() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cuda", "CUDA kernels of spcl_fast", -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_cuda", "CUDA kernels of spcl_fast", -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   PyObject* module = PyModule_Create(&definition);
   if (!module) return nullptr;
   PyModule_AddStringConstant(module, "archs", SPCL_CUDA_ARCHS);

@@ -1,5 +1,5 @@
-// What the CUDA launchers take and give: plain structs, raw pointers, a stream; no torch. Every launcher only enqueues: no host sync, no
-// allocation, capturable in a CUDA graph. A section for each op.
+// What the CUDA launchers take and give: plain structs, raw pointers, a stream; no torch. Every launcher only enqueues:
+// no host sync, no allocation, capturable in a CUDA graph. A section for each op.
 #pragma once
 #include "../arrays.h"
 
@@ -8,7 +8,8 @@ namespace spcl::gpu {
 using Stream = void*;        // a cudaStream_t
 using Status = const char*;  // nullptr, or what CUDA said in words that last
 
-// [B, H, W] with any strides. Pixel (i, j) of a grid of other size reads (nearest(i, scale_h, H), nearest(j, scale_w, W)): see pixels.cuh.
+// [B, H, W] with any strides. Pixel (i, j) of a grid of other size reads (nearest(i, scale_h, H), nearest(j, scale_w,
+// W)): see pixels.cuh.
 struct Labels {
   const void* data;
   LabelType type;
@@ -21,15 +22,16 @@ struct Labels {
 
 // ---- class_moments ----------------------------------------------------------------------------------------------
 
-// How the pixels are cut: range r is `tiles_per_range` tiles of `tile_pixels` pixels, tile t lies in image t / tiles_per_image. A function of
-// the problem's sizes (and of the shared memory a block may have), never of the number of multiprocessors.
+// How the pixels are cut: range r is `tiles_per_range` tiles of `tile_pixels` pixels, tile t lies in image t /
+// tiles_per_image. A function of the problem's sizes (and of the shared memory a block may have), never of the number
+// of multiprocessors.
 struct MomentsPlan {
   int64_t tile_pixels, tiles_per_image, tiles, tiles_per_range, ranges;
-  int64_t slice;         // channels of a block; all of them where it forms the norms itself
+  int64_t slice;  // channels of a block; all of them where it forms the norms itself
   int64_t slices;
-  bool own_norms;        // the block forms the norms; else norms [B * P] are a pass of their own
+  bool own_norms;  // the block forms the norms; else norms [B * P] are a pass of their own
   int threads;
-  int64_t sums_floats;   // sizes of the workspaces: partial sums (squares: the same again), counts, norms
+  int64_t sums_floats;  // sizes of the workspaces: partial sums (squares: the same again), counts, norms
   int64_t counts_ints, norms_floats;
 };
 
@@ -53,7 +55,8 @@ Status class_moments(const Moments& a, Stream stream);
 
 // ---- move_prototypes --------------------------------------------------------------------------------------------
 
-// The moving average that the sums feed: prototype <- keep * prototype + (1 - keep) * sum / count, in the kernel that adds the partial sums.
+// The moving average that the sums feed: prototype <- keep * prototype + (1 - keep) * sum / count, in the kernel that
+// adds the partial sums.
 struct PrototypeMove {
   float* prototypes;  // [K][D], in place
   float keep;
@@ -72,7 +75,7 @@ struct Contrast {
   const void* prototypes;     // [K, D] contiguous, x's type
   const float* class_weight;  // [K] or nullptr
   PixelMap pixel_weight;
-  int64_t num_classes;        // at most kMaxContrastClasses, contrast_plan.h
+  int64_t num_classes;  // at most kMaxContrastClasses, contrast_plan.h
   float temperature;
   bool normalize;
 };
@@ -99,8 +102,8 @@ struct ContrastBackward : Contrast {
   float* partial;            // [groups][K][D], workspace; not needed where groups == 1
 };
 
-// Loss and gradient of the features together, for an incoming gradient of 1: features and prototypes of float32 or bfloat16, at most
-// kMaxOnePassClasses, a device with clusters (sm_90 on).
+// Loss and gradient of the features together, for an incoming gradient of 1: features and prototypes of float32 or
+// bfloat16, at most kMaxOnePassClasses, a device with clusters (sm_90 on).
 struct ContrastOnePass : Contrast {
   bool mean;
   float* loss;         // []
@@ -121,7 +124,7 @@ int64_t one_pass_floats(const Contrast& a);
 Status prototype_contrastive_one_pass(const ContrastOnePass& a, Stream stream);
 Status scale_gradient(const ScaledGradient& a, Stream stream);
 
-int64_t contrast_blocks(const Features& x);                              // of the forward
+int64_t contrast_blocks(const Features& x);                               // of the forward
 int64_t contrast_partial_floats(const Features& x, int64_t num_classes);  // of the prototypes' gradient; 0: none
 Status prototype_contrastive_forward(const ContrastForward& a, Stream stream);
 Status prototype_contrastive_backward(const ContrastBackward& a, Stream stream);
@@ -150,8 +153,8 @@ struct UpsampledCrossEntropy : Upsampling {
 struct UpsampledPrediction : Upsampling {
   const float* thresholds;  // [K] or nullptr
   int ignore_index;
-  uint8_t* labels;          // [B, height, width]
-  float* confidence;        // the same
+  uint8_t* labels;    // [B, height, width]
+  float* confidence;  // the same
 };
 
 int64_t upsampled_cross_entropy_workspace(const UpsampledCrossEntropy& a);

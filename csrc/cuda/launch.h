@@ -1,8 +1,8 @@
 // What a kernel file needs beside its arithmetic: the launch, shared memory, cp.async, half floats, clusters.
 //
-// Under nvcc these are CUDA; with SPCL_EMULATED they are the test's emulator, so that an ordinary compiler builds and runs the same kernels.
-// Rules that keep this so: launch() instead of <<<>>>, shared_memory<T>() instead of __shared__, collectives with the full mask, blocks of
-// a multiple of 32 threads along x.
+// Under nvcc these are CUDA; with SPCL_EMULATED they are the test's emulator, so that an ordinary compiler builds and
+// runs the same kernels. Rules that keep this so: launch() instead of <<<>>>, shared_memory<T>() instead of __shared__,
+// collectives with the full mask, blocks of a multiple of 32 threads along x.
 #pragma once
 #include <type_traits>
 
@@ -30,9 +30,9 @@ struct Grid {
 
 #if defined(SPCL_EMULATED)
 
-template <class... P, class... A>
-Status launch(void (*kernel)(P...), const Grid& grid, Stream, A&&... arguments) {
-  return emulator::launch(kernel, grid.blocks, grid.threads, grid.cluster, grid.shared_bytes, std::forward<A>(arguments)...);
+template <class... P, class... A> Status launch(void (*kernel)(P...), const Grid& grid, Stream, A&&... arguments) {
+  return emulator::launch(kernel, grid.blocks, grid.threads, grid.cluster, grid.shared_bytes,
+                          std::forward<A>(arguments)...);
 }
 
 // The most shared memory that a block may ask for on the current device.
@@ -41,21 +41,20 @@ inline int shared_memory_limit() { return emulator::shared_limit(); }
 // Whether the blocks of a cluster can share their memory on the current device.
 inline bool has_clusters() { return true; }
 
-template <class T>
-inline T* shared_memory() { return reinterpret_cast<T*>(emulator::shared()); }
+template <class T> inline T* shared_memory() { return reinterpret_cast<T*>(emulator::shared()); }
 
-// 4, 8 or 16 bytes from global to shared memory, both so aligned; there after copy_async_wait. Of the bytes beyond `given` zeros are written.
-template <int kBytes>
-inline void copy_async(void* shared, const void* global, int given = kBytes) { emulator::copy_async(shared, global, kBytes, given); }
+// 4, 8 or 16 bytes from global to shared memory, both so aligned; there after copy_async_wait. Of the bytes beyond
+// `given` zeros are written.
+template <int kBytes> inline void copy_async(void* shared, const void* global, int given = kBytes) {
+  emulator::copy_async(shared, global, kBytes, given);
+}
 inline void copy_async_commit() { emulator::copy_async_commit(); }
-template <int kPending>
-inline void copy_async_wait() { emulator::copy_async_wait(kPending); }
+template <int kPending> inline void copy_async_wait() { emulator::copy_async_wait(kPending); }
 
 inline int cluster_rank() { return emulator::here().rank; }
 inline void cluster_barrier() { emulator::cluster_barrier(); }
 // The same place in the shared memory of another block of the cluster.
-template <class T>
-inline T* shared_of(T* mine, int rank) {
+template <class T> inline T* shared_of(T* mine, int rank) {
   return reinterpret_cast<T*>(emulator::shared_of(rank) + (reinterpret_cast<char*>(mine) - emulator::shared()));
 }
 
@@ -65,7 +64,8 @@ template <class... P, class... A>
 Status launch(void (*kernel)(P...), const Grid& grid, Stream stream, A&&... arguments) {
   const void* function = reinterpret_cast<const void*>(kernel);
   if (grid.shared_bytes > 48 << 10) {
-    const cudaError_t set = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared_bytes));
+    const cudaError_t set = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                 static_cast<int>(grid.shared_bytes));
     if (set != cudaSuccess) return cudaGetErrorString(set);
   }
   cudaLaunchConfig_t config{};
@@ -81,7 +81,8 @@ Status launch(void (*kernel)(P...), const Grid& grid, Stream stream, A&&... argu
 
 inline int shared_memory_limit() {
   int device = 0, bytes = 48 << 10;
-  if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (cudaGetDevice(&device) == cudaSuccess)
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   return bytes;
 }
 
@@ -91,22 +92,24 @@ inline bool has_clusters() {
   return major >= 9;
 }
 
-template <class T>
-__device__ __forceinline__ T* shared_memory() {
+template <class T> __device__ __forceinline__ T* shared_memory() {
   extern __shared__ __align__(128) unsigned char bytes[];
   return reinterpret_cast<T*>(bytes);
 }
 
-template <int kBytes>
-__device__ __forceinline__ void copy_async(void* shared, const void* global, int given = kBytes) {
+template <int kBytes> __device__ __forceinline__ void copy_async(void* shared, const void* global, int given = kBytes) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
   const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  if constexpr (kBytes == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(given) : "memory");
-  else asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(to), "l"(global), "r"(given), "n"(kBytes) : "memory");
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(given) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(to), "l"(global), "r"(given), "n"(kBytes)
+                 : "memory");
 }
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kPending>
-__device__ __forceinline__ void copy_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory"); }
+template <int kPending> __device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 __device__ __forceinline__ int cluster_rank() {
@@ -117,8 +120,7 @@ __device__ __forceinline__ int cluster_rank() {
 __device__ __forceinline__ void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-template <class T>
-__device__ __forceinline__ T* shared_of(T* mine, int rank) {
+template <class T> __device__ __forceinline__ T* shared_of(T* mine, int rank) {
   T* other;
   asm volatile("mapa.u64 %0, %1, %2;" : "=l"(other) : "l"(mine), "r"(rank));
   return other;
@@ -133,18 +135,15 @@ SPCL_BOTH float to_float(float v) { return v; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
 __device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
 
-template <class T>
-__device__ __forceinline__ T from_float(float v);
-template <>
-__device__ __forceinline__ float from_float<float>(float v) { return v; }
-template <>
-__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
-template <>
-__device__ __forceinline__ __half from_float<__half>(float v) { return __float2half_rn(v); }
+template <class T> __device__ __forceinline__ T from_float(float v);
+template <> __device__ __forceinline__ float from_float<float>(float v) { return v; }
+template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
+  return __float2bfloat16_rn(v);
+}
+template <> __device__ __forceinline__ __half from_float<__half>(float v) { return __float2half_rn(v); }
 
 // 16 bytes of features as floats.
-template <class T>
-__device__ __forceinline__ void unpack(const uint4& raw, float (&out)[16 / sizeof(T)]) {
+template <class T> __device__ __forceinline__ void unpack(const uint4& raw, float (&out)[16 / sizeof(T)]) {
   const unsigned word[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -160,8 +159,7 @@ __device__ __forceinline__ void unpack(const uint4& raw, float (&out)[16 / sizeo
 }
 
 // call(T{}) for the C++ type of a feature type.
-template <class Call>
-auto with_float_type(FloatType type, const Call& call) {
+template <class Call> auto with_float_type(FloatType type, const Call& call) {
   switch (type) {
     case kFloat32: return call(float{});
     case kBFloat16: return call(__nv_bfloat16{});

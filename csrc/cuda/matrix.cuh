@@ -1,4 +1,5 @@
-// The tensor core as two functions. With SPCL_EMULATED the lanes exchange their registers and multiply in float, by the same fragment layout.
+// The tensor core as two functions. With SPCL_EMULATED the lanes exchange their registers and multiply in float, by the
+// same fragment layout.
 #pragma once
 #include "launch.h"
 
@@ -9,30 +10,31 @@ namespace spcl::gpu {
 //   b: column g at rows 2q, 2q + 8 (and the next row)        c: row g at columns 2q, 2q + 1, then row g + 8
 #if defined(SPCL_EMULATED)
 
-template <class T>
-inline float half_of(uint32_t word, int high) {
+template <class T> inline float half_of(uint32_t word, int high) {
   const uint16_t bits = static_cast<uint16_t>(word >> (16 * high));
   T value;
   memcpy(&value, &bits, sizeof(value));
   return to_float(value);
 }
 
-template <class T>
-inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+template <class T> inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
   const char* all = emulator::exchange("multiply_add", kAllLanes, mine, sizeof(mine));
-  struct Fragment { uint32_t word[6]; };
+  struct Fragment {
+    uint32_t word[6];
+  };
   const int q = emulator::here().lane % 4, g = emulator::here().lane / 4;
   for (int i = 0; i < 4; ++i)
     for (int k = 0; k < 16; ++k) {
       const int from = (k % 8) / 2;
-      const Fragment left = emulator::from_lane<Fragment>(all, g * 4 + from), right = emulator::from_lane<Fragment>(all, (2 * q + i % 2) * 4 + from);
+      const Fragment left = emulator::from_lane<Fragment>(all, g * 4 + from),
+                     right = emulator::from_lane<Fragment>(all, (2 * q + i % 2) * 4 + from);
       c[i] += half_of<T>(left.word[i / 2 + 2 * (k / 8)], k % 2) * half_of<T>(right.word[4 + k / 8], k % 2);
     }
 }
 
-// Four 8 x 8 matrices of half floats, transposed: lane l gives the address of row l % 8 of matrix l / 8 (16 bytes, so aligned) and gets,
-// of each matrix, rows 2q and 2q + 1 of column g.
+// Four 8 x 8 matrices of half floats, transposed: lane l gives the address of row l % 8 of matrix l / 8 (16 bytes, so
+// aligned) and gets, of each matrix, rows 2q and 2q + 1 of column g.
 inline void load_transposed(uint32_t (&out)[4], const void* row) {
   const char* all = emulator::exchange("load_transposed", kAllLanes, &row, sizeof(row));
   const int q = emulator::here().lane % 4, g = emulator::here().lane / 4;

@@ -1,7 +1,8 @@
 // What every kernel does for its pixels: find the address, read the class, read the weights.
 //
-// A label is read in place, in its own dtype and at its own size, compared as int64 and never used as an index before it is known to be in
-// [0, K). A bad label raises the device flag (an integer maximum: the order cannot be seen) and is kBadLabel to the caller, whose loss becomes NaN.
+// A label is read in place, in its own dtype and at its own size, compared as int64 and never used as an index before
+// it is known to be in [0, K). A bad label raises the device flag (an integer maximum: the order cannot be seen) and is
+// kBadLabel to the caller, whose loss becomes NaN.
 #pragma once
 #include "launch.h"
 
@@ -10,8 +11,8 @@ namespace spcl::gpu {
 constexpr int kNoClass = -1;   // ignored
 constexpr int kBadLabel = -2;  // outside of [0, K) and not ignored
 
-// The index that F.interpolate(mode="nearest") reads for `i`, in its own float32 arithmetic. A grid of the labels' own size is read as it is:
-// float32 does not hold every index beyond 2^24, which the rows of an [N, D] matrix may pass.
+// The index that F.interpolate(mode="nearest") reads for `i`, in its own float32 arithmetic. A grid of the labels' own
+// size is read as it is: float32 does not hold every index beyond 2^24, which the rows of an [N, D] matrix may pass.
 SPCL_BOTH int64_t nearest(int64_t i, float scale, int64_t size) {
   const int64_t at = scale == 1.0f ? i : static_cast<int64_t>(static_cast<float>(i) * scale);
   return at < size - 1 ? at : size - 1;
@@ -19,7 +20,8 @@ SPCL_BOTH int64_t nearest(int64_t i, float scale, int64_t size) {
 
 // Elements from data to pixel (i, j) of image b, in a grid of the features' size.
 SPCL_BOTH int64_t label_offset(const Labels& labels, int64_t b, int64_t i, int64_t j) {
-  return b * labels.stride_b + nearest(i, labels.scale_h, labels.height) * labels.stride_h + nearest(j, labels.scale_w, labels.width) * labels.stride_w;
+  return b * labels.stride_b + nearest(i, labels.scale_h, labels.height) * labels.stride_h +
+         nearest(j, labels.scale_w, labels.width) * labels.stride_w;
 }
 
 // Elements from data to channel 0 of pixel n of image b.
@@ -78,8 +80,7 @@ __device__ __forceinline__ float inverse_norm(float squares) {
 }
 
 // The same bits in every lane, whichever lanes hold what: a fixed tree.
-template <typename T>
-__device__ __forceinline__ T warp_sum(T value) {
+template <typename T> __device__ __forceinline__ T warp_sum(T value) {
 #pragma unroll
   for (int lanes = 16; lanes; lanes >>= 1) value += __shfl_xor_sync(kAllLanes, value, lanes);
   return value;

@@ -1,8 +1,10 @@
-// The geometry of bilinear up-sampling by cells, for upsampled_cross_entropy and upsampled_prediction: integers only, on both sides.
+// The geometry of bilinear up-sampling by cells, for upsampled_cross_entropy and upsampled_prediction: integers only,
+// on both sides.
 //
-// A cell is the square between four low-resolution nodes; along an axis cell c lies between nodes c and c + 1, c from -1 (before the first
-// node) to size - 1 (after the last). Every output pixel lies in exactly one cell. Positions are fractions of two integers, so no rounding
-// can lose a pixel or count it twice, and the weights are those of F.interpolate in float64, rounded once.
+// A cell is the square between four low-resolution nodes; along an axis cell c lies between nodes c and c + 1, c from
+// -1 (before the first node) to size - 1 (after the last). Every output pixel lies in exactly one cell. Positions are
+// fractions of two integers, so no rounding can lose a pixel or count it twice, and the weights are those of
+// F.interpolate in float64, rounded once.
 #pragma once
 #include "sizes.h"
 
@@ -26,7 +28,8 @@ struct Ramp {
 };
 
 SPCL_BOTH Axis make_axis(int size, int out, bool align_corners) {
-  if (!align_corners) return {size, out, 2 * static_cast<int64_t>(size), static_cast<int64_t>(size) - out, 2 * static_cast<int64_t>(out)};
+  if (!align_corners)
+    return {size, out, 2 * static_cast<int64_t>(size), static_cast<int64_t>(size) - out, 2 * static_cast<int64_t>(out)};
   if (out == 1) return {size, out, 0, 0, 1};
   return {size, out, size - 1, 0, out - 1};
 }
@@ -53,7 +56,8 @@ SPCL_BOTH int64_t most_pixels(const Axis& axis) {
 // Part `part` of `parts` of a range, as even as can be: consecutive, none left out.
 SPCL_BOTH Range part_of(const Range& range, int part, int parts) {
   const int64_t count = range.count();
-  return {range.begin + static_cast<int>(count * part / parts), range.begin + static_cast<int>(count * (part + 1) / parts)};
+  return {range.begin + static_cast<int>(count * part / parts),
+          range.begin + static_cast<int>(count * (part + 1) / parts)};
 }
 
 // At most `length` pixels of a range, from its `index`-th such window on; empty beyond the range.
@@ -79,14 +83,15 @@ SPCL_BOTH int clamp_node(int node, int size) { return node < 0 ? 0 : node < size
 constexpr int kUpWarps = 8;  // a block
 constexpr int kUpThreads = 32 * kUpWarps;
 
-// A function of sizes only, never of the number of multiprocessors. A warp has the cells of a piece of one row, `lanes_per_cell` lanes
-// each; a block has `row_warps` warps for each of `group_rows` cell rows, and works through `groups` of these. `halo` 1: blocks own nodes
-// and also form the cells left of and above them, which are others' too; 0: they own cells.
+// A function of sizes only, never of the number of multiprocessors. A warp has the cells of a piece of one row,
+// `lanes_per_cell` lanes each; a block has `row_warps` warps for each of `group_rows` cell rows, and works through
+// `groups` of these. `halo` 1: blocks own nodes and also form the cells left of and above them, which are others' too;
+// 0: they own cells.
 struct CellPlan {
   int lanes_per_cell, column_steps;  // a cell's columns are cut into lanes_per_cell * column_steps even parts
   int row_warps, row_windows;        // a cell's rows are cut into windows, of which row_warps are taken at a time
   int groups, halo;
-  int tiles, strips;                 // blocks along a row, along a column
+  int tiles, strips;  // blocks along a row, along a column
   SPCL_BOTH int cells() const { return 32 / lanes_per_cell; }
   SPCL_BOTH int group_rows() const { return kUpWarps / row_warps; }
   SPCL_BOTH int first_column(int tile) const { return tile * (cells() - halo) - 1; }
@@ -94,16 +99,21 @@ struct CellPlan {
 };
 
 // rows, columns: the window of pixels that a lane holds at once.
-inline CellPlan plan_cells(const Axis& y, const Axis& x, int64_t images, int rows, int columns, bool owns_nodes, int most_lanes) {
+inline CellPlan plan_cells(const Axis& y, const Axis& x, int64_t images, int rows, int columns, bool owns_nodes,
+                           int most_lanes) {
   CellPlan plan{1, 1, 1, 1, 1, owns_nodes ? 1 : 0, 1, 1};
-  while (plan.lanes_per_cell < most_lanes && plan.lanes_per_cell * static_cast<int64_t>(columns) < most_pixels(x)) plan.lanes_per_cell *= 2;
+  while (plan.lanes_per_cell < most_lanes && plan.lanes_per_cell * static_cast<int64_t>(columns) < most_pixels(x))
+    plan.lanes_per_cell *= 2;
   plan.column_steps = static_cast<int>(ceil_div(most_pixels(x), static_cast<int64_t>(columns) * plan.lanes_per_cell));
   plan.row_windows = static_cast<int>(ceil_div(most_pixels(y), rows));
   plan.row_warps = plan.row_windows > 1 ? 2 : 1;
   const int node_columns = x.size + 1 - plan.halo, node_rows = y.size + 1 - plan.halo;
   plan.tiles = static_cast<int>(ceil_div(node_columns, plan.cells() - plan.halo));
-  const int64_t enough = 512;  // blocks; with more than twice as many, a block walks over several groups and so spares halo
-  const auto strips = [&] { return static_cast<int>(ceil_div(node_rows, plan.group_rows() * plan.groups - plan.halo)); };
+  const int64_t enough =
+      512;  // blocks; with more than twice as many, a block walks over several groups and so spares halo
+  const auto strips = [&] {
+    return static_cast<int>(ceil_div(node_rows, plan.group_rows() * plan.groups - plan.halo));
+  };
   while (plan.halo && plan.groups < 8 && images * plan.tiles * strips() >= 2 * enough) plan.groups *= 2;
   plan.strips = strips();
   return plan;

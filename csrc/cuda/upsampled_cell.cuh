@@ -2,10 +2,10 @@
 //
 // Within a cell a logit is bilinear, so along equally spaced pixels of a row its exponential is a geometric sequence:
 //   2^z(i, j) = first * down^i * across_i^j
-// An exponential a row, cell and class and two more, instead of one a pixel and class; a sum over the pixels is a polynomial in `across`,
-// by Horner's rule one multiply-add a pixel, and its first moment, which the gradient needs, one more. (across_i is a geometric sequence
-// too, but powers of powers would lose too many bits.)
-// That holds where no factor leaves float32: `narrow` cells, those whose logits all lie within kMostBits of each other. The others take
+// An exponential a row, cell and class and two more, instead of one a pixel and class; a sum over the pixels is a
+// polynomial in `across`, by Horner's rule one multiply-add a pixel, and its first moment, which the gradient needs,
+// one more. (across_i is a geometric sequence too, but powers of powers would lose too many bits.) That holds where no
+// factor leaves float32: `narrow` cells, those whose logits all lie within kMostBits of each other. The others take
 // every pixel's own maximum and own exponentials.
 #pragma once
 #include "pixels.cuh"
@@ -17,8 +17,8 @@ constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kMostBits = 96.0f;  // 2^96 times any sane weight is a float, and so is 2^-96
 
-// 2^x by the special function unit: relative error at most 2^-22 (PTX manual), results under 2^-126 are 0. The emulator's twin makes the
-// whole of that error, up or down as the bits of x have it.
+// 2^x by the special function unit: relative error at most 2^-22 (PTX manual), results under 2^-126 are 0. The
+// emulator's twin makes the whole of that error, up or down as the bits of x have it.
 __device__ __forceinline__ float exp2_fast(float x) {
 #if defined(SPCL_EMULATED)
   const float y = exp2f(x), error = (__float_as_uint(x) * 2654435761u >> 31) != 0 ? 0x1p-22f : -0x1p-22f;
@@ -49,13 +49,14 @@ struct Corners {
 };
 
 __device__ __forceinline__ CornerOffsets corner_offsets(const UpsamplingTask& task, int row, int column) {
-  const int upper = clamp_node(row, task.y.size) * task.stride_h, lower = clamp_node(row + 1, task.y.size) * task.stride_h;
-  const int left = clamp_node(column, task.x.size) * task.stride_w, right = clamp_node(column + 1, task.x.size) * task.stride_w;
+  const int upper = clamp_node(row, task.y.size) * task.stride_h,
+            lower = clamp_node(row + 1, task.y.size) * task.stride_h;
+  const int left = clamp_node(column, task.x.size) * task.stride_w,
+            right = clamp_node(column + 1, task.x.size) * task.stride_w;
   return {upper + left, upper + right, lower + left, lower + right};
 }
 
-template <class T>
-__device__ __forceinline__ Corners load_corners(const T* plane, const CornerOffsets& at) {
+template <class T> __device__ __forceinline__ Corners load_corners(const T* plane, const CornerOffsets& at) {
   return {to_float(plane[at.a]), to_float(plane[at.b]), to_float(plane[at.c]), to_float(plane[at.d])};
 }
 
@@ -84,12 +85,18 @@ struct Window {
   Ramp y, x;
 };
 
-__device__ __forceinline__ Window window_at(const UpsamplingTask& task, int row, int column, const Range& rows, const Range& columns) {
-  return {rows.begin, columns.begin, rows.count(), columns.count(), ramp_of(task.y, row, rows), ramp_of(task.x, column, columns)};
+__device__ __forceinline__ Window window_at(const UpsamplingTask& task, int row, int column, const Range& rows,
+                                            const Range& columns) {
+  return {rows.begin,
+          columns.begin,
+          rows.count(),
+          columns.count(),
+          ramp_of(task.y, row, rows),
+          ramp_of(task.x, column, columns)};
 }
 
-// log2 of a window's factors: first, relative to a bound of the logits, across in the first row, down in the first column; and what each
-// further row adds to across.
+// log2 of a window's factors: first, relative to a bound of the logits, across in the first row, down in the first
+// column; and what each further row adds to across.
 struct Exponents {
   float first, across, down, mixed;
   __device__ __forceinline__ float across_at(int row) const { return fmaf(static_cast<float>(row), mixed, across); }
@@ -103,7 +110,8 @@ __device__ __forceinline__ Exponents exponents(const Corners& v, const Window& w
           dxy * (window.x.slope * window.y.slope * factor)};
 }
 
-// The sequence of one row: first * across^j. Short chains: a product of at most three factors from `first` on for 9 columns.
+// The sequence of one row: first * across^j. Short chains: a product of at most three factors from `first` on for 9
+// columns.
 template <int kColumns>
 __device__ __forceinline__ void geometric_row(float first, float across, float (&value)[kColumns]) {
   const float square = across * across, fourth = square * square;
@@ -118,9 +126,11 @@ struct Moments2 {
   float all, column, row, both;
 };
 
-// The same sums of weight[i][j] * 2^z(i, j). Pixels beyond the window have weight 0 and come first, so no power of them is ever formed.
+// The same sums of weight[i][j] * 2^z(i, j). Pixels beyond the window have weight 0 and come first, so no power of them
+// is ever formed.
 template <int kRows, int kColumns>
-__device__ __forceinline__ Moments2 geometric_moments(const Exponents& e, int rows, const float (&weight)[kRows][kColumns]) {
+__device__ __forceinline__ Moments2 geometric_moments(const Exponents& e, int rows,
+                                                      const float (&weight)[kRows][kColumns]) {
   const float down = exp2_fast(e.down);
   Moments2 sum{0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
@@ -152,9 +162,12 @@ __device__ __forceinline__ Corners to_corners(const Moments2& sum, const Window&
 }
 
 // z at one pixel of a window whose exponents are relative to 0.
-__device__ __forceinline__ float exponent_at(const Exponents& e, int column) { return fmaf(static_cast<float>(column), e.across, e.first); }
+__device__ __forceinline__ float exponent_at(const Exponents& e, int column) {
+  return fmaf(static_cast<float>(column), e.across, e.first);
+}
 
-// A sum over the block in float64 and in a fixed order; every thread gets it. `scratch`: kUpWarps doubles. Begins and ends with a barrier.
+// A sum over the block in float64 and in a fixed order; every thread gets it. `scratch`: kUpWarps doubles. Begins and
+// ends with a barrier.
 __device__ __forceinline__ double block_sum(double value, double* scratch) {
 #pragma unroll
   for (int lanes = 16; lanes; lanes >>= 1) value += __shfl_xor_sync(kAllLanes, value, lanes);
@@ -168,7 +181,9 @@ __device__ __forceinline__ double block_sum(double value, double* scratch) {
   return sum;
 }
 
-inline int64_t blocks_of(const UpsamplingTask& task, int64_t images) { return images * task.plan.strips * task.plan.tiles; }
+inline int64_t blocks_of(const UpsamplingTask& task, int64_t images) {
+  return images * task.plan.strips * task.plan.tiles;
+}
 
 // rows, columns: the window of pixels that a lane holds at once.
 inline UpsamplingTask make_task(const Upsampling& a, int rows, int columns, bool owns_nodes, int most_lanes) {

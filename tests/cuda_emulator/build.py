@@ -68,9 +68,16 @@ def _planted(path: Path, replace) -> str:
     text = path.read_text()
     for name, old, new in replace:
         if name == path.name:
-            assert old in text, f"{path}: {old!r} is not there; the planted bug must follow the code"
-            text = text.replace(old, new, 1)
+            found = _however_it_is_wrapped(old).search(text)
+            assert found, f"{path}: {old!r} is not there; the planted bug must follow the code"
+            text = text[: found.start()] + new + text[found.end() :]
     return text
+
+
+def _however_it_is_wrapped(code: str) -> re.Pattern:
+    """Finds the same tokens in whatever lines the formatter lays them."""
+    pattern = "".join(rf"\s*{re.escape(token)}" for token in re.findall(r"\w+|[^\w\s]", code))
+    return re.compile(pattern.removeprefix(r"\s*"))
 
 
 def _object(source: str, headers: Path, replace, flags: Sequence[str]) -> Path:

@@ -1,4 +1,5 @@
-// The index maps of csrc/cuda/contrast_plan.h for tests/test_cuda_contrast_plan.py. An ordinary C++ file: no CUDA, no emulator.
+// The index maps of csrc/cuda/contrast_plan.h for tests/test_cuda_contrast_plan.py. An ordinary C++ file: no CUDA, no
+// emulator.
 #include "prototype_contrastive_loss/contrast_plan.h"
 
 using namespace spcl::gpu;
@@ -24,18 +25,29 @@ SPCL_EXPORT void plan_warps(int64_t num_classes, int classes_of_warp, int64_t* o
 }
 
 namespace {
-template <int kBytes>
-void write(const ContrastShared& s, int64_t* out) {
-  const int64_t all[] = {s.stages, s.x_step, s.proto_at, s.weights_at, s.pixels_at, s.bytes, ContrastShape<kBytes>::kClasses};
+template <int kBytes> void write(const ContrastShared& s, int64_t* out) {
+  const int64_t all[] = {
+      s.stages, s.x_step, s.proto_at, s.weights_at, s.pixels_at, s.bytes, ContrastShape<kBytes>::kClasses};
   for (int i = 0; i < 7; ++i) out[i] = all[i];
 }
 
-template <int kBytes>
-void write_one_pass(int64_t classes, int64_t dim, int64_t* out) {
+template <int kBytes> void write_one_pass(int64_t classes, int64_t dim, int64_t* out) {
   const OnePassPlan plan = one_pass_plan<kBytes>(classes, dim);
   const ContrastShared& s = plan.shared;
-  const int64_t all[] = {plan.blocks, plan.chunks, s.stages, s.x_step, s.proto_at, s.proto_step, s.exchange_at, s.logits_at, s.weights_at, s.pixels_at,
-                         s.bytes, x_slot(s, plan.chunks - 1, 0), proto_slot(s, s.stages - 1), proto_slot(s, s.stages)};
+  const int64_t all[] = {plan.blocks,
+                         plan.chunks,
+                         s.stages,
+                         s.x_step,
+                         s.proto_at,
+                         s.proto_step,
+                         s.exchange_at,
+                         s.logits_at,
+                         s.weights_at,
+                         s.pixels_at,
+                         s.bytes,
+                         x_slot(s, plan.chunks - 1, 0),
+                         proto_slot(s, s.stages - 1),
+                         proto_slot(s, s.stages)};
   for (const int64_t value : all) *out++ = value;
   for (int rank = 0; rank < plan.blocks; ++rank) {
     const ContrastChannels c = channels_of_rank<kBytes>(plan, dim, rank);
@@ -45,19 +57,27 @@ void write_one_pass(int64_t classes, int64_t dim, int64_t* out) {
 }  // namespace
 
 SPCL_EXPORT void plan_shared(int bytes, int64_t classes, int64_t gradient_classes, int64_t* out) {
-  if (bytes == 4) write<4>(contrast_shared<4>(classes, gradient_classes), out);
-  else write<2>(contrast_shared<2>(classes, gradient_classes), out);
+  if (bytes == 4)
+    write<4>(contrast_shared<4>(classes, gradient_classes), out);
+  else
+    write<2>(contrast_shared<2>(classes, gradient_classes), out);
 }
 SPCL_EXPORT void plan_one_pass(int bytes, int64_t classes, int64_t dim, int64_t* out) {
-  if (bytes == 4) write_one_pass<4>(classes, dim, out);
-  else write_one_pass<2>(classes, dim, out);
+  if (bytes == 4)
+    write_one_pass<4>(classes, dim, out);
+  else
+    write_one_pass<2>(classes, dim, out);
 }
-SPCL_EXPORT int plan_pixel_of_word(int bytes, int word) { return bytes == 4 ? pixel_of_word<4>(word) : pixel_of_word<2>(word); }
+SPCL_EXPORT int plan_pixel_of_word(int bytes, int word) {
+  return bytes == 4 ? pixel_of_word<4>(word) : pixel_of_word<2>(word);
+}
 SPCL_EXPORT void plan_one_pass_count(int64_t pixels, int64_t* out) {
   const OnePassCount c = one_pass_count(pixels);
   out[0] = c.each, out[1] = c.blocks;
 }
 SPCL_EXPORT void plan_prototype_shared(int bytes, int forms_logits, int64_t* out) {
-  if (bytes == 4) write<4>(prototype_shared<4>(forms_logits), out);
-  else write<2>(prototype_shared<2>(forms_logits), out);
+  if (bytes == 4)
+    write<4>(prototype_shared<4>(forms_logits), out);
+  else
+    write<2>(prototype_shared<2>(forms_logits), out);
 }

@@ -91,8 +91,10 @@ void release(Barrier& b) { b.last_count = b.count, b.arrived = 0, b.count = 0, +
 int arrive(Barrier& b, bool predicate) {
   const unsigned generation = b.generation;
   ++b.arrived, b.count += predicate;
-  if (b.arrived == b.live) release(b);
-  else wait_for(b.generation, generation);
+  if (b.arrived == b.live)
+    release(b);
+  else
+    wait_for(b.generation, generation);
   return b.last_count;
 }
 
@@ -131,8 +133,8 @@ void on_fault(int, siginfo_t* info, void*) {
     consider(g, "a buffer");
     if (at >= g.mapping && at < g.mapping + g.mapped) bytes = g.bytes;
   }
-  snprintf(problem, sizeof(problem), "out of bounds: byte %ld of %s (%zu bytes), thread (%u, %u), block (%u, %u, %u)", nearest, what, bytes,
-           p.thread.x, p.thread.y, p.block.x, p.block.y, p.block.z);
+  snprintf(problem, sizeof(problem), "out of bounds: byte %ld of %s (%zu bytes), thread (%u, %u), block (%u, %u, %u)",
+           nearest, what, bytes, p.thread.x, p.thread.y, p.block.x, p.block.y, p.block.z);
   siglongjmp(way_out, 1);
 }
 
@@ -143,7 +145,7 @@ class Guard {
     static char* alternate = static_cast<char*>(malloc(64 << 10));
     const stack_t mine{alternate, 0, 64 << 10};
     sigaltstack(&mine, &stack_);
-    struct sigaction action {};
+    struct sigaction action{};
     action.sa_sigaction = on_fault;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
     sigaction(SIGSEGV, &action, &segv_);
@@ -178,8 +180,12 @@ void start(Launch& l, dim3 blocks, size_t first_block, unsigned threads, size_t 
     for (unsigned t = 0; t < threads; ++t) {
       Fiber& fiber = l.fibers[rank * threads + t];
       const size_t b = first_block + rank;
-      fiber.place = {dim3(t, 0, 0), dim3(b % blocks.x, b / blocks.x % blocks.y, b / blocks.x / blocks.y), dim3(threads), grid,
-                     static_cast<int>(t % kWarp), static_cast<int>(rank)};
+      fiber.place = {dim3(t, 0, 0),
+                     dim3(b % blocks.x, b / blocks.x % blocks.y, b / blocks.x / blocks.y),
+                     dim3(threads),
+                     grid,
+                     static_cast<int>(t % kWarp),
+                     static_cast<int>(rank)};
       fiber.block = &block, fiber.warp = &block.warps[t / kWarp];
       fiber.waits_for = nullptr, fiber.done = false, fiber.group = 0;
       fiber.copies.clear();
@@ -233,8 +239,10 @@ int barrier_count(bool predicate) { return arrive(now->block->barrier, predicate
 int shared_limit() { return limit; }
 
 void copy_async(void* to, const void* from, int bytes, int given) {
-  if ((bytes != 4 && bytes != 8 && bytes != 16) || given < 0 || given > bytes) fail("cp.async of %d bytes, %d given", bytes, given);
-  if (reinterpret_cast<uintptr_t>(to) % bytes || (given && reinterpret_cast<uintptr_t>(from) % bytes)) fail("cp.async is misaligned");
+  if ((bytes != 4 && bytes != 8 && bytes != 16) || given < 0 || given > bytes)
+    fail("cp.async of %d bytes, %d given", bytes, given);
+  if (reinterpret_cast<uintptr_t>(to) % bytes || (given && reinterpret_cast<uintptr_t>(from) % bytes))
+    fail("cp.async is misaligned");
   Copy copy{to, {}, bytes, now->group};
   if (given) memcpy(copy.data, from, given);
   memset(to, 0xff, bytes);
@@ -245,21 +253,27 @@ void copy_async_wait(int pending) {
   auto& copies = now->copies;
   size_t kept = 0;
   for (const Copy& copy : copies)
-    if (copy.group < now->group - pending) memcpy(copy.to, copy.data, copy.bytes);
-    else copies[kept++] = copy;
+    if (copy.group < now->group - pending)
+      memcpy(copy.to, copy.data, copy.bytes);
+    else
+      copies[kept++] = copy;
   copies.resize(kept);
 }
 
 const char* exchange(const char* kind, unsigned mask, const void* mine, int bytes) {
   if (mask != 0xffffffffu) fail("%s: only the full mask is allowed, got %08x", kind, mask);
   Warp& warp = *now->warp;
-  if (warp.arrived == 0) warp.kind = kind;
-  else if (strcmp(warp.kind, kind)) fail("lanes of one warp met in %s and in %s", warp.kind, kind);
+  if (warp.arrived == 0)
+    warp.kind = kind;
+  else if (strcmp(warp.kind, kind))
+    fail("lanes of one warp met in %s and in %s", warp.kind, kind);
   const unsigned generation = warp.generation;
   char* values = warp.values[generation & 1];
   if (bytes) memcpy(values + now->place.lane * kExchangeBytes, mine, bytes);
-  if (++warp.arrived == kWarp) warp.arrived = 0, ++warp.generation;
-  else wait_for(warp.generation, generation);
+  if (++warp.arrived == kWarp)
+    warp.arrived = 0, ++warp.generation;
+  else
+    wait_for(warp.generation, generation);
   return values;
 }
 
@@ -273,7 +287,8 @@ void fail(const char* format, ...) {
 
 const char* run(Body body, void* argument, dim3 blocks, unsigned threads, unsigned cluster, size_t shared_bytes) {
   const size_t count = static_cast<size_t>(blocks.x) * blocks.y * blocks.z;
-  if (threads % kWarp || threads == 0 || threads > 1024) return "a block must have a multiple of 32 threads, at most 1024";
+  if (threads % kWarp || threads == 0 || threads > 1024)
+    return "a block must have a multiple of 32 threads, at most 1024";
   if (count == 0 || blocks.y > 65535 || blocks.z > 65535) return "invalid configuration argument: the grid";
   if (shared_bytes > static_cast<size_t>(limit)) return "more shared memory than a block may have";
   if (cluster == 0 || blocks.x % cluster) return "the grid is not a multiple of the cluster";
@@ -309,9 +324,11 @@ const char* run(Body body, void* argument, dim3 blocks, unsigned threads, unsign
 #pragma GCC visibility push(default)
 extern "C" {
 
-// 0 forward, 1 reverse, 2 random with this seed: of the blocks, and of the threads of a block. 3: forward, and of the blocks of a cluster
-// each goes as far as it can alone.
-void emulator_order(int kind, unsigned seed) { emulator::order = static_cast<emulator::Order>(kind), emulator::order_seed = seed; }
+// 0 forward, 1 reverse, 2 random with this seed: of the blocks, and of the threads of a block. 3: forward, and of the
+// blocks of a cluster each goes as far as it can alone.
+void emulator_order(int kind, unsigned seed) {
+  emulator::order = static_cast<emulator::Order>(kind), emulator::order_seed = seed;
+}
 
 void emulator_shared_limit(int bytes) { emulator::limit = bytes; }
 
@@ -326,7 +343,8 @@ void emulator_free(void* data) {
   const auto found = emulator::buffers.find(data);
   if (found == emulator::buffers.end()) return;
   if (!emulator::untouched_around(found->second))
-    snprintf(emulator::damage, sizeof(emulator::damage), "a buffer of %zu bytes was written beyond its end", found->second.bytes);
+    snprintf(emulator::damage, sizeof(emulator::damage), "a buffer of %zu bytes was written beyond its end",
+             found->second.bytes);
   munmap(found->second.mapping, found->second.mapped);
   emulator::buffers.erase(found);
 }

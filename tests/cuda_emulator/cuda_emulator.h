@@ -1,13 +1,17 @@
-// CUDA on one CPU thread, for tests: the kernels of csrc/cuda compiled by an ordinary C++ compiler and run with the semantics of a block.
+// CUDA on one CPU thread, for tests: the kernels of csrc/cuda compiled by an ordinary C++ compiler and run with the
+// semantics of a block.
 //
-// Every thread of a block is a fiber. A fiber runs until it waits (__syncthreads, a warp collective) or ends, in an order that the test picks
-// (emulator_order): a missing barrier shows as other bits in another order. Beyond that it finds
-//   * reads and writes out of bounds: shared memory, stacks and every buffer made here lie between guards that may not be touched;
+// Every thread of a block is a fiber. A fiber runs until it waits (__syncthreads, a warp collective) or ends, in an
+// order that the test picks (emulator_order): a missing barrier shows as other bits in another order. Beyond that it
+// finds
+//   * reads and writes out of bounds: shared memory, stacks and every buffer made here lie between guards that may not
+//   be touched;
 //   * what was never written: shared memory and buffers start as 0xff bytes, which is NaN in every float type;
 //   * a missing wait: a cp.async leaves 0xff until it is waited for;
 //   * a read of a cluster's block that has ended: its shared memory may not be touched any more;
 //   * a barrier or a collective that not all threads reach: "deadlock", instead of a hang.
-// Collectives take the full mask only, blocks are multiples of 32 threads, and shared memory is dynamic (shared_memory<T>() of launch.h).
+// Collectives take the full mask only, blocks are multiples of 32 threads, and shared memory is dynamic
+// (shared_memory<T>() of launch.h).
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -29,12 +33,12 @@
 
 // ---- vector types -----------------------------------------------------------------------------------------------
 
-#define EMULATOR_VECTORS(T, NAME, ALIGN)                                                      \
-  struct __align__(2 * sizeof(T)) NAME##2 { T x, y; };                                        \
-  struct NAME##3 { T x, y, z; };                                                              \
-  struct __align__(ALIGN) NAME##4 { T x, y, z, w; };                                          \
-  inline NAME##2 make_##NAME##2(T x, T y) { return {x, y}; }                                  \
-  inline NAME##3 make_##NAME##3(T x, T y, T z) { return {x, y, z}; }                          \
+#define EMULATOR_VECTORS(T, NAME, ALIGN)                             \
+  struct __align__(2 * sizeof(T)) NAME##2 { T x, y; };               \
+  struct NAME##3 { T x, y, z; };                                     \
+  struct __align__(ALIGN) NAME##4 { T x, y, z, w; };                 \
+  inline NAME##2 make_##NAME##2(T x, T y) { return {x, y}; }         \
+  inline NAME##3 make_##NAME##3(T x, T y, T z) { return {x, y, z}; } \
   inline NAME##4 make_##NAME##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 
 EMULATOR_VECTORS(float, float, 16)
@@ -55,13 +59,29 @@ struct dim3 {
 
 // ---- half floats ------------------------------------------------------------------------------------------------
 
-struct __half { unsigned short bits; };
-struct __align__(4) __half2 { __half x, y; };
-struct __nv_bfloat16 { unsigned short bits; };
-struct __align__(4) __nv_bfloat162 { __nv_bfloat16 x, y; };
+struct __half {
+  unsigned short bits;
+};
+struct __align__(4) __half2 {
+  __half x, y;
+};
+struct __nv_bfloat16 {
+  unsigned short bits;
+};
+struct __align__(4) __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
 
-inline float __uint_as_float(unsigned u) { float f; memcpy(&f, &u, 4); return f; }
-inline unsigned __float_as_uint(float f) { unsigned u; memcpy(&u, &f, 4); return u; }
+inline float __uint_as_float(unsigned u) {
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+inline unsigned __float_as_uint(float f) {
+  unsigned u;
+  memcpy(&u, &f, 4);
+  return u;
+}
 inline float __int_as_float(int i) { return __uint_as_float(static_cast<unsigned>(i)); }
 inline int __float_as_int(float f) { return static_cast<int>(__float_as_uint(f)); }
 
@@ -72,13 +92,24 @@ inline __nv_bfloat16 __float2bfloat16_rn(float f) {
   return {static_cast<unsigned short>((u + 0x7fffu + ((u >> 16) & 1)) >> 16)};
 }
 inline __nv_bfloat16 __float2bfloat16(float f) { return __float2bfloat16_rn(f); }
-inline float __half2float(__half v) { _Float16 h; memcpy(&h, &v, 2); return static_cast<float>(h); }
-inline __half __float2half_rn(float f) { const _Float16 h = static_cast<_Float16>(f); __half v; memcpy(&v, &h, 2); return v; }
+inline float __half2float(__half v) {
+  _Float16 h;
+  memcpy(&h, &v, 2);
+  return static_cast<float>(h);
+}
+inline __half __float2half_rn(float f) {
+  const _Float16 h = static_cast<_Float16>(f);
+  __half v;
+  memcpy(&v, &h, 2);
+  return v;
+}
 inline __half __float2half(float f) { return __float2half_rn(f); }
 inline float2 __half22float2(__half2 v) { return {__half2float(v.x), __half2float(v.y)}; }
 inline float2 __bfloat1622float2(__nv_bfloat162 v) { return {__bfloat162float(v.x), __bfloat162float(v.y)}; }
 inline __half2 __floats2half2_rn(float a, float b) { return {__float2half_rn(a), __float2half_rn(b)}; }
-inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) { return {__float2bfloat16_rn(a), __float2bfloat16_rn(b)}; }
+inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) {
+  return {__float2bfloat16_rn(a), __float2bfloat16_rn(b)};
+}
 inline __half2 __float22half2_rn(float2 v) { return __floats2half2_rn(v.x, v.y); }
 inline __nv_bfloat162 __float22bfloat162_rn(float2 v) { return __floats2bfloat162_rn(v.x, v.y); }
 inline __half __ushort_as_half(unsigned short v) { return {v}; }
@@ -95,8 +126,14 @@ inline float __logf(float x) { return logf(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float __fsqrt_rn(float x) { return sqrtf(x); }
-inline float __fmul_rn(float a, float b) { volatile float c = a * b; return c; }
-inline float __fadd_rn(float a, float b) { volatile float c = a + b; return c; }
+inline float __fmul_rn(float a, float b) {
+  volatile float c = a * b;
+  return c;
+}
+inline float __fadd_rn(float a, float b) {
+  volatile float c = a + b;
+  return c;
+}
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __saturatef(float x) { return x > 0 ? (x < 1 ? x : 1) : 0; }
@@ -123,11 +160,31 @@ template <class T> inline T atomicAdd(T* p, T v) {
   *p = old + v;
   return old;
 }
-template <class T> inline T atomicMax(T* p, T v) { const T old = *p; *p = old < v ? v : old; return old; }
-template <class T> inline T atomicMin(T* p, T v) { const T old = *p; *p = v < old ? v : old; return old; }
-template <class T> inline T atomicOr(T* p, T v) { const T old = *p; *p = old | v; return old; }
-template <class T> inline T atomicExch(T* p, T v) { const T old = *p; *p = v; return old; }
-template <class T> inline T atomicCAS(T* p, T compare, T v) { const T old = *p; if (old == compare) *p = v; return old; }
+template <class T> inline T atomicMax(T* p, T v) {
+  const T old = *p;
+  *p = old < v ? v : old;
+  return old;
+}
+template <class T> inline T atomicMin(T* p, T v) {
+  const T old = *p;
+  *p = v < old ? v : old;
+  return old;
+}
+template <class T> inline T atomicOr(T* p, T v) {
+  const T old = *p;
+  *p = old | v;
+  return old;
+}
+template <class T> inline T atomicExch(T* p, T v) {
+  const T old = *p;
+  *p = v;
+  return old;
+}
+template <class T> inline T atomicCAS(T* p, T compare, T v) {
+  const T old = *p;
+  if (old == compare) *p = v;
+  return old;
+}
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
@@ -144,20 +201,21 @@ struct Place {
 };
 const Place& here();
 
-char* shared();                         // of this block
-char* shared_of(int rank);              // of another block of the cluster
-void barrier();                         // all threads of the block
-void cluster_barrier();                 // all threads of the cluster
-int barrier_count(bool predicate);      // the same, and how many predicates are true
-void copy_async(void* to, const void* from, int bytes, int given);  // lands when waited for; bytes beyond `given` become 0
+char* shared();                     // of this block
+char* shared_of(int rank);          // of another block of the cluster
+void barrier();                     // all threads of the block
+void cluster_barrier();             // all threads of the cluster
+int barrier_count(bool predicate);  // the same, and how many predicates are true
+void copy_async(void* to, const void* from, int bytes,
+                int given);  // lands when waited for; bytes beyond `given` become 0
 void copy_async_commit();
 void copy_async_wait(int pending);
-// Every lane gives `bytes` (at most kExchangeBytes) and finds what lane i gave at i * kExchangeBytes. `kind`: all lanes must name the same.
+// Every lane gives `bytes` (at most kExchangeBytes) and finds what lane i gave at i * kExchangeBytes. `kind`: all lanes
+// must name the same.
 const char* exchange(const char* kind, unsigned mask, const void* mine, int bytes);
 [[noreturn]] void fail(const char* format, ...);
 
-template <class T>
-inline T from_lane(const char* all, int lane) {
+template <class T> inline T from_lane(const char* all, int lane) {
   T value;
   memcpy(&value, all + (lane & 31) * kExchangeBytes, sizeof(T));
   return value;
@@ -169,7 +227,8 @@ const char* run(Body body, void* argument, dim3 blocks, unsigned threads, unsign
 int shared_limit();  // bytes a block may have
 
 template <class... P, class... A>
-const char* launch(void (*kernel)(P...), dim3 blocks, unsigned threads, unsigned cluster, size_t shared_bytes, A&&... given) {
+const char* launch(void (*kernel)(P...), dim3 blocks, unsigned threads, unsigned cluster, size_t shared_bytes,
+                   A&&... given) {
   std::tuple<void (*)(P...), std::tuple<P...>> call{kernel, std::tuple<P...>(std::forward<A>(given)...)};
   auto body = [](void* argument) {
     auto& [function, arguments] = *static_cast<decltype(call)*>(argument);
@@ -198,11 +257,13 @@ template <class T> inline T __shfl_sync(unsigned mask, T value, int lane, int wi
 }
 template <class T> inline T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32) {
   const int mine = emulator::here().lane, from = mine ^ lanes;
-  return emulator::from_lane<T>(emulator::exchange("shfl_xor", mask, &value, sizeof(T)), from / width == mine / width ? from : mine);
+  return emulator::from_lane<T>(emulator::exchange("shfl_xor", mask, &value, sizeof(T)),
+                                from / width == mine / width ? from : mine);
 }
 template <class T> inline T __shfl_down_sync(unsigned mask, T value, int lanes, int width = 32) {
   const int mine = emulator::here().lane, from = mine + lanes;
-  return emulator::from_lane<T>(emulator::exchange("shfl_down", mask, &value, sizeof(T)), from / width == mine / width ? from : mine);
+  return emulator::from_lane<T>(emulator::exchange("shfl_down", mask, &value, sizeof(T)),
+                                from / width == mine / width ? from : mine);
 }
 template <class T> inline T __shfl_up_sync(unsigned mask, T value, int lanes, int width = 32) {
   const int mine = emulator::here().lane, from = mine - lanes;
@@ -223,15 +284,15 @@ template <class T> inline unsigned __match_any_sync(unsigned mask, T value) {
   for (int lane = 0; lane < 32; ++lane) bits |= (emulator::from_lane<T>(all, lane) == value ? 1u : 0u) << lane;
   return bits;
 }
-#define EMULATOR_REDUCE(NAME, T, EXPRESSION)                                           \
-  inline T NAME(unsigned mask, T value) {                                              \
-    const char* all = emulator::exchange(#NAME, mask, &value, sizeof(T));              \
-    T a = emulator::from_lane<T>(all, 0);                                              \
-    for (int lane = 1; lane < 32; ++lane) {                                            \
-      const T b = emulator::from_lane<T>(all, lane);                                   \
-      a = EXPRESSION;                                                                  \
-    }                                                                                  \
-    return a;                                                                          \
+#define EMULATOR_REDUCE(NAME, T, EXPRESSION)                              \
+  inline T NAME(unsigned mask, T value) {                                 \
+    const char* all = emulator::exchange(#NAME, mask, &value, sizeof(T)); \
+    T a = emulator::from_lane<T>(all, 0);                                 \
+    for (int lane = 1; lane < 32; ++lane) {                               \
+      const T b = emulator::from_lane<T>(all, lane);                      \
+      a = EXPRESSION;                                                     \
+    }                                                                     \
+    return a;                                                             \
   }
 EMULATOR_REDUCE(__reduce_add_sync, int, a + b)
 EMULATOR_REDUCE(__reduce_add_sync, unsigned, a + b)
@@ -240,4 +301,4 @@ EMULATOR_REDUCE(__reduce_min_sync, int, min(a, b))
 EMULATOR_REDUCE(__reduce_max_sync, unsigned, max(a, b))
 EMULATOR_REDUCE(__reduce_min_sync, unsigned, min(a, b))
 EMULATOR_REDUCE(__reduce_or_sync, unsigned, a | b)
-EMULATOR_REDUCE(__reduce_and_sync, unsigned, a & b)
+EMULATOR_REDUCE(__reduce_and_sync, unsigned, a& b)

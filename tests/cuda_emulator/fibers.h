@@ -8,13 +8,16 @@
 namespace emulator {
 namespace {
 
-// A guard is only address space: it is wide, so that a wild index lands in it and not in the memory of the test's own process.
+// A guard is only address space: it is wide, so that a wild index lands in it and not in the memory of the test's own
+// process.
 constexpr size_t kStackBytes = 64 << 10, kPage = 4096, kGuard = 64 << 20;
 
 // ---- switching stacks -------------------------------------------------------------------------------------------
 
 #if defined(__x86_64__)
-struct Context { void* stack_pointer = nullptr; };
+struct Context {
+  void* stack_pointer = nullptr;
+};
 
 asm(R"(
 .text
@@ -47,7 +50,9 @@ void prepare(Context& context, char* stack, void (*entry)()) {
 }
 void switch_to(Context& from, Context& to) { emulator_switch(&from, &to); }
 #else
-struct Context { ucontext_t state; };
+struct Context {
+  ucontext_t state;
+};
 
 void prepare(Context& context, char* stack, void (*entry)()) {
   getcontext(&context.state);
@@ -77,7 +82,8 @@ char* fenced(size_t inside, size_t guard) {
   return data;
 }
 
-// `bytes` that end (but for what `alignment` needs) at memory which may not be touched; such memory before, too. All 0xff.
+// `bytes` that end (but for what `alignment` needs) at memory which may not be touched; such memory before, too. All
+// 0xff.
 Guarded guarded(size_t bytes, size_t alignment) {
   Guarded g;
   const size_t inside = to_pages(bytes + alignment);

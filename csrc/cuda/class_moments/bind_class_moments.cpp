@@ -10,7 +10,8 @@ struct Problem {
   Moments a{};
   Tensor floats, counts;  // what the kernels leave to each other
 
-  Problem(const Tensor& features, const Tensor& labels, const Tensor& flag, int64_t num_classes, bool normalize, bool squares, int64_t ignore_index)
+  Problem(const Tensor& features, const Tensor& labels, const Tensor& flag, int64_t num_classes, bool normalize,
+          bool squares, int64_t ignore_index)
       : a(described(features, labels, flag, num_classes, normalize, ignore_index)),
         floats(empty_floats(features, {a.plan.sums_floats * (squares ? 2 : 1) + a.plan.norms_floats})),
         counts(empty(features, {a.plan.counts_ints}, ScalarType::Int)) {
@@ -21,8 +22,8 @@ struct Problem {
     a.partial_counts = data_of<int>(counts);
   }
 
-  static Moments described(const Tensor& features, const Tensor& labels, const Tensor& flag, int64_t num_classes, bool normalize,
-                           int64_t ignore_index) {
+  static Moments described(const Tensor& features, const Tensor& labels, const Tensor& flag, int64_t num_classes,
+                           bool normalize, int64_t ignore_index) {
     Moments a{};
     a.x = as_features(features);
     a.labels = as_labels(labels, a.x.height, a.x.width, ignore_index, num_classes, flag);
@@ -32,8 +33,8 @@ struct Problem {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> class_moments_(Tensor features, Tensor labels, Tensor flag, int64_t num_classes, bool normalize, bool squares,
-                                                  int64_t ignore_index) {
+std::tuple<Tensor, Tensor, Tensor> class_moments_(Tensor features, Tensor labels, Tensor flag, int64_t num_classes,
+                                                  bool normalize, bool squares, int64_t ignore_index) {
   const OnDevice device(features);
   Problem problem(features, labels, flag, num_classes, normalize, squares, ignore_index);
   Moments& a = problem.a;
@@ -45,12 +46,14 @@ std::tuple<Tensor, Tensor, Tensor> class_moments_(Tensor features, Tensor labels
   return {sums, counts, square_sums};
 }
 
-void move_prototypes_(Tensor prototypes, Tensor features, Tensor labels, Tensor flag, double keep, int64_t min_pixels, bool decay_absent,
-                      bool normalize, int64_t ignore_index) {
+void move_prototypes_(Tensor prototypes, Tensor features, Tensor labels, Tensor flag, double keep, int64_t min_pixels,
+                      bool decay_absent, bool normalize, int64_t ignore_index) {
   const OnDevice device(features);
   const Problem problem(features, labels, flag, prototypes.size(0), normalize, false, ignore_index);
-  STD_TORCH_CHECK(prototypes.size(1) == problem.a.x.dim, "spcl_fast cuda backend: prototypes must be [K, ", problem.a.x.dim, "]");
-  const PrototypeMove move{const_cast<float*>(as_floats(prototypes)), static_cast<float>(keep), min_pixels, decay_absent};
+  STD_TORCH_CHECK(prototypes.size(1) == problem.a.x.dim, "spcl_fast cuda backend: prototypes must be [K, ",
+                  problem.a.x.dim, "]");
+  const PrototypeMove move{const_cast<float*>(as_floats(prototypes)), static_cast<float>(keep), min_pixels,
+                           decay_absent};
   check(move_prototypes(problem.a, move, device.stream()), "move_prototypes");
 }
 
@@ -59,10 +62,12 @@ void move_prototypes_(Tensor prototypes, Tensor features, Tensor labels, Tensor 
 
 SPCL_OPS(m) {
   m.def(
-      "class_moments(Tensor features, Tensor labels, Tensor(a!) flag, int num_classes, bool normalize, bool squares, int ignore_index) "
+      "class_moments(Tensor features, Tensor labels, Tensor(a!) flag, int num_classes, bool normalize, bool squares, "
+      "int ignore_index) "
       "-> (Tensor sums, Tensor counts, Tensor squares)");
   m.def(
-      "move_prototypes(Tensor(a!) prototypes, Tensor features, Tensor labels, Tensor(b!) flag, float keep, int min_pixels, bool decay_absent, "
+      "move_prototypes(Tensor(a!) prototypes, Tensor features, Tensor labels, Tensor(b!) flag, float keep, int "
+      "min_pixels, bool decay_absent, "
       "bool normalize, int ignore_index) -> ()");
 }
 

@@ -14,10 +14,13 @@ Status launch_ranges(const Moments& a, Stream stream) {
     using T = decltype(type);
     if (a.normalize && !a.plan.own_norms) {
       const unsigned blocks = static_cast<unsigned>(ceil_div(a.x.batch * a.x.height * a.x.width, 32));
-      if (Status wrong = launch(norms_kernel<T>, Grid{blocks, kNormThreads, kNormThreads * sizeof(float)}, stream, a.x, a.norms)) return wrong;
+      if (Status wrong =
+              launch(norms_kernel<T>, Grid{blocks, kNormThreads, kNormThreads * sizeof(float)}, stream, a.x, a.norms))
+        return wrong;
     }
     const size_t shared = moments_memory(a.plan, sizeof(T), a.num_classes).bytes;
-    const Grid grid{static_cast<unsigned>(a.plan.ranges * a.plan.slices), static_cast<unsigned>(a.plan.threads), shared};
+    const Grid grid{static_cast<unsigned>(a.plan.ranges * a.plan.slices), static_cast<unsigned>(a.plan.threads),
+                    shared};
     return launch(a.squares ? moments_kernel<T, true> : moments_kernel<T, false>, grid, stream, a);
   });
 }
@@ -40,7 +43,8 @@ __global__ void __launch_bounds__(kTotalWarps * 32) moments_total_kernel(const _
 
 Status class_moments(const Moments& a, Stream stream) {
   if (Status wrong = launch_ranges(a, stream)) return wrong;
-  return launch(moments_total_kernel, Grid{total_blocks(a), kTotalWarps * 32, kTotalWarps * 32 * sizeof(double)}, stream, a);
+  return launch(moments_total_kernel, Grid{total_blocks(a), kTotalWarps * 32, kTotalWarps * 32 * sizeof(double)},
+                stream, a);
 }
 
 }  // namespace spcl::gpu

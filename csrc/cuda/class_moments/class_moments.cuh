@@ -1,17 +1,17 @@
 // class_moments, one range of tiles per block: the label walk.
 //
-// A tile is [slice of channels][M pixels] in shared memory. A thread owns channels and walks the pixels of its own rows with the sums in
-// registers; all threads of a block meet the same labels at the same time, so a change of class (flush to the block's own partial sums)
-// diverges nobody. A warp loads only rows that it walks itself: the next tile's loads start as soon as the warp has walked this one's.
-// No one-hot matrix, no float atomics, no sort; the cost does not grow with K. Reads the features once where the block forms the norms.
+// A tile is [slice of channels][M pixels] in shared memory. A thread owns channels and walks the pixels of its own rows
+// with the sums in registers; all threads of a block meet the same labels at the same time, so a change of class (flush
+// to the block's own partial sums) diverges nobody. A warp loads only rows that it walks itself: the next tile's loads
+// start as soon as the warp has walked this one's. No one-hot matrix, no float atomics, no sort; the cost does not grow
+// with K. Reads the features once where the block forms the norms.
 #pragma once
-#include "class_moments.h"
 #include "../pixels.cuh"
+#include "class_moments.h"
 
 namespace spcl::gpu {
 
-template <class T>
-struct MomentsBlock {
+template <class T> struct MomentsBlock {
   static constexpr int kUnit = kUnitBytes / sizeof(T);  // pixels of a unit
   const Moments& a;
   const MomentsMemory m;
@@ -24,9 +24,13 @@ struct MomentsBlock {
   const int warp, lane;
 
   __device__ __forceinline__ MomentsBlock(const Moments& args)
-      : a(args), m(moments_memory(args.plan, sizeof(T), args.num_classes)), range(range_of_block(args.plan, blockIdx.x)),
+      : a(args),
+        m(moments_memory(args.plan, sizeof(T), args.num_classes)),
+        range(range_of_block(args.plan, blockIdx.x)),
         d0(blockIdx.x % args.plan.slices * args.plan.slice),
-        channels(static_cast<int>(min(args.plan.slice, args.x.dim - d0))), warp(threadIdx.x / 32), lane(threadIdx.x % 32) {
+        channels(static_cast<int>(min(args.plan.slice, args.x.dim - d0))),
+        warp(threadIdx.x / 32),
+        lane(threadIdx.x % 32) {
     rows = shared_memory<unsigned char>();
     inv = reinterpret_cast<float*>(rows + m.inv);
     squares = reinterpret_cast<float*>(rows + m.squares);
@@ -43,7 +47,8 @@ struct MomentsBlock {
   // ---- loading: what this warp walks --------------------------------------------------------------------------
 
   __device__ __forceinline__ const T* pixel_data(const TilePlace& t, int p) const {
-    const int64_t at = is_flat(a.x) ? t.image * a.x.stride_b + (t.first + p) * a.x.stride_w : pixel_offset(a.x, t.image, t.first + p);
+    const int64_t at =
+        is_flat(a.x) ? t.image * a.x.stride_b + (t.first + p) * a.x.stride_w : pixel_offset(a.x, t.image, t.first + p);
     return static_cast<const T*>(a.x.data) + at + d0 * a.x.stride_d;
   }
 
@@ -65,7 +70,8 @@ struct MomentsBlock {
       }
   }
 
-  // to(i) <- from(i) for i < count: 4-byte ones by cp.async, 2-byte ones (which it cannot) through registers, kBatch on their way at once.
+  // to(i) <- from(i) for i < count: 4-byte ones by cp.async, 2-byte ones (which it cannot) through registers, kBatch on
+  // their way at once.
   template <class To, class From>
   __device__ __forceinline__ void copy(int count, const To& to, const From& from) const {
     if constexpr (sizeof(T) == 4) {
@@ -103,14 +109,18 @@ struct MomentsBlock {
     const T* data = pixel_data(t, 0);
     for (int own = 0; own < kThreadChannels; ++own) {
       const int d = first_row(own) + lane;
-      if (d < channels) copy(t.pixels, [&](int p) { return row(d) + p; }, [&](int p) { return data + p * a.x.stride_w + d; });
+      if (d < channels)
+        copy(t.pixels, [&](int p) { return row(d) + p; }, [&](int p) { return data + p * a.x.stride_w + d; });
     }
   }
 
   __device__ __forceinline__ void load(const TilePlace& t) const {
-    if (aligned()) load_units(t);
-    else if (a.x.stride_d == 1 && a.x.stride_w != 1 && is_flat(a.x)) load_channels(t);
-    else load_pixels(t);
+    if (aligned())
+      load_units(t);
+    else if (a.x.stride_d == 1 && a.x.stride_w != 1 && is_flat(a.x))
+      load_channels(t);
+    else
+      load_pixels(t);
     copy_async_commit();
   }
 
@@ -167,8 +177,7 @@ struct MomentsBlock {
 };
 
 // The sums that a thread carries along the walk.
-template <class T, bool kSquares>
-struct MomentsWalk {
+template <class T, bool kSquares> struct MomentsWalk {
   static constexpr int kUnit = MomentsBlock<T>::kUnit;
   const MomentsBlock<T>& block;
   float sum[kThreadChannels], square[kSquares ? kThreadChannels : 1];
@@ -229,8 +238,10 @@ struct MomentsWalk {
     for (int u = 0; u < block.m.units; ++u) {
       const int code = codes[u], p = u * kUnit;
       if (code == kEmptyUnit) continue;
-      if (code != kMixedUnit) walk_unit(code, p);
-      else for (int i = 0; i < kUnit; ++i) walk_pixel(cls[p + i], p + i);
+      if (code != kMixedUnit)
+        walk_unit(code, p);
+      else
+        for (int i = 0; i < kUnit; ++i) walk_pixel(cls[p + i], p + i);
     }
     if (held >= kMostHeld) flush();
   }
@@ -268,8 +279,7 @@ struct MomentsWalk {
 };
 
 // What a block finds in its memory: nothing met, nothing counted.
-template <class T>
-__device__ __forceinline__ void clear_block(const MomentsBlock<T>& b) {
+template <class T> __device__ __forceinline__ void clear_block(const MomentsBlock<T>& b) {
   const int thread = threadIdx.x, threads = blockDim.x;
   for (int i = b.lane; i < b.m.mark_words; i += 32) b.marks[i] = 0;
   if (b.m.mark_words || b.d0 == 0)  // counts in global memory belong to the range's first slice alone
@@ -314,7 +324,8 @@ __global__ void __launch_bounds__(kMostThreads, 1) moments_kernel(const __grid_c
     if (any && thread < pixels) b.inv[thread] = b.inverse_norm_of(tile, thread);
     if (thread < pixels) b.classes[(half ^ 1) * pixels + thread] = mine;
     const bool more = __syncthreads_or(mine >= 0);
-    if (thread < b.m.units) b.codes[(half ^ 1) * b.m.units + thread] = unit_code(b.classes + (half ^ 1) * pixels + thread * b.kUnit, b.kUnit);
+    if (thread < b.m.units)
+      b.codes[(half ^ 1) * b.m.units + thread] = unit_code(b.classes + (half ^ 1) * pixels + thread * b.kUnit, b.kUnit);
     if (any) {
       if (b.warp == 0 && b.d0 == 0) b.count(classes);
       sums.walk(classes, codes);
@@ -326,16 +337,17 @@ __global__ void __launch_bounds__(kMostThreads, 1) moments_kernel(const __grid_c
   sums.flush();
   __syncthreads();
   if (b.m.mark_words && b.d0 == 0)
-    for (int k = thread; k < a.num_classes; k += blockDim.x) a.partial_counts[b.range * a.num_classes + k] = b.counts[k];
+    for (int k = thread; k < a.num_classes; k += blockDim.x)
+      a.partial_counts[b.range * a.num_classes + k] = b.counts[k];
 }
 
 // ---- the norms as a pass of their own, and the end --------------------------------------------------------------
 
 constexpr int kNormThreads = 256;
 
-// norms [B * P]: 1 / |x|. A block takes 32 pixels, its warps every eighth channel; where channels are neighbours, a warp takes a pixel.
-template <class T>
-__global__ void __launch_bounds__(kNormThreads) norms_kernel(const Features x, float* norms) {
+// norms [B * P]: 1 / |x|. A block takes 32 pixels, its warps every eighth channel; where channels are neighbours, a
+// warp takes a pixel.
+template <class T> __global__ void __launch_bounds__(kNormThreads) norms_kernel(const Features x, float* norms) {
   float* partial = shared_memory<float>();  // [warps][32]
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = kNormThreads / 32;
   const int64_t pixels = x.height * x.width, first = static_cast<int64_t>(blockIdx.x) * 32, total = x.batch * pixels;

@@ -1,19 +1,25 @@
-// class_moments: how the pixels and channels are cut, and where things lie. Plain arithmetic, for the host, the device and the tests.
+// class_moments: how the pixels and channels are cut, and where things lie. Plain arithmetic, for the host, the device
+// and the tests.
 #pragma once
 #include "../kernels.h"
 #include "../sizes.h"
 
 namespace spcl::gpu {
 
-constexpr int kThreadChannels = 4;      // channels that a thread walks at once
+constexpr int kThreadChannels = 4;  // channels that a thread walks at once
 constexpr int kMostThreads = 512;
-constexpr int64_t kMarkedClasses = 2048;  // up to here a block notes in shared memory which classes it has met, and counts them there
-constexpr int kUnitBytes = 16;          // pixels of one channel are walked 16 bytes at a time
-constexpr int64_t kBlocks = 132;        // aimed at, times the blocks that fit a multiprocessor: a constant, so the bits depend on no GPU's size
-constexpr int64_t kEnoughRanges = 64;   // with fewer, blocks take slices of the channels and the norms are a pass of their own
-constexpr int64_t kMostHeld = 256;      // pixels added up in a register before they go to the partial sum: short chains lose less
+constexpr int64_t kMarkedClasses =
+    2048;  // up to here a block notes in shared memory which classes it has met, and counts them there
+constexpr int kUnitBytes = 16;  // pixels of one channel are walked 16 bytes at a time
+constexpr int64_t kBlocks =
+    132;  // aimed at, times the blocks that fit a multiprocessor: a constant, so the bits depend on no GPU's size
+constexpr int64_t kEnoughRanges =
+    64;  // with fewer, blocks take slices of the channels and the norms are a pass of their own
+constexpr int64_t kMostHeld =
+    256;  // pixels added up in a register before they go to the partial sum: short chains lose less
 
-// Shared memory of a block: rows [slice][row_bytes], then inv [M], classes [2][M], codes [2][units], squares [warps][M], marks, counts.
+// Shared memory of a block: rows [slice][row_bytes], then inv [M], classes [2][M], codes [2][units], squares
+// [warps][M], marks, counts.
 struct MomentsMemory {
   int row_bytes, units;
   int inv, classes, codes, squares, marks, counts, bytes;
@@ -40,7 +46,8 @@ SPCL_BOTH MomentsMemory moments_memory(const MomentsPlan& plan, int type_bytes, 
 SPCL_BOTH void cut_channels(MomentsPlan& plan, const Features& x, int type_bytes, int64_t slice) {
   plan.slice = slice;
   plan.slices = ceil_div(x.dim, slice);
-  plan.threads = static_cast<int>(between(ceil_div(ceil_div(slice, kThreadChannels), 32) * 32, slice <= 64 ? 64 : 128, kMostThreads));
+  plan.threads = static_cast<int>(
+      between(ceil_div(ceil_div(slice, kThreadChannels), 32) * 32, slice <= 64 ? 64 : 128, kMostThreads));
   plan.tile_pixels = (slice > 1024 ? 64 : 128) / type_bytes;
   plan.tiles_per_image = ceil_div(x.height * x.width, plan.tile_pixels);
   plan.tiles = plan.tiles_per_image * x.batch;
@@ -76,7 +83,9 @@ SPCL_BOTH MomentsPlan moments_plan(const Features& x, int64_t num_classes, bool 
 }
 
 // The last range first: whoever reads the features from the front next finds the front in the L2 cache.
-SPCL_BOTH int64_t range_of_block(const MomentsPlan& plan, int64_t block) { return plan.ranges - 1 - block / plan.slices; }
+SPCL_BOTH int64_t range_of_block(const MomentsPlan& plan, int64_t block) {
+  return plan.ranges - 1 - block / plan.slices;
+}
 
 // ---- the label walk ---------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 // The end of class_moments and of what is built on it: the partial sums of the ranges, added in a fixed order.
 #pragma once
-#include "class_moments.h"
 #include "../launch.h"
+#include "class_moments.h"
 
 namespace spcl::gpu {
 
@@ -29,7 +29,8 @@ __device__ __forceinline__ float add_ranges(const Moments& a, const float* from,
   double sum = 0;
 #pragma unroll 4
   for (int64_t g = t.part; g < a.plan.ranges; g += t.parts)
-    if (t.inside && a.partial_counts[g * a.num_classes + t.k] > 0) sum += from[(g * a.num_classes + t.k) * a.x.dim + t.d];
+    if (t.inside && a.partial_counts[g * a.num_classes + t.k] > 0)
+      sum += from[(g * a.num_classes + t.k) * a.x.dim + t.d];
   if (t.parts == 1) return static_cast<float>(sum);
   shared[threadIdx.x] = sum;
   __syncthreads();
@@ -39,7 +40,9 @@ __device__ __forceinline__ float add_ranges(const Moments& a, const float* from,
   return static_cast<float>(sum);
 }
 
-inline unsigned total_blocks(const Moments& a) { return static_cast<unsigned>(ceil_div(total_rows(a), kTotalWarps / total_parts(a))); }
+inline unsigned total_blocks(const Moments& a) {
+  return static_cast<unsigned>(ceil_div(total_rows(a), kTotalWarps / total_parts(a)));
+}
 
 // Everything but the total: the norms, where they are a pass of their own, and the ranges.
 Status launch_ranges(const Moments& a, Stream stream);

@@ -1,11 +1,12 @@
 // x·P_k of a tile's pixels and the squares of their norms, D streamed through shared memory once.
 //
-// float: IEEE FMA. A half warp owns 64 pixels, 4 a lane, and every second channel; prototypes come by broadcast, 16 bytes for 16 FMA.
-// half floats: tensor core, prototypes [classes x channels] times pixels [channels x pixels]. The pixels of a row lie along the columns, so
-// neither factor is transposed; a lane reads 8 pixels of a row at once and they are the same column of 8 products.
+// float: IEEE FMA. A half warp owns 64 pixels, 4 a lane, and every second channel; prototypes come by broadcast, 16
+// bytes for 16 FMA. half floats: tensor core, prototypes [classes x channels] times pixels [channels x pixels]. The
+// pixels of a row lie along the columns, so neither factor is transposed; a lane reads 8 pixels of a row at once and
+// they are the same column of 8 products.
 #pragma once
-#include "contrast_tile.cuh"
 #include "../matrix.cuh"
+#include "contrast_tile.cuh"
 
 namespace spcl::gpu {
 
@@ -33,16 +34,15 @@ __device__ __forceinline__ ContrastPart part_of(const ContrastWarps& warps) {
   return {warp / warps.slices, warp % warps.slices, static_cast<int>(threadIdx.x % 32)};
 }
 
-template <class T>
-struct ContrastDots;
+template <class T> struct ContrastDots;
 
-template <>
-struct ContrastDots<float> {
+template <> struct ContrastDots<float> {
   using Shape = ContrastShape<4>;
   float sums[Shape::kSums];  // [class][pixel of 4], then squares [4]
 
   // Channels of one stage: x [kChunk][kRow], proto [kChunk][padded classes].
-  __device__ __forceinline__ void add(const float* x, const float* proto, int padded, const ContrastWarps& warps, const ContrastPart& part, int) {
+  __device__ __forceinline__ void add(const float* x, const float* proto, int padded, const ContrastWarps& warps,
+                                      const ContrastPart& part, int) {
     const int own = Shape::kChunk / warps.slices, first = part.slice * own;
 #pragma unroll 2
     for (int c = first + part.lane / 16; c < first + own; c += 2) {
@@ -73,18 +73,19 @@ struct ContrastDots<float> {
       *reinterpret_cast<float4*>(logits + (part.group * Shape::kClasses + k) * kLogitsRow + p) =
           make_float4(sums[4 * k], sums[4 * k + 1], sums[4 * k + 2], sums[4 * k + 3]);
     constexpr int s = Shape::kSums - 4;
-    if (part.group == 0) *reinterpret_cast<float4*>(squares + p) = make_float4(sums[s], sums[s + 1], sums[s + 2], sums[s + 3]);
+    if (part.group == 0)
+      *reinterpret_cast<float4*>(squares + p) = make_float4(sums[s], sums[s + 1], sums[s + 2], sums[s + 3]);
   }
 };
 
-template <class T>
-struct ContrastDots {
+template <class T> struct ContrastDots {
   using Shape = ContrastShape<2>;
   static constexpr int kSteps = Shape::kClasses / 16;
   float sums[Shape::kSums];  // [step of 16 classes][product of 8 pixels][fragment of 4], then squares [8]
 
   // Channels of one stage: x [kChunk][kRow], proto [padded classes][kProtoRow]. shifts: see shifts_of.
-  __device__ __forceinline__ void add(const T* x, const T* proto, int, const ContrastWarps& warps, const ContrastPart& part, int shifts) {
+  __device__ __forceinline__ void add(const T* x, const T* proto, int, const ContrastWarps& warps,
+                                      const ContrastPart& part, int shifts) {
     const int own = Shape::kChunk / warps.slices, q = part.lane % 4, g = part.lane / 4;
     for (int c = part.slice * own; c < (part.slice + 1) * own; c += 16) {
       uint32_t a[kSteps][4], v[4][4];
@@ -92,7 +93,8 @@ struct ContrastDots {
       for (int m = 0; m < kSteps; ++m) {
         const T* row = proto + (part.group * Shape::kClasses + m * 16 + g) * Shape::kProtoRow + c + 2 * q;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) a[m][i] = *reinterpret_cast<const uint32_t*>(row + i % 2 * 8 * Shape::kProtoRow + i / 2 * 8);
+        for (int i = 0; i < 4; ++i)
+          a[m][i] = *reinterpret_cast<const uint32_t*>(row + i % 2 * 8 * Shape::kProtoRow + i / 2 * 8);
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -104,7 +106,8 @@ struct ContrastDots {
         const uint32_t b0 = j % 2 ? high_halves(v[0][j / 2], v[1][j / 2]) : low_halves(v[0][j / 2], v[1][j / 2]);
         const uint32_t b1 = j % 2 ? high_halves(v[2][j / 2], v[3][j / 2]) : low_halves(v[2][j / 2], v[3][j / 2]);
 #pragma unroll
-        for (int m = 0; m < kSteps; ++m) multiply_add<T>(*reinterpret_cast<float(*)[4]>(sums + (m * 8 + j) * 4), a[m], b0, b1);
+        for (int m = 0; m < kSteps; ++m)
+          multiply_add<T>(*reinterpret_cast<float (*)[4]>(sums + (m * 8 + j) * 4), a[m], b0, b1);
       }
     }
   }
@@ -136,7 +139,8 @@ struct ContrastDots {
 
 // Adds the slices up, pair by pair, into slice 0. All threads come here; `exchange` is free to be written.
 template <int kSums>
-__device__ __forceinline__ void add_slices(float (&sums)[kSums], float* exchange, const ContrastWarps& warps, const ContrastPart& part) {
+__device__ __forceinline__ void add_slices(float (&sums)[kSums], float* exchange, const ContrastWarps& warps,
+                                           const ContrastPart& part) {
   for (int half = warps.slices / 2; half; half /= 2) {
     float* mine = exchange + static_cast<int64_t>(part.group * half + part.slice % half) * kSums * 32 + part.lane;
     const bool works = part.group < warps.groups;
@@ -151,21 +155,25 @@ __device__ __forceinline__ void add_slices(float (&sums)[kSums], float* exchange
   }
 }
 
-template <class T>
-__device__ __forceinline__ ContrastChannels all_channels(const Features& x) { return {0, chunks_of<sizeof(T)>(x.dim)}; }
+template <class T> __device__ __forceinline__ ContrastChannels all_channels(const Features& x) {
+  return {0, chunks_of<sizeof(T)>(x.dim)};
+}
 
 // Until the oldest of the stages under way is there, of this thread's copies.
 __device__ __forceinline__ void wait_for_stage(int stages) {
-  if (stages == 4) copy_async_wait<2>();
-  else if (stages == 3) copy_async_wait<1>();
-  else copy_async_wait<0>();
+  if (stages == 4)
+    copy_async_wait<2>();
+  else if (stages == 3)
+    copy_async_wait<1>();
+  else
+    copy_async_wait<0>();
 }
 
-// Dot products of the tile, over these channels, with the classes [k0, k0 + classes that `shared` was made for) -> logits
-// [class][kLogitsRow], not yet scaled; |x|^2 -> table->squares. Ends with a barrier.
+// Dot products of the tile, over these channels, with the classes [k0, k0 + classes that `shared` was made for) ->
+// logits [class][kLogitsRow], not yet scaled; |x|^2 -> table->squares. Ends with a barrier.
 template <class T>
-__device__ void tile_dots(const ContrastInput& a, const ContrastTile& tile, const ContrastChannels& channels, int64_t k0,
-                          const ContrastWarps& warps, const ContrastShared& shared, PixelTable* table) {
+__device__ void tile_dots(const ContrastInput& a, const ContrastTile& tile, const ContrastChannels& channels,
+                          int64_t k0, const ContrastWarps& warps, const ContrastShared& shared, PixelTable* table) {
   using Shape = ContrastShape<sizeof(T)>;
   unsigned char* memory = shared_memory<unsigned char>();
   const ContrastPart part = part_of(warps);
@@ -174,10 +182,13 @@ __device__ void tile_dots(const ContrastInput& a, const ContrastTile& tile, cons
   auto load = [&](int64_t chunk) {
     if (chunk < channels.chunks) {
       const int64_t d0 = channels.first + chunk * Shape::kChunk;
-      stage_pixels<T>(a.x, a.access, tile, table->x_at, d0, reinterpret_cast<T*>(memory + x_slot(shared, chunk, chunk)));
+      stage_pixels<T>(a.x, a.access, tile, table->x_at, d0,
+                      reinterpret_cast<T*>(memory + x_slot(shared, chunk, chunk)));
       T* to = reinterpret_cast<T*>(memory + proto_slot(shared, chunk));
-      if constexpr (sizeof(T) == 4) stage_prototype_columns(proto, a.num_classes, a.x.dim, k0, padded, d0, to);
-      else stage_prototypes<T>(proto, a.num_classes, a.x.dim, k0, padded, d0, to);
+      if constexpr (sizeof(T) == 4)
+        stage_prototype_columns(proto, a.num_classes, a.x.dim, k0, padded, d0, to);
+      else
+        stage_prototypes<T>(proto, a.num_classes, a.x.dim, k0, padded, d0, to);
     }
     copy_async_commit();
   };
@@ -191,13 +202,15 @@ __device__ void tile_dots(const ContrastInput& a, const ContrastTile& tile, cons
     wait_for_stage(shared.stages);
     __syncthreads();
     load(chunk + shared.stages - 1);
-    const T *x = reinterpret_cast<const T*>(memory + x_slot(shared, chunk, chunk)), *p = reinterpret_cast<const T*>(memory + proto_slot(shared, chunk));
+    const T *x = reinterpret_cast<const T*>(memory + x_slot(shared, chunk, chunk)),
+            *p = reinterpret_cast<const T*>(memory + proto_slot(shared, chunk));
     if (part.group < warps.groups) dots.add(x, p, padded, warps, part, shifts);
   }
   copy_async_wait<0>();
   __syncthreads();
   add_slices(dots.sums, reinterpret_cast<float*>(memory + shared.exchange_at), warps, part);
-  if (part.group < warps.groups && part.slice == 0) dots.write(reinterpret_cast<float*>(memory + shared.logits_at), table->squares, part);
+  if (part.group < warps.groups && part.slice == 0)
+    dots.write(reinterpret_cast<float*>(memory + shared.logits_at), table->squares, part);
   __syncthreads();
 }
 

@@ -1,4 +1,5 @@
-// What happens once per pixel of a tile: its class, its softmax, its loss, its weights. Four lanes share a pixel, every fourth class each.
+// What happens once per pixel of a tile: its class, its softmax, its loss, its weights. Four lanes share a pixel, every
+// fourth class each.
 #pragma once
 #include "contrast_dots.cuh"
 
@@ -13,14 +14,15 @@ __device__ __forceinline__ float quad_max(float v) {
   return fmaxf(v, __shfl_xor_sync(kAllLanes, v, 2));
 }
 
-// call(p, part) for every pixel of [first, end), multiples of 8, whole warps at a time: lane `part` of 4 that share pixel p.
-template <class Call>
-__device__ __forceinline__ void for_each_pixel(int first, int end, const Call& call) {
+// call(p, part) for every pixel of [first, end), multiples of 8, whole warps at a time: lane `part` of 4 that share
+// pixel p.
+template <class Call> __device__ __forceinline__ void for_each_pixel(int first, int end, const Call& call) {
   const int warps = blockDim.x / 32, lane = threadIdx.x % 32;
   for (int eight = first / 8 + threadIdx.x / 32; eight < end / 8; eight += warps) call(eight * 8 + lane / 4, lane % 4);
 }
-template <class Call>
-__device__ __forceinline__ void for_each_pixel(const Call& call) { for_each_pixel(0, kTile, call); }
+template <class Call> __device__ __forceinline__ void for_each_pixel(const Call& call) {
+  for_each_pixel(0, kTile, call);
+}
 
 // A pixel's logits: k * stride apart, times factor.
 struct Logits {
@@ -32,11 +34,13 @@ struct Logits {
 
 // Those that tile_dots left in shared memory.
 __device__ __forceinline__ Logits formed_logits(const ContrastShared& shared, int p, float inv, float temperature) {
-  return {reinterpret_cast<const float*>(shared_memory<unsigned char>() + shared.logits_at) + p, kLogitsRow, inv / temperature};
+  return {reinterpret_cast<const float*>(shared_memory<unsigned char>() + shared.logits_at) + p, kLogitsRow,
+          inv / temperature};
 }
 
 // Those that the forward saved, from class k0 on; a pixel beyond the image reads the last one's.
-__device__ __forceinline__ Logits saved_logits(const float* logits, const ContrastInput& a, const ContrastTile& tile, int64_t k0, int p) {
+__device__ __forceinline__ Logits saved_logits(const float* logits, const ContrastInput& a, const ContrastTile& tile,
+                                               int64_t k0, int p) {
   return {logits + (tile.image * a.num_classes + k0) * a.pixels + tile.first + min(p, tile.count - 1), a.pixels, 1.0f};
 }
 
@@ -63,7 +67,8 @@ __device__ __forceinline__ Place place_of(const ContrastTile& tile, int p, int64
 }
 
 // Classes and addresses of the tile's pixels. One thread a pixel; ends with a barrier.
-__device__ __forceinline__ void read_pixels(const ContrastInput& a, const Labels& labels, const ContrastTile& tile, PixelTable* table) {
+__device__ __forceinline__ void read_pixels(const ContrastInput& a, const Labels& labels, const ContrastTile& tile,
+                                            PixelTable* table) {
   const int p = threadIdx.x;
   if (p < kTile) {
     const Place at = place_of(tile, min(p, tile.count - 1), a.x.width);
@@ -79,9 +84,11 @@ __device__ __forceinline__ float pixel_weight_at(const PixelMap& map, const Cont
   return pixel_value(map, tile.image, at.i, at.j);
 }
 
-// s = grad * class weight * pixel weight / denominator of a labelled pixel; 0 where nothing is labelled at all, whatever grad is.
-__device__ __forceinline__ float pixel_scale(const float* class_weight, const PixelMap& pixel_weight, const PixelMap& grad, float denominator,
-                                             const ContrastTile& tile, int p, int cls, int64_t width) {
+// s = grad * class weight * pixel weight / denominator of a labelled pixel; 0 where nothing is labelled at all,
+// whatever grad is.
+__device__ __forceinline__ float pixel_scale(const float* class_weight, const PixelMap& pixel_weight,
+                                             const PixelMap& grad, float denominator, const ContrastTile& tile, int p,
+                                             int cls, int64_t width) {
   if (denominator == 0) return 0;
   const float weight = (class_weight ? class_weight[cls] : 1.0f) * pixel_weight_at(pixel_weight, tile, p, width);
   return weight * pixel_weight_at(grad, tile, p, width) / denominator;

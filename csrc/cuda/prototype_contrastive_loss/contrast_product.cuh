@@ -1,7 +1,7 @@
 // The gradient of a tile's pixels:  sum_k w_k P_k  for each channel, then along * sum - inward * x in place, and out.
 //
-// The pixel's scale s stays out of the product: w is in [-1, 1] whatever the loss scale, and half floats lose nothing to underflow.
-// c = sum_k w_k z_k is formed from the rounded w: dx stays orthogonal to x.
+// The pixel's scale s stays out of the product: w is in [-1, 1] whatever the loss scale, and half floats lose nothing
+// to underflow. c = sum_k w_k z_k is formed from the rounded w: dx stays orthogonal to x.
 #pragma once
 #include "contrast_pixels.cuh"
 
@@ -23,21 +23,25 @@ inline ContrastGradient gradient_input_of(const Contrast& a, const Features& dx)
 }
 
 // Where the product finds the weight of a class for a pixel.
-template <class T>
-__device__ __forceinline__ void put_weight(void* weights, int k, int p, float w) {
-  if constexpr (sizeof(T) == 4) static_cast<float*>(weights)[k * ContrastShape<4>::kWeightRow + p] = w;
-  else static_cast<T*>(weights)[weight_place(k, p)] = from_float<T>(w);
+template <class T> __device__ __forceinline__ void put_weight(void* weights, int k, int p, float w) {
+  if constexpr (sizeof(T) == 4)
+    static_cast<float*>(weights)[k * ContrastShape<4>::kWeightRow + p] = w;
+  else
+    static_cast<T*>(weights)[weight_place(k, p)] = from_float<T>(w);
 }
 
-// Weights w of pixel p for the product; -> c. p is normalised again and w of the own class is minus the sum of the others', so neither
-// carries the rounding of lse.
+// Weights w of pixel p for the product; -> c. p is normalised again and w of the own class is minus the sum of the
+// others', so neither carries the rounding of lse.
 template <class T>
-__device__ __forceinline__ float put_weights(void* weights, const Logits& z, float lse, int cls, int num_classes, int p, int part) {
+__device__ __forceinline__ float put_weights(void* weights, const Logits& z, float lse, int cls, int num_classes, int p,
+                                             int part) {
   float others = 0, own = 0;
   for (int k = part; k < num_classes; k += 4) {
     const float e = expf(z[k] - lse);
-    if (k == cls) own = e;
-    else others += e;
+    if (k == cls)
+      own = e;
+    else
+      others += e;
   }
   others = quad_sum(others), own = quad_sum(own);
   const float factor = 1.0f / (others + own);
@@ -55,14 +59,16 @@ __device__ __forceinline__ float put_weights(void* weights, const Logits& z, flo
 }
 
 // What turns the product of pixel p into its gradient.
-__device__ __forceinline__ void put_factors(const ContrastGradient& a, PixelTable* table, int p, float s, float inv, float c) {
+__device__ __forceinline__ void put_factors(const ContrastGradient& a, PixelTable* table, int p, float s, float inv,
+                                            float c) {
   const int cls = table->cls[p];
   const bool radial = a.normalize && inv < 1.0f / kNormEps;  // a clamped norm is a constant
   table->along[p] = cls == kNoClass ? 0.0f : cls == kBadLabel || isnan(c) ? NAN : s * (inv / a.temperature);
   table->inward[p] = radial ? s * (c * inv * inv) : 0.0f;
 }
 
-__device__ __forceinline__ void place_gradient(const ContrastGradient& a, const ContrastTile& tile, PixelTable* table, int p) {
+__device__ __forceinline__ void place_gradient(const ContrastGradient& a, const ContrastTile& tile, PixelTable* table,
+                                               int p) {
   if (a.dx_access != kGather || p >= tile.count) return;
   const Place place = place_of(tile, p, a.x.width);
   table->dx_at[p] = tile.image * a.dx.stride_b + place.i * a.dx.stride_h + place.j * a.dx.stride_w;
@@ -73,12 +79,10 @@ __device__ __forceinline__ float gradient_of(float product, float x, float along
   return along == 0 ? 0.0f : along * product - inward * x;
 }
 
-template <class T>
-struct ContrastProduct;
+template <class T> struct ContrastProduct;
 
 // A half warp: 4 channels of 64 pixels, 4 x 4 a lane.
-template <>
-struct ContrastProduct<float> {
+template <> struct ContrastProduct<float> {
   using Shape = ContrastShape<4>;
   float sums[4][4];  // [channel][pixel]
 
@@ -97,7 +101,8 @@ struct ContrastProduct<float> {
     for (int k = 0; k < count; ++k) {
       const float4 q = *reinterpret_cast<const float4*>(proto + k * Shape::kProtoRow + channel());
       const float4 v = *reinterpret_cast<const float4*>(w + k * Shape::kWeightRow);
-      add_channel(sums[0], q.x, v), add_channel(sums[1], q.y, v), add_channel(sums[2], q.z, v), add_channel(sums[3], q.w, v);
+      add_channel(sums[0], q.x, v), add_channel(sums[1], q.y, v), add_channel(sums[2], q.z, v),
+          add_channel(sums[3], q.w, v);
     }
   }
 
@@ -108,20 +113,21 @@ struct ContrastProduct<float> {
   // x [kChunk][kRow], which may be unwritten where it is not used -> the gradient, in place.
   __device__ __forceinline__ void finish(float* x, const PixelTable* table, bool uses_x, int) {
     const int p = threadIdx.x % 16 * 4;
-    const float4 along = *reinterpret_cast<const float4*>(table->along + p), inward = *reinterpret_cast<const float4*>(table->inward + p);
+    const float4 along = *reinterpret_cast<const float4*>(table->along + p),
+                 inward = *reinterpret_cast<const float4*>(table->inward + p);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       float4* at = reinterpret_cast<float4*>(x + (channel() + i) * Shape::kRow + p);
       const float4 v = uses_x ? *at : make_float4(0, 0, 0, 0);
-      *at = make_float4(gradient_of(sums[i][0], v.x, along.x, inward.x), gradient_of(sums[i][1], v.y, along.y, inward.y),
-                        gradient_of(sums[i][2], v.z, along.z, inward.z), gradient_of(sums[i][3], v.w, along.w, inward.w));
+      *at =
+          make_float4(gradient_of(sums[i][0], v.x, along.x, inward.x), gradient_of(sums[i][1], v.y, along.y, inward.y),
+                      gradient_of(sums[i][2], v.z, along.z, inward.z), gradient_of(sums[i][3], v.w, along.w, inward.w));
     }
   }
 };
 
 // A warp: 16 channels of 64 pixels; prototypes transposed [channels x classes] times weights [classes x pixels].
-template <class T>
-struct ContrastProduct {
+template <class T> struct ContrastProduct {
   using Shape = ContrastShape<2>;
   float sums[8][4];  // [product of 8 pixels][fragment]
 
@@ -149,7 +155,8 @@ struct ContrastProduct {
     }
   }
 
-  // A row belongs to 4 lanes of one warp: all read (a shifted row reaches into the next lane's words), then all write, not shifted.
+  // A row belongs to 4 lanes of one warp: all read (a shifted row reaches into the next lane's words), then all write,
+  // not shifted.
   __device__ __forceinline__ void finish(T* x, const PixelTable* table, bool uses_x, int shifts) {
     const int q = threadIdx.x % 4, g = threadIdx.x % 32 / 4;
 #pragma unroll
@@ -158,16 +165,18 @@ struct ContrastProduct {
       uint32_t v[8] = {};
       if (uses_x) {
         const int shifted = shifts >> g % 2 & 1;
-        read_eight(*reinterpret_cast<uint32_t(*)[4]>(v), row, 16 * q, shifted);
-        read_eight(*reinterpret_cast<uint32_t(*)[4]>(v + 4), row, 16 * q + 8, shifted);
+        read_eight(*reinterpret_cast<uint32_t (*)[4]>(v), row, 16 * q, shifted);
+        read_eight(*reinterpret_cast<uint32_t (*)[4]>(v + 4), row, 16 * q + 8, shifted);
       }
       __syncwarp();
 #pragma unroll
       for (int j = 0; j < 8; j += 2) {
         const int p = backward_pixel(j, 2 * q);
-        const float4 along = *reinterpret_cast<const float4*>(table->along + p), inward = *reinterpret_cast<const float4*>(table->inward + p);
+        const float4 along = *reinterpret_cast<const float4*>(table->along + p),
+                     inward = *reinterpret_cast<const float4*>(table->inward + p);
         const float2 low = to_floats<T>(v[j]), high = to_floats<T>(v[j + 1]);
-        v[j] = to_halves<T>(gradient_of(sums[j][2 * r], low.x, along.x, inward.x), gradient_of(sums[j][2 * r + 1], low.y, along.y, inward.y));
+        v[j] = to_halves<T>(gradient_of(sums[j][2 * r], low.x, along.x, inward.x),
+                            gradient_of(sums[j][2 * r + 1], low.y, along.y, inward.y));
         v[j + 1] = to_halves<T>(gradient_of(sums[j + 1][2 * r], high.x, along.z, inward.z),
                                 gradient_of(sums[j + 1][2 * r + 1], high.y, along.w, inward.w));
       }
@@ -177,19 +186,21 @@ struct ContrastProduct {
   }
 };
 
-constexpr int kProductThreads = 128;  // 4 warps take a chunk's channels between them; with more classes than 128 the others help with copies
+constexpr int kProductThreads =
+    128;  // 4 warps take a chunk's channels between them; with more classes than 128 the others help with copies
 
 // Item i of the product: piece i % pieces of chunk i / pieces of these channels.
 template <class T>
-__device__ __forceinline__ void load_item(const ContrastGradient& a, const ContrastTile& tile, const ContrastChannels& channels,
-                                          const PixelTable* table, int64_t item) {
+__device__ __forceinline__ void load_item(const ContrastGradient& a, const ContrastTile& tile,
+                                          const ContrastChannels& channels, const PixelTable* table, int64_t item) {
   using Shape = ContrastShape<sizeof(T)>;
   unsigned char* memory = shared_memory<unsigned char>();
   const int64_t pieces = pieces_of(a.num_classes), chunk = item / pieces, piece = item - chunk * pieces;
   if (chunk < channels.chunks) {
     const int64_t d0 = channels.first + chunk * Shape::kChunk;
     if (a.normalize && !a.shared.resident && piece == pieces - 1)
-      stage_pixels<T>(a.x, a.access, tile, table->x_at, d0, reinterpret_cast<T*>(memory + x_slot(a.shared, chunk, item)));
+      stage_pixels<T>(a.x, a.access, tile, table->x_at, d0,
+                      reinterpret_cast<T*>(memory + x_slot(a.shared, chunk, item)));
     stage_prototypes<T>(static_cast<const T*>(a.prototypes), a.num_classes, a.x.dim, piece * kPiece, kPiece, d0,
                         reinterpret_cast<T*>(memory + proto_slot(a.shared, item)));
   }
@@ -198,14 +209,15 @@ __device__ __forceinline__ void load_item(const ContrastGradient& a, const Contr
 
 // Sends for the first stages. Their memory must be free.
 template <class T>
-__device__ __forceinline__ void start_gradient(const ContrastGradient& a, const ContrastTile& tile, const ContrastChannels& channels,
-                                               const PixelTable* table) {
+__device__ __forceinline__ void start_gradient(const ContrastGradient& a, const ContrastTile& tile,
+                                               const ContrastChannels& channels, const PixelTable* table) {
   for (int64_t item = 0; item < a.shared.stages - 1; ++item) load_item<T>(a, tile, channels, table, item);
 }
 
 // After start_gradient: the gradient of these channels -> dx.
 template <class T>
-__device__ void write_gradient(const ContrastGradient& a, const ContrastTile& tile, const ContrastChannels& channels, const PixelTable* table) {
+__device__ void write_gradient(const ContrastGradient& a, const ContrastTile& tile, const ContrastChannels& channels,
+                               const PixelTable* table) {
   using Shape = ContrastShape<sizeof(T)>;
   unsigned char* memory = shared_memory<unsigned char>();
   const int64_t pieces = pieces_of(a.num_classes);
@@ -219,7 +231,9 @@ __device__ void write_gradient(const ContrastGradient& a, const ContrastTile& ti
     const int64_t chunk = item / pieces;
     const int piece = static_cast<int>(item - chunk * pieces);
     if (piece == 0) product.clear();
-    if (works) product.add(reinterpret_cast<const T*>(memory + proto_slot(a.shared, item)), memory + a.shared.weights_at, piece, a.num_classes);
+    if (works)
+      product.add(reinterpret_cast<const T*>(memory + proto_slot(a.shared, item)), memory + a.shared.weights_at, piece,
+                  a.num_classes);
     if (piece < pieces - 1) continue;
     T* x = reinterpret_cast<T*>(memory + x_slot(a.shared, chunk, item));
     if (works) product.finish(x, table, a.normalize, shifts);

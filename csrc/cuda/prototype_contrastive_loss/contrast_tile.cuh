@@ -1,7 +1,8 @@
-// A tile's pixels in and out: whatever layout the features have, the arithmetic sees rows of pixels in shared memory, [channel][kRow].
+// A tile's pixels in and out: whatever layout the features have, the arithmetic sees rows of pixels in shared memory,
+// [channel][kRow].
 #pragma once
-#include "contrast_plan.h"
 #include "../pixels.cuh"
+#include "contrast_plan.h"
 
 namespace spcl::gpu {
 
@@ -18,19 +19,20 @@ static_assert(sizeof(PixelTable) == kTile * kPixelBytes);
 // How a layout is read. Chosen by the launcher: `access_of`.
 enum Access : int {
   kVectors,  // pixels side by side, every row 16-byte aligned
-  kRows,     // pixels side by side, rows begin anywhere: words of 4 bytes, a row of half floats perhaps one element into its first word
-  kGather,   // any strides, one element at a time; along the channels where they lie side by side
+  kRows,    // pixels side by side, rows begin anywhere: words of 4 bytes, a row of half floats perhaps one element into
+            // its first word
+  kGather,  // any strides, one element at a time; along the channels where they lie side by side
 };
 
 inline Access access_of(const Features& x) {
   if (x.stride_w != 1 || !is_flat(x)) return kGather;
   const int64_t bytes = size_of(x.type);
-  const bool aligned = reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.stride_d * bytes % 16 == 0 && x.stride_b * bytes % 16 == 0;
+  const bool aligned =
+      reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.stride_d * bytes % 16 == 0 && x.stride_b * bytes % 16 == 0;
   return aligned ? kVectors : kRows;
 }
 
-template <class T>
-__device__ __forceinline__ T* tile_of(const Features& x, const ContrastTile& tile) {
+template <class T> __device__ __forceinline__ T* tile_of(const Features& x, const ContrastTile& tile) {
   return static_cast<T*>(x.data) + tile.image * x.stride_b + tile.first;
 }
 
@@ -47,12 +49,11 @@ __device__ __forceinline__ int shifts_of(const Features& x, Access access, const
   return shift_of<T>(x, access, tile, 0) | shift_of<T>(x, access, tile, 1) << 1;
 }
 
-// The loops of this file walk rows: a thread keeps its place in the row and steps from row to row, so that a copy costs an addition.
-// A copy of which nothing is given reads nothing, wherever its address points.
+// The loops of this file walk rows: a thread keeps its place in the row and steps from row to row, so that a copy costs
+// an addition. A copy of which nothing is given reads nothing, wherever its address points.
 
 // How many of the channels from d0 on are there, at most kChunk.
-template <class T>
-__device__ __forceinline__ int channels_from(const Features& x, int64_t d0) {
+template <class T> __device__ __forceinline__ int channels_from(const Features& x, int64_t d0) {
   const int64_t left = x.dim - d0;
   return left < ContrastShape<sizeof(T)>::kChunk ? static_cast<int>(left) : ContrastShape<sizeof(T)>::kChunk;
 }
@@ -65,7 +66,8 @@ __device__ __forceinline__ void stage_vectors(const Features& x, const ContrastT
   const int given = max(0, min(kEach, tile.count - p)) * static_cast<int>(sizeof(T));
   int c = threadIdx.x / kPieces;
   const T* from = tile_of<T>(x, tile) + (d0 + c) * x.stride_d + p;
-  for (; c < Shape::kChunk; c += step, from += step * x.stride_d) copy_async<16>(to + c * Shape::kRow + p, from, c < channels ? given : 0);
+  for (; c < Shape::kChunk; c += step, from += step * x.stride_d)
+    copy_async<16>(to + c * Shape::kRow + p, from, c < channels ? given : 0);
 }
 
 // A warp a row, a lane a word.
@@ -82,11 +84,13 @@ __device__ __forceinline__ void stage_rows(const Features& x, const ContrastTile
   }
 }
 
-// A warp an even row and the odd one after it, a lane a word of each; then the last half float of each shifted row, in a word of its own.
+// A warp an even row and the odd one after it, a lane a word of each; then the last half float of each shifted row, in
+// a word of its own.
 template <class T>
 __device__ __forceinline__ void stage_rows(const Features& x, const ContrastTile& tile, int64_t d0, T* to) {
   using Shape = ContrastShape<2>;
-  const int lane = threadIdx.x % 32, step = blockDim.x / 32 * 2, shifts = shifts_of<T>(x, kRows, tile), channels = channels_from<T>(x, d0);
+  const int lane = threadIdx.x % 32, step = blockDim.x / 32 * 2, shifts = shifts_of<T>(x, kRows, tile),
+            channels = channels_from<T>(x, d0);
   const int even = word_begin(lane, shifts & 1), odd = word_begin(lane, shifts >> 1);
   const int even_given = word_given(even, tile.count), odd_given = word_given(odd, tile.count);
   int c = threadIdx.x / 32 * 2;
@@ -100,46 +104,57 @@ __device__ __forceinline__ void stage_rows(const Features& x, const ContrastTile
   c = threadIdx.x;
   if (c >= Shape::kChunk || !(shifts >> (c & 1) & 1)) return;
   const int last = word_begin(32, 1);
-  copy_async<4>(to + c * Shape::kRow + 64, tile_of<T>(x, tile) + (d0 + c) * x.stride_d + last, c < channels ? word_given(last, tile.count) : 0);
+  copy_async<4>(to + c * Shape::kRow + 64, tile_of<T>(x, tile) + (d0 + c) * x.stride_d + last,
+                c < channels ? word_given(last, tile.count) : 0);
 }
 
 // Half floats cannot be copied one by one without the registers: these wait for memory here.
-template <class T>
-__device__ __forceinline__ void stage_one(const T* from, bool there, T* to) {
-  if constexpr (sizeof(T) == 4) copy_async<4>(to, from, there ? 4 : 0);
-  else *to = there ? *from : from_float<T>(0.0f);
+template <class T> __device__ __forceinline__ void stage_one(const T* from, bool there, T* to) {
+  if constexpr (sizeof(T) == 4)
+    copy_async<4>(to, from, there ? 4 : 0);
+  else
+    *to = there ? *from : from_float<T>(0.0f);
 }
 
 template <class T>
-__device__ __forceinline__ void stage_gathered(const Features& x, const ContrastTile& tile, const int64_t* offset, int64_t d0, T* to) {
+__device__ __forceinline__ void stage_gathered(const Features& x, const ContrastTile& tile, const int64_t* offset,
+                                               int64_t d0, T* to) {
   using Shape = ContrastShape<sizeof(T)>;
   const T* data = static_cast<const T*>(x.data);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, step = blockDim.x / 32, channels = channels_from<T>(x, d0);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, step = blockDim.x / 32,
+            channels = channels_from<T>(x, d0);
   if (x.stride_d == 1) {
     for (int c = lane; c < Shape::kChunk; c += 32)
 #pragma unroll 8
-      for (int p = warp; p < kTile; p += step) stage_one(data + offset[p] + d0 + c, p < tile.count && c < channels, to + c * Shape::kRow + p);
+      for (int p = warp; p < kTile; p += step)
+        stage_one(data + offset[p] + d0 + c, p < tile.count && c < channels, to + c * Shape::kRow + p);
     return;
   }
   for (int p = lane; p < kTile; p += 32) {
     const T* from = data + offset[p] + d0 * x.stride_d;
 #pragma unroll 8
-    for (int c = warp; c < Shape::kChunk; c += step) stage_one(from + c * x.stride_d, p < tile.count && c < channels, to + c * Shape::kRow + p);
+    for (int c = warp; c < Shape::kChunk; c += step)
+      stage_one(from + c * x.stride_d, p < tile.count && c < channels, to + c * Shape::kRow + p);
   }
 }
 
-// Channels [d0, d0 + kChunk) of the tile -> to [kChunk][kRow], 0 beyond D and beyond the image. There after a wait and a barrier.
+// Channels [d0, d0 + kChunk) of the tile -> to [kChunk][kRow], 0 beyond D and beyond the image. There after a wait and
+// a barrier.
 template <class T>
-__device__ __forceinline__ void stage_pixels(const Features& x, Access access, const ContrastTile& tile, const int64_t* offset, int64_t d0, T* to) {
-  if (access == kVectors) stage_vectors(x, tile, d0, to);
-  else if (access == kRows) stage_rows(x, tile, d0, to);
-  else stage_gathered(x, tile, offset, d0, to);
+__device__ __forceinline__ void stage_pixels(const Features& x, Access access, const ContrastTile& tile,
+                                             const int64_t* offset, int64_t d0, T* to) {
+  if (access == kVectors)
+    stage_vectors(x, tile, d0, to);
+  else if (access == kRows)
+    stage_rows(x, tile, d0, to);
+  else
+    stage_gathered(x, tile, offset, d0, to);
 }
 
 // from [kChunk][kRow], not shifted -> channels [d0, d0 + kChunk) of dx, as far as they are there.
 template <class T>
-__device__ __forceinline__ void store_pixels(const Features& dx, Access access, const ContrastTile& tile, const int64_t* offset, int64_t d0,
-                                             const T* from) {
+__device__ __forceinline__ void store_pixels(const Features& dx, Access access, const ContrastTile& tile,
+                                             const int64_t* offset, int64_t d0, const T* from) {
   using Shape = ContrastShape<sizeof(T)>;
   const int channels = channels_from<T>(dx, d0);
   if (access == kVectors && tile.count == kTile) {
@@ -154,7 +169,8 @@ __device__ __forceinline__ void store_pixels(const Features& dx, Access access, 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, step = blockDim.x / 32;
   if (access == kGather && dx.stride_d == 1) {
     for (int p = warp; p < tile.count; p += step)
-      for (int c = lane; c < channels; c += 32) static_cast<T*>(dx.data)[offset[p] + d0 + c] = from[c * Shape::kRow + p];
+      for (int c = lane; c < channels; c += 32)
+        static_cast<T*>(dx.data)[offset[p] + d0 + c] = from[c * Shape::kRow + p];
     return;
   }
   T* first = access == kGather ? static_cast<T*>(dx.data) : tile_of<T>(dx, tile);
@@ -167,14 +183,14 @@ __device__ __forceinline__ void store_pixels(const Features& dx, Access access, 
 // The prototypes' part of a stage -----------------------------------------------------------------------------------
 
 // Whether rows of [K, D] can be read 16 bytes at a time.
-template <class T>
-__device__ __forceinline__ bool rows_aligned(const T* proto, int64_t dim) {
+template <class T> __device__ __forceinline__ bool rows_aligned(const T* proto, int64_t dim) {
   return reinterpret_cast<uintptr_t>(proto) % 16 == 0 && dim * sizeof(T) % 16 == 0;
 }
 
 // Classes [k0, k0 + rows), channels [d0, d0 + kChunk) -> to [rows][kProtoRow], 0 beyond K and D.
 template <class T>
-__device__ __forceinline__ void stage_prototypes(const T* proto, int64_t num_classes, int64_t dim, int64_t k0, int rows, int64_t d0, T* to) {
+__device__ __forceinline__ void stage_prototypes(const T* proto, int64_t num_classes, int64_t dim, int64_t k0, int rows,
+                                                 int64_t d0, T* to) {
   using Shape = ContrastShape<sizeof(T)>;
   if (rows_aligned(proto, dim)) {
     constexpr int kEach = 16 / sizeof(T), kPieces = Shape::kChunk / kEach;
@@ -192,8 +208,8 @@ __device__ __forceinline__ void stage_prototypes(const T* proto, int64_t num_cla
 }
 
 // The same, transposed: -> to [kChunk][rows].
-__device__ __forceinline__ void stage_prototype_columns(const float* proto, int64_t num_classes, int64_t dim, int64_t k0, int rows, int64_t d0,
-                                                        float* to) {
+__device__ __forceinline__ void stage_prototype_columns(const float* proto, int64_t num_classes, int64_t dim,
+                                                        int64_t k0, int rows, int64_t d0, float* to) {
   static_assert(ContrastShape<4>::kChunk == 32);
   const int c = threadIdx.x % 32;
   for (int k = threadIdx.x / 32; k < rows; k += blockDim.x / 32)
@@ -203,8 +219,7 @@ __device__ __forceinline__ void stage_prototype_columns(const float* proto, int6
 // Pixels in registers ----------------------------------------------------------------------------------------------
 
 // 8 half floats of a staged row from pixel p (a multiple of 8) on; `shifted` as by shift_of.
-template <class T>
-__device__ __forceinline__ void read_eight(uint32_t (&out)[4], const T* row, int p, int shifted) {
+template <class T> __device__ __forceinline__ void read_eight(uint32_t (&out)[4], const T* row, int p, int shifted) {
   const uint4 v = *reinterpret_cast<const uint4*>(row + p);
   out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
   if (shifted) {
@@ -214,15 +229,13 @@ __device__ __forceinline__ void read_eight(uint32_t (&out)[4], const T* row, int
   }
 }
 
-template <class T>
-__device__ __forceinline__ float2 to_floats(uint32_t word) {
+template <class T> __device__ __forceinline__ float2 to_floats(uint32_t word) {
   T pair[2];
   memcpy(pair, &word, 4);
   return {to_float(pair[0]), to_float(pair[1])};
 }
 
-template <class T>
-__device__ __forceinline__ uint32_t to_halves(float low, float high) {
+template <class T> __device__ __forceinline__ uint32_t to_halves(float low, float high) {
   uint32_t word;
   if constexpr (std::is_same_v<T, __half>) {
     const __half2 pair = __floats2half2_rn(low, high);

@@ -1,14 +1,15 @@
-// prototype_contrastive_loss, forward: a block owns 64 pixels of one image and all K classes, and reads its features once.
+// prototype_contrastive_loss, forward: a block owns 64 pixels of one image and all K classes, and reads its features
+// once.
 //
-// Neither unit features nor [N, K] logits need reach memory: 8 bytes a pixel are written (lse, inv_norm), 4 K more where the backward wants
-// the logits. One partial loss and weight a block, added by one block in a fixed order.
+// Neither unit features nor [N, K] logits need reach memory: 8 bytes a pixel are written (lse, inv_norm), 4 K more
+// where the backward wants the logits. One partial loss and weight a block, added by one block in a fixed order.
 #include "contrast_pixels.cuh"
 
 namespace spcl::gpu {
 
 // Adds up what the blocks left, of this form and of the one pass.
-Status finish_loss(const float* losses, int64_t count, const float* weights, int64_t weights_count, bool mean, float* loss, float* denominator,
-                   Stream stream);
+Status finish_loss(const float* losses, int64_t count, const float* weights, int64_t weights_count, bool mean,
+                   float* loss, float* denominator, Stream stream);
 
 namespace {
 
@@ -25,14 +26,16 @@ struct ForwardKernel : ContrastInput {
 };
 
 // Softmax and loss of pixel p -> table, lse, inv_norm, logits.
-__device__ __forceinline__ void finish_pixel(const ForwardKernel& a, const ContrastTile& tile, PixelTable* table, int p, int part) {
+__device__ __forceinline__ void finish_pixel(const ForwardKernel& a, const ContrastTile& tile, PixelTable* table, int p,
+                                             int part) {
   const int cls = table->cls[p], num_classes = static_cast<int>(a.num_classes);
   const float inv = a.normalize ? inverse_norm(table->squares[p]) : 1.0f;
   const Logits z = formed_logits(a.shared, p, inv, a.temperature);
   const auto [top, log_total] = softmax_of(z, num_classes, part);
   const bool inside = p < tile.count;
   if (a.logits && inside)
-    for (int k = part; k < num_classes; k += 4) a.logits[(tile.image * num_classes + k) * a.pixels + tile.first + p] = z[k];
+    for (int k = part; k < num_classes; k += 4)
+      a.logits[(tile.image * num_classes + k) * a.pixels + tile.first + p] = z[k];
   if (part) return;
   float weight = 0, loss = 0;
   if (cls >= 0) {
@@ -64,8 +67,9 @@ __global__ void __launch_bounds__(kContrastThreads) contrast_forward_kernel(cons
 }
 
 // losses [count], weights [weights_count] -> loss, denominator; in double, by a fixed tree. A bad label makes both NaN.
-__global__ void __launch_bounds__(kFinishThreads) contrast_finish_kernel(const float* losses, int64_t count, const float* weights,
-                                                                         int64_t weights_count, bool mean, float* loss, float* denominator) {
+__global__ void __launch_bounds__(kFinishThreads)
+    contrast_finish_kernel(const float* losses, int64_t count, const float* weights, int64_t weights_count, bool mean,
+                           float* loss, float* denominator) {
   double* sums = shared_memory<double>();
   double total = 0, weight = 0;
   for (int64_t i = threadIdx.x; i < count; i += kFinishThreads) total += losses[i];
@@ -83,25 +87,26 @@ __global__ void __launch_bounds__(kFinishThreads) contrast_finish_kernel(const f
   *denominator = mean ? static_cast<float>(weight) : isnan(weight) ? NAN : 1.0f;
 }
 
-template <class T>
-Status forward(const ContrastForward& from, Stream stream) {
+template <class T> Status forward(const ContrastForward& from, Stream stream) {
   ForwardKernel a{};
   static_cast<ContrastInput&>(a) = input_of(from);
   a.shared = contrast_shared<sizeof(T)>(from.num_classes, 0);
   a.warps = contrast_warps(from.num_classes, ContrastShape<sizeof(T)>::kClasses);
-  a.labels = from.labels, a.class_weight = from.class_weight, a.pixel_weight = from.pixel_weight, a.temperature = from.temperature;
+  a.labels = from.labels, a.class_weight = from.class_weight, a.pixel_weight = from.pixel_weight,
+  a.temperature = from.temperature;
   a.loss_map = from.loss_map, a.denominator = from.denominator, a.partial = from.partial;
   a.lse = from.lse, a.inv_norm = from.inv_norm, a.logits = from.logits;
   const int64_t blocks = contrast_blocks(from.x);
   const Grid grid{dim3(static_cast<unsigned>(blocks)), a.warps.count * 32u, static_cast<size_t>(a.shared.bytes)};
   if (Status failed = launch(contrast_forward_kernel<T>, grid, stream, a); failed || from.loss_map) return failed;
-  return finish_loss(from.partial, blocks, from.partial + blocks, blocks, from.mean, from.loss, from.denominator, stream);
+  return finish_loss(from.partial, blocks, from.partial + blocks, blocks, from.mean, from.loss, from.denominator,
+                     stream);
 }
 
 }  // namespace
 
-Status finish_loss(const float* losses, int64_t count, const float* weights, int64_t weights_count, bool mean, float* loss, float* denominator,
-                   Stream stream) {
+Status finish_loss(const float* losses, int64_t count, const float* weights, int64_t weights_count, bool mean,
+                   float* loss, float* denominator, Stream stream) {
   const Grid grid{dim3(1), kFinishThreads, 2 * kFinishThreads * sizeof(double)};
   return launch(contrast_finish_kernel, grid, stream, losses, count, weights, weights_count, mean, loss, denominator);
 }

@@ -1,17 +1,19 @@
 // prototype_contrastive_loss and the gradient of the features in one pass, for an incoming gradient of 1 and sm_90 on.
 //
-// A cluster owns 64 pixels of one image, each of its blocks a part of the channels. The tile stays in the blocks' shared memory from the
-// first product to the gradient: x is read once and dx written once, 2 S bytes instead of the 3 S of two kernels. The blocks add their
-// partial dot products through each other's shared memory, in the order of their ranks; each finishes the softmax of its own pixels and reads
-// the weights of the others' pixels from them: some 8 K bytes a pixel and block, beside the 2 S / N of x and dx.
-// The mean's denominator must be known before the first gradient is: the labels are counted by a kernel of their own, before.
-// Should the incoming gradient not be 1 after all, dx is scaled where it lies: another 2 S. Not for float16, whose gradients would underflow.
-// Risk: every block waits for its cluster three times. The two-kernel form stays until both are measured.
+// A cluster owns 64 pixels of one image, each of its blocks a part of the channels. The tile stays in the blocks'
+// shared memory from the first product to the gradient: x is read once and dx written once, 2 S bytes instead of the 3
+// S of two kernels. The blocks add their partial dot products through each other's shared memory, in the order of their
+// ranks; each finishes the softmax of its own pixels and reads the weights of the others' pixels from them: some 8 K
+// bytes a pixel and block, beside the 2 S / N of x and dx. The mean's denominator must be known before the first
+// gradient is: the labels are counted by a kernel of their own, before. Should the incoming gradient not be 1 after
+// all, dx is scaled where it lies: another 2 S. Not for float16, whose gradients would underflow. Risk: every block
+// waits for its cluster three times. The two-kernel form stays until both are measured.
 #include "contrast_product.cuh"
 
 namespace spcl::gpu {
 
-Status finish_loss(const float* losses, int64_t count, const float* weights, int64_t weights_count, bool mean, float* loss, float* denominator,
+Status finish_loss(const float* losses, int64_t count, const float* weights, int64_t weights_count, bool mean,
+                   float* loss, float* denominator,
                    Stream stream);  // prototype_contrastive_loss.cu
 
 namespace {
@@ -33,8 +35,10 @@ __global__ void __launch_bounds__(kCountThreads) contrast_count_kernel(const __g
   for (int64_t n = first + threadIdx.x; n < min(first + a.each, a.all); n += kCountThreads) {
     const int64_t image = n / a.pixels;
     const int cls = read_class(a.labels, image, n - image * a.pixels, a.width);
-    if (cls >= 0) sum += a.class_weight ? a.class_weight[cls] : 1.0f;
-    else if (cls == kBadLabel) sum = NAN;
+    if (cls >= 0)
+      sum += a.class_weight ? a.class_weight[cls] : 1.0f;
+    else if (cls == kBadLabel)
+      sum = NAN;
   }
   sum = warp_sum(sum);
   if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
@@ -49,7 +53,7 @@ struct OnePassKernel : ContrastGradient {
   bool mean;
   const float* weights;  // [weights_count], of contrast_count_kernel
   int64_t weights_count;
-  float* losses;         // [gridDim.x]
+  float* losses;  // [gridDim.x]
 };
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -83,7 +87,8 @@ __device__ __forceinline__ void add_ranks(const OnePassKernel& a, PixelTable* ta
 
 // Softmax, loss and weights of pixel p.
 template <class T>
-__device__ __forceinline__ void finish_pixel(const OnePassKernel& a, const ContrastTile& tile, PixelTable* table, float denominator, int p, int part) {
+__device__ __forceinline__ void finish_pixel(const OnePassKernel& a, const ContrastTile& tile, PixelTable* table,
+                                             float denominator, int p, int part) {
   const int cls = table->cls[p], num_classes = static_cast<int>(a.num_classes);
   const float inv = a.normalize ? inverse_norm(table->squares[p]) : 1.0f;
   const Logits z = formed_logits(a.shared, p, inv, a.temperature);
@@ -93,7 +98,8 @@ __device__ __forceinline__ void finish_pixel(const OnePassKernel& a, const Contr
   if (part) return;
   float loss = cls == kBadLabel ? NAN : 0.0f, s = 0;
   if (cls >= 0) {
-    const float weight = (a.class_weight ? a.class_weight[cls] : 1.0f) * pixel_weight_at(a.pixel_weight, tile, p, a.x.width);
+    const float weight =
+        (a.class_weight ? a.class_weight[cls] : 1.0f) * pixel_weight_at(a.pixel_weight, tile, p, a.x.width);
     loss = weight * ((top - z[cls]) + log_total);
     s = denominator == 0 ? 0.0f : weight / denominator;
   }
@@ -115,8 +121,7 @@ __device__ __forceinline__ void gather_weights(const OnePassKernel& a, PixelTabl
 }
 
 // The last barrier: a block's weights may still be read when its own gradient is written, and end with it.
-template <class T>
-__device__ __forceinline__ void one_pass(const OnePassKernel& a) {
+template <class T> __device__ __forceinline__ void one_pass(const OnePassKernel& a) {
   PixelTable* table = reinterpret_cast<PixelTable*>(shared_memory<unsigned char>() + a.shared.pixels_at);
   const OwnPixels own{cluster_rank(), kTile / a.plan.blocks};
   const ContrastTile tile = contrast_tile(blockIdx.x / a.plan.blocks, a.pixels);
@@ -129,7 +134,8 @@ __device__ __forceinline__ void one_pass(const OnePassKernel& a) {
   cluster_barrier();
   add_ranks(a, table, own);
   __syncthreads();
-  for_each_pixel(own.first(), own.first() + own.each, [&](int p, int part) { finish_pixel<T>(a, tile, table, denominator, p, part); });
+  for_each_pixel(own.first(), own.first() + own.each,
+                 [&](int p, int part) { finish_pixel<T>(a, tile, table, denominator, p, part); });
   cluster_barrier();
   gather_weights<T>(a, table, own);
   if (threadIdx.x < 32) {
@@ -147,7 +153,8 @@ __device__ __forceinline__ void one_pass(const OnePassKernel& a) {
 
 // Two blocks a multiprocessor are what one_pass_plan counts on.
 template <class T>
-__global__ void __launch_bounds__(kProductThreads, 2) contrast_one_pass_kernel(const __grid_constant__ OnePassKernel a) {
+__global__ void __launch_bounds__(kProductThreads, 2)
+    contrast_one_pass_kernel(const __grid_constant__ OnePassKernel a) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   one_pass<T>(a);
 #endif
@@ -159,7 +166,8 @@ __global__ void __launch_bounds__(kScaleThreads) contrast_scale_kernel(T* x, int
   const float by = *factor;
   if (by == 1) return;
   constexpr int kEach = 16 / sizeof(T);
-  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kScaleThreads + threadIdx.x, threads = static_cast<int64_t>(gridDim.x) * kScaleThreads;
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kScaleThreads + threadIdx.x,
+                threads = static_cast<int64_t>(gridDim.x) * kScaleThreads;
   auto scaled = [by](T v) { return to_float(v) == 0 ? v : from_float<T>(to_float(v) * by); };
   for (int64_t i = thread; i < count / kEach; i += threads) {
     T values[kEach];
@@ -174,31 +182,36 @@ __global__ void __launch_bounds__(kScaleThreads) contrast_scale_kernel(T* x, int
 }
 
 int64_t one_pass_blocks(const Contrast& a) {
-  const int blocks = a.x.type == kFloat32 ? one_pass_plan<4>(a.num_classes, a.x.dim).blocks : one_pass_plan<2>(a.num_classes, a.x.dim).blocks;
+  const int blocks = a.x.type == kFloat32 ? one_pass_plan<4>(a.num_classes, a.x.dim).blocks
+                                          : one_pass_plan<2>(a.num_classes, a.x.dim).blocks;
   return contrast_blocks(a.x) * blocks;
 }
 
-template <class T>
-Status launch_one_pass(const ContrastOnePass& from, Stream stream) {
+template <class T> Status launch_one_pass(const ContrastOnePass& from, Stream stream) {
   OnePassKernel a{};
   static_cast<ContrastGradient&>(a) = gradient_input_of(from, from.dx);
   a.plan = one_pass_plan<sizeof(T)>(from.num_classes, from.x.dim);
   a.shared = a.plan.shared, a.warps = contrast_warps(from.num_classes, ContrastShape<sizeof(T)>::kClasses);
-  if (a.shared.bytes > shared_memory_limit()) return "one pass: the channels do not fit into the shared memory of a cluster";
+  if (a.shared.bytes > shared_memory_limit())
+    return "one pass: the channels do not fit into the shared memory of a cluster";
   const OnePassCount counting = one_pass_count(from.x.batch * a.pixels);
   const int64_t blocks = one_pass_blocks(from);
   a.mean = from.mean, a.losses = from.partial, a.weights = from.partial + blocks, a.weights_count = counting.blocks;
-  const CountKernel count{from.labels, from.class_weight, a.pixels, from.x.width, from.x.batch * a.pixels, counting.each, from.partial + blocks};
+  const CountKernel count{from.labels,   from.class_weight,    a.pixels, from.x.width, from.x.batch * a.pixels,
+                          counting.each, from.partial + blocks};
   const Grid counted{dim3(static_cast<unsigned>(counting.blocks)), kCountThreads, kCountThreads / 32 * sizeof(double)};
   if (Status failed = launch(contrast_count_kernel, counted, stream, count)) return failed;
-  const Grid grid{dim3(static_cast<unsigned>(blocks)), kProductThreads, static_cast<size_t>(a.shared.bytes), static_cast<unsigned>(a.plan.blocks)};
+  const Grid grid{dim3(static_cast<unsigned>(blocks)), kProductThreads, static_cast<size_t>(a.shared.bytes),
+                  static_cast<unsigned>(a.plan.blocks)};
   if (Status failed = launch(contrast_one_pass_kernel<T>, grid, stream, a)) return failed;
   return finish_loss(a.losses, blocks, a.weights, a.weights_count, from.mean, from.loss, from.denominator, stream);
 }
 
 }  // namespace
 
-int64_t one_pass_floats(const Contrast& a) { return one_pass_blocks(a) + one_pass_count(a.x.batch * a.x.height * a.x.width).blocks; }
+int64_t one_pass_floats(const Contrast& a) {
+  return one_pass_blocks(a) + one_pass_count(a.x.batch * a.x.height * a.x.width).blocks;
+}
 
 Status prototype_contrastive_one_pass(const ContrastOnePass& a, Stream stream) {
   if (!has_clusters()) return "one pass: needs compute capability 9.0 or newer";
@@ -211,8 +224,10 @@ Status prototype_contrastive_one_pass(const ContrastOnePass& a, Stream stream) {
 Status scale_gradient(const ScaledGradient& a, Stream stream) {
   const int64_t steps = (a.count * size_of(a.type) / 16 + kScaleThreads) / kScaleThreads;
   const Grid grid{dim3(static_cast<unsigned>(steps < kScaleBlocks ? steps : kScaleBlocks)), kScaleThreads};
-  if (a.type == kFloat32) return launch(contrast_scale_kernel<float>, grid, stream, static_cast<float*>(a.data), a.count, a.factor);
-  return launch(contrast_scale_kernel<__nv_bfloat16>, grid, stream, static_cast<__nv_bfloat16*>(a.data), a.count, a.factor);
+  if (a.type == kFloat32)
+    return launch(contrast_scale_kernel<float>, grid, stream, static_cast<float*>(a.data), a.count, a.factor);
+  return launch(contrast_scale_kernel<__nv_bfloat16>, grid, stream, static_cast<__nv_bfloat16*>(a.data), a.count,
+                a.factor);
 }
 
 }  // namespace spcl::gpu

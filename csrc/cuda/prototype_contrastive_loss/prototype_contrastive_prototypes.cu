@@ -1,8 +1,9 @@
 // prototype_contrastive_loss, gradient of the prototypes:  dP_k = (1/tau) sum_n w_nk s_n x̂_n.
 //
-// A block owns the classes of one warp (20 or 32), 64 channels and one of a fixed number of groups of tiles; a second kernel adds the groups
-// in order. No atomics, and the number of groups follows from the sizes alone. FMA in float for every dtype: nothing underflows.
-// Moves: x once (again, from the caches, where the logits are formed here), the logits once a block of channels.
+// A block owns the classes of one warp (20 or 32), 64 channels and one of a fixed number of groups of tiles; a second
+// kernel adds the groups in order. No atomics, and the number of groups follows from the sizes alone. FMA in float for
+// every dtype: nothing underflows. Moves: x once (again, from the caches, where the logits are formed here), the logits
+// once a block of channels.
 #include "contrast_pixels.cuh"
 
 namespace spcl::gpu {
@@ -24,14 +25,16 @@ struct PrototypeKernel : ContrastInput {
 };
 
 // w * s * inv / tau of pixel p and the classes from k0 on -> weights [class][kOwnRow], 0 beyond K.
-__device__ __forceinline__ void weigh_pixel(const PrototypeKernel& a, const ContrastTile& tile, const PixelTable* table, float* weights, int64_t k0,
-                                            int p, int part) {
+__device__ __forceinline__ void weigh_pixel(const PrototypeKernel& a, const ContrastTile& tile, const PixelTable* table,
+                                            float* weights, int64_t k0, int p, int part) {
   const int cls = table->cls[p];
   const int64_t at = tile.image * a.pixels + tile.first + min(p, tile.count - 1);
   const float lse = a.lse[at], inv = a.inv_norm[at];
   const Logits z = a.logits ? saved_logits(a.logits, a, tile, k0, p) : formed_logits(a.shared, p, inv, a.temperature);
   float factor = cls == kBadLabel ? NAN : 0.0f;
-  if (cls >= 0) factor = pixel_scale(a.class_weight, a.pixel_weight, a.grad, *a.denominator, tile, p, cls, a.x.width) * (inv / a.temperature);
+  if (cls >= 0)
+    factor = pixel_scale(a.class_weight, a.pixel_weight, a.grad, *a.denominator, tile, p, cls, a.x.width) *
+             (inv / a.temperature);
   const int count = static_cast<int>(min(int64_t{kPiece}, a.num_classes - k0));
   for (int k = part; k < kPiece; k += 4) {
     float w = 0;
@@ -41,17 +44,19 @@ __device__ __forceinline__ void weigh_pixel(const PrototypeKernel& a, const Cont
 }
 
 // 4 pixels of a staged row, 0 where there is no label: 0 times an unlabelled pixel's NaN would be NaN.
-template <class T>
-__device__ __forceinline__ float4 read_four(const T* row, int p, int shifted, const int4& cls) {
+template <class T> __device__ __forceinline__ float4 read_four(const T* row, int p, int shifted, const int4& cls) {
   float4 v;
-  if constexpr (sizeof(T) == 4) v = *reinterpret_cast<const float4*>(row + p);
-  else v = make_float4(to_float(row[p + shifted]), to_float(row[p + 1 + shifted]), to_float(row[p + 2 + shifted]), to_float(row[p + 3 + shifted]));
-  return make_float4(cls.x == kNoClass ? 0.0f : v.x, cls.y == kNoClass ? 0.0f : v.y, cls.z == kNoClass ? 0.0f : v.z, cls.w == kNoClass ? 0.0f : v.w);
+  if constexpr (sizeof(T) == 4)
+    v = *reinterpret_cast<const float4*>(row + p);
+  else
+    v = make_float4(to_float(row[p + shifted]), to_float(row[p + 1 + shifted]), to_float(row[p + 2 + shifted]),
+                    to_float(row[p + 3 + shifted]));
+  return make_float4(cls.x == kNoClass ? 0.0f : v.x, cls.y == kNoClass ? 0.0f : v.y, cls.z == kNoClass ? 0.0f : v.z,
+                     cls.w == kNoClass ? 0.0f : v.w);
 }
 
 // A lane's part of [classes x 64 channels]: classes row + 8 i, channels column + 16 j.
-template <class T>
-struct PrototypeSums {
+template <class T> struct PrototypeSums {
   using Shape = ContrastShape<sizeof(T)>;
   static constexpr int kRows = (Shape::kClasses + 7) / 8;
   float sums[kRows][4];
@@ -74,7 +79,9 @@ struct PrototypeSums {
       for (int i = 0; i < kRows; ++i) {
         const float4 w = *reinterpret_cast<const float4*>(weights + (row + 8 * i) * kOwnRow + p);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sums[i][j] += w.x * v[j].x, sums[i][j] += w.y * v[j].y, sums[i][j] += w.z * v[j].z, sums[i][j] += w.w * v[j].w;
+        for (int j = 0; j < 4; ++j)
+          sums[i][j] += w.x * v[j].x, sums[i][j] += w.y * v[j].y, sums[i][j] += w.z * v[j].z,
+              sums[i][j] += w.w * v[j].w;
       }
     }
   }
@@ -106,19 +113,21 @@ __global__ void __launch_bounds__(kThreads, 2) contrast_prototypes_kernel(const 
     if (!a.logits) tile_dots<T>(a, tile, all_channels<T>(a.x), k0, a.warps, a.shared, table);
     for_each_pixel([&](int p, int part) { weigh_pixel(a, tile, table, weights, k0, p, part); });
     __syncthreads();
-    for (int c = 0; c < kBlockChannels; c += Shape::kChunk) stage_pixels<T>(a.x, a.access, tile, table->x_at, d0 + c, x + c * Shape::kRow);
+    for (int c = 0; c < kBlockChannels; c += Shape::kChunk)
+      stage_pixels<T>(a.x, a.access, tile, table->x_at, d0 + c, x + c * Shape::kRow);
     copy_async_commit();
     copy_async_wait<0>();
     __syncthreads();
     own.add(x, weights, table, shifts_of<T>(a.x, a.access, tile));
     __syncthreads();
   }
-  own.write(a.partial + (static_cast<int64_t>(blockIdx.y) * a.num_classes + k0) * a.x.dim + d0, min(int64_t{Shape::kClasses}, a.num_classes - k0),
-            a.x.dim, a.x.dim - d0);
+  own.write(a.partial + (static_cast<int64_t>(blockIdx.y) * a.num_classes + k0) * a.x.dim + d0,
+            min(int64_t{Shape::kClasses}, a.num_classes - k0), a.x.dim, a.x.dim - d0);
 }
 
 // partial [groups][size] -> out [size], summed in the groups' order.
-__global__ void __launch_bounds__(kAddThreads) contrast_add_groups_kernel(const float* partial, int64_t groups, int64_t size, float* out) {
+__global__ void __launch_bounds__(kAddThreads)
+    contrast_add_groups_kernel(const float* partial, int64_t groups, int64_t size, float* out) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kAddThreads + threadIdx.x;
   if (i >= size) return;
   float sum = 0;
@@ -138,8 +147,7 @@ PrototypeGrid grid_of(const Features& x, int64_t num_classes) {
   return {blocks, contrast_groups(contrast_blocks(x), blocks, num_classes * x.dim)};
 }
 
-template <class T>
-Status gradient(const ContrastBackward& from, Stream stream) {
+template <class T> Status gradient(const ContrastBackward& from, Stream stream) {
   const PrototypeGrid plan = grid_of(from.x, from.num_classes);
   PrototypeKernel a{};
   static_cast<ContrastInput&>(a) = input_of(from);
@@ -147,10 +155,13 @@ Status gradient(const ContrastBackward& from, Stream stream) {
   a.warps = contrast_warps(1, ContrastShape<sizeof(T)>::kClasses);
   a.groups = plan.groups;
   a.labels = from.labels, a.class_weight = from.class_weight, a.pixel_weight = from.pixel_weight, a.grad = from.grad;
-  a.temperature = from.temperature, a.denominator = from.denominator, a.lse = from.lse, a.inv_norm = from.inv_norm, a.logits = from.logits;
+  a.temperature = from.temperature, a.denominator = from.denominator, a.lse = from.lse, a.inv_norm = from.inv_norm,
+  a.logits = from.logits;
   a.partial = plan.groups.groups > 1 ? from.partial : from.dprototypes;
-  const Grid grid{dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.groups.groups)), kThreads, static_cast<size_t>(a.shared.bytes)};
-  if (Status failed = launch(contrast_prototypes_kernel<T>, grid, stream, a); failed || plan.groups.groups == 1) return failed;
+  const Grid grid{dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.groups.groups)), kThreads,
+                  static_cast<size_t>(a.shared.bytes)};
+  if (Status failed = launch(contrast_prototypes_kernel<T>, grid, stream, a); failed || plan.groups.groups == 1)
+    return failed;
   const int64_t size = from.num_classes * from.x.dim;
   const Grid adding{dim3(static_cast<unsigned>(ceil_div(size, kAddThreads))), kAddThreads};
   return launch(contrast_add_groups_kernel, adding, stream, from.partial, plan.groups.groups, size, from.dprototypes);

@@ -7,8 +7,9 @@ namespace spcl::gpu {
 namespace {
 
 std::tuple<Tensor, Tensor> cross_entropy(Tensor logits, Tensor labels, std::optional<Tensor> class_weight,
-                                         std::optional<Tensor> pixel_weight, Tensor flag, double temperature, bool align_corners,
-                                         int64_t ignore_index, bool mean, bool per_pixel, bool needs_dlogits) {
+                                         std::optional<Tensor> pixel_weight, Tensor flag, double temperature,
+                                         bool align_corners, int64_t ignore_index, bool mean, bool per_pixel,
+                                         bool needs_dlogits) {
   const OnDevice device(logits);
   UpsampledCrossEntropy a{};
   set_upsampling(a, logits, labels.size(1), labels.size(2), temperature, align_corners);
@@ -30,11 +31,10 @@ std::tuple<Tensor, Tensor> cross_entropy(Tensor logits, Tensor labels, std::opti
 
 SPCL_OPS(m) {
   m.def(
-      "upsampled_cross_entropy(Tensor logits, Tensor labels, Tensor? class_weight, Tensor? pixel_weight, Tensor(a!) flag, "
+      "upsampled_cross_entropy(Tensor logits, Tensor labels, Tensor? class_weight, Tensor? pixel_weight, Tensor(a!) "
+      "flag, "
       "float temperature, bool align_corners, int ignore_index, bool mean, bool per_pixel, bool needs_dlogits) "
       "-> (Tensor loss, Tensor dlogits)");
 }
 
-SPCL_OPS_IMPL(m) {
-  m.impl("upsampled_cross_entropy", TORCH_BOX(&spcl::gpu::cross_entropy));
-}
+SPCL_OPS_IMPL(m) { m.impl("upsampled_cross_entropy", TORCH_BOX(&spcl::gpu::cross_entropy)); }

@@ -1,4 +1,5 @@
-// The two ways through a window of pixels, for upsampled_cross_entropy.cu: from logits to losses, and from there to the gradient.
+// The two ways through a window of pixels, for upsampled_cross_entropy.cu: from logits to losses, and from there to the
+// gradient.
 #pragma once
 #include "../upsampled_cell.cuh"
 
@@ -10,19 +11,20 @@ struct CrossEntropyTask : UpsamplingTask {
   Labels labels;
   const float* class_weight;  // [K] or nullptr
   PixelMap pixel_weight;
-  float* loss_map;            // [B, H, W] or nullptr
-  float* dlogits;             // [B, K, h, w]
+  float* loss_map;  // [B, H, W] or nullptr
+  float* dlogits;   // [B, K, h, w]
   float inv_temperature;
   const double* partial_denominator;  // its sum is what the gradient is divided by; nullptr: nothing
   int denominators;
   double* partial;  // [2][blocks]: losses, class weights
 };
 
-// Where a lane finds what belongs to its window's pixels. Shared memory, since it is seldom looked at; pixel n at [n * kUpThreads].
+// Where a lane finds what belongs to its window's pixels. Shared memory, since it is seldom looked at; pixel n at [n *
+// kUpThreads].
 struct PixelPlace {
   int64_t image;
   int row, column;
-  float* values;  // the exponential of the pixel's own class, then the sum of the others
+  float* values;   // the exponential of the pixel's own class, then the sum of the others
   int16_t* codes;  // its class, kNoClass or kBadLabel
   __device__ __forceinline__ float& value(int n) const { return values[n * kUpThreads]; }
   __device__ __forceinline__ int code(int n) const { return codes[n * kUpThreads]; }
@@ -36,10 +38,9 @@ __device__ __forceinline__ float class_weight_of(const CrossEntropyTask& task, i
   return task.class_weight ? __ldg(task.class_weight + k) : 1.0f;
 }
 
-// Classes are walked upwards, and a lane waits for the next one that a pixel of its window is labelled with: seldom, since maps are
-// piecewise constant. Until then labels cost one comparison a class.
-template <int kPixels>
-__device__ __forceinline__ int next_code(const PixelPlace& place, int after) {
+// Classes are walked upwards, and a lane waits for the next one that a pixel of its window is labelled with: seldom,
+// since maps are piecewise constant. Until then labels cost one comparison a class.
+template <int kPixels> __device__ __forceinline__ int next_code(const PixelPlace& place, int after) {
   int next = kNoMore;
 #pragma unroll
   for (int n = 0; n < kPixels; ++n) {
@@ -50,28 +51,30 @@ __device__ __forceinline__ int next_code(const PixelPlace& place, int after) {
 }
 
 // A pixel's loss in the reduction's units and its weight in the gradient. Writes the loss map.
-__device__ __forceinline__ float settle_pixel(const CrossEntropyTask& task, const PixelPlace& place, int code, int i, int j, bool mine,
-                                              float loss, float weight) {
+__device__ __forceinline__ float settle_pixel(const CrossEntropyTask& task, const PixelPlace& place, int code, int i,
+                                              int j, bool mine, float loss, float weight) {
   loss = code >= 0 ? weight * loss : code == kBadLabel ? NAN : 0.0f;
   if (!mine) return 0.0f;
   if (task.loss_map) task.loss_map[(place.image * task.y.out + place.row + i) * task.x.out + place.column + j] = loss;
   return loss;
 }
 
-__device__ __forceinline__ float weight_of(const CrossEntropyTask& task, const PixelPlace& place, int code, int i, int j) {
+__device__ __forceinline__ float weight_of(const CrossEntropyTask& task, const PixelPlace& place, int code, int i,
+                                           int j) {
   return code >= 0 ? class_weight_of(task, code) * pixel_weight_at(task, place, i, j) : 0.0f;
 }
 
 // Pixels of a narrow cell: one bound for all of them, geometric sequences.
-template <int kRows_, int kColumns_>
-struct NarrowWindow {
+template <int kRows_, int kColumns_> struct NarrowWindow {
   static constexpr int kRows = kRows_, kColumns = kColumns_;
-  float scale[kRows][kColumns];  // the sum of exponentials; after `losses` what an exponential is multiplied by for the gradient
+  float scale[kRows][kColumns];  // the sum of exponentials; after `losses` what an exponential is multiplied by for the
+                                 // gradient
 
   // Returns the loss of the lane's own pixels. num_classes: 0 where no pixel of the warp has a class.
   template <class T>
-  __device__ __forceinline__ float losses(const CrossEntropyTask& task, const T* plane, const CornerOffsets& at, const Window& window,
-                                          const PixelPlace& place, int num_classes, float bound, float gradient_scale, bool mine) {
+  __device__ __forceinline__ float losses(const CrossEntropyTask& task, const T* plane, const CornerOffsets& at,
+                                          const Window& window, const PixelPlace& place, int num_classes, float bound,
+                                          float gradient_scale, bool mine) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
 #pragma unroll
@@ -116,7 +119,8 @@ struct NarrowWindow {
     return sum;
   }
 
-  // The sums of a class's gradient. A pixel of that class has -(all other exponentials) in place of its own: p - 1 without cancellation.
+  // The sums of a class's gradient. A pixel of that class has -(all other exponentials) in place of its own: p - 1
+  // without cancellation.
   __device__ __forceinline__ Moments2 moments(const Exponents& e, const Window& window, const PixelPlace& place, int k,
                                               bool labelled) const {
     if (!labelled) return geometric_moments(e, window.rows, scale);
@@ -141,14 +145,14 @@ struct NarrowWindow {
 };
 
 // Pixels of any cell: each has its own maximum and its own exponentials. One row at a time.
-template <int kColumns_>
-struct WideWindow {
+template <int kColumns_> struct WideWindow {
   static constexpr int kRows = 1, kColumns = kColumns_;
   float scale[kColumns], lse[kColumns];
 
   template <class T>
-  __device__ __forceinline__ float losses(const CrossEntropyTask& task, const T* image, const CornerOffsets& at, const Window& window,
-                                          const PixelPlace& place, int num_classes, float, float gradient_scale, bool mine) {
+  __device__ __forceinline__ float losses(const CrossEntropyTask& task, const T* image, const CornerOffsets& at,
+                                          const Window& window, const PixelPlace& place, int num_classes, float,
+                                          float gradient_scale, bool mine) {
     float largest[kColumns], of_label[kColumns];
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) largest[j] = -INFINITY, scale[j] = 0.0f, of_label[j] = 0.0f;
@@ -175,7 +179,8 @@ struct WideWindow {
     for (int j = 0; j < kColumns; ++j) {
       const int code = place.code(j);
       const float weight = weight_of(task, place, code, 0, j), total = scale[j], bits = log2f(total);
-      if (window.rows && j < window.columns) sum += settle_pixel(task, place, code, 0, j, mine, (bits - of_label[j]) * kLn2, weight);
+      if (window.rows && j < window.columns)
+        sum += settle_pixel(task, place, code, 0, j, mine, (bits - of_label[j]) * kLn2, weight);
       place.value(j) = (total - exp2_fast(of_label[j])) / total;
       lse[j] = largest[j] + bits;
       scale[j] = weight * gradient_scale;
@@ -183,12 +188,14 @@ struct WideWindow {
     return sum;
   }
 
-  __device__ __forceinline__ Moments2 moments(const Exponents& e, const Window&, const PixelPlace& place, int k, bool) const {
+  __device__ __forceinline__ Moments2 moments(const Exponents& e, const Window&, const PixelPlace& place, int k,
+                                              bool) const {
     Moments2 sum{0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
       const int code = place.code(j);
-      const float g = code < 0 ? 0.0f : scale[j] * (code == k ? -place.value(j) : exp2_fast(exponent_at(e, j) - lse[j]));
+      const float g =
+          code < 0 ? 0.0f : scale[j] * (code == k ? -place.value(j) : exp2_fast(exponent_at(e, j) - lse[j]));
       sum.all += g, sum.column += g * j;
     }
     return sum;

@@ -6,8 +6,8 @@
 namespace spcl::gpu {
 namespace {
 
-std::tuple<Tensor, Tensor> prediction(Tensor logits, int64_t height, int64_t width, std::optional<Tensor> thresholds, double temperature,
-                                      bool align_corners, int64_t ignore_index) {
+std::tuple<Tensor, Tensor> prediction(Tensor logits, int64_t height, int64_t width, std::optional<Tensor> thresholds,
+                                      double temperature, bool align_corners, int64_t ignore_index) {
   const OnDevice device(logits);
   UpsampledPrediction a{};
   set_upsampling(a, logits, height, width, temperature, align_corners);
@@ -24,7 +24,8 @@ std::tuple<Tensor, Tensor> prediction(Tensor logits, int64_t height, int64_t wid
 
 SPCL_OPS(m) {
   m.def(
-      "upsampled_prediction(Tensor logits, int height, int width, Tensor? thresholds, float temperature, bool align_corners, "
+      "upsampled_prediction(Tensor logits, int height, int width, Tensor? thresholds, float temperature, bool "
+      "align_corners, "
       "int ignore_index) -> (Tensor labels, Tensor confidence)");
 }
 

@@ -1,8 +1,9 @@
 // upsampled_prediction: class and confidence of every pixel of bilinearly up-sampled logits, which never exist.
 //
-// Warps are independent: each has a piece of one row of cells, and a window of these cells' pixels. In narrow cells the classes are walked
-// once: the largest exponential and the sum of all give class and confidence together. The results of a warp are consecutive pixels of a
-// few rows; they pass through shared memory, so that they leave 16 bytes at a time. 5 bytes a pixel written; no extra memory.
+// Warps are independent: each has a piece of one row of cells, and a window of these cells' pixels. In narrow cells the
+// classes are walked once: the largest exponential and the sum of all give class and confidence together. The results
+// of a warp are consecutive pixels of a few rows; they pass through shared memory, so that they leave 16 bytes at a
+// time. 5 bytes a pixel written; no extra memory.
 #include "../upsampled_cell.cuh"
 
 namespace spcl::gpu {
@@ -16,10 +17,9 @@ struct PredictionTask : UpsamplingTask {
   int64_t warps;
 };
 
-// What a warp needs when its window is done, kept here rather than in every lane's registers; and a row of its results on the way out. What
-// is bound for an address of a 16-byte boundary lies on one here.
-template <int kColumns>
-struct StagedRow {
+// What a warp needs when its window is done, kept here rather than in every lane's registers; and a row of its results
+// on the way out. What is bound for an address of a 16-byte boundary lies on one here.
+template <int kColumns> struct StagedRow {
   int64_t image;
   Range across;  // the columns of all the warp's lanes
   __align__(16) float confidence[32 * kColumns + 4];
@@ -27,14 +27,12 @@ struct StagedRow {
 };
 
 // Elements between `to` and the 16-byte boundary before it.
-template <class E>
-__device__ __forceinline__ int beyond_boundary(const E* to) {
+template <class E> __device__ __forceinline__ int beyond_boundary(const E* to) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(to) % 16 / sizeof(E));
 }
 
 // count elements from staged[beyond_boundary(to)] on -> to. By one warp.
-template <class E>
-__device__ __forceinline__ void store_row(E* to, const E* staged, int count, int lane) {
+template <class E> __device__ __forceinline__ void store_row(E* to, const E* staged, int count, int lane) {
   constexpr int kVector = 16 / sizeof(E);
   const int shift = beyond_boundary(to), vectors = (shift + count + kVector - 1) / kVector;
   E* boundary = to - shift;
@@ -50,15 +48,14 @@ __device__ __forceinline__ void store_row(E* to, const E* staged, int count, int
 }
 
 // best: the largest exponential of a pixel, then its confidence.
-template <int kRows_, int kColumns_>
-struct NarrowPixels {
+template <int kRows_, int kColumns_> struct NarrowPixels {
   static constexpr int kRows = kRows_, kColumns = kColumns_;
   float best[kRows][kColumns];
   int label[kRows][kColumns];
 
   template <class T>
-  __device__ __forceinline__ void predict(const UpsamplingTask& task, const T* plane, const CornerOffsets& at, const Window& window,
-                                          float bound) {
+  __device__ __forceinline__ void predict(const UpsamplingTask& task, const T* plane, const CornerOffsets& at,
+                                          const Window& window, float bound) {
     float total[kRows][kColumns];
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
@@ -90,15 +87,14 @@ struct NarrowPixels {
   }
 };
 
-template <int kColumns_>
-struct WidePixels {
+template <int kColumns_> struct WidePixels {
   static constexpr int kRows = 1, kColumns = kColumns_;
   float best[1][kColumns];
   int label[1][kColumns];
 
   template <class T>
-  __device__ __forceinline__ void predict(const UpsamplingTask& task, const T* image, const CornerOffsets& at, const Window& window,
-                                          float) {
+  __device__ __forceinline__ void predict(const UpsamplingTask& task, const T* image, const CornerOffsets& at,
+                                          const Window& window, float) {
     float total[kColumns];
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) best[0][j] = -INFINITY, total[j] = 0.0f, label[0][j] = 0;
@@ -127,8 +123,8 @@ struct WidePixels {
 
 // One window: predicts it and writes it.
 template <class Pixels, class T>
-__device__ __forceinline__ void predict_window(const PredictionTask& task, const T* logits, const CornerOffsets& at, const Window& window,
-                                               float bound, StagedRow<Pixels::kColumns>& staged) {
+__device__ __forceinline__ void predict_window(const PredictionTask& task, const T* logits, const CornerOffsets& at,
+                                               const Window& window, float bound, StagedRow<Pixels::kColumns>& staged) {
   Pixels pixels;
   pixels.predict(task, logits, at, window, bound);
   const int lane = threadIdx.x % 32;
@@ -159,7 +155,8 @@ __global__ __launch_bounds__(kUpThreads, 2) void prediction_kernel(const Predict
   const int lane = threadIdx.x % 32, cell = lane / plan.lanes_per_cell, part = lane % plan.lanes_per_cell;
   int64_t rest = blockIdx.x * static_cast<int64_t>(kUpWarps) + threadIdx.x / 32;
   if (rest >= task.warps) return;
-  const int tile = static_cast<int>(rest % plan.tiles), row = static_cast<int>(rest / plan.tiles % (task.y.size + 1)) - 1;
+  const int tile = static_cast<int>(rest % plan.tiles),
+            row = static_cast<int>(rest / plan.tiles % (task.y.size + 1)) - 1;
   const int64_t image = rest / plan.tiles / (task.y.size + 1);
   const int cell_column = plan.first_column(tile) + cell;
   const Range rows = pixels_of(task.y, row), columns = pixels_of(task.x, cell_column);
@@ -188,13 +185,14 @@ __global__ __launch_bounds__(kUpThreads, 2) void prediction_kernel(const Predict
 }
 
 // Lanes share a cell until the pixels of a warp are consecutive.
-template <int kRows, int kColumns>
-Status launch_shape(const UpsampledPrediction& a, Stream stream) {
+template <int kRows, int kColumns> Status launch_shape(const UpsampledPrediction& a, Stream stream) {
   PredictionTask task{};
   static_cast<UpsamplingTask&>(task) = make_task(a, kRows, kColumns, false, 32);
-  task.thresholds = a.thresholds, task.ignore_index = a.ignore_index, task.labels = a.labels, task.confidence = a.confidence;
+  task.thresholds = a.thresholds, task.ignore_index = a.ignore_index, task.labels = a.labels,
+  task.confidence = a.confidence;
   task.warps = a.logits.batch * (a.logits.height + 1) * task.plan.tiles;
-  const Grid grid{static_cast<unsigned>(ceil_div(task.warps, kUpWarps)), kUpThreads, kUpWarps * sizeof(StagedRow<kColumns>)};
+  const Grid grid{static_cast<unsigned>(ceil_div(task.warps, kUpWarps)), kUpThreads,
+                  kUpWarps * sizeof(StagedRow<kColumns>)};
   return with_float_type(a.logits.type, [&](auto type) {
     return launch(prediction_kernel<decltype(type), kRows, kColumns>, grid, stream, task);
   });
@@ -203,7 +201,8 @@ Status launch_shape(const UpsampledPrediction& a, Stream stream) {
 }  // namespace
 
 Status upsampled_prediction(const UpsampledPrediction& a, Stream stream) {
-  const int64_t pixels = most_pixels(make_axis(static_cast<int>(a.logits.width), static_cast<int>(a.width), a.align_corners));
+  const int64_t pixels =
+      most_pixels(make_axis(static_cast<int>(a.logits.width), static_cast<int>(a.width), a.align_corners));
   if (pixels <= 3) return launch_shape<3, 3>(a, stream);
   return pixels <= 5 ? launch_shape<4, 5>(a, stream) : launch_shape<2, 9>(a, stream);
 }
