@@ -20,7 +20,7 @@ from ..method.released import released_step, unfold_batch_norm
 from ..method.steps import Step, adapt_step, distill_step, supervised_step, warmup_step
 from ..models import Discriminator, SegmentationModel, build_model
 from ..ops import upsampled_prediction
-from ..runs.reading import PHASES
+from ..runs.layout import PHASES
 from ..train import memory
 from ..train.absorb import AbsorbingSGD
 from ..train.lean import LeanModel

@@ -37,7 +37,9 @@ from ..train.absorb import AbsorbingSGD
 from ..train.device import Precision, choose_device
 from ..train.evaluate import evaluate_model
 from ..train.lean import LeanModel, lean_model
-from ..train.loop import fit, load_modules, poly_schedule
+from ..train.loop import fit
+from ..train.resume import load_modules
+from ..train.schedule import poly_schedule
 from ..train.signals import StopRequest
 
 _COUNTED_IMAGES = 1000  # at most so many labels are read for the class weights

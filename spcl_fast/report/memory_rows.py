@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..runs.reading import NETS, PHASES, RunFolder, number
+from ..runs.layout import PHASES
+from ..runs.reading import NETS, RunFolder, number
 
 _SETTINGS = ("precision", "checkpoint", "offload", "accumulate", "absorb_gradients", "channels_last", "compile")
 _OFF = {"none", "fp32", "False", "1", "None"}

@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from ..runs.reading import COLUMNS, NETS, SAFE_COLOURS, RunFolder, number
+from ..runs.layout import COLUMNS
+from ..runs.reading import NETS, SAFE_COLOURS, RunFolder, number
 
 BLUE, RED, GREEN, ORANGE, SKY, PINK, BLACK, BROWN = SAFE_COLOURS
 INK, FAINT = "#1f2933", "#9aa5b1"

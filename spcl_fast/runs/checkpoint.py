@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .durable import file_sha256, make_folder, remove_folder, sync_folder, write_file
+from .layout import MANIFEST, STATE
 from .tensorfile import read_tensors, write_tensors
 
 FORMAT = 1
@@ -130,11 +131,11 @@ class CheckpointStore:
             f"{name}.safetensors": write_tensors(temporary / f"{name}.safetensors", group)
             for name, group in files.items()
         }
-        written["state.json"] = write_file(temporary / "state.json", [_json({"step": step, "meta": meta})])
+        written[STATE] = write_file(temporary / STATE, [_json({"step": step, "meta": meta})])
         entries = {name: {"bytes": size, "sha256": sha256} for name, (size, sha256) in written.items()}
         manifest: dict[str, Any] = {"format": FORMAT, "step": step, "files": entries}
         manifest["sha256"] = _manifest_sha256(manifest)
-        write_file(temporary / "manifest.json", [_json(manifest)])
+        write_file(temporary / MANIFEST, [_json(manifest)])
         sync_folder(temporary)
         if (
             final.exists()
@@ -181,16 +182,16 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
         if name.endswith(".safetensors"):
             prefix = "" if name == f"{_UNNAMED}.safetensors" else name.removesuffix(".safetensors") + "/"
             tensors.update({prefix + key: tensor for key, tensor in read_tensors(path / name).items()})
-    state = _read_json(path / "state.json", None)
+    state = _read_json(path / STATE, None)
     if not isinstance(state, dict) or state.get("step") != manifest["step"] or not isinstance(state.get("meta"), dict):
-        raise CheckpointError(f"{path / 'state.json'} does not belong to its manifest.")
+        raise CheckpointError(f"{path / STATE} does not belong to its manifest.")
     return Checkpoint(manifest["step"], tensors, state["meta"], path)
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
     """Check every file of a checkpoint against its manifest and return that. Raises CheckpointError."""
     step = _step_of(path)
-    manifest = _read_json(path / "manifest.json", _MANIFEST_BYTES)
+    manifest = _read_json(path / MANIFEST, _MANIFEST_BYTES)
     try:
         whole = (
             manifest["format"] == FORMAT
@@ -200,10 +201,10 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         files = dict(manifest["files"].items())
         expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path / 'manifest.json'} is damaged: {error!r}.") from error
-    if not whole or "state.json" not in expected or not all(_FILE.fullmatch(name) for name in expected):
+        raise CheckpointError(f"{path / MANIFEST} is damaged: {error!r}.") from error
+    if not whole or STATE not in expected or not all(_FILE.fullmatch(name) for name in expected):
         why = "its checksum, format, step or file names do not fit"
-        raise CheckpointError(f"{path / 'manifest.json'} is damaged or of another version: {why}.")
+        raise CheckpointError(f"{path / MANIFEST} is damaged or of another version: {why}.")
     for name, (size, sha256) in expected.items():
         _verify_file(path / name, size, sha256)
     return manifest

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from .. import distributed
 from ..errors import CheckpointError
+from . import layout
 from .checkpoint import CheckpointStore
 from .durable import finite, make_folder, replace_file, replace_json
 from .identity import flat_settings, settings_difference, settings_sha256
@@ -52,7 +53,7 @@ class Run:
         return self.folder / name
 
     def checkpoints(self, stage: str, keep: int = 2) -> CheckpointStore:
-        return CheckpointStore(self.stage(stage) / "checkpoints", keep)
+        return CheckpointStore(self.stage(stage) / layout.CHECKPOINTS, keep)
 
     def write_json(self, name: str, value: Any) -> None:
         """Replace `name` (relative to the run) in one step; NaN and infinity become null."""
@@ -87,9 +88,9 @@ class Run:
         if not self.writes or self._lock is not None:
             yield
             return
-        with self._explained(".lock"):
+        with self._explained(layout.LOCK):
             make_folder(self.folder)
-            self._lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+            self._lock = os.open(self.folder / layout.LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             self._take_lock(self._lock)
             yield
@@ -115,7 +116,7 @@ class Run:
     def done(self, stage: str) -> dict[str, Any] | None:
         """What `mark_done` wrote for the stage, or None: not finished, or its file is damaged."""
         try:
-            record = self.read_json(f"{stage}/done.json")
+            record = self.read_json(layout.of_stage(stage, layout.DONE))
         except CheckpointError:
             return None
         if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
@@ -142,7 +143,7 @@ class Run:
         """Write the stage's `done.json`, the last thing a finished stage does."""
         settings = flat_settings(identity)
         self.write_json(
-            f"{stage}/done.json",
+            layout.of_stage(stage, layout.DONE),
             {"stage": stage, **facts, "settings_sha256": settings_sha256(settings), "settings": settings},
         )
 
@@ -153,9 +154,9 @@ class Run:
         if not self.writes:
             return
         line = json.dumps(finite(dict(record))).encode() + b"\n"
-        with self._explained("metrics.jsonl"):
+        with self._explained(layout.METRICS):
             make_folder(self.folder)
-            descriptor = os.open(self.folder / "metrics.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            descriptor = os.open(self.folder / layout.METRICS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             try:
                 if os.write(descriptor, line) != len(line):
                     raise OSError(
@@ -167,9 +168,9 @@ class Run:
 
     def sync_metrics(self) -> None:
         """Flush `metrics.jsonl` to the disk: before a checkpoint, so that a resumed run misses no line."""
-        if self.writes and (self.folder / "metrics.jsonl").exists():
-            with self._explained("metrics.jsonl"):
-                descriptor = os.open(self.folder / "metrics.jsonl", os.O_RDWR)
+        if self.writes and (self.folder / layout.METRICS).exists():
+            with self._explained(layout.METRICS):
+                descriptor = os.open(self.folder / layout.METRICS, os.O_RDWR)
                 try:
                     os.fsync(descriptor)
                 finally:
@@ -177,10 +178,10 @@ class Run:
 
     def forget_metrics_after(self, stage: str, step: int) -> None:
         """Drop the stage's lines beyond `step`, and torn ones: a resumed run writes them again."""
-        path = self.folder / "metrics.jsonl"
+        path = self.folder / layout.METRICS
         if not self.writes or not path.exists():
             return
-        with self._explained("metrics.jsonl"):
+        with self._explained(layout.METRICS):
             text = path.read_bytes()
             lines = text.splitlines(keepends=True)
             kept = [line for line in lines if _belongs(line, stage, step)]
@@ -190,7 +191,7 @@ class Run:
     def metrics(self, stage: str | None = None) -> list[dict[str, Any]]:
         """The logged records, of one stage or of all; torn lines left out."""
         try:
-            text = (self.folder / "metrics.jsonl").read_bytes()
+            text = (self.folder / layout.METRICS).read_bytes()
         except FileNotFoundError:
             return []
         records = [record for line in text.splitlines() if (record := _parsed(line)) is not None]
@@ -208,7 +209,7 @@ class Run:
             if writer is None:
                 self._tensorboard = False
                 return
-            self._boards[stage] = writer(str(self.folder / "tensorboard" / stage), purge_step=step)
+            self._boards[stage] = writer(str(self.folder / layout.TENSORBOARD / stage), purge_step=step)
         for name, value in record.items():
             if isinstance(value, int | float) and name != "step":
                 self._boards[stage].add_scalar(name, value, step)

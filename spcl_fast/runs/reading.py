@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from . import layout
+
 # Stage of a trained net -> its name in summary.json and its name for the reader, in the order of the method.
 NETS = {
     "source_only": ("source_only", "source-only"),
@@ -19,19 +21,6 @@ NETS = {
     "distill": ("distilled", "distilled"),
     "oracle": ("oracle", "oracle"),
 }
-# What a line of metrics.jsonl holds beside the losses: a step may not return these names, and no curve is drawn of them.
-COLUMNS = {
-    "stage",
-    "step",
-    "seconds",
-    "lr",
-    "images_per_s",
-    "data_wait",
-    "peak_memory_bytes",
-    "predicted_peak_bytes",
-    "phase_peak_bytes",
-}
-PHASES = ("data", "forward", "loss", "backward", "step")  # of one training step, in order
 BASELINES = ("source_only", "warmup")
 FINALS = ("distill", "adapt")
 # Colour-blind-safe (Okabe and Ito); classes that come without a palette get these in turn.
@@ -100,27 +89,29 @@ class RunFolder:
 
 def read_run(folder: Path) -> RunFolder:
     run = RunFolder(folder)
-    run.summary = _json(run, "summary.json") or {}
+    run.summary = _json(run, layout.SUMMARY) or {}
     if not run.summary:
         run.missing.append(
-            "summary.json: the run has not come to its end; what follows is what its stages have written so far"
+            f"{layout.SUMMARY}: the run has not come to its end; what follows is what its stages have written so far"
         )
     _read_settings(run)
     for stage in NETS:
-        evaluation = _evaluation(_json(run, f"{stage}/evaluation.json"), run, f"{stage}/evaluation.json")
+        evaluation = _evaluation(
+            _json(run, layout.of_stage(stage, layout.EVALUATION)), run, layout.of_stage(stage, layout.EVALUATION)
+        )
         # A summary may be all that was kept of a run.
-        evaluation = evaluation or _evaluation(run.summary.get(NETS[stage][0]), run, "summary.json")
+        evaluation = evaluation or _evaluation(run.summary.get(NETS[stage][0]), run, layout.SUMMARY)
         if evaluation is not None:
             run.evaluations[stage] = evaluation
     for stage in (*NETS, "prototypes", "pseudo_labels", "pseudo_labels_2"):
-        record = _json(run, f"{stage}/done.json")
+        record = _json(run, layout.of_stage(stage, layout.DONE))
         if record is not None:
             run.done[stage] = record
     for stage in NETS:
-        record = _json(run, f"{stage}/plan.json") or {}
+        record = _json(run, layout.of_stage(stage, layout.PLAN)) or {}
         run.saved_bytes[stage] = _numbers(record.get("saved_bytes"))
     for stage in ("pseudo_labels", "pseudo_labels_2"):
-        record = _json(run, f"{stage}/thresholds.json")
+        record = _json(run, layout.of_stage(stage, layout.THRESHOLDS))
         if record is not None and all(
             isinstance(record.get(key), dict) for key in ("thresholds", "predicted_pixels", "kept_pixels")
         ):
@@ -178,9 +169,9 @@ def _evaluation(value: Any, run: RunFolder, name: str) -> Evaluation | None:
 
 def _read_settings(run: RunFolder) -> None:
     try:
-        run.settings = (run.folder / "config.yaml").read_text(encoding="utf-8", errors="replace")
+        run.settings = (run.folder / layout.CONFIG).read_text(encoding="utf-8", errors="replace")
     except OSError:
-        run.missing.append("config.yaml: the run's settings were not saved")
+        run.missing.append(f"{layout.CONFIG}: the run's settings were not saved")
         return
     try:
         import yaml
@@ -192,7 +183,7 @@ def _read_settings(run: RunFolder) -> None:
 
 
 def _read_classes(run: RunFolder) -> None:
-    record = _json(run, "classes.json") or {}
+    record = _json(run, layout.CLASSES) or {}
     names = record.get("names") or run.summary.get("classes")
     if not isinstance(names, list) or not names:
         names = next((list(evaluation.iou) for evaluation in run.evaluations.values()), [])
@@ -210,7 +201,7 @@ def _read_classes(run: RunFolder) -> None:
 
 def _read_metrics(run: RunFolder) -> None:
     try:
-        lines = (run.folder / "metrics.jsonl").read_bytes().splitlines()
+        lines = (run.folder / layout.METRICS).read_bytes().splitlines()
     except OSError:
         return
     torn = 0
@@ -225,11 +216,11 @@ def _read_metrics(run: RunFolder) -> None:
     for records in run.metrics.values():
         records.sort(key=lambda record: record["step"])
     if torn:
-        run.missing.append(f"metrics.jsonl: {torn} line{'s' if torn > 1 else ''} cut short; left out of the curves")
+        run.missing.append(f"{layout.METRICS}: {torn} line{'s' if torn > 1 else ''} cut short; left out of the curves")
 
 
 def _read_features(run: RunFolder) -> None:
-    path = run.folder / "features.npz"
+    path = run.folder / layout.FEATURES
     if not path.is_file():
         return
     try:
@@ -244,7 +235,7 @@ def _read_features(run: RunFolder) -> None:
         ):
             raise ValueError("its arrays do not fit each other")
     except Exception as error:  # a cut zip file raises anything
-        run.missing.append(f"features.npz is damaged ({error}); the picture of the features was left out")
+        run.missing.append(f"{layout.FEATURES} is damaged ({error}); the picture of the features was left out")
         return
     whole = np.isfinite(features).all(1)
     run.features = Features(features[whole], labels[whole], domain[whole], np.nan_to_num(prototypes))
@@ -273,8 +264,8 @@ def _say_what_is_missing(run: RunFolder) -> None:
         if stage in absent and stage not in started:
             say(text)
     if not run.metrics:
-        say("metrics.jsonl: no logged step, so there are no curves")
-    if run.features is None and not any("features.npz" in line for line in run.missing):
-        say("features.npz: no sample of features (written when adaptation ends)")
-    if not list(run.folder.glob("report_samples/**/*_image.png")):
-        say("report_samples: no pictures (written when adaptation ends)")
+        say(f"{layout.METRICS}: no logged step, so there are no curves")
+    if run.features is None and not any(layout.FEATURES in line for line in run.missing):
+        say(f"{layout.FEATURES}: no sample of features (written when adaptation ends)")
+    if not list(run.folder.glob(f"{layout.SAMPLES}/**/*{layout.IMAGE_SUFFIX}")):
+        say(f"{layout.SAMPLES}: no pictures (written when adaptation ends)")

@@ -12,7 +12,6 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -20,17 +19,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import distributed
-from ..config import LoopConfig, TrainConfig
+from ..config import LoopConfig
 from ..errors import CheckpointError, DataError, Interrupted, NumericError, OutOfMemory
-from ..runs.checkpoint import Checkpoint, CheckpointStore, read_checkpoint
+from ..runs.checkpoint import Checkpoint, CheckpointStore
 from ..runs.folder import Run
-from ..runs.identity import flat_settings, settings_difference, step_seed
-from ..runs.reading import COLUMNS, PHASES
+from ..runs.identity import step_seed
+from ..runs.layout import COLUMNS, PHASES, LogLine
 from . import memory
 from .device import choose_device, move
 from .meter import Meter, first_not_finite, numeric_error
 from .pace import Closing, Pace
 from .progress import Progress
+from .resume import checkpoint_to_resume, identity_of
 from .signals import StopRequest, stop_requests
 from .state import TrainingState
 
@@ -47,17 +47,6 @@ class FitResult:
     skipped: bool  # the stage was finished before
     seconds: float
     peak_memory_bytes: int
-
-
-def poly_schedule(train: TrainConfig) -> Callable[[int], float]:
-    """Factor on every learning rate at iteration `it` (from 0): linear warm-up times (1 - it / schedule_iterations) ** power."""
-    end = train.schedule_iterations or train.iterations
-
-    def factor(it: int) -> float:
-        warm = min(1.0, (it + 1) / train.warmup_iterations) if train.warmup_iterations else 1.0
-        return warm * max(0.0, 1 - it / end) ** train.power
-
-    return factor
 
 
 def fit(
@@ -96,20 +85,7 @@ def fit(
     holds one), CheckpointError, DataError (no more batches), Interrupted (a stop signal; state saved). Waits for the device only where a
     line is logged or a checkpoint written.
     """
-    own = {
-        "iterations": iterations,
-        "seed": seed,
-        "precision": settings.precision,
-        "channels_last": settings.channels_last,
-    }
-    # these change the order of additions; at their defaults they are left out, so that runs of before they existed go on
-    default = LoopConfig()
-    own |= {
-        name: value
-        for name in ("accumulate", "absorb_gradients")
-        if (value := getattr(settings, name)) != getattr(default, name)
-    }
-    whole = {**flat_settings(identity or {}), "stage": stage, **own}
+    whole = identity_of(stage, identity, iterations, seed, settings)
     loop = _Loop(stage, run, TrainingState(modules, optimizers), iterations, seed, settings, whole, plan)
     with run.exclusive(), stop_requests() as stop:
         if loop.skip_finished():
@@ -167,7 +143,9 @@ class _Loop:
 
     def resume(self) -> None:
         """Go on from a checkpoint as `LoopConfig.resume` says; else make all processes start alike."""
-        checkpoint = self._find_checkpoint() if distributed.is_main() else None
+        checkpoint = None
+        if distributed.is_main():
+            checkpoint = checkpoint_to_resume(self.store, self.settings.resume, self.stage, self.identity)
         if distributed.broadcast_object(checkpoint is not None):
             self._restore(checkpoint)
             self.resumed_from = self.done
@@ -188,34 +166,6 @@ class _Loop:
     def result(self, skipped: bool) -> FitResult:
         seconds, peak = (self.seconds_before, self.peak_before) if skipped else (self._seconds(), self._peak())
         return FitResult(self.done, self.resumed_from, skipped, seconds, peak)
-
-    def _find_checkpoint(self) -> Checkpoint | None:
-        resume = self.settings.resume
-        if resume == "never":
-            if self.store.paths():
-                raise CheckpointError(
-                    f"{self.store.folder} holds checkpoints and loop.resume is 'never'. Use 'auto', or another run name."
-                )
-            return None
-        checkpoint = self.store.latest()
-        if checkpoint is None and resume != "auto":
-            given = read_checkpoint(Path(resume))
-            # one path for a run of many stages: it is for the stage that it names
-            checkpoint = given if given.meta.get("stage") == self.stage else None
-        if checkpoint is not None:
-            self._check_settings(checkpoint)
-        return checkpoint
-
-    def _check_settings(self, checkpoint: Checkpoint) -> None:
-        stored = checkpoint.meta.get("settings")
-        if not isinstance(stored, dict):
-            raise CheckpointError(f"{checkpoint.path} was not written by a training loop: it holds no settings.")
-        difference = settings_difference(stored, self.identity)
-        if difference:
-            raise CheckpointError(
-                f"{checkpoint.path} belongs to other settings ({difference}). "
-                f"Set them back to go on, give this run another name, or remove {self.run.stage(self.stage)}."
-            )
 
     def _restore(self, checkpoint: Checkpoint | None) -> None:
         """`checkpoint` is None on the processes that did not read it."""
@@ -308,18 +258,14 @@ class _Loop:
     def _log(self, pace: Pace) -> dict[str, Any]:
         values = self._checked_values()
         self.meter.reset()
-        record = {
-            "stage": self.stage,
-            "step": self.done,
-            "seconds": round(self._seconds(), 3),
-            "lr": self.state.rate(),
-            **values,
+        before = LogLine(stage=self.stage, step=self.done, seconds=round(self._seconds(), 3), lr=self.state.rate())
+        after = LogLine(
             **pace.read(),
-            "peak_memory_bytes": self._peak(),
-            "predicted_peak_bytes": self.predicted,
-            "phase_peak_bytes": self.phases,
-        }
-        record = {key: value for key, value in record.items() if value is not None}
+            peak_memory_bytes=self._peak(),
+            predicted_peak_bytes=self.predicted,
+            phase_peak_bytes=self.phases,
+        )
+        record = {key: value for key, value in {**before, **values, **after}.items() if value is not None}
         if not values.keys().isdisjoint(COLUMNS):
             raise ValueError(f"step of {self.stage} returned a name that the log keeps for itself: {sorted(values)}")
         self.run.append_metrics(record)
@@ -413,16 +359,3 @@ def batch_names(batch: Any) -> list[str]:
     if isinstance(batch, list | tuple) and not hasattr(batch, "names"):
         return [name for part in batch for name in batch_names(part)]
     return [str(name) for name in getattr(batch, "names", [])]
-
-
-def load_modules(checkpoint: Checkpoint | None, modules: Mapping[str, nn.Module], wanted: str) -> None:
-    """Load the named modules from a checkpoint of the earlier stage `wanted`. Raises CheckpointError if there is none or it misfits."""
-    if checkpoint is None:
-        raise CheckpointError(f"No checkpoint of {wanted} in this run: do that stage first.")
-    for name, module in modules.items():
-        try:
-            module.load_state_dict(checkpoint.group(name))
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"{checkpoint.path / (name + '.safetensors')} does not fit {type(module).__name__}: {error}"
-            ) from error

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ..config import LoopConfig
-from ..runs.reading import PHASES
+from ..runs.layout import PHASES
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, TextIO
 
 from ..runs.folder import tell
-from ..runs.reading import COLUMNS
+from ..runs.layout import COLUMNS
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 

@@ -31,7 +31,8 @@ from spcl_fast.runs.folder import Run
 from spcl_fast.train import memory
 from spcl_fast.train.absorb import AbsorbingSGD
 from spcl_fast.train.device import Precision, choose_device
-from spcl_fast.train.loop import load_modules, poly_schedule
+from spcl_fast.train.resume import load_modules
+from spcl_fast.train.schedule import poly_schedule
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,72 @@
+"""The run folder: names of its files and folders, columns of its log, phases of a step. Whoever writes or reads one takes its name here.
+
+config.yaml classes.json metrics.jsonl summary.json report.html tensorboard/STAGE/
+prototypes.safetensors features.npz report_samples/NAME_image.png, NAME_truth.png
+STAGE/done.json                                      of every stage
+STAGE/checkpoints/step_XXXXXXXX/ STAGE/evaluation.json STAGE/predictions/NAME.png STAGE/plan.json       of a trained one
+STAGE/selected.safetensors, selected.json            of a trained one, where evaluate.selection is not "last"
+STAGE/NAME.png STAGE/thresholds.json                 of one that makes pseudo-labels
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypedDict
+
+from ..config import Config
+
+# of the run
+CONFIG = "config.yaml"
+CLASSES = "classes.json"
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+REPORT = "report.html"
+TENSORBOARD = "tensorboard"
+LOCK = ".lock"
+PROTOTYPES = "prototypes.safetensors"  # tensors "prototypes" [K, D] and "images" [K]
+FEATURES = "features.npz"
+SAMPLES = "report_samples"
+IMAGE_SUFFIX, TRUTH_SUFFIX = "_image.png", "_truth.png"
+
+# of a stage, in its folder
+DONE = "done.json"
+CHECKPOINTS = "checkpoints"
+EVALUATION = "evaluation.json"
+PREDICTIONS = "predictions"
+PLAN = "plan.json"
+SELECTED = "selected.json"
+SELECTED_WEIGHTS = "selected.safetensors"
+THRESHOLDS = "thresholds.json"
+
+# of a checkpoint, in its folder step_XXXXXXXX
+STATE = "state.json"
+MANIFEST = "manifest.json"
+
+PHASES = ("data", "forward", "loss", "backward", "step")  # of one training step, in order
+
+
+class LogLine(TypedDict, total=False):
+    """What a line of metrics.jsonl holds next to the losses: a step may not return these names, and no curve is drawn of them."""
+
+    stage: str
+    step: int
+    seconds: float
+    lr: float
+    images_per_s: float
+    data_wait: float
+    peak_memory_bytes: int
+    predicted_peak_bytes: int | None
+    phase_peak_bytes: dict[str, int] | None
+
+
+COLUMNS = frozenset(LogLine.__annotations__)
+
+
+def folder_of(config: Config) -> Path:
+    """The run folder of these settings."""
+    return Path(config.runs_dir) / config.name
+
+
+def of_stage(stage: str, name: str) -> str:
+    """A file of a stage, relative to the run folder."""
+    return f"{stage}/{name}"
