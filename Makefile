@@ -48,8 +48,7 @@ bench: install ## the benchmarks, peers in the same run (ARGS="-k moments")
 	@$(BIN)/python -m benchmarks.cpu $(ARGS)
 
 kernels-check: install ## compile every GPU kernel without a GPU: registers, shared memory, spills
-	@$(BIN)/python -m benchmarks.kernels_check.triton_kernels $(ARGS)
-	@$(BIN)/python -m benchmarks.kernels_check.cuda_kernels
+	@$(BIN)/python -m benchmarks.kernels_check $(ARGS)
 
 gpu: ## on a machine with an NVIDIA GPU: build, GPU tests, memory checker, benchmarks
 	@$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)

@@ -1,4 +1,4 @@
-"""The geometry of bilinear up-sampling by cells, for `upsample` and `prediction`.
+"""The geometry of bilinear up-sampling by cells, for every up-sampled op.
 
 A cell is the square between four low-resolution nodes; cell c spans nodes c and c + 1, c from -1 (left of the first node) to size - 1
 (right of the last). Every output pixel lies in exactly one cell. Lanes own cells and hold a window of their pixels [ROWS, COLS, CELLS] in
@@ -13,16 +13,57 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from .operands import Map
 from .pixels import INTERPRETED, power_of_two
 
 CELLS = 32  # one warp; a shift by one lane is one shuffle
 # without maxnreg, ptxas prefers a few spills to more than 168 registers; the interpreter does not know it
 LAUNCH = {"num_warps": 1, "num_stages": 1} | ({} if INTERPRETED else {"maxnreg": 255})
 _LANE_PIXELS = 64 if INTERPRETED else 16
+
+
+class Grid(NamedTuple):
+    """From a map of h x w nodes to H x W pixels; scales are nodes per pixel, steps those of a bisection of either axis."""
+
+    h: int
+    w: int
+    H: int
+    W: int
+    scale_h: float
+    scale_w: float
+    steps: int
+
+
+class Tiling(NamedTuple):
+    """How programs share an image: each walks `bands` rows of nodes of one of `strips` and one of `tiles` of columns."""
+
+    bands: int
+    strips: int
+    tiles: int
+
+
+class Corners(NamedTuple):
+    """In a kernel: where each lane's cell has its four nodes (offsets within one class), and what they are multiplied by."""
+
+    row0: tl.tensor
+    row1: tl.tensor
+    col0: tl.tensor
+    col1: tl.tensor
+    factor: tl.tensor
+
+
+class Columns(NamedTuple):
+    """In a kernel, of each lane: its cell, the first pixel of it and the first beyond."""
+
+    cells: tl.tensor
+    start: tl.tensor
+    end: tl.tensor
 
 
 @triton.jit
@@ -61,12 +102,42 @@ def flat(window):
 
 
 @triton.jit
-def load_corners(ptr, factor, row0, row1, col0, col1):
+def columns_of(first, grid, ALIGN: tl.constexpr, CELLS: tl.constexpr):
+    """The cells from `first` on, one a lane."""
+    cells = first + tl.arange(0, CELLS)
+    start = first_pixel(cells, grid.W, grid.scale_w, grid.steps, ALIGN)
+    return Columns(cells, start, first_pixel(cells + 1, grid.W, grid.scale_w, grid.steps, ALIGN))
+
+
+@triton.jit
+def node_offset(node, size, stride):
+    """Offset of a row or column of nodes; beyond the map the outermost one."""
+    return tl.minimum(tl.maximum(node, 0), size - 1).to(tl.int64) * stride
+
+
+@triton.jit
+def window_of(r0, c0, band, columns, grid, ALIGN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """-> pixel rows [ROWS, 1, 1] and columns [1, COLS, CELLS] of a window, and their weights of the lower and the right nodes."""
+    i = (r0 + tl.arange(0, ROWS))[:, None, None]
+    j = (columns.start + c0)[None, None, :] + tl.arange(0, COLS)[None, :, None]
+    y = upper_weight(i, tl.full([1, 1, 1], 0, tl.int32) + band, grid.h, grid.scale_h, ALIGN)
+    x = upper_weight(j, columns.cells[None, None, :], grid.w, grid.scale_w, ALIGN)
+    return i, j, y, x
+
+
+@triton.jit
+def in_cell(i, j, row_end, columns):
+    """Which pixels of a window exist and lie in the lane's cell."""
+    return (i < row_end) & (j < columns.end[None, None, :])
+
+
+@triton.jit
+def load_corners(ptr, at):
     """The four nodes of each lane's cell, scaled."""
-    a = tl.load(ptr + row0 + col0).to(tl.float32) * factor
-    b = tl.load(ptr + row0 + col1).to(tl.float32) * factor
-    c = tl.load(ptr + row1 + col0).to(tl.float32) * factor
-    d = tl.load(ptr + row1 + col1).to(tl.float32) * factor
+    a = tl.load(ptr + at.row0 + at.col0).to(tl.float32) * at.factor
+    b = tl.load(ptr + at.row0 + at.col1).to(tl.float32) * at.factor
+    c = tl.load(ptr + at.row1 + at.col0).to(tl.float32) * at.factor
+    d = tl.load(ptr + at.row1 + at.col1).to(tl.float32) * at.factor
     return a, b, c, d
 
 
@@ -80,6 +151,15 @@ def interpolate(a, b, c, d, y, x):
     return top + y * (bottom - top)
 
 
+def grid_of(size: tuple[int, int], out: tuple[int, int], align_corners: bool) -> Grid:
+    scales = (axis_scale(*pair, align_corners) for pair in zip(size, out, strict=True))
+    return Grid(*size, *out, *scales, max(out).bit_length())
+
+
+def logits_map(logits: Tensor) -> Map:
+    return Map(logits, *logits.stride())
+
+
 def axis_scale(size: int, out: int, align_corners: bool) -> float:
     """Nodes a pixel; as F.interpolate computes it."""
     if align_corners:
@@ -88,7 +168,7 @@ def axis_scale(size: int, out: int, align_corners: bool) -> float:
 
 
 @functools.lru_cache(maxsize=1024)
-def window(size: tuple[int, int], out: tuple[int, int], align_corners: bool) -> tuple[int, int, int]:
+def window_sizes(size: tuple[int, int], out: tuple[int, int], align_corners: bool) -> tuple[int, int, int]:
     """ROWS, COLS and TAIL of a window: COLS covers most of a cell's pixels, TAIL (a second window, or 0) the few that are left.
 
     A ratio of 4.02 has cells of 4 and now and then of 5 pixels: one window of 8 would idle half its lanes' work.

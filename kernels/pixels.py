@@ -1,4 +1,4 @@
-"""What every kernel does for its pixels: read the class, read the weights, find the addresses; and the launcher's side of the same.
+"""What every kernel does for its pixels: read the class, read the weights, find the addresses; and what launchers ask of the machine.
 
 A label is read in place, in its own dtype and at its own size, compared as int64 and never used as an index before it is known to be in
 [0, K). A bad label raises the device flag (an integer maximum: the order cannot be seen) and turns the caller's loss into NaN.
@@ -7,15 +7,22 @@ A label is read in place, in its own dtype and at its own size, compared as int6
 from __future__ import annotations
 
 import contextlib
-import functools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backends.labels import label_flag
-from . import launch as settings
+from . import launch
+
+
+@triton.jit
+def tile_of(size, BLOCK_N: tl.constexpr):
+    """The program's tile of pixels -> image, pixels [BLOCK_N], and which of them exist. 64-bit: the last image's offset may pass 2**31."""
+    tiles = tl.cdiv(size.P, BLOCK_N)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    n = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    return b, n, n < size.P
 
 
 @triton.jit
@@ -26,53 +33,53 @@ def nearest(i, scale, size):
 
 
 @triton.jit
-def read_class(
-    label_ptr, flag_ptr, b, n, mask_n, w, H, W, scale_h, scale_w, stride_b, stride_h, stride_w, ignore_index, K
-):
+def read_class(labels, b, n, mask_n, size):
     """Class of each pixel n of image b (-1: none), and whether its label is bad."""
-    i = n // w
-    j = nearest(n - i * w, scale_w, W)
-    i = nearest(i, scale_h, H)
-    offs = b * stride_b + i.to(tl.int64) * stride_h + j.to(tl.int64) * stride_w
-    return classify(tl.load(label_ptr + offs, mask=mask_n, other=0), flag_ptr, mask_n, ignore_index, K)
+    i = n // size.w
+    j = nearest(n - i * size.w, labels.scale_w, labels.width)
+    i = nearest(i, labels.scale_h, labels.height)
+    offs = b * labels.stride_b + i.to(tl.int64) * labels.stride_h + j.to(tl.int64) * labels.stride_w
+    return classify(tl.load(labels.ptr + offs, mask=mask_n, other=0), labels, mask_n, size.K)
 
 
 @triton.jit
-def classify(value, flag_ptr, mask, ignore_index, K):
+def classify(value, labels, mask, K):
     """value: labels of any integer dtype. -> class int32 (-1: none), bad."""
     if (value.dtype == tl.int64) | (value.dtype == tl.uint64) | (value.dtype == tl.uint32):
         value = value.to(tl.int64)
     else:
         value = value.to(tl.int32)
-    labelled = mask & (value != ignore_index)
+    labelled = mask & (value != labels.ignore_index)
     inside = (value >= 0) & (value < K)
     bad = labelled & (inside == 0)
     if tl.max(tl.ravel(bad.to(tl.int32)), 0) > 0:
         worst = tl.where(bad, value.to(tl.int64), -9223372036854775807)
-        tl.atomic_max(flag_ptr, tl.max(tl.ravel(worst), 0))
+        tl.atomic_max(labels.flag, tl.max(tl.ravel(worst), 0))
     return tl.where(labelled & inside, value, -1).to(tl.int32), bad
 
 
 @triton.jit
-def class_and_pixel_weight(class_weight_ptr, pixel_weight_ptr, cls, pixel):
+def read_weights(weights, cls, pixel):
     """-> class weight (0 where no class: it counts in the mean), pixel weight. pixel: index into the contiguous weights."""
     labelled = cls >= 0
     class_weight = labelled.to(tl.float32)
-    if class_weight_ptr is not None:
-        class_weight = tl.load(class_weight_ptr + tl.maximum(cls, 0), mask=labelled, other=0.0)
+    if weights.class_ptr is not None:
+        class_weight = tl.load(weights.class_ptr + tl.maximum(cls, 0), mask=labelled, other=0.0)
     pixel_weight = labelled.to(tl.float32)
-    if pixel_weight_ptr is not None:
-        pixel_weight = tl.load(pixel_weight_ptr + pixel, mask=labelled, other=0.0)
+    if weights.pixel_ptr is not None:
+        pixel_weight = tl.load(weights.pixel_ptr + pixel, mask=labelled, other=0.0)
     return class_weight, pixel_weight
 
 
 @triton.jit
-def pixel_offset(n, w, stride_h, stride_w, FLAT: tl.constexpr):
-    """Element offset of pixel n of an image. FLAT: rows follow each other, so that neighbours are seen as such and loads get wide."""
-    if FLAT:
-        return n.to(tl.int64) * stride_w
-    i = n // w
-    return i.to(tl.int64) * stride_h + (n - i * w).to(tl.int64) * stride_w
+def pixel_offset(place, n, w):
+    """Element offset of pixel n of an image of a Map."""
+    if place.stride_h is None:
+        offset = n.to(tl.int64) * place.stride_w
+    else:
+        i = n // w
+        offset = i.to(tl.int64) * place.stride_h + (n - i * w).to(tl.int64) * place.stride_w
+    return offset
 
 
 @triton.jit
@@ -119,7 +126,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def architecture(tensor: Tensor) -> str:
-    return "interpreter" if INTERPRETED else settings.architecture(tensor.device.index)
+    return "interpreter" if INTERPRETED else launch.architecture(tensor.device.index)
 
 
 def on_device_of(tensor: Tensor):
@@ -138,34 +145,12 @@ def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def is_flat(tensor: Tensor) -> bool:
-    """Whether pixel (i, j) lies at (i * w + j) * stride_w."""
-    return tensor.shape[2] == 1 or tensor.stride(2) == tensor.shape[3] * tensor.stride(3)
-
-
 def layout(features: Tensor) -> str:
     return "channels" if features.stride(1) == 1 and features.stride(3) != 1 else "pixels"
 
 
-def label_arguments(labels: Tensor, height: int, width: int, ignore_index: int) -> tuple:
-    """The label's part of a kernel's arguments, from `w` on: sizes, nearest scales (float32 arithmetic), strides, ignore_index."""
-    size_h, size_w = labels.shape[1:]
-    return (
-        width,
-        size_h,
-        size_w,
-        _nearest_scale(size_h, height),
-        _nearest_scale(size_w, width),
-        *labels.stride(),
-        ignore_index,
-    )
-
-
-@functools.lru_cache(maxsize=4096)
-def _nearest_scale(size: int, out: int) -> float:
-    return float(torch.tensor(size, dtype=torch.float32) / out)
-
-
 def flag(tensor: Tensor) -> Tensor:
     """[] int64 on the tensor's device, read by `check_labels`."""
+    from ..backends.labels import label_flag
+
     return label_flag(tensor.device)

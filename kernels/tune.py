@@ -2,7 +2,7 @@
 
 One setting after the other is doubled, halved or stepped as long as that is faster (a few dozen compilations, some minutes). A candidate
 whose results differ from the shipped settings' by more than rounding, or that does not fit the GPU, is dropped. The table
-(`settings.user_table_path()`) is looked at before the shipped one, from the next process on.
+(`launch.user_table_path()`) is looked at before the shipped one, from the next process on.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from . import class_moments as moments
-from . import launch as settings
-from . import pixels
+from . import launch, pixels
 from .prototype_contrastive_loss import backward as contrast_backward
 from .prototype_contrastive_loss import forward as contrast
 
@@ -64,9 +63,9 @@ def _calls(problem: dict) -> dict[str, Callable]:
     }
 
 
-def _neighbours(launch: dict[str, int]) -> Iterator[dict[str, int]]:
+def _neighbours(settings: dict[str, int]) -> Iterator[dict[str, int]]:
     """Settings one step away."""
-    for name, value in launch.items():
+    for name, value in settings.items():
         if name == "num_stages":
             steps = [value + 1, value - 1]
         elif name == "num_warps":
@@ -75,7 +74,7 @@ def _neighbours(launch: dict[str, int]) -> Iterator[dict[str, int]]:
             steps = [v for v in (2 * value, value // 2) if _LEAST_BLOCK <= v <= _MOST_BLOCK]
         else:
             continue
-        yield from ({**launch, name: step} for step in steps if step >= 1)
+        yield from ({**settings, name: step} for step in steps if step >= 1)
 
 
 def _median_us(call: Callable) -> float:
@@ -98,38 +97,38 @@ def _alike(got, expected) -> bool:
 
 def tune_kernel(
     kernel: str, call: Callable, condition: dict, dtype: torch.dtype, layout: str, seconds: float
-) -> settings.Row | None:
+) -> launch.Row | None:
     """The best row found for one kernel, or None where the shipped settings stay the best. `condition`: {"dim": D, "num_classes": K}."""
-    arch = "interpreter" if pixels.INTERPRETED else settings.architecture(torch.cuda.current_device())
-    launch = settings.find(arch, kernel, dtype, condition["dim"], condition["num_classes"], layout)
-    if launch is None:
+    arch = "interpreter" if pixels.INTERPRETED else launch.architecture(torch.cuda.current_device())
+    settings = launch.find(arch, kernel, dtype, condition["dim"], condition["num_classes"], layout)
+    if settings is None:
         return None
-    expected, best_us, shipped = call(), _median_us(call), launch
+    expected, best_us, shipped = call(), _median_us(call), settings
     key = {"kernel": kernel, "dtype": "fp32" if dtype == torch.float32 else "half", "layout": layout, **condition}
-    deadline, seen = time.monotonic() + seconds, [launch]
+    deadline, seen = time.monotonic() + seconds, [settings]
     better = True
     while better and time.monotonic() < deadline:
         better = False
-        for candidate in _neighbours(launch):
+        for candidate in _neighbours(settings):
             if candidate in seen or time.monotonic() > deadline:
                 continue
             seen.append(candidate)
-            with settings.override({**key, "launch": candidate}):
+            with launch.override({**key, "launch": candidate}):
                 try:
                     us = _median_us(call) if _alike(call(), expected) else float("inf")
                 except Exception as error:  # too large for the GPU, or for the compiler
                     print(f"  {kernel} {candidate}: {type(error).__name__}", file=sys.stderr)
                     continue
             if us < 0.97 * best_us:  # less is noise
-                best_us, launch, better = us, candidate, True
+                best_us, settings, better = us, candidate, True
                 break
-    print(f"{kernel}: {best_us:.1f} us with {launch}" + ("" if launch is not shipped else " (as shipped)"))
-    return None if launch is shipped else {**key, "launch": launch}
+    print(f"{kernel}: {best_us:.1f} us with {settings}" + ("" if settings is not shipped else " (as shipped)"))
+    return None if settings is shipped else {**key, "launch": settings}
 
 
 def tune(
     shape, num_classes: int, dtype: torch.dtype, layout: str, device: torch.device, seconds: float
-) -> list[settings.Row]:
+) -> list[launch.Row]:
     """Rows for the kernels that these sizes use, but the separate pass for norms of deep features."""
     problem = _problem(shape, num_classes, dtype, layout, device)
     condition = {"dim": shape[1], "num_classes": num_classes}
@@ -149,9 +148,9 @@ def tune(
     return rows
 
 
-def write(rows: list[settings.Row], arch: str) -> None:
+def write(rows: list[launch.Row], arch: str) -> None:
     """Put the rows first in the user's table; older rows for the same sizes go."""
-    path = settings.user_table_path()
+    path = launch.user_table_path()
     table = json.loads(path.read_text()) if path.is_file() else {}
 
     def key(row):
@@ -163,7 +162,7 @@ def write(rows: list[settings.Row], arch: str) -> None:
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(table, indent=1) + "\n")
     temporary.replace(path)
-    settings.forget()
+    launch.forget()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -182,13 +181,13 @@ def main(argv: list[str] | None = None) -> int:
         print("tune measures: it needs an NVIDIA GPU", file=sys.stderr)
         return 2
     device = torch.device("cpu") if pixels.INTERPRETED else torch.device("cuda", torch.cuda.current_device())
-    arch = "interpreter" if pixels.INTERPRETED else settings.architecture(device.index)
+    arch = "interpreter" if pixels.INTERPRETED else launch.architecture(device.index)
     shape = (options.batch, options.dim, *options.size)
     rows = tune(shape, options.classes, _DTYPES[options.dtype], options.layout, device, options.seconds)
     if rows:
         write(rows, arch)
     print(
-        f"{len(rows)} rows written to {settings.user_table_path()}"
+        f"{len(rows)} rows written to {launch.user_table_path()}"
         if rows
         else "nothing better than the shipped settings was found"
     )

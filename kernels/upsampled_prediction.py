@@ -1,7 +1,7 @@
 """upsampled_prediction: class and confidence of every pixel of bilinearly up-sampled logits, which never exist.
 
-The tiles of `upsample`: lanes own cells. The classes are walked twice: for the maximum and its class, then for the sum of exponentials;
-confidence = 1 / sum_k exp(z_k - z_max). Floor: 1 exponential per pixel and class, 5 bytes a pixel written; no extra memory.
+The tiles of `upsampled_cross_entropy`: lanes own cells. The classes are walked twice: for the maximum and its class, then for the sum of
+exponentials: confidence = 1 / sum_k exp(z_k - z_max). Floor: 1 exponential per pixel and class, 5 bytes a pixel written; no extra memory.
 Shapes: logits [B, K, h, w] any strides; label uint8, confidence float32 [B, H, W] contiguous.
 """
 
@@ -11,61 +11,72 @@ import torch
 import triton
 import triton.language as tl
 
-from .cells import CELLS, LAUNCH, axis_scale, first_pixel, flat, interpolate, load_corners, upper_weight, window
+from .cells import (
+    CELLS,
+    LAUNCH,
+    Corners,
+    Tiling,
+    columns_of,
+    first_pixel,
+    flat,
+    grid_of,
+    in_cell,
+    interpolate,
+    load_corners,
+    logits_map,
+    node_offset,
+    window_of,
+    window_sizes,
+)
 from .pixels import on_device_of
 from .upsampled_cross_entropy import _LOG2E, bands_of
 
 
 @triton.jit
 def prediction_kernel(
-    logits_ptr, threshold_ptr, label_ptr, confidence_ptr, K, h, w, H, W, scale_h, scale_w, stride_b, stride_k, stride_h, stride_w,
-    ignore_index, factor, bands, strips, tiles, steps,
+    logits, threshold_ptr, label_ptr, confidence_ptr, K, grid, tiling, ignore_index, factor,
     ALIGN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0) % tiles
-    strip = (tl.program_id(0) // tiles) % strips
-    image = (tl.program_id(0) // (tiles * strips)).to(tl.int64)
-    cells = tile * CELLS - 1 + tl.arange(0, CELLS)
-    col_start = first_pixel(cells, W, scale_w, steps, ALIGN)
-    col_end = first_pixel(cells + 1, W, scale_w, steps, ALIGN)
-    widest = tl.max(col_end - col_start, 0)
-    col0 = tl.minimum(tl.maximum(cells, 0), w - 1).to(tl.int64) * stride_w
-    col1 = tl.minimum(tl.maximum(cells + 1, 0), w - 1).to(tl.int64) * stride_w
-    logits_ptr += image * stride_b
-    for band in range(strip * bands - 1, strip * bands - 1 + bands):
-        row_start = first_pixel(band, H, scale_h, steps, ALIGN)
-        row_end = first_pixel(band + 1, H, scale_h, steps, ALIGN)
-        row0 = tl.minimum(tl.maximum(band, 0), h - 1).to(tl.int64) * stride_h
-        row1 = tl.minimum(tl.maximum(band + 1, 0), h - 1).to(tl.int64) * stride_h
+    tile = tl.program_id(0) % tiling.tiles
+    strip = (tl.program_id(0) // tiling.tiles) % tiling.strips
+    image = (tl.program_id(0) // (tiling.tiles * tiling.strips)).to(tl.int64)
+    columns = columns_of(tile * CELLS - 1, grid, ALIGN, CELLS)
+    widest = tl.max(columns.end - columns.start, 0)
+    col0 = node_offset(columns.cells, grid.w, logits.stride_w)
+    col1 = node_offset(columns.cells + 1, grid.w, logits.stride_w)
+    logits_ptr = logits.ptr + image * logits.stride_b
+    for band in range(strip * tiling.bands - 1, strip * tiling.bands - 1 + tiling.bands):
+        row_start = first_pixel(band, grid.H, grid.scale_h, grid.steps, ALIGN)
+        row_end = first_pixel(band + 1, grid.H, grid.scale_h, grid.steps, ALIGN)
+        row0 = node_offset(band, grid.h, logits.stride_h)
+        row1 = node_offset(band + 1, grid.h, logits.stride_h)
+        at = Corners(row0, row1, col0, col1, factor)
         for r0 in range(row_start, row_end, ROWS):
             for c0 in range(0, widest, COLS):
-                i = (r0 + tl.arange(0, ROWS))[:, None, None]
-                j = (col_start + c0)[None, None, :] + tl.arange(0, COLS)[None, :, None]
-                y = upper_weight(i, tl.full([1, 1, 1], 0, tl.int32) + band, h, scale_h, ALIGN)
-                x = upper_weight(j, cells[None, None, :], w, scale_w, ALIGN)
+                i, j, y, x = window_of(r0, c0, band, columns, grid, ALIGN, ROWS, COLS)
                 top = tl.full([ROWS, COLS, CELLS], -float("inf"), tl.float32)
                 label = tl.zeros([ROWS, COLS, CELLS], tl.int32)
                 ptr = logits_ptr
                 for k in range(0, K):
-                    a, b, c, d = load_corners(ptr, factor, row0, row1, col0, col1)
+                    a, b, c, d = load_corners(ptr, at)
                     z = interpolate(a, b, c, d, y, x)
                     label = tl.where(z > top, k, label)  # the first of equals, as argmax
                     top = tl.maximum(top, z)
-                    ptr += stride_k
+                    ptr += logits.stride_d
                 total = tl.zeros([ROWS, COLS, CELLS], tl.float32)
                 ptr = logits_ptr
                 for _ in range(0, K):
-                    a, b, c, d = load_corners(ptr, factor, row0, row1, col0, col1)
+                    a, b, c, d = load_corners(ptr, at)
                     total += tl.exp2(interpolate(a, b, c, d, y, x) - top)
-                    ptr += stride_k
+                    ptr += logits.stride_d
                 confidence = 1.0 / total
                 confidence, label = flat(confidence), flat(label)
                 if threshold_ptr is not None:
                     label = tl.where(confidence < tl.load(threshold_ptr + label), ignore_index, label)
-                inside = flat((i < row_end) & (j < col_end[None, None, :]))
-                pixel = image * H * W + flat(i * W + j)
-                tl.store(label_ptr + pixel, label.to(tl.uint8), mask=inside)
-                tl.store(confidence_ptr + pixel, confidence, mask=inside)
+                mask = flat(in_cell(i, j, row_end, columns))
+                pixel = image * grid.H * grid.W + flat(i * grid.W + j)
+                tl.store(label_ptr + pixel, label.to(tl.uint8), mask=mask)
+                tl.store(confidence_ptr + pixel, confidence, mask=mask)
 
 
 def upsampled_prediction(logits, size, thresholds, *, temperature, align_corners, ignore_index):
@@ -79,13 +90,12 @@ def upsampled_prediction(logits, size, thresholds, *, temperature, align_corners
     thresholds = None if thresholds is None else thresholds.contiguous()
     tiles = triton.cdiv(w + 1, CELLS)
     bands = bands_of(batch, tiles, h)
-    strips = triton.cdiv(h + 1, bands)
-    rows, cols, tail = window((h, w), (height, width), align_corners)
+    tiling = Tiling(bands, triton.cdiv(h + 1, bands), tiles)
+    rows, cols, tail = window_sizes((h, w), (height, width), align_corners)
+    cols = cols if tail == 0 or rows * cols >= 16 else 2 * cols
     with on_device_of(logits):
-        prediction_kernel[(batch * strips * tiles,)](
-            logits, thresholds, labels, confidence, num_classes, h, w, height, width,
-            axis_scale(h, height, align_corners), axis_scale(w, width, align_corners), *logits.stride(),
-            ignore_index, _LOG2E / temperature, bands, strips, tiles, max(height, width).bit_length(),
-            align_corners, rows, cols if tail == 0 or rows * cols >= 16 else 2 * cols, CELLS, **LAUNCH,
+        prediction_kernel[(batch * tiling.strips * tiles,)](
+            logits_map(logits), thresholds, labels, confidence, num_classes, grid_of((h, w), (height, width), align_corners), tiling,
+            ignore_index, _LOG2E / temperature, align_corners, rows, cols, CELLS, **LAUNCH,
         )  # fmt: skip
     return labels, confidence

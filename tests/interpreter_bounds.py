@@ -55,6 +55,15 @@ class _Checked:
         return self.wrapped.atomic_cas(pointers, compare, values, semantics)
 
 
+def _tensors(values):
+    """Those among the arguments and within operands (tuples)."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, tuple):
+            yield from _tensors(value)
+
+
 def install() -> None:
     if isinstance(interpreter._interpreter, _Checked):
         return
@@ -63,7 +72,7 @@ def install() -> None:
 
     def copied_and_allowed(self, arguments, keywords):
         on_host = copied(self, arguments, keywords)
-        checked.allow(t for t in (*on_host[0], *on_host[1].values()) if isinstance(t, torch.Tensor))
+        checked.allow(_tensors((*on_host[0], *on_host[1].values())))
         return on_host
 
     interpreter.GridExecutor._init_args_hst = copied_and_allowed

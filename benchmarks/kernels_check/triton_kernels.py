@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import os
 import re
 import subprocess
@@ -22,42 +23,55 @@ from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
-from spcl_fast.kernels import class_moments as moments
 from spcl_fast.kernels import pixels
-from spcl_fast.kernels import upsampled_cross_entropy as upsample
-from spcl_fast.kernels import upsampled_prediction as prediction
-from spcl_fast.kernels.prototype_contrastive_loss import backward as contrast_backward
-from spcl_fast.kernels.prototype_contrastive_loss import forward as contrast
-from spcl_fast.kernels.prototype_contrastive_loss import prototypes as contrast_prototypes
+from spcl_fast.kernels.operands import Map, Size
 
+# the package's functions have the names of their modules
+contrast, contrast_backward, contrast_prototypes, moments, upsample, prediction = (
+    importlib.import_module(f"spcl_fast.kernels.{name}")
+    for name in (
+        "prototype_contrastive_loss.forward",
+        "prototype_contrastive_loss.backward",
+        "prototype_contrastive_loss.prototypes",
+        "class_moments",
+        "upsampled_cross_entropy",
+        "upsampled_prediction",
+    )
+)
 _MODULES = (pixels, contrast, contrast_backward, contrast_prototypes, moments, upsample, prediction)
 SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
-_TYPES = {
-    torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
-    torch.uint8: "u8", torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
-}  # fmt: skip
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One kernel with the specialisation that a launch would give it."""
+    """One kernel with the specialisation that a launch would give it; a path is where a value lies among the arguments and operands."""
 
     name: str
     kernel: object
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, object], ...]
-    divisible: tuple[int, ...]
+    signature: tuple[tuple[str, object], ...]
+    constants: tuple[tuple[tuple[int, ...], object], ...]
+    attributes: tuple[tuple[tuple[int, ...], str], ...]  # paths of what is divisible by 16
     options: tuple[tuple[str, int], ...]
     grid: tuple[int, ...] = dataclasses.field(compare=False)
 
     @property
     def dtype(self) -> str:
         names = dict(self.signature)
-        pointers = (names.get(k, "") for k in ("feat_ptr", "logits_ptr", "label_ptr", "partial_ptr"))
-        return next((kind.lstrip("*") for kind in pointers if kind.startswith("*")), "")
+        for operand in ("features", "logits", "labels", "partial_ptr"):
+            kind = names.get(operand, "")
+            kind = kind[0] if isinstance(kind, tuple) else kind
+            if kind.startswith("*"):
+                return kind.lstrip("*")
+        return ""
+
+    def constant(self, name: str) -> object:
+        """Value of a constexpr parameter; None where the kernel has none of this name."""
+        names = [key for key, _ in self.signature]
+        return dict(self.constants).get((names.index(name),)) if name in names else None
 
 
 class _Recorder:
@@ -69,31 +83,33 @@ class _Recorder:
 
 
 def describe(kernel, grid, args, kwargs) -> Launch:
-    """The specialisation Triton's launcher would choose for these arguments, pointers taken as 16-byte aligned."""
+    """The specialisation that Triton's launcher chooses for these arguments: its own binder is asked. Meta tensors count as aligned."""
     options = tuple((k, v) for k, v in kwargs.items() if k in _OPTIONS)
-    values = dict(zip(kernel.arg_names, args, strict=False)) | {k: v for k, v in kwargs.items() if k not in _OPTIONS}
-    signature, constants, divisible = {}, {}, []
-    for index, parameter in enumerate(kernel.params):
-        name, value = parameter.name, values[parameter.name]
-        if (
-            parameter.is_constexpr
-            or value is None
-            or (type(value) is int and value == 1 and not parameter.do_not_specialize)
-        ):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = "*" + _TYPES[value.dtype]
-            divisible.append(index)
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                divisible.append(index)
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    values, specialization, _ = binder(*args, **{k: v for k, v in kwargs.items() if k not in _OPTIONS})
+    kinds = [kind for kind, _ in specialization]
+    constants = {path: _at(list(values.values()), path) for path, kind in _leaves(kinds) if kind == "constexpr"}
+    attributes = [None if kind == "constexpr" else attribute for kind, attribute in specialization]
     name = kernel.__name__.removesuffix("_kernel")
     return Launch(
-        name, kernel, tuple(signature.items()), tuple(constants.items()), tuple(divisible), options, tuple(grid)
-    )
+        name, kernel, tuple(zip(values, kinds, strict=True)), tuple(constants.items()),
+        tuple((path, text) for path, text in _leaves(attributes) if isinstance(text, str) and text), options, tuple(grid),
+    )  # fmt: skip
+
+
+def _leaves(values, path=()) -> Iterator[tuple[tuple[int, ...], object]]:
+    for index, value in enumerate(values):
+        if isinstance(value, tuple):
+            yield from _leaves(value, (*path, index))
+        else:
+            yield (*path, index), value
+
+
+def _at(values, path: tuple[int, ...]):
+    for index in path:
+        values = values[index]
+    return values
 
 
 @contextlib.contextmanager
@@ -220,13 +236,11 @@ class Usage:
 
 
 def compiled(launch: Launch, capability: int) -> Usage:
-    source = ASTSource(
-        launch.kernel,
-        dict(launch.signature),
-        dict(launch.constants),
-        {(i,): [["tt.divisibility", 16]] for i in launch.divisible},
-    )
-    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
+    target = GPUTarget("cuda", capability, 32)
+    backend = make_backend(target)
+    attributes = {path: backend.parse_attr(text) for path, text in launch.attributes}
+    source = ASTSource(launch.kernel, dict(launch.signature), dict(launch.constants), attributes)
+    binary = triton.compile(source, target=target, options=dict(launch.options))
     ptx = binary.asm["ptx"]
     wide = len(
         re.findall(
@@ -255,18 +269,23 @@ def faults(launch: Launch, usage: Usage, capability: int) -> list[str]:
         found.append(f"{usage.stack_bytes} bytes spilled")
     if usage.shared_bytes > SHARED_BYTES[capability]:
         found.append(f"{usage.shared_bytes} bytes of shared memory, the architecture has {SHARED_BYTES[capability]}")
-    names, values = dict(launch.signature), dict(launch.constants)
+    names = [name for name, _ in launch.signature]
     if "PRECISION" in names or "resident" in launch.name:  # kernels with a dot
-        half = launch.dtype in ("bf16", "fp16") or values.get("PRECISION") == "tf32"
+        half = launch.dtype in ("bf16", "fp16") or launch.constant("PRECISION") == "tf32"
         if half and usage.matrix == "fma":
             found.append("no matrix instruction")
-        order = list(names)
-        aligned = all(
-            k in values or order.index(k) in launch.divisible for k in ("stride_b", "stride_d", "stride_w", "P")
-        )
-        if aligned and values.get("FLAT") and not usage.wide_loads:
+        if _wide_rows(launch, names) and not usage.wide_loads:
             found.append("no 16-byte load of an aligned feature map")
     return found
+
+
+def _wide_rows(launch: Launch, names: list[str]) -> bool:
+    """Whether the feature map's rows follow each other and every stride and the number of pixels is a multiple of 16, or 1."""
+    features, size = names.index("features"), names.index("size")
+    known = {path for path, _ in (*launch.constants, *launch.attributes)}
+    strides = [(features, Map._fields.index(field)) for field in ("stride_b", "stride_d", "stride_w")]
+    flat = dict(launch.constants).get((features, Map._fields.index("stride_h")), 0) is None
+    return flat and {*strides, (size, Size._fields.index("P"))} <= known
 
 
 _HEADER = "kernel             dtype arch   warps stages  regs  shared stack dot     16B  blocks"
@@ -275,9 +294,9 @@ _HEADER = "kernel             dtype arch   warps stages  regs  shared stack dot 
 def _line(launch: Launch, usage: Usage, capability: int) -> str:
     options = dict(launch.options)
     blocks = [
-        f"{k.removeprefix('BLOCK_')}={v}"
-        for k, v in launch.constants
-        if k.startswith("BLOCK") or k in ("ROWS", "COLS", "TAIL")
+        f"{name.removeprefix('BLOCK_')}={launch.constant(name)}"
+        for name, _ in launch.signature
+        if name.startswith("BLOCK") or name in ("ROWS", "COLS", "TAIL")
     ]
     return (
         f"{launch.name:18} {launch.dtype:5} sm_{capability:<3} {options.get('num_warps', 4):5} {options.get('num_stages', 3):6} "
@@ -292,6 +311,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="default settings, fewer dtypes and layouts (for the test suite)"
     )
+    parser.add_argument("--kernel", nargs="*", default=[], help="only kernels whose name has one of these words")
     parser.add_argument("--capability", type=int, nargs="*", default=[80, 90], choices=sorted(SHARED_BYTES))
     options = parser.parse_args(argv)
     if pixels.INTERPRETED:
@@ -304,6 +324,8 @@ def main(argv: list[str] | None = None) -> int:
             for case in cases(options.quick):
                 case()
         for launch in dict.fromkeys(launches):
+            if options.kernel and not any(word in launch.name for word in options.kernel):
+                continue
             usage = compiled(launch, capability)
             found = faults(launch, usage, capability)
             wrong += bool(found)

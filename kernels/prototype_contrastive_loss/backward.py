@@ -15,41 +15,39 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import launch as settings
+from .. import launch
+from ..operands import Prototypes, Saved, feature_map, incoming, labels_at, size_of, weights_of
 from ..pixels import (
     architecture,
-    class_and_pixel_weight,
     flag,
-    is_flat,
-    label_arguments,
     layout,
     on_device_of,
     pixel_offset,
     power_of_two,
     precision,
     read_class,
+    read_weights,
+    tile_of,
 )
-from .forward import RESIDENT_DIM, dots, softmax_of
+from .forward import RESIDENT_DIM, logits_again, softmax_of
 from .prototypes import prototype_gradient
 
 
 @triton.jit
-def pixel_scale(
-    grad_ptr, denominator_ptr, class_weight_ptr, pixel_weight_ptr, b, n, P, w, cls, bad, grad_b, grad_h, grad_w
-):
+def pixel_scale(grad, weights, b, n, size, cls, bad):
     """s = grad_loss * class weight * pixel weight / denominator; exactly 0 where unlabelled, NaN at a bad label."""
-    i = n // w
-    offs = b * grad_b + i.to(tl.int64) * grad_h + (n - i * w).to(tl.int64) * grad_w
-    grad = tl.load(grad_ptr + offs, mask=cls >= 0, other=0.0)
-    denominator = tl.load(denominator_ptr)
-    class_weight, pixel_weight = class_and_pixel_weight(class_weight_ptr, pixel_weight_ptr, cls, b * P + n)
-    s = class_weight * pixel_weight * grad.to(tl.float32)
+    i = n // size.w
+    offs = b * grad.stride_b + i.to(tl.int64) * grad.stride_h + (n - i * size.w).to(tl.int64) * grad.stride_w
+    given = tl.load(grad.ptr + offs, mask=cls >= 0, other=0.0)
+    denominator = tl.load(grad.denominator)
+    class_weight, pixel_weight = read_weights(weights, cls, b * size.P + n)
+    s = class_weight * pixel_weight * given.to(tl.float32)
     s = tl.where(denominator == 0, 0.0, s / tl.where(denominator == 0, 1.0, denominator))
     return tl.where(bad, float("nan"), tl.where(cls >= 0, s, 0.0))
 
 
 @triton.jit
-def weights_of(z, lse, offs_k, K, cls):
+def logit_weights(z, lse, offs_k, K, cls):
     """p_k - [k = label] -> [BLOCK_N, BLOCK_K], 0 beyond K."""
     p = softmax_of(z, lse)
     return tl.where((offs_k < K)[None, :], tl.where(offs_k[None, :] == cls[:, None], p - 1.0, p), 0.0)
@@ -67,104 +65,82 @@ def _gradient(out, x, s, inv, c, cls, bad, inv_temperature, RADIAL: tl.constexpr
 
 @triton.jit
 def backward_resident_kernel(
-    grad_ptr, feat_ptr, label_ptr, proto_ptr, class_weight_ptr, pixel_weight_ptr, lse_ptr, inv_ptr, denominator_ptr, dfeat_ptr, flag_ptr,
-    P, D, K, w, H, W, scale_h, scale_w, label_b, label_h, label_w, ignore_index,
-    stride_b, stride_d, stride_h, stride_w, out_b, out_d, out_h, out_w, grad_b, grad_h, grad_w, inv_temperature,
-    NORMALIZE: tl.constexpr, FLAT: tl.constexpr, OUT_FLAT: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    grad, features, labels, prototypes, weights, saved, dfeatures, size,
+    NORMALIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(P, BLOCK_N)
-    b = (tl.program_id(0) // tiles).to(tl.int64)
-    n = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = n < P
-    cls, bad = read_class(
-        label_ptr, flag_ptr, b, n, mask_n, w, H, W, scale_h, scale_w, label_b, label_h, label_w, ignore_index, K
-    )
-    s = pixel_scale(
-        grad_ptr, denominator_ptr, class_weight_ptr, pixel_weight_ptr, b, n, P, w, cls, bad, grad_b, grad_h, grad_w
-    )
-    lse = tl.load(lse_ptr + b * P + n, mask=mask_n, other=0.0).to(
-        tl.float32
-    )  # half floats round the weights far more; it saves registers
-    inv = tl.load(inv_ptr + b * P + n, mask=mask_n, other=0.0)
+    b, n, mask_n = tile_of(size, BLOCK_N)
+    cls, bad = read_class(labels, b, n, mask_n, size)
+    s = pixel_scale(grad, weights, b, n, size, cls, bad)
+    # in float32: half floats round the weights far more, and it saves registers
+    lse = tl.load(saved.lse + b * size.P + n, mask=mask_n, other=0.0).to(tl.float32)
+    inv = tl.load(saved.inv_norm + b * size.P + n, mask=mask_n, other=0.0)
     offs_d = tl.arange(0, BLOCK_D)
-    mask_d = offs_d < D
-    offs_n = pixel_offset(n, w, stride_h, stride_w, FLAT)
-    x = tl.load(feat_ptr + b * stride_b + offs_n[:, None] + offs_d[None, :].to(tl.int64) * stride_d,
-                mask=mask_n[:, None] & mask_d[None, :], other=0.0)  # fmt: skip
+    mask_d = offs_d < size.D
+    mask = mask_n[:, None] & mask_d[None, :]
+    offs_n = pixel_offset(features, n, size.w)
+    feat_ptrs = (
+        features.ptr + b * features.stride_b + offs_n[:, None] + offs_d[None, :].to(tl.int64) * features.stride_d
+    )
+    x = tl.load(feat_ptrs, mask=mask, other=0.0)
     out = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     c = tl.zeros([BLOCK_N], tl.float32)
-    for k0 in range(0, K, BLOCK_K):
+    for k0 in range(0, size.K, BLOCK_K):
         offs_k = k0 + tl.arange(0, BLOCK_K)
         p = tl.load(
-            proto_ptr + offs_k[:, None].to(tl.int64) * D + offs_d[None, :],
-            mask=(offs_k < K)[:, None] & mask_d[None, :],
+            prototypes.ptr + offs_k[:, None].to(tl.int64) * size.D + offs_d[None, :],
+            mask=(offs_k < size.K)[:, None] & mask_d[None, :],
             other=0.0,
         )
-        z = tl.dot(x, tl.trans(p)) * (inv * inv_temperature)[:, None]
-        weight = weights_of(z, lse, offs_k, K, cls).to(x.dtype)
+        z = tl.dot(x, tl.trans(p)) * (inv * prototypes.inv_temperature)[:, None]
+        weight = logit_weights(z, lse, offs_k, size.K, cls).to(x.dtype)
         c += tl.sum(weight.to(tl.float32) * z, 1)
         out = tl.dot(weight, p, out)
-    dx = _gradient(out, x, s, inv, c, cls, bad, inv_temperature, NORMALIZE)
-    offs_n = pixel_offset(n, w, out_h, out_w, OUT_FLAT)
-    tl.store(dfeat_ptr + b * out_b + offs_n[:, None] + offs_d[None, :].to(tl.int64) * out_d,
-             dx.to(x.dtype), mask=mask_n[:, None] & mask_d[None, :])  # fmt: skip
+    dx = _gradient(out, x, s, inv, c, cls, bad, prototypes.inv_temperature, NORMALIZE)
+    out_n = pixel_offset(dfeatures, n, size.w)
+    out_ptrs = (
+        dfeatures.ptr + b * dfeatures.stride_b + out_n[:, None] + offs_d[None, :].to(tl.int64) * dfeatures.stride_d
+    )
+    tl.store(out_ptrs, dx.to(x.dtype), mask=mask)
 
 
 @triton.jit
 def backward_tile_kernel(
-    grad_ptr, feat_ptr, label_ptr, proto_ptr, class_weight_ptr, pixel_weight_ptr, lse_ptr, inv_ptr, logits_ptr, denominator_ptr, dfeat_ptr,
-    flag_ptr, P, D, K, w, H, W, scale_h, scale_w, label_b, label_h, label_w, ignore_index,
-    stride_b, stride_d, stride_h, stride_w, out_b, out_d, out_h, out_w, grad_b, grad_h, grad_w, inv_temperature,
-    NORMALIZE: tl.constexpr, FLAT: tl.constexpr, OUT_FLAT: tl.constexpr, PRECISION: tl.constexpr,
+    grad, features, labels, prototypes, weights, saved, dfeatures, size, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """K <= BLOCK_K: the weights of a pixel are formed once, from saved or recomputed logits, and D is walked in steps."""
-    tiles = tl.cdiv(P, BLOCK_N)
-    b = (tl.program_id(0) // tiles).to(tl.int64)
-    n = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = n < P
-    cls, bad = read_class(
-        label_ptr, flag_ptr, b, n, mask_n, w, H, W, scale_h, scale_w, label_b, label_h, label_w, ignore_index, K
-    )
-    s = pixel_scale(
-        grad_ptr, denominator_ptr, class_weight_ptr, pixel_weight_ptr, b, n, P, w, cls, bad, grad_b, grad_h, grad_w
-    )
-    lse = tl.load(lse_ptr + b * P + n, mask=mask_n, other=0.0)
-    inv = tl.load(inv_ptr + b * P + n, mask=mask_n, other=0.0)
-    offs_n = pixel_offset(n, w, stride_h, stride_w, FLAT)
-    feat_ptr += b * stride_b
+    b, n, mask_n = tile_of(size, BLOCK_N)
+    cls, bad = read_class(labels, b, n, mask_n, size)
+    s = pixel_scale(grad, weights, b, n, size, cls, bad)
+    lse = tl.load(saved.lse + b * size.P + n, mask=mask_n, other=0.0)
+    inv = tl.load(saved.inv_norm + b * size.P + n, mask=mask_n, other=0.0)
+    offs_n = pixel_offset(features, n, size.w)
+    image_ptr = features.ptr + b * features.stride_b
     offs_k = tl.arange(0, BLOCK_K)
-    if logits_ptr is not None:
-        z = tl.load(
-            logits_ptr + (b * K + offs_k[None, :]) * P + n[:, None],
-            mask=mask_n[:, None] & (offs_k < K)[None, :],
-            other=0.0,
-        )
-    else:
-        acc, _ = dots(
-            feat_ptr, proto_ptr, offs_n, mask_n, 0, K, D, stride_d, BLOCK_N, BLOCK_K, BLOCK_D, False, PRECISION
-        )
-        z = acc * (inv * inv_temperature)[:, None]
-    weight = weights_of(z, lse, offs_k, K, cls).to(proto_ptr.dtype.element_ty)
+    z = logits_again(
+        image_ptr, features, prototypes, saved, b, n, offs_n, mask_n, inv, 0, size, BLOCK_N, BLOCK_K, BLOCK_D, PRECISION
+    )
+    weight = logit_weights(z, lse, offs_k, size.K, cls).to(prototypes.ptr.dtype.element_ty)
     c = tl.sum(weight.to(tl.float32) * z, 1)
 
     offs_d = tl.arange(0, BLOCK_O)
-    out_n = pixel_offset(n, w, out_h, out_w, OUT_FLAT)
-    feat_ptrs = feat_ptr + offs_n[:, None] + offs_d[None, :].to(tl.int64) * stride_d
-    out_ptrs = dfeat_ptr + b * out_b + out_n[:, None] + offs_d[None, :].to(tl.int64) * out_d
-    proto_ptrs = proto_ptr + offs_k[:, None].to(tl.int64) * D + offs_d[None, :]
-    step = tl.full((), BLOCK_O, tl.int64) * stride_d
-    out_step = tl.full((), BLOCK_O, tl.int64) * out_d
-    for d in range(0, D, BLOCK_O):
-        mask = mask_n[:, None] & (offs_d < D - d)[None, :]
-        p = tl.load(proto_ptrs, mask=(offs_k < K)[:, None] & (offs_d < D - d)[None, :], other=0.0)
+    out_n = pixel_offset(dfeatures, n, size.w)
+    feat_ptrs = image_ptr + offs_n[:, None] + offs_d[None, :].to(tl.int64) * features.stride_d
+    out_ptrs = (
+        dfeatures.ptr + b * dfeatures.stride_b + out_n[:, None] + offs_d[None, :].to(tl.int64) * dfeatures.stride_d
+    )
+    proto_ptrs = prototypes.ptr + offs_k[:, None].to(tl.int64) * size.D + offs_d[None, :]
+    step = tl.full((), BLOCK_O, tl.int64) * features.stride_d
+    out_step = tl.full((), BLOCK_O, tl.int64) * dfeatures.stride_d
+    for d in range(0, size.D, BLOCK_O):
+        mask = mask_n[:, None] & (offs_d < size.D - d)[None, :]
+        p = tl.load(proto_ptrs, mask=(offs_k < size.K)[:, None] & (offs_d < size.D - d)[None, :], other=0.0)
         x = p
         if NORMALIZE:
             x = tl.load(feat_ptrs, mask=mask, other=0.0)
         out = tl.dot(weight, p, input_precision=PRECISION)
-        dx = _gradient(out, x, s, inv, c, cls, bad, inv_temperature, NORMALIZE)
-        tl.store(out_ptrs, dx.to(dfeat_ptr.dtype.element_ty), mask=mask)
+        dx = _gradient(out, x, s, inv, c, cls, bad, prototypes.inv_temperature, NORMALIZE)
+        tl.store(out_ptrs, dx.to(dfeatures.ptr.dtype.element_ty), mask=mask)
         feat_ptrs += step
         out_ptrs += out_step
         proto_ptrs += BLOCK_O
@@ -172,93 +148,92 @@ def backward_tile_kernel(
 
 @triton.jit
 def backward_split_kernel(
-    grad_ptr, feat_ptr, label_ptr, proto_ptr, class_weight_ptr, pixel_weight_ptr, lse_ptr, inv_ptr, logits_ptr, denominator_ptr, dfeat_ptr,
-    flag_ptr, P, D, K, w, H, W, scale_h, scale_w, label_b, label_h, label_w, ignore_index,
-    stride_b, stride_d, stride_h, stride_w, out_b, out_d, out_h, out_w, grad_b, grad_h, grad_w, inv_temperature,
-    NORMALIZE: tl.constexpr, FLAT: tl.constexpr, OUT_FLAT: tl.constexpr, PRECISION: tl.constexpr,
+    grad, features, labels, prototypes, weights, saved, dfeatures, size, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """Any K and D: a program owns BLOCK_O channels of its pixels' gradient and reads their logits, or computes them again, whole."""
-    tiles = tl.cdiv(P, BLOCK_N)
-    b = (tl.program_id(0) // tiles).to(tl.int64)
-    n = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = n < P
-    cls, bad = read_class(
-        label_ptr, flag_ptr, b, n, mask_n, w, H, W, scale_h, scale_w, label_b, label_h, label_w, ignore_index, K
-    )
-    s = pixel_scale(
-        grad_ptr, denominator_ptr, class_weight_ptr, pixel_weight_ptr, b, n, P, w, cls, bad, grad_b, grad_h, grad_w
-    )
-    lse = tl.load(lse_ptr + b * P + n, mask=mask_n, other=0.0)
-    inv = tl.load(inv_ptr + b * P + n, mask=mask_n, other=0.0)
-    offs_n = pixel_offset(n, w, stride_h, stride_w, FLAT)
-    feat_ptr += b * stride_b
+    b, n, mask_n = tile_of(size, BLOCK_N)
+    cls, bad = read_class(labels, b, n, mask_n, size)
+    s = pixel_scale(grad, weights, b, n, size, cls, bad)
+    lse = tl.load(saved.lse + b * size.P + n, mask=mask_n, other=0.0)
+    inv = tl.load(saved.inv_norm + b * size.P + n, mask=mask_n, other=0.0)
+    offs_n = pixel_offset(features, n, size.w)
+    image_ptr = features.ptr + b * features.stride_b
     offs_d = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    mask_d = offs_d < D
+    mask_d = offs_d < size.D
     out = tl.zeros([BLOCK_N, BLOCK_O], tl.float32)
     c = tl.zeros([BLOCK_N], tl.float32)
-    for k0 in range(0, K, BLOCK_K):
+    for k0 in range(0, size.K, BLOCK_K):
         offs_k = k0 + tl.arange(0, BLOCK_K)
-        if logits_ptr is not None:
-            z = tl.load(
-                logits_ptr + (b * K + offs_k[None, :]) * P + n[:, None],
-                mask=mask_n[:, None] & (offs_k < K)[None, :],
-                other=0.0,
-            )
-        else:
-            acc, _ = dots(
-                feat_ptr, proto_ptr, offs_n, mask_n, k0, K, D, stride_d, BLOCK_N, BLOCK_K, BLOCK_D, False, PRECISION
-            )
-            z = acc * (inv * inv_temperature)[:, None]
-        weight = weights_of(z, lse, offs_k, K, cls).to(proto_ptr.dtype.element_ty)
+        z = logits_again(
+            image_ptr,
+            features,
+            prototypes,
+            saved,
+            b,
+            n,
+            offs_n,
+            mask_n,
+            inv,
+            k0,
+            size,
+            BLOCK_N,
+            BLOCK_K,
+            BLOCK_D,
+            PRECISION,
+        )
+        weight = logit_weights(z, lse, offs_k, size.K, cls).to(prototypes.ptr.dtype.element_ty)
         c += tl.sum(weight.to(tl.float32) * z, 1)
         p = tl.load(
-            proto_ptr + offs_k[:, None].to(tl.int64) * D + offs_d[None, :],
-            mask=(offs_k < K)[:, None] & mask_d[None, :],
+            prototypes.ptr + offs_k[:, None].to(tl.int64) * size.D + offs_d[None, :],
+            mask=(offs_k < size.K)[:, None] & mask_d[None, :],
             other=0.0,
         )
         out = tl.dot(weight, p, out, input_precision=PRECISION)
     mask = mask_n[:, None] & mask_d[None, :]
-    x = tl.load(feat_ptr + offs_n[:, None] + offs_d[None, :].to(tl.int64) * stride_d, mask=mask, other=0.0)
-    dx = _gradient(out, x, s, inv, c, cls, bad, inv_temperature, NORMALIZE)
-    out_n = pixel_offset(n, w, out_h, out_w, OUT_FLAT)
-    tl.store(
-        dfeat_ptr + b * out_b + out_n[:, None] + offs_d[None, :].to(tl.int64) * out_d,
-        dx.to(dfeat_ptr.dtype.element_ty),
-        mask=mask,
+    x = tl.load(image_ptr + offs_n[:, None] + offs_d[None, :].to(tl.int64) * features.stride_d, mask=mask, other=0.0)
+    dx = _gradient(out, x, s, inv, c, cls, bad, prototypes.inv_temperature, NORMALIZE)
+    out_n = pixel_offset(dfeatures, n, size.w)
+    out_ptrs = (
+        dfeatures.ptr + b * dfeatures.stride_b + out_n[:, None] + offs_d[None, :].to(tl.int64) * dfeatures.stride_d
     )
+    tl.store(out_ptrs, dx.to(dfeatures.ptr.dtype.element_ty), mask=mask)
 
 
 def _form(features, num_classes: int, has_logits: bool) -> tuple[str, dict[str, int]]:
     """Which of the three kernels, and its settings."""
     dim, dtype, arch = features.shape[1], features.dtype, architecture(features)
     if dtype != torch.float32 and dim <= RESIDENT_DIM and not has_logits:
-        launch = settings.find(arch, "contrast_backward_resident", dtype, dim, num_classes, layout(features))
-        return "resident", launch | {"BLOCK_D": max(16, power_of_two(dim))}
-    launch = settings.find(arch, "contrast_backward_tile", dtype, dim, num_classes, layout(features))
-    if launch is not None and num_classes <= launch["BLOCK_K"]:
-        return "tile", launch
-    return "split", settings.find(arch, "contrast_backward_split", dtype, dim, num_classes, layout(features))
+        settings = launch.find(arch, "contrast_backward_resident", dtype, dim, num_classes, layout(features))
+        return "resident", settings | {"BLOCK_D": max(16, power_of_two(dim))}
+    settings = launch.find(arch, "contrast_backward_tile", dtype, dim, num_classes, layout(features))
+    if settings is not None and num_classes <= settings["BLOCK_K"]:
+        return "tile", settings
+    return "split", launch.find(arch, "contrast_backward_split", dtype, dim, num_classes, layout(features))
 
 
-def _feature_gradient(dfeatures, grad_loss, features, tensors, logits, numbers, settings_of_loss):
-    num_classes, pixels = numbers[2], numbers[0]
-    form, launch = _form(features, num_classes, logits is not None)
-    tiles = features.shape[0] * triton.cdiv(pixels, launch["BLOCK_N"])
-    lse, inv_norm, denominator = tensors[-3:]
-    inputs = (grad_loss, *tensors[:-3], lse, inv_norm)
-    grad_strides = grad_loss.stride() if grad_loss.dim() else (0, 0, 0)
-    inv_temperature, normalize = settings_of_loss
-    strides = (*numbers, *features.stride(), *dfeatures.stride(), *grad_strides, inv_temperature)
-    flags = (normalize, is_flat(features), is_flat(dfeatures))
-    outputs = (denominator, dfeatures, flag(features))
+def _feature_gradient(features, dfeatures, operands, normalize: bool) -> None:
+    grad, labels, prototypes, weights, saved, size = operands
+    form, settings = _form(features, size.K, saved.logits is not None)
+    tiles = features.shape[0] * triton.cdiv(size.P, settings["BLOCK_N"])
+    arguments = (
+        grad,
+        feature_map(features),
+        labels,
+        prototypes,
+        weights,
+        saved,
+        feature_map(dfeatures),
+        size,
+        normalize,
+    )
     if form == "resident":
-        backward_resident_kernel[(tiles,)](*inputs, *outputs, *strides, *flags, **launch)
+        backward_resident_kernel[(tiles,)](*arguments, **settings)
     elif form == "tile":
-        backward_tile_kernel[(tiles,)](*inputs, logits, *outputs, *strides, *flags, precision(features.dtype), **launch)
+        backward_tile_kernel[(tiles,)](*arguments, precision(features.dtype), **settings)
     else:
-        grid = (tiles, triton.cdiv(features.shape[1], launch["BLOCK_O"]))
-        backward_split_kernel[grid](*inputs, logits, *outputs, *strides, *flags, precision(features.dtype), **launch)
+        grid = (tiles, triton.cdiv(size.D, settings["BLOCK_O"]))
+        backward_split_kernel[grid](*arguments, precision(features.dtype), **settings)
 
 
 def prototype_contrastive_backward(
@@ -272,15 +247,14 @@ def prototype_contrastive_backward(
     dprototypes = features.new_empty(prototypes.shape if needs_dprototypes else 0, dtype=torch.float32)
     if batch * height * width == 0:
         return dfeatures, dprototypes.zero_()
-    prototypes = prototypes.to(features.dtype).contiguous()
-    pixel_weight = None if pixel_weight is None else pixel_weight.contiguous()
-    class_weight = None if class_weight is None else class_weight.contiguous()
-    tensors = (features, labels, prototypes, class_weight, pixel_weight, lse, inv_norm, denominator)
-    numbers = (height * width, dim, num_classes, *label_arguments(labels, height, width, ignore_index))
-    logits = logits if logits.numel() else None
+    operands = (
+        incoming(grad_loss, denominator), labels_at(labels, flag(features), height, width, ignore_index),
+        Prototypes(prototypes.to(features.dtype).contiguous(), 1 / temperature), weights_of(class_weight, pixel_weight),
+        Saved(lse, inv_norm, logits if logits.numel() else None), size_of(features, num_classes),
+    )  # fmt: skip
     with on_device_of(features):
         if needs_dfeatures:
-            _feature_gradient(dfeatures, grad_loss, features, tensors, logits, numbers, (1 / temperature, normalize))
+            _feature_gradient(features, dfeatures, operands, normalize)
         if needs_dprototypes:
-            prototype_gradient(dprototypes, grad_loss, features, tensors, logits, numbers, 1 / temperature)
+            prototype_gradient(features, dprototypes, operands)
     return dfeatures, dprototypes

@@ -13,21 +13,21 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import launch as settings
+from .. import launch
+from ..operands import Loss, Prototypes, Saved, feature_map, labels_at, size_of, weights_of
 from ..pixels import (
     INTERPRETED,
     architecture,
-    class_and_pixel_weight,
     finish_kernel,
     flag,
-    is_flat,
-    label_arguments,
     layout,
     on_device_of,
     pixel_offset,
     power_of_two,
     precision,
     read_class,
+    read_weights,
+    tile_of,
 )
 
 RESIDENT_DIM = 512  # channels of a pixel tile that is held on chip
@@ -35,19 +35,19 @@ LSE_DTYPE = torch.float64
 
 
 @triton.jit
-def dots(feat_ptr, proto_ptr, offs_n, mask_n, k0, K, D, stride_d,
+def dots(image_ptr, stride_d, prototypes, offs_n, mask_n, k0, size,
          BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """x·P_k for BLOCK_N pixels and the prototypes from k0 on, D in steps -> [BLOCK_N, BLOCK_K]; and |x|^2 where NORM."""
     offs_d = tl.arange(0, BLOCK_D)
     offs_k = k0 + tl.arange(0, BLOCK_K)
-    mask_k = offs_k < K
-    feat_ptrs = feat_ptr + offs_n[:, None] + offs_d[None, :].to(tl.int64) * stride_d
-    proto_ptrs = proto_ptr + offs_k[None, :].to(tl.int64) * D + offs_d[:, None]
+    mask_k = offs_k < size.K
+    feat_ptrs = image_ptr + offs_n[:, None] + offs_d[None, :].to(tl.int64) * stride_d
+    proto_ptrs = prototypes.ptr + offs_k[None, :].to(tl.int64) * size.D + offs_d[:, None]
     step = tl.full((), BLOCK_D, tl.int64) * stride_d
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     square = tl.zeros([BLOCK_N], tl.float32)
-    for d in range(0, D, BLOCK_D):
-        mask_d = offs_d < D - d
+    for d in range(0, size.D, BLOCK_D):
+        mask_d = offs_d < size.D - d
         x = tl.load(feat_ptrs, mask=mask_n[:, None] & mask_d[None, :], other=0.0)
         p = tl.load(proto_ptrs, mask=mask_k[None, :] & mask_d[:, None], other=0.0)
         acc = tl.dot(x, p, acc, input_precision=PRECISION)
@@ -76,6 +76,33 @@ def softmax_of(z, lse):
 
 
 @triton.jit
+def logits_again(image_ptr, features, prototypes, saved, b, n, offs_n, mask_n, inv, k0, size,
+                 BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Of the backward: z for the prototypes from k0 on -> [BLOCK_N, BLOCK_K], saved or computed again."""
+    if saved.logits is not None:
+        offs_k = k0 + tl.arange(0, BLOCK_K)
+        ptrs = saved.logits + (b * size.K + offs_k[None, :]) * size.P + n[:, None]
+        z = tl.load(ptrs, mask=mask_n[:, None] & (offs_k < size.K)[None, :], other=0.0)
+    else:
+        acc, _ = dots(
+            image_ptr,
+            features.stride_d,
+            prototypes,
+            offs_n,
+            mask_n,
+            k0,
+            size,
+            BLOCK_N,
+            BLOCK_K,
+            BLOCK_D,
+            False,
+            PRECISION,
+        )
+        z = acc * (inv * prototypes.inv_temperature)[:, None]
+    return z
+
+
+@triton.jit
 def _include(z, offs_k, K, cls, top, total, z_label):
     """One more block of logits into the running maximum, the sum of exponentials and the label's logit."""
     z = tl.where((offs_k < K)[None, :], z, -float("inf"))
@@ -86,112 +113,118 @@ def _include(z, offs_k, K, cls, top, total, z_label):
 
 
 @triton.jit
-def _save_logits(logits_ptr, z, b, n, mask_n, offs_k, K, P):
-    if logits_ptr is not None:
-        ptrs = logits_ptr + (b * K + offs_k[None, :]) * P + n[:, None]
-        tl.store(ptrs, z, mask=mask_n[:, None] & (offs_k < K)[None, :])
+def _save_logits(saved, z, b, n, mask_n, offs_k, size):
+    if saved.logits is not None:
+        ptrs = saved.logits + (b * size.K + offs_k[None, :]) * size.P + n[:, None]
+        tl.store(ptrs, z, mask=mask_n[:, None] & (offs_k < size.K)[None, :])
 
 
 @triton.jit
-def _finish_pixels(class_weight_ptr, pixel_weight_ptr, loss_ptr, lse_ptr, inv_ptr, partial_ptr,
-                   b, n, mask_n, P, cls, bad, inv, top, total, z_label, NONE: tl.constexpr):  # fmt: skip
+def _finish_pixels(weights, loss, saved, b, n, mask_n, size, cls, bad, inv, top, total, z_label):
     """Per pixel: lse, inv_norm and, for reduction "none", the loss; else one partial loss and weight a program."""
-    pixel = b * P + n
+    pixel = b * size.P + n
     log_total = tl.log(total)
-    class_weight, pixel_weight = class_and_pixel_weight(class_weight_ptr, pixel_weight_ptr, cls, pixel)
-    loss = tl.where(cls >= 0, class_weight * pixel_weight * ((top - z_label) + log_total), 0.0)
+    class_weight, pixel_weight = read_weights(weights, cls, pixel)
+    value = tl.where(cls >= 0, class_weight * pixel_weight * ((top - z_label) + log_total), 0.0)
     poison = tl.where(bad, float("nan"), 0.0)
-    if lse_ptr is not None:
-        tl.store(lse_ptr + pixel, top.to(tl.float64) + log_total.to(tl.float64), mask=mask_n)
-        tl.store(inv_ptr + pixel, inv, mask=mask_n)
-    if NONE:
-        tl.store(loss_ptr + pixel, loss + poison, mask=mask_n)
+    if saved.lse is not None:
+        tl.store(saved.lse + pixel, top.to(tl.float64) + log_total.to(tl.float64), mask=mask_n)
+        tl.store(saved.inv_norm + pixel, inv, mask=mask_n)
+    if loss.map_ptr is not None:
+        tl.store(loss.map_ptr + pixel, value + poison, mask=mask_n)
     else:
-        tl.store(partial_ptr + tl.program_id(0), tl.sum(loss + poison, 0))
-        tl.store(partial_ptr + tl.num_programs(0) + tl.program_id(0), tl.sum(class_weight + poison, 0))
+        tl.store(loss.partial_ptr + tl.program_id(0), tl.sum(value + poison, 0))
+        tl.store(loss.partial_ptr + tl.num_programs(0) + tl.program_id(0), tl.sum(class_weight + poison, 0))
 
 
 @triton.jit
 def forward_kernel(
-    feat_ptr, label_ptr, proto_ptr, class_weight_ptr, pixel_weight_ptr, loss_ptr, lse_ptr, inv_ptr, logits_ptr, partial_ptr, flag_ptr,
-    P, D, K, w, H, W, scale_h, scale_w, label_b, label_h, label_w, ignore_index, stride_b, stride_d, stride_h, stride_w, inv_temperature,
-    NORMALIZE: tl.constexpr, NONE: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    features, labels, prototypes, weights, loss, saved, size,
+    NORMALIZE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(P, BLOCK_N)
-    b = (tl.program_id(0) // tiles).to(tl.int64)  # 64-bit: the last image's base offset may pass 2**31
-    n = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = n < P
-    cls, bad = read_class(
-        label_ptr, flag_ptr, b, n, mask_n, w, H, W, scale_h, scale_w, label_b, label_h, label_w, ignore_index, K
-    )
-    offs_n = pixel_offset(n, w, stride_h, stride_w, FLAT)
-    feat_ptr += b * stride_b
+    b, n, mask_n = tile_of(size, BLOCK_N)
+    cls, bad = read_class(labels, b, n, mask_n, size)
+    offs_n = pixel_offset(features, n, size.w)
+    image_ptr = features.ptr + b * features.stride_b
     offs_k = tl.arange(0, BLOCK_K)
 
     acc, square = dots(
-        feat_ptr, proto_ptr, offs_n, mask_n, 0, K, D, stride_d, BLOCK_N, BLOCK_K, BLOCK_D, NORMALIZE, PRECISION
+        image_ptr,
+        features.stride_d,
+        prototypes,
+        offs_n,
+        mask_n,
+        0,
+        size,
+        BLOCK_N,
+        BLOCK_K,
+        BLOCK_D,
+        NORMALIZE,
+        PRECISION,
     )
     inv = tl.full([BLOCK_N], 1.0, tl.float32)
     if NORMALIZE:
         inv = inverse_norm(square)
-    scale = inv * inv_temperature
+    scale = inv * prototypes.inv_temperature
     top = tl.full([BLOCK_N], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     z_label = tl.zeros([BLOCK_N], tl.float32)
     z = acc * scale[:, None]
-    _save_logits(logits_ptr, z, b, n, mask_n, offs_k, K, P)
-    top, total, z_label = _include(z, offs_k, K, cls, top, total, z_label)
-    for k0 in range(BLOCK_K, K, BLOCK_K):
+    _save_logits(saved, z, b, n, mask_n, offs_k, size)
+    top, total, z_label = _include(z, offs_k, size.K, cls, top, total, z_label)
+    for k0 in range(BLOCK_K, size.K, BLOCK_K):
         acc, _ = dots(
-            feat_ptr, proto_ptr, offs_n, mask_n, k0, K, D, stride_d, BLOCK_N, BLOCK_K, BLOCK_D, False, PRECISION
+            image_ptr,
+            features.stride_d,
+            prototypes,
+            offs_n,
+            mask_n,
+            k0,
+            size,
+            BLOCK_N,
+            BLOCK_K,
+            BLOCK_D,
+            False,
+            PRECISION,
         )
         z = acc * scale[:, None]
-        _save_logits(logits_ptr, z, b, n, mask_n, k0 + offs_k, K, P)
-        top, total, z_label = _include(z, k0 + offs_k, K, cls, top, total, z_label)
-    _finish_pixels(class_weight_ptr, pixel_weight_ptr, loss_ptr, lse_ptr, inv_ptr, partial_ptr,
-                   b, n, mask_n, P, cls, bad, inv, top, total, z_label, NONE)  # fmt: skip
+        _save_logits(saved, z, b, n, mask_n, k0 + offs_k, size)
+        top, total, z_label = _include(z, k0 + offs_k, size.K, cls, top, total, z_label)
+    _finish_pixels(weights, loss, saved, b, n, mask_n, size, cls, bad, inv, top, total, z_label)
 
 
 @triton.jit
 def forward_resident_kernel(
-    feat_ptr, label_ptr, proto_ptr, class_weight_ptr, pixel_weight_ptr, loss_ptr, lse_ptr, inv_ptr, partial_ptr, flag_ptr,
-    P, D, K, w, H, W, scale_h, scale_w, label_b, label_h, label_w, ignore_index, stride_b, stride_d, stride_h, stride_w, inv_temperature,
-    NORMALIZE: tl.constexpr, NONE: tl.constexpr, FLAT: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    features, labels, prototypes, weights, loss, saved, size,
+    NORMALIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Half floats, D <= BLOCK_D: x is read once whatever K is."""
-    tiles = tl.cdiv(P, BLOCK_N)
-    b = (tl.program_id(0) // tiles).to(tl.int64)
-    n = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = n < P
-    cls, bad = read_class(
-        label_ptr, flag_ptr, b, n, mask_n, w, H, W, scale_h, scale_w, label_b, label_h, label_w, ignore_index, K
-    )
-    offs_n = pixel_offset(n, w, stride_h, stride_w, FLAT)
+    b, n, mask_n = tile_of(size, BLOCK_N)
+    cls, bad = read_class(labels, b, n, mask_n, size)
+    offs_n = pixel_offset(features, n, size.w)
     offs_d = tl.arange(0, BLOCK_D)
-    mask_d = offs_d < D
-    x = tl.load(feat_ptr + b * stride_b + offs_n[:, None] + offs_d[None, :].to(tl.int64) * stride_d,
+    mask_d = offs_d < size.D
+    x = tl.load(features.ptr + b * features.stride_b + offs_n[:, None] + offs_d[None, :].to(tl.int64) * features.stride_d,
                 mask=mask_n[:, None] & mask_d[None, :], other=0.0)  # fmt: skip
     inv = tl.full([BLOCK_N], 1.0, tl.float32)
     if NORMALIZE:
         wide = x.to(tl.float32)
         inv = inverse_norm(tl.sum(wide * wide, 1))
-    scale = inv * inv_temperature
+    scale = inv * prototypes.inv_temperature
     top = tl.full([BLOCK_N], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     z_label = tl.zeros([BLOCK_N], tl.float32)
-    for k0 in range(0, K, BLOCK_K):
+    for k0 in range(0, size.K, BLOCK_K):
         offs_k = k0 + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < size.K
         p = tl.load(
-            proto_ptr + offs_k[None, :].to(tl.int64) * D + offs_d[:, None],
-            mask=(offs_k < K)[None, :] & mask_d[:, None],
+            prototypes.ptr + offs_k[None, :].to(tl.int64) * size.D + offs_d[:, None],
+            mask=mask_k[None, :] & mask_d[:, None],
             other=0.0,
         )
         z = tl.dot(x, p) * scale[:, None]
-        top, total, z_label = _include(z, offs_k, K, cls, top, total, z_label)
-    _finish_pixels(class_weight_ptr, pixel_weight_ptr, loss_ptr, lse_ptr, inv_ptr, partial_ptr,
-                   b, n, mask_n, P, cls, bad, inv, top, total, z_label, NONE)  # fmt: skip
+        top, total, z_label = _include(z, offs_k, size.K, cls, top, total, z_label)
+    _finish_pixels(weights, loss, saved, b, n, mask_n, size, cls, bad, inv, top, total, z_label)
 
 
 def saves_logits(num_classes: int, dim: int, dtype: torch.dtype = torch.float32) -> bool:
@@ -235,33 +268,20 @@ def prototype_contrastive_forward(
     prototypes = prototypes.to(features.dtype).contiguous()
     resident = _resident(dim, features.dtype) and not saved
     name = "contrast_forward_resident" if resident else "contrast_forward"
-    launch = settings.find(architecture(features), name, features.dtype, dim, num_classes, layout(features))
-    programs = batch * triton.cdiv(pixels, launch["BLOCK_N"])
+    settings = launch.find(architecture(features), name, features.dtype, dim, num_classes, layout(features))
+    programs = batch * triton.cdiv(pixels, settings["BLOCK_N"])
     partial = None if none else features.new_empty(2, programs, dtype=torch.float32)
-    class_weight, pixel_weight = (
-        None if weight is None else weight.contiguous() for weight in (class_weight, pixel_weight)
-    )
-    tensors = (features, labels, prototypes, class_weight, pixel_weight, loss if none else None)
-    saves = (lse, inv_norm) if save else (None, None)
-    numbers = (
-        pixels,
-        dim,
-        num_classes,
-        *label_arguments(labels, height, width, ignore_index),
-        *features.stride(),
-        1 / temperature,
-    )
+    operands = (
+        feature_map(features), labels_at(labels, flag(features), height, width, ignore_index),
+        Prototypes(prototypes, 1 / temperature), weights_of(class_weight, pixel_weight), Loss(loss if none else None, partial),
+        Saved(*((lse, inv_norm) if save else (None, None)), logits if saved else None), size_of(features, num_classes),
+    )  # fmt: skip
     with on_device_of(features):
         if resident:
-            launch = launch | {"BLOCK_D": max(16, power_of_two(dim))}
-            forward_resident_kernel[(programs,)](
-                *tensors, *saves, partial, flag(features), *numbers, normalize, none, is_flat(features), **launch
-            )
+            settings = settings | {"BLOCK_D": max(16, power_of_two(dim))}
+            forward_resident_kernel[(programs,)](*operands, normalize, **settings)
         else:
-            forward_kernel[(programs,)](
-                *tensors, *saves, logits if saved else None, partial, flag(features), *numbers,
-                normalize, none, is_flat(features), precision(features.dtype), **launch,
-            )  # fmt: skip
+            forward_kernel[(programs,)](*operands, normalize, precision(features.dtype), **settings)
         if not none:
             finish_kernel[(1,)](
                 partial, loss, denominator, programs, reduction == "mean", BLOCK=128 if INTERPRETED else 1024

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 kernels = pytest.importorskip("spcl_fast.kernels", reason="Triton is not installed")
-from spcl_fast.kernels import launch as settings  # noqa: E402
+from spcl_fast.kernels import launch  # noqa: E402
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 SOURCE = Path(kernels.__file__).parent
@@ -75,7 +76,9 @@ def moments_are_right(module) -> bool:
 
 
 def upsampling_is_right(module) -> bool:
-    module.upsample._PROGRAMS = 1 << 30  # one band of nodes a program: every halo is used
+    sys.modules[f"{module.__name__}.upsampled_cross_entropy"]._PROGRAMS = (
+        1 << 30
+    )  # one band of nodes a program: every halo is used
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 3, 3, 35, generator=generator)
     labels = torch.randint(0, 3, (2, 8, 71), generator=generator)
@@ -91,44 +94,42 @@ def upsampling_is_right(module) -> bool:
 
 # what is broken, in which file, which text becomes which, and the check that must see it
 PLANTED = [
-    ("radial term of the wrong sign", "contrast_backward", "out = out - radial", "out = out + radial", contrast_is_right),
-    ("radial term without the norm", "contrast_backward", "c * inv, 0.0)", "c, 0.0)", contrast_is_right),
-    ("channel mask off by one", "contrast", "mask_d = offs_d < D - d", "mask_d = offs_d < D - d - 1", contrast_is_right),
-    ("channel mask of the output off by one", "contrast_backward", "(offs_d < D - d)[None, :]\n", "(offs_d < D - d - 1)[None, :]\n", contrast_is_right),
-    ("ignored pixels counted", "pixels", "labelled = mask & (value != ignore_index)", "labelled = mask & (value != ignore_index + 1)", contrast_is_right),
-    ("batch offset of the features forgotten", "contrast", "    feat_ptr += b * stride_b\n", "", contrast_is_right),
-    ("batch offset in the backward forgotten", "contrast_backward", "    feat_ptr += b * stride_b\n", "", contrast_is_right),
-    ("batch offset of the labels forgotten", "pixels", "offs = b * stride_b + i", "offs = i", contrast_is_right),
-    ("rows of labels read too low", "pixels", "i = nearest(i, scale_h, H)", "i = tl.minimum(nearest(i, scale_h, H) + 1, H - 1)", contrast_is_right),
-    ("prototypes beyond K in the softmax", "contrast", "z = tl.where((offs_k < K)[None, :], z, -float(\"inf\"))", "z = z", contrast_is_right),
-    ("pixel weights in the denominator", "contrast", "tl.sum(class_weight + poison, 0)", "tl.sum(class_weight * pixel_weight + poison, 0)", contrast_is_right),
-    ("one group too long", "contrast_prototypes", "tl.minimum((group + 1) * tiles_per_group, tiles)", "tl.minimum((group + 1) * tiles_per_group + 1, tiles)", contrast_is_right),
-    ("last group forgotten", "contrast_prototypes", "for _ in range(0, groups)", "for _ in range(0, groups - 1)", contrast_is_right),
-    ("edge pixels counted in the moments", "moments", "cls, _ = read_class(label_ptr, flag_ptr, b, n, n < P,", "cls, _ = read_class(label_ptr, flag_ptr, b, n, n < P + 2,", moments_are_right),
-    ("squares of raw features", "moments", "unit * unit, squares", "x * unit, squares", moments_are_right),
-    ("batch offset in the moments forgotten", "moments", "x = tl.load(feat_ptr + b * stride_b + offs_n", "x = tl.load(feat_ptr + offs_n", moments_are_right),
-    ("halo cell not shifted", "upsample", "tl.gather(upper_right, previous, 0)", "upper_right", upsampling_is_right),
-    ("halo column forgotten", "upsample", "cells = tile * (CELLS - HALO) - 1 + lane", "cells = tile * CELLS - 1 + lane", upsampling_is_right),
-    ("halo's loss counted twice", "upsample", "mine = owned & ((band >= first + HALO) | (strip == 0))", "mine = owned", upsampling_is_right),
-    ("halo band forgotten", "upsample", "range(first, first + bands + HALO)", "range(first + HALO, first + bands + HALO)", upsampling_is_right),
-    ("lower row of nodes overwritten by the neighbour's", "upsample", "(band + 1 <= first + bands)", "(band <= first + bands)", upsampling_is_right),
-    ("tail of a cell forgotten", "upsample", "if full < widest:", "if full + 1 < widest:", upsampling_is_right),
-    ("batch offset of the logits forgotten", "upsample", "    logits_ptr += b * stride_b\n", "", upsampling_is_right),
+    ("radial term of the wrong sign", "prototype_contrastive_loss/backward", "out = out - radial", "out = out + radial", contrast_is_right),
+    ("radial term without the norm", "prototype_contrastive_loss/backward", "c * inv, 0.0)", "c, 0.0)", contrast_is_right),
+    ("channel mask off by one", "prototype_contrastive_loss/forward", "mask_d = offs_d < size.D - d", "mask_d = offs_d < size.D - d - 1", contrast_is_right),
+    ("channel mask of the output off by one", "prototype_contrastive_loss/backward", "(offs_d < size.D - d)[None, :]\n", "(offs_d < size.D - d - 1)[None, :]\n", contrast_is_right),
+    ("ignored pixels counted", "pixels", "labelled = mask & (value != labels.ignore_index)", "labelled = mask & (value != labels.ignore_index + 1)", contrast_is_right),
+    ("batch offset of the features forgotten", "prototype_contrastive_loss/forward", " + b * features.stride_b\n", "\n", contrast_is_right),
+    ("batch offset in the backward forgotten", "prototype_contrastive_loss/backward", " + b * features.stride_b\n", "\n", contrast_is_right),
+    ("batch offset of the labels forgotten", "pixels", "offs = b * labels.stride_b + i", "offs = i", contrast_is_right),
+    ("rows of labels read too low", "pixels", "i = nearest(i, labels.scale_h, labels.height)", "i = tl.minimum(nearest(i, labels.scale_h, labels.height) + 1, labels.height - 1)", contrast_is_right),
+    ("prototypes beyond K in the softmax", "prototype_contrastive_loss/forward", "z = tl.where((offs_k < K)[None, :], z, -float(\"inf\"))", "z = z", contrast_is_right),
+    ("pixel weights in the denominator", "prototype_contrastive_loss/forward", "tl.sum(class_weight + poison, 0)", "tl.sum(class_weight * pixel_weight + poison, 0)", contrast_is_right),
+    ("one group too long", "prototype_contrastive_loss/prototypes", "tl.minimum((group + 1) * tiles_per_group, tiles)", "tl.minimum((group + 1) * tiles_per_group + 1, tiles)", contrast_is_right),
+    ("last group forgotten", "prototype_contrastive_loss/prototypes", "for _ in range(0, groups)", "for _ in range(0, groups - 1)", contrast_is_right),
+    ("edge pixels counted in the moments", "class_moments", "cls, _ = read_class(labels, b, n, n < size.P,", "cls, _ = read_class(labels, b, n, n < size.P + 2,", moments_are_right),
+    ("squares of raw features", "class_moments", "unit * unit, squares", "x * unit, squares", moments_are_right),
+    ("batch offset in the moments forgotten", "class_moments", "x = tl.load(features.ptr + b * features.stride_b + offs_n", "x = tl.load(features.ptr + offs_n", moments_are_right),
+    ("halo cell not shifted", "upsampled_cross_entropy", "tl.gather(upper_right, previous, 0)", "upper_right", upsampling_is_right),
+    ("halo column forgotten", "upsampled_cross_entropy", "columns_of(tile * (CELLS - HALO) - 1,", "columns_of(tile * CELLS - 1,", upsampling_is_right),
+    ("halo's loss counted twice", "upsampled_cross_entropy", "mine = owned & ((index >= first + HALO) | (strip == 0))", "mine = owned", upsampling_is_right),
+    ("halo band forgotten", "upsampled_cross_entropy", "range(first, first + tiling.bands + HALO)", "range(first + HALO, first + tiling.bands + HALO)", upsampling_is_right),
+    ("lower row of nodes overwritten by the neighbour's", "upsampled_cross_entropy", "(index + 1 <= first + tiling.bands)", "(index <= first + tiling.bands)", upsampling_is_right),
+    ("tail of a cell forgotten", "upsampled_cross_entropy", "if full < widest:", "if full + 1 < widest:", upsampling_is_right),
+    ("batch offset of the logits forgotten", "upsampled_cross_entropy", "logits.ptr + b * logits.stride_b\n", "logits.ptr\n", upsampling_is_right),
 ]  # fmt: skip
 
 
 def mutant(folder: Path, file: str, old: str, new: str):
     """A copy of the kernels with one text changed, imported under a name of its own."""
     package = folder / "kernels_mutant"
-    package.mkdir()
-    changed = False
-    for path in SOURCE.glob("*.py"):
-        text = path.read_text().replace("from ..backends.labels", "from spcl_fast.backends.labels")
-        if path.stem == file:
-            assert old in text, f"the text to break is no longer in {path.name}: {old!r}"
-            text, changed = text.replace(old, new), True
-        (package / path.name).write_text(text)
-    assert changed
+    shutil.copytree(SOURCE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    path = package / f"{file}.py"
+    text = path.read_text()
+    assert old in text, f"the text to break is no longer in {path.name}: {old!r}"
+    path.write_text(text.replace(old, new))
+    pixels = package / "pixels.py"
+    pixels.write_text(pixels.read_text().replace("from ..backends.labels", "from spcl_fast.backends.labels"))
     name = f"kernels_mutant_{abs(hash((file, old, new)))}"
     spec = importlib.util.spec_from_file_location(
         name, package / "__init__.py", submodule_search_locations=[str(package)]
@@ -175,13 +176,13 @@ def test_kernels_check_refuses_to_compile_for_the_interpreter():
     assert done.returncode == 2 and "unset TRITON_INTERPRET" in done.stderr
 
 
-@pytest.mark.parametrize("arch", sorted(settings.TABLES))
+@pytest.mark.parametrize("arch", sorted(launch.TABLES))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_table_answers_for_every_size(arch, dtype):
     for kernel in ("contrast_forward", "contrast_backward_split", "contrast_prototypes", "norms", "moments"):
         for dim in (1, 64, 2048, 8192):
             for num_classes in (1, 19, 150, 1900, 100_000):
-                assert settings.find(arch, kernel, dtype, dim, num_classes)["BLOCK_N"] >= 16
+                assert launch.find(arch, kernel, dtype, dim, num_classes)["BLOCK_N"] >= 16
 
 
 def test_a_users_table_comes_first_and_a_broken_one_is_named(tmp_path, monkeypatch):
@@ -194,18 +195,18 @@ def test_a_users_table_comes_first_and_a_broken_one_is_named(tmp_path, monkeypat
         "launch": {"num_warps": 2, "num_stages": 5, "BLOCK_N": 256, "BLOCK_D": 16},
     }
     path.write_text(json.dumps({"sm_90": [row]}))
-    settings.forget()
+    launch.forget()
     try:
-        assert settings.find("sm_90", "norms", torch.float16, 256, 1) == row["launch"]
-        assert settings.find("sm_90", "norms", torch.float16, 301, 1)["BLOCK_N"] == 128
-        assert settings.find("sm_80", "norms", torch.float16, 256, 1)["BLOCK_N"] == 128
+        assert launch.find("sm_90", "norms", torch.float16, 256, 1) == row["launch"]
+        assert launch.find("sm_90", "norms", torch.float16, 301, 1)["BLOCK_N"] == 128
+        assert launch.find("sm_80", "norms", torch.float16, 256, 1)["BLOCK_N"] == 128
         path.write_text('{"sm_90": [{"kernel": "norms", "launch": {"BLOCK_N": 100}}]}')
-        settings.forget()
+        launch.forget()
         with pytest.raises(ValueError, match="launch.json.*delete it"):
-            settings.find("sm_90", "norms", torch.float16, 256, 1)
+            launch.find("sm_90", "norms", torch.float16, 256, 1)
     finally:
         monkeypatch.undo()
-        settings.forget()
+        launch.forget()
 
 
 @runs_kernels
@@ -214,13 +215,13 @@ def test_tune_keeps_what_is_faster_and_right_and_writes_it(tmp_path, monkeypatch
     from spcl_fast.kernels import tune
 
     monkeypatch.setenv("SPCL_FAST_LAUNCH_TABLE", str(tmp_path / "cache" / "launch.json"))
-    settings.forget()
-    arch = "interpreter" if kernels.pixels.INTERPRETED else settings.architecture(0)
+    launch.forget()
+    arch = "interpreter" if kernels.pixels.INTERPRETED else launch.architecture(0)
 
     def clock(call):
         call()
-        launch = settings.find(arch, "contrast_forward", torch.float32, 20, 3)
-        return 1.0 if launch["num_stages"] == 2 else 2.0
+        settings = launch.find(arch, "contrast_forward", torch.float32, 20, 3)
+        return 1.0 if settings["num_stages"] == 2 else 2.0
 
     monkeypatch.setattr(tune, "_median_us", clock)
     asked = [
@@ -243,11 +244,11 @@ def test_tune_keeps_what_is_faster_and_right_and_writes_it(tmp_path, monkeypatch
     (row,) = [row for row in rows if row["kernel"] == "contrast_forward"]
     assert row["launch"]["num_stages"] == 2 and (row["dim"], row["num_classes"], row["layout"]) == (20, 3, "pixels")
     assert "rows written" in capsys.readouterr().out
-    assert settings.find(arch, "contrast_forward", torch.float32, 20, 3)["num_stages"] == 2
-    assert settings.find(arch, "contrast_forward", torch.float32, 21, 3)["num_stages"] != 2
+    assert launch.find(arch, "contrast_forward", torch.float32, 20, 3)["num_stages"] == 2
+    assert launch.find(arch, "contrast_forward", torch.float32, 21, 3)["num_stages"] != 2
     monkeypatch.undo()
-    settings.forget()
+    launch.forget()
 
 
 def test_architecture_without_a_table_takes_the_default():
-    assert settings.find("default", "moments", torch.float32, 64, 19) is not None
+    assert launch.find("default", "moments", torch.float32, 64, 19) is not None

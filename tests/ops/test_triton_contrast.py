@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import oracle
 import pytest
 import torch
@@ -14,6 +16,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 import triton.language as tl  # noqa: E402
 
 kernels = pytest.importorskip("spcl_fast.kernels", reason="Triton is not installed")
+from spcl_fast.kernels.operands import Labels, Size  # noqa: E402
 from spcl_fast.kernels.pixels import read_class  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, on the NaN that some tests put in
@@ -36,13 +39,9 @@ def problem(shape=(2, 33, 5, 9), num_classes=5, size=(11, 13), dtype=torch.float
 
 
 @triton.jit
-def classes_kernel(
-    label_ptr, out_ptr, flag_ptr, first, w, H, W, scale_h, scale_w, label_b, label_h, label_w, ignore_index, K, N: tl.constexpr
-):  # fmt: skip
+def classes_kernel(labels, out_ptr, first, size, N: tl.constexpr):
     n = first + tl.arange(0, N)
-    cls, _ = read_class(
-        label_ptr, flag_ptr, 1, n, n >= 0, w, H, W, scale_h, scale_w, label_b, label_h, label_w, ignore_index, K
-    )
+    cls, _ = read_class(labels, 1, n, n >= 0, size)
     tl.store(out_ptr + tl.arange(0, N), cls)
 
 
@@ -101,7 +100,8 @@ def test_every_form_of_the_kernels(shape, num_classes, dtype):
 
 
 def test_half_floats_with_both_dimensions_large(monkeypatch):
-    for module in (kernels.contrast, kernels.contrast_backward):
+    for form in ("forward", "backward"):
+        module = importlib.import_module(f"spcl_fast.kernels.prototype_contrastive_loss.{form}")
         monkeypatch.setattr(module, "RESIDENT_DIM", 16)
     check(*problem((1, 40, 3, 7), 70, (3, 7), torch.float16), temperature=0.3)
 
@@ -168,9 +168,8 @@ def test_labels_of_the_features_own_grid_are_read_where_they_are_beyond_2_24(wid
     labels = torch.arange(16, dtype=torch.uint8, device=DEVICE)
     classes = torch.empty(16, dtype=torch.int32, device=DEVICE)
     height = pixels // width
-    classes_kernel[(1,)](
-        labels, classes, label_flag(DEVICE), first, width, height, width, 1.0, 1.0, -first, 1, 1, 255, 19, 16
-    )
+    own_grid = Labels(labels, label_flag(DEVICE), height, width, 1.0, 1.0, -first, 1, 1, 255)
+    classes_kernel[(1,)](own_grid, classes, first, Size(pixels, width, 1, 19), 16)
     assert classes.tolist() == list(range(16))
 
 

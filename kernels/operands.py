@@ -1,0 +1,118 @@
+"""What kernels take: pointers and the numbers that belong to them, as NamedTuples, and how launchers make them of tensors.
+
+A field that is None is a compile-time choice: the code that would use it is not there.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Map(NamedTuple):
+    """[B, D, h, w] with any strides, in elements."""
+
+    ptr: Tensor
+    stride_b: int
+    stride_d: int
+    stride_h: (
+        int | None
+    )  # None: pixel n of an image lies at n * stride_w, so that neighbours are seen as such and loads get wide
+    stride_w: int
+
+
+class Size(NamedTuple):
+    """Of the problem: pixels of an image, width of its grid, channels, classes (or prototypes)."""
+
+    P: int
+    w: int
+    D: int
+    K: int
+
+
+class Labels(NamedTuple):
+    """[B, H, W] of any integer dtype and strides, read in place by the nearest rule; a bad label raises the flag."""
+
+    ptr: Tensor
+    flag: Tensor  # [] int64
+    height: int
+    width: int
+    scale_h: float
+    scale_w: float
+    stride_b: int
+    stride_h: int
+    stride_w: int
+    ignore_index: int
+
+
+class Weights(NamedTuple):
+    """Of a class [K] and of a pixel [B, P], float32 and contiguous."""
+
+    class_ptr: Tensor | None
+    pixel_ptr: Tensor | None
+
+
+class Prototypes(NamedTuple):
+    """[K, D] contiguous, in the features' dtype; and what a dot with them is multiplied by."""
+
+    ptr: Tensor
+    inv_temperature: float
+
+
+class Saved(NamedTuple):
+    """What the forward leaves to the backward: lse and inv_norm [B, P], logits [B, K, P]."""
+
+    lse: Tensor | None
+    inv_norm: Tensor | None
+    logits: Tensor | None
+
+
+class Loss(NamedTuple):
+    """Where the loss goes: a map [B, P], or partial sums of losses and class weights [2, programs]."""
+
+    map_ptr: Tensor | None
+    partial_ptr: Tensor | None
+
+
+class Incoming(NamedTuple):
+    """The incoming gradient, [] (strides 0) or [B, h, w], and what a mean was divided by."""
+
+    ptr: Tensor
+    stride_b: int
+    stride_h: int
+    stride_w: int
+    denominator: Tensor
+
+
+def feature_map(tensor: Tensor) -> Map:
+    stride_b, stride_d, stride_h, stride_w = tensor.stride()
+    flat = tensor.shape[2] == 1 or stride_h == tensor.shape[3] * stride_w
+    return Map(tensor, stride_b, stride_d, None if flat else stride_h, stride_w)
+
+
+def size_of(features: Tensor, num_classes: int) -> Size:
+    _, dim, height, width = features.shape
+    return Size(height * width, width, dim, num_classes)
+
+
+def labels_at(labels: Tensor, flag: Tensor, height: int, width: int, ignore_index: int) -> Labels:
+    """Labels of any size, read on a grid of height x width."""
+    scales = (_nearest_scale(size, out) for size, out in zip(labels.shape[1:], (height, width), strict=True))
+    return Labels(labels, flag, *labels.shape[1:], *scales, *labels.stride(), ignore_index)
+
+
+@functools.lru_cache(maxsize=4096)
+def _nearest_scale(size: int, out: int) -> float:
+    """In float32 arithmetic, as F.interpolate has it."""
+    return float(torch.tensor(size, dtype=torch.float32) / out)
+
+
+def weights_of(class_weight: Tensor | None, pixel_weight: Tensor | None) -> Weights:
+    return Weights(*(None if weight is None else weight.contiguous() for weight in (class_weight, pixel_weight)))
+
+
+def incoming(grad_loss: Tensor, denominator: Tensor) -> Incoming:
+    return Incoming(grad_loss, *(grad_loss.stride() if grad_loss.dim() else (0, 0, 0)), denominator)
