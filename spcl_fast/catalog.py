@@ -95,18 +95,18 @@ DATA_SETS = (
     DataSet("folders", "spcl_fast.data.layouts:folders", "images/ and labels/ in folders of your own, and a classes.json"),
 )  # fmt: skip
 
-_FOLDERS = "--preset folders --source.root path/to/rendered --target.root path/to/real"
+FOLDERS_EXAMPLE = "--preset folders --source.root path/to/rendered --target.root path/to/real"
 
 STAGES = (  # in the order in which they run
     Stage(
         "source_only", "spcl_fast.method.supervised:SOURCE_ONLY", "source_only", "source-only",
-        "baseline: train on source labels alone", f"{_FOLDERS}",
+        "baseline: train on source labels alone", FOLDERS_EXAMPLE,
         title="source-only", net="source_only", role="baseline",
         absent="not trained, so nothing says what adaptation is worth",
     ),
     Stage(
         "control", "spcl_fast.method.supervised:CONTROL", "control", "control",
-        "matched control: source-only, trained on for as long as adaptation takes", f"{_FOLDERS}",
+        "matched control: source-only, trained on for as long as adaptation takes", FOLDERS_EXAMPLE,
         title="control", net="control", role="control", after=("source_only",),
         absent="not trained, so a gain may come from more training alone",
     ),
@@ -143,7 +143,7 @@ STAGES = (  # in the order in which they run
     ),
     Stage(
         "oracle", "spcl_fast.method.supervised:ORACLE", "oracle", "oracle",
-        "upper bound: train on the target's labels", f"{_FOLDERS}",
+        "upper bound: train on the target's labels", FOLDERS_EXAMPLE,
         title="oracle", net="oracle", role="bound",
         absent="not trained, so the share of the gap that is closed is not known",
     ),

@@ -19,8 +19,8 @@ from ..backends import available_backends, choice_in_words, taken
 from ..backends.built import BUILT, build_record
 
 _LIBRARIES = {  # name on the index -> extra that brings it
-    "numpy": "", "triton": "", "jsonargparse": "train", "PyYAML": "train", "rich": "train", "pillow": "train", "kornia": "train",
-    "safetensors": "train", "matplotlib": "train", "jinja2": "train",
+    "numpy": "", "triton": "", "PyYAML": "train", "rich": "train", "pillow": "train", "safetensors": "train",
+    "matplotlib": "train", "jinja2": "train",
 }  # fmt: skip
 # Largest error of a float32 backend against float64, relative to the largest value. Far above rounding, far below any real fault.
 TOLERANCE = 1e-4

@@ -1,7 +1,7 @@
 """The command line. Nothing here imports torch until a command needs it, so that --help answers at once.
 
-Which commands there are stands in commands.py. Those with settings take --preset, --config, --set and any `--section.name value` of
-config.py. Here: words to settings, errors to one message and an exit code, help.
+Which commands there are is in commands.py. Those with settings take --preset, --config, --set and any `--section.name value` of
+config/schema.py. Here: words to settings, errors to one message and an exit code, help.
 """
 
 from __future__ import annotations
@@ -9,17 +9,19 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from ..config import load as settings
+from ..config.values import as_text
 from ..errors import ConfigError, SpclFastError
 from .commands import COMMANDS, Command
 
 # import name -> the extra that brings it; torch, numpy and triton come with the package itself
 _EXTRA = {
-    **dict.fromkeys(("jsonargparse", "yaml", "rich", "PIL", "kornia", "safetensors", "matplotlib", "jinja2"), "train"),
+    **dict.fromkeys(("yaml", "rich", "PIL", "safetensors", "matplotlib", "jinja2"), "train"),
     **dict.fromkeys(("pytest", "pytest_benchmark", "hypothesis", "torchmetrics"), "test"),
 }
 
@@ -79,7 +81,7 @@ class _Parser(argparse.ArgumentParser):
         word = unknown.split()[0].partition("=")[0]
         known = [option.lstrip("-") for option in self._option_string_actions if option.startswith("--")]
         takes_settings = "preset" in known
-        hint = settings.suggestion(word.lstrip("-"), [*known, *(settings.setting_types() if takes_settings else ())])
+        hint = settings.suggestion(word.lstrip("-"), [*known, *(settings.all_settings() if takes_settings else ())])
         raise ConfigError(f"unknown option {word}{hint} ({self.prog} -h lists all)")
 
 
@@ -91,7 +93,7 @@ def _split(words: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
         name, equals, value = words[i].removeprefix("--").partition("=")
         key = settings.canonical(name)
         if not words[i].startswith("--") or not (
-            "." in name or key in settings.setting_types() or key in settings.sections()
+            "." in name or key in settings.all_settings() or key in settings.sections()
         ):
             others.append(words[i])
             continue
@@ -102,9 +104,7 @@ def _split(words: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
         elif settings.is_flag(key) and (following is None or following.lower() not in ("true", "false")):
             given.append((key, "true"))
         elif following is None or following.startswith("--"):
-            raise ConfigError(
-                f"--{name}: a value is missing, expected {settings.expected(settings.setting_types()[key])}"
-            )
+            raise ConfigError(f"--{name}: a value is missing, expected {settings.all_settings()[key].expected()}")
         else:
             given.append((key, following))
             next(rest)
@@ -163,10 +163,14 @@ def _settings_help(command: Command) -> str:
     if command.sections is None:
         return ""
     lines = ["", "settings (--name value; default of the package in brackets, presets change it):"]
-    for key, (default, text) in settings.setting_docs().items():
+    for key, setting in settings.all_settings().items():
         section, dot, _ = key.partition(".")
         if not dot or section in command.sections:
-            lines.append(f"  --{key} [{default}]".ljust(48) + f" {text}".rstrip())
+            text = "; ".join(filter(None, [setting.about.help, " | ".join(setting.choices)]))
+            name = f"  --{key} [{as_text(setting.default)}]".ljust(48)
+            lines += textwrap.wrap(
+                f"{name} {text}", 140, subsequent_indent=" " * 49, drop_whitespace=True, break_on_hyphens=False
+            ) or [name]
     return "\n".join(lines)
 
 

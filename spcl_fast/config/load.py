@@ -6,20 +6,17 @@ error names the place to change. YAML is read with the safe loader, so a config 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
-import re
-import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from . import schema as _schema
-from .schema import Config
+from .schema import About, Config
+from .values import Setting, plain
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -48,57 +45,37 @@ class Given:
 
 
 @cache
-def setting_types() -> dict[str, Any]:
-    """Dotted name of every setting -> its type hint."""
-    return dict(_walk(Config, ""))
+def all_settings() -> dict[str, Setting]:
+    """Dotted name -> the setting, in the order of the schema."""
+    return dict(_walk(Config(), ""))
 
 
-def _walk(cls: type, prefix: str) -> Iterable[tuple[str, Any]]:
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        hint = hints[field.name]
-        if dataclasses.is_dataclass(hint):
-            yield from _walk(hint, f"{prefix}{field.name}.")
+def _walk(section: Any, prefix: str) -> Iterator[tuple[str, Setting]]:
+    hints = typing.get_type_hints(type(section))
+    for item in dataclasses.fields(section):
+        value = getattr(section, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from _walk(value, f"{prefix}{item.name}.")
         else:
-            yield prefix + field.name, hint
+            yield prefix + item.name, Setting(hints[item.name], value, _about(type(section), item.name))
+
+
+def _about(section: type, name: str) -> About:
+    """Of the nearest class that says it: a class that gives another default says no more."""
+    own = (vars(base).get("__dataclass_fields__", {}).get(name) for base in section.__mro__)
+    return next((item.metadata["about"] for item in own if item is not None and "about" in item.metadata), About())
 
 
 def sections() -> set[str]:
     """`adapt`, `adapt.augment`, ...: names that hold settings and are none."""
-    return {key[:i] for key in setting_types() for i, char in enumerate(key) if char == "."}
-
-
-@cache
-def setting_docs() -> dict[str, tuple[str, str]]:
-    """Dotted name -> (default as text, the comment beside the field in config.py): what `--help` shows."""
-    comments = _field_comments()
-    default = flatten(dataclasses.asdict(Config()))
-    docs = {}
-    for key in setting_types():
-        *path, name = key.split(".")
-        cls: Any = Config
-        for part in path:
-            cls = typing.get_type_hints(cls)[part]
-        text = next((comments[base.__name__, name] for base in cls.__mro__ if (base.__name__, name) in comments), "")
-        docs[key] = (as_text(default[key]), text)
-    return docs
-
-
-def _field_comments() -> dict[tuple[str, str], str]:
-    found, cls = {}, ""
-    for line in Path(_schema.__file__).read_text(encoding="utf-8").splitlines():
-        if match := re.match(r"class (\w+)", line):
-            cls = match[1]
-        elif match := re.match(r"    (\w+): .*?  # (.*)$", line):
-            found[cls, match[1]] = match[2]
-    return found
+    return {key[:i] for key in all_settings() for i, char in enumerate(key) if char == "."}
 
 
 # ---------------------------------------------------------------------------------------------- names
 
 
 def canonical(name: str) -> str:
-    """`--adapt.contrast-temperature` and `CPA_LOSS` under the names of config.py; an unknown name comes back as it is."""
+    """`--adapt.contrast-temperature` and `CPA_LOSS` under the names of schema.py; an unknown name comes back as it is."""
     if name in ALIASES:
         return ALIASES[name]
     name = name.replace("-", "_")
@@ -119,18 +96,18 @@ def suggestion(name: str, among: Iterable[str]) -> str:
 
 def check_name(key: str, origin: str) -> None:
     """Raise ConfigError unless `key` is a setting."""
-    if key in setting_types():
+    if key in all_settings():
         return
     if key in sections():
         raise ConfigError(
             f"{key} ({origin}) is a group of settings, not a setting: name one of them, such as {_first_of(key)}"
         )
-    hint = suggestion(key, setting_types())
+    hint = suggestion(key, all_settings())
     raise ConfigError(f"unknown setting {key!r} ({origin}){hint or '; spcl-fast run --help lists all of them'}")
 
 
 def _first_of(section: str) -> str:
-    return next(key for key in setting_types() if key.startswith(section + "."))
+    return next(key for key in all_settings() if key.startswith(section + "."))
 
 
 # ---------------------------------------------------------------------------------------------- merging
@@ -153,7 +130,7 @@ def load_config(
     for name, value in overrides:
         key = canonical(name)
         check_name(key, "command line")
-        given[key] = Given(_from_text(key, value), "command line")
+        given[key] = Given(value, "command line")
     return build_config(given)
 
 
@@ -177,7 +154,7 @@ def read_settings(path: Path, origin: str) -> dict[str, Given]:
     import yaml
 
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_loader())
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_loader())
     except FileNotFoundError:
         raise ConfigError(f"--config {path}: there is no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -203,7 +180,10 @@ def _loader() -> type:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """The safe loader; a key given twice is an error, because the first one would be lost in silence."""
+        """The safe loader, but plain scalars stay text, except null: 017, 12:30 and yes mean what they mean on the command line.
+
+        A key given twice is an error, because the first one would be lost silently.
+        """
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict:
             keys = [child.value for child, _ in node.value]
@@ -214,6 +194,11 @@ def _loader() -> type:
                     )
             return super().construct_mapping(node, deep)
 
+    kept = {"tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"}
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag in kept]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
     return Loader
 
 
@@ -232,60 +217,34 @@ def flatten(content: Mapping, prefix: str = "") -> dict[str, Any]:
 
 
 def build_config(given: Mapping[str, Given]) -> Config:
-    """Check every value against the type of its setting (jsonargparse does it) and make the Config."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(prog="spcl-fast", exit_on_error=False)
-    parser.add_class_arguments(Config)
-    try:
-        parsed = parser.parse_object({key: item.value for key, item in given.items()})
-    except (argparse.ArgumentError, TypeError, ValueError, KeyError) as error:
-        raise _type_error(str(error), given) from None
-    # `instantiate` replaced `instantiate_classes` in jsonargparse 4.49
-    make = parser.instantiate if hasattr(parser, "instantiate") else parser.instantiate_classes
-    return Config(**vars(make(parsed)))
-
-
-def _type_error(text: str, given: Mapping[str, Given]) -> ConfigError:
-    match = re.search(r'key "([\w.]+)"', text)
-    if match is None or match[1] not in given:
-        return ConfigError(" ".join(text.split()))
-    item = given[match[1]]
-    return ConfigError(
-        f"{match[1]} ({item.origin}): got {item.value!r}, expected {expected(setting_types()[match[1]])}"
-    )
+    """Every value as the type of its setting, the others at their defaults. Raises ConfigError that names all that do not fit."""
+    values, problems = {}, []
+    for key, item in given.items():
+        try:
+            values[key] = all_settings()[key].read(item.value)
+        except ValueError as error:
+            shown = "null" if item.value is None else repr(item.value)
+            problems.append(f"{key} ({item.origin}): got {shown}, expected {error}")
+    if problems:
+        raise ConfigError("\n  ".join(problems))
+    return _filled(Config(), values, "")
 
 
-def expected(hint: Any) -> str:
-    """A type hint in words."""
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        return " or ".join(expected(part) for part in typing.get_args(hint))
-    if typing.get_origin(hint) is tuple:
-        parts = typing.get_args(hint)
-        if Ellipsis in parts:
-            return "a list such as [a, b]"
-        return "two whole numbers such as 1280,720" if parts[0] is int else "two numbers such as 0.5,1.5"
-    if typing.get_origin(hint) is typing.Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
-    return words.get(hint, str(hint))
-
-
-def _from_text(key: str, value: Any) -> Any:
-    """Let a shell write sizes and lists without brackets: 1280x720, 0.5,1.5, warmup,adapt."""
-    hint = setting_types()[key]
-    parts = typing.get_args(hint) if typing.get_origin(hint) is not tuple else (hint,)
-    tuples = [part for part in parts if typing.get_origin(part) is tuple]
-    if not tuples or not isinstance(value, str) or value.startswith("[") or value == "null":
-        return value
-    if typing.get_args(tuples[0])[0] is str:
-        return [item.strip() for item in value.split(",") if item.strip()]
-    return "[" + ", ".join(re.split(r"[x,]", value)) + "]"
+def _filled(section: Any, values: Mapping[str, Any], prefix: str) -> Any:
+    """`section` with the values whose dotted names begin with `prefix`."""
+    changed = {}
+    for item in dataclasses.fields(section):
+        key, value = prefix + item.name, getattr(section, item.name)
+        if dataclasses.is_dataclass(value):
+            changed[item.name] = _filled(value, values, f"{key}.")
+        elif key in values:
+            changed[item.name] = values[key]
+    return dataclasses.replace(section, **changed)
 
 
 def is_flag(key: str) -> bool:
     """Whether `--key` may stand without a value."""
-    return setting_types().get(key) is bool
+    return key in all_settings() and all_settings()[key].hint is bool
 
 
 # ---------------------------------------------------------------------------------------------- back to text
@@ -301,21 +260,4 @@ def dump_config(config: Config) -> str:
     Dumper.add_representer(
         list, lambda dumper, items: dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
     )
-    return yaml.dump(_plain(dataclasses.asdict(config)), Dumper=Dumper, sort_keys=False, width=140)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
-
-
-def as_text(value: Any) -> str:
-    """A value as one would type it."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple | list):
-        return ",".join(map(str, value))
-    return str(value)
+    return yaml.dump(plain(dataclasses.asdict(config)), Dumper=Dumper, sort_keys=False, width=140)

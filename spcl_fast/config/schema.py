@@ -1,71 +1,102 @@
-"""Every setting of a run, as frozen dataclasses: the one place where names and defaults live.
+"""Every setting of a run, as frozen dataclasses: name, type, default, range and help on one line.
 
 Sizes are (width, height) in pixels. A stage's defaults are those of the released SPCL code (arXiv 2111.12358); presets change them.
+A class that gives a setting another default inherits its help and range.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+
+from .. import catalog
+
+Value = TypeVar("Value")
+
+
+class About(NamedTuple):
+    """What a setting has besides name, type and default. Bounds and choices hold for every item of a list."""
+
+    help: str = ""
+    above: float | None = None
+    least: float | None = None
+    most: float | None = None
+    choices: tuple[str, ...] = ()  # where they come from the catalog; others are a Literal in the type
+    path: bool = False  # names a file or folder: a leading ~ is the home folder
+
+
+def setting(
+    default: Value,
+    help: str = "",
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    choices: tuple[str, ...] = (),
+    path: bool = False,
+) -> Value:
+    """One setting of a dataclass. Its type says what it holds, this what it is for and which values make sense."""
+    about = About(help, above, least, most, choices, path)
+    return field(default=default, metadata={"about": about})  # type: ignore[return-value]  # as dataclasses.field does
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The segmentation net."""
 
-    name: str = "deeplab_v2_resnet101"  # deeplab_v2_resnet101 | _resnet50 | _resnet18 | deeplab_v2_vgg16 | lite0 | tiny
-    weights: str | None = (
-        None  # file to start from: ImageNet weights, a released SPCL checkpoint, or ours; None: random
-    )
-    feature_dim: int = 64  # channels of the features (lite0 and tiny; DeepLab-v2 uses those of its backbone)
-    freeze_bn: bool = True  # BatchNorm with fixed statistics in every stage but distill
-    frozen_bn_eps: float = 1e-5  # the released FrozenBatchNorm has 0
+    name: str = setting("deeplab_v2_resnet101", "which net", choices=catalog.names(catalog.NETS))
+    weights: str | None = setting(None, "start from this file (ImageNet, released SPCL, ours); null: random", path=True)
+    feature_dim: int = setting(64, "channels of the features (DeepLab-v2 uses those of its backbone)", least=1)
+    freeze_bn: bool = setting(True, "BatchNorm with fixed statistics in every stage but distill")
+    frozen_bn_eps: float = setting(1e-5, "the released FrozenBatchNorm has 0", least=0)
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """One domain: where its images are and at what size the net sees them."""
 
-    dataset: str = "folders"  # folders | gta5 | synthia | synscapes | cityscapes (+generated_driver) | generated_{driver,source,target}
-    root: str = ""
-    train_split: str = "train"
-    val_split: str = "val"
-    size: tuple[int, int] = (1280, 720)  # training images are resized to this before any crop
-    eval_size: tuple[int, int] = (1024, 512)  # evaluation and pseudo-labels
-    classes: str | None = None  # JSON file with the shared classes and the lookup tables from each set's ids (folders)
-    classes_key: str | None = None  # which table of that file; None: the name of the root folder, or of a generated set
-    num_classes: int = 19  # 19 or, with SYNTHIA, 16
-    train_images: int | None = None  # use only the first N images of the training split
+    dataset: str = setting("folders", "layout, or generated scenes", choices=catalog.data_set_choices())
+    root: str = setting("", "folder that holds the data set", path=True)
+    train_split: str = setting("train", "name of the training split")
+    val_split: str = setting("val", "name of the validation split")
+    size: tuple[int, int] = setting((1280, 720), "training images are resized to this before any crop", least=1)
+    eval_size: tuple[int, int] = setting((1024, 512), "for evaluation and pseudo-labels", least=1)
+    classes: str | None = setting(None, "JSON file: the shared classes, and a table from each set's ids", path=True)
+    classes_key: str | None = setting(None, "which table of that file; null: that of the root folder's name")
+    num_classes: int = setting(19, "19 or, with SYNTHIA, 16", least=1)
+    train_images: int | None = setting(None, "only the first N images of the training split; null: all", least=1)
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
     """Random transforms of a training image; all off by default, as in the release."""
 
-    crop: tuple[int, int] | None = None
-    scale: tuple[float, float] = (1.0, 1.0)  # factor on `size`, drawn uniformly in the logarithm
-    flip: float = 0.0  # probability
-    jitter: float = 0.0  # strength of brightness, contrast, saturation (hue gets a quarter of it)
-    blur: float = 0.0  # probability of a Gaussian blur
-    rare_crop: float = 0.0  # probability that a crop is centred on a pixel of a rare class
+    crop: tuple[int, int] | None = setting(None, "size of a random crop; null: none", least=1)
+    scale: tuple[float, float] = setting((1.0, 1.0), "factor on `size`, drawn uniformly in the logarithm", above=0)
+    flip: float = setting(0.0, "probability", least=0, most=1)
+    jitter: float = setting(0.0, "strength of brightness, contrast and saturation; hue gets a quarter", least=0)
+    blur: float = setting(0.0, "probability of a Gaussian blur", least=0, most=1)
+    rare_crop: float = setting(0.0, "probability that a rare class is at a crop's centre", least=0, most=1)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """What every trained stage has: schedule, batch, optimiser, augmentation."""
 
-    iterations: int = 40_000
-    schedule_iterations: int | None = 62_500  # the poly schedule reaches 0 here; None: at `iterations`
-    power: float = 0.9
-    warmup_iterations: int = 0  # linear warm-up of the learning rate
-    batch_size: int = 4  # images of each domain
-    optimizer: str = "sgd"  # sgd | adamw
-    lr: float = 2.5e-4
-    head_multiplier: float = 10.0
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    temperature: float = 1.8  # divides the logits of the segmentation loss on source images
-    class_weight_power: float = 0.0  # class weight = (pixel share of the class) ** -power, mean 1; 0: none
-    balanced_sampling: bool = False  # draw images by class: p(class) ~ 1 / ln(1.01 + share of images that hold it)
+    iterations: int = setting(40_000, "optimiser steps", least=1)
+    schedule_iterations: int | None = setting(62_500, "the rate reaches 0 here; null: at `iterations`", least=1)
+    power: float = setting(0.9, "of the poly schedule", least=0)
+    warmup_iterations: int = setting(0, "linear warm-up of the learning rate", least=0)
+    batch_size: int = setting(4, "images of each domain", least=1)
+    optimizer: Literal["sgd", "adamw"] = setting("sgd", "optimiser of the net")
+    lr: float = setting(2.5e-4, "learning rate of the body", above=0)
+    head_multiplier: float = setting(10.0, "learning rate of the head over that of the body", above=0)
+    momentum: float = setting(0.9, "of SGD", least=0, most=1)
+    weight_decay: float = setting(5e-4, "of the optimiser", least=0)
+    temperature: float = setting(1.8, "divides the logits of the loss on source labels", above=0)
+    class_weight_power: float = setting(0.0, "class weight = (share of the pixels) ** -power; 0: none", least=0)
+    balanced_sampling: bool = setting(False, "draw images by class, ~ 1 / ln(1.01 + share of images)")
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 
@@ -78,43 +109,42 @@ class SourceConfig(TrainConfig):
 class WarmupConfig(TrainConfig):
     """AdaptSegNet, single level."""
 
-    init: str = "weights"  # weights: start from model.weights | source_only: go on from that stage
-    adversarial_weight: float = 0.001
-    discriminator_lr: float = 1e-4
+    init: Literal["weights", "source_only"] = setting("weights", "start from model.weights, or from that stage")
+    adversarial_weight: float = setting(0.001, "of the loss that fools the discriminator", least=0)
+    discriminator_lr: float = setting(1e-4, "learning rate of the discriminator", above=0)
 
 
 @dataclass(frozen=True)
 class PrototypesConfig:
     """One pass over the labelled source images."""
 
-    images: int | None = None  # None: all
-    file: str | None = (
-        None  # take them from here instead: semantic_prototype.pth of the release, or our prototypes.safetensors
-    )
+    images: int | None = setting(None, "how many, spread evenly; null: all", least=1)
+    file: str | None = setting(None, "take these: semantic_prototype.pth, or our prototypes.safetensors", path=True)
 
 
 @dataclass(frozen=True)
 class PseudoLabelConfig:
     """Labels for the target's training images."""
 
-    quantile: float = 0.5
-    cap: float = 0.9
-    estimate_size: tuple[int, int] | None = None  # thresholds from predictions at this size; None: at the size of use
-    images: int | None = None  # None: all
-    thresholds: str | None = None  # take the first round's thresholds from here: thres_const.npy of the release
-    folder: str | None = None  # take the first round's labels from here: palette PNGs of the release, or ours
+    quantile: float = setting(0.5, "of the confidences of a class: its threshold", least=0, most=1)
+    cap: float = setting(0.9, "no threshold is higher", above=0, most=1)
+    estimate_size: tuple[int, int] | None = setting(None, "size for the thresholds; null: the size of use", least=1)
+    images: int | None = setting(None, "only the first N; null: all", least=1)
+    thresholds: str | None = setting(None, "of the first round, from here: thres_const.npy", path=True)
+    folder: str | None = setting(None, "of the first round: take the label PNGs in here", path=True)
 
 
 @dataclass(frozen=True)
 class AdaptConfig(TrainConfig):
-    """Segmentation loss on source, prototype-contrastive loss on both domains."""
+    """Segmentation loss on source, and the objective of an adaptation method on both domains."""
 
-    contrast_weight: float = 1.0
-    contrast_temperature: float = 100.0
-    normalize: bool = True
-    keep: float = 0.1  # share of the old prototype in each update
-    absent: str = "keep"  # keep | decay: what happens to the prototype of a class the batch does not hold
-    min_pixels: int = 1  # a class with fewer pixels in the batch leaves its prototype alone
+    loss: str = setting("spcl", "objective of the adaptation", choices=catalog.names(catalog.LOSSES))
+    contrast_weight: float = setting(1.0, "weight of the contrastive loss", least=0)
+    contrast_temperature: float = setting(100.0, "divides the similarities of the contrastive loss", above=0)
+    normalize: bool = setting(True, "features of unit length in the contrastive loss")
+    keep: float = setting(0.1, "share of the old prototype in each update", least=0, most=1)
+    absent: Literal["keep", "decay"] = setting("keep", "what a class does that is not in the batch")
+    min_pixels: int = setting(1, "fewer pixels of a class in the batch leave its prototype as it is", least=1)
     target_augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 
@@ -127,13 +157,9 @@ class DistillConfig(TrainConfig):
     batch_size: int = 8
     lr: float = 5e-4
     temperature: float = 1.0
-    freeze_bn: bool = False
-    source_weight: float = (
-        0.0  # weight of the segmentation loss on source images of the same step; 0: none, as released
-    )
-    class_mix: float = (
-        0.0  # probability that half of the classes of a source image are pasted onto a target image (ClassMix, DACS)
-    )
+    freeze_bn: bool = setting(False, "BatchNorm with fixed statistics in this stage")
+    source_weight: float = setting(0.0, "of the loss on source images in the same step; 0: none, as released", least=0)
+    class_mix: float = setting(0.0, "probability to paste source classes onto a target image (DACS)", least=0, most=1)
     augment: AugmentConfig = field(
         default_factory=lambda: AugmentConfig(crop=(1024, 512), scale=(0.5, 1.5), flip=0.5, jitter=0.5)
     )
@@ -143,46 +169,46 @@ class DistillConfig(TrainConfig):
 class LoopConfig:
     """The training loop itself."""
 
-    device: str = "auto"  # auto | cpu | cuda | cuda:N
-    precision: str = "fp32"  # fp32 | bf16 (autocast; losses stay fp32)
-    channels_last: bool = False
-    checkpoint: str = (
-        "none"  # none | stage | block | auto (smallest peak): parts of the net whose forward the backward repeats
-    )
-    offload: bool = False  # keep what the backward needs in the host's memory (GPU only)
-    accumulate: int = 1  # micro-batches that a step's batch is split into; the means stay those over the whole batch
-    absorb_gradients: bool = (
-        False  # add every gradient to the SGD momentum as soon as it is there: none is alive between layers
-    )
-    compile: bool = False  # torch.compile the net's body
-    workers: int = 2  # data loading processes
-    log_every: int = 20
-    checkpoint_every: int = 500
-    checkpoints_kept: int = 2
-    resume: str = (
-        "auto"  # auto: go on from the newest whole checkpoint | never: refuse a run folder that holds one | a path
-    )
-    skip_bad_files: bool = False
+    device: str = setting("auto", "auto | cpu | cuda | cuda:N")
+    precision: Literal["fp32", "bf16"] = setting("fp32", "bf16: autocast; losses stay fp32")
+    channels_last: bool = setting(False, "memory layout of the net's convolutions")
+    checkpoint: Literal["none", "stage", "block", "auto"] = setting("none", "segments that the backward recomputes")
+    offload: bool = setting(False, "keep what the backward needs in the host's memory (GPU only)")
+    accumulate: int = setting(1, "micro-batches of a step; its means stay those over the whole batch", least=1)
+    absorb_gradients: bool = setting(False, "add each gradient to the SGD momentum as soon as it is there")
+    compile: bool = setting(False, "torch.compile the net's body")
+    workers: int = setting(2, "data loading processes", least=0)
+    log_every: int = setting(20, "steps between two log lines", least=1)
+    checkpoint_every: int = setting(500, "steps between two checkpoints", least=1)
+    checkpoints_kept: int = setting(2, "older ones are removed", least=1)
+    resume: str = setting("auto", "auto: from the newest whole checkpoint | never: refuse one | a path", path=True)
+    skip_bad_files: bool = setting(False, "leave out files that cannot be read, and list them")
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """How a net is judged, always on the target's validation split and never to choose a model unless said so."""
+    """How a net is evaluated, always on the target's validation split and never to choose a model unless that is asked for
+    (target_val, which the report says).
+    """
 
-    selection: str = "last"  # last | source_val | target_val (uses target labels; the report says so)
-    tta: str = "none"  # none | flip
-    images: int | None = None
-    overlays: int = 6  # images whose predictions are kept for the report
+    selection: Literal["last", "source_val", "target_val"] = setting("last", "which net of a stage is its result")
+    tta: Literal["none", "flip"] = setting("none", "test-time augmentation")
+    images: int | None = setting(None, "how many, spread evenly; null: all", least=1)
+    overlays: int = setting(6, "images whose predictions are kept for the report", least=0)
 
 
 @dataclass(frozen=True)
 class Config:
     """A whole run."""
 
-    name: str = "run"  # the run lives in runs_dir/name
-    runs_dir: str = "runs"
-    seed: int = 0
-    stages: tuple[str, ...] = ("warmup", "prototypes", "pseudo_labels", "adapt", "pseudo_labels_2", "distill")
+    name: str = setting("run", "the run lives in runs_dir/name")
+    runs_dir: str = setting("runs", "folder of all runs", path=True)
+    seed: int = setting(0, "of everything random", least=0)
+    stages: tuple[str, ...] = setting(
+        ("warmup", "prototypes", "pseudo_labels", "adapt", "pseudo_labels_2", "distill"),
+        "what `run` does, in the order of the method",
+        choices=catalog.names(catalog.STAGES),
+    )
     source: DataConfig = field(default_factory=DataConfig)
     target: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -196,3 +222,19 @@ class Config:
     oracle: SourceConfig = field(default_factory=SourceConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+
+
+def _with_sections_of_stages(config: type) -> Any:
+    """`config` with a section more for every stage of the catalog whose settings are declared in the stage's own file."""
+    known = {item.name for item in dataclasses.fields(config)}
+    more = {stage.section: catalog.load(stage.settings) for stage in catalog.STAGES if stage.section not in known}
+    if not more:
+        return config
+    sections = [(name, section, field(default_factory=section)) for name, section in more.items()]
+    return dataclasses.make_dataclass(
+        "Config", sections, bases=(config,), frozen=True, namespace={"__module__": __name__}
+    )
+
+
+if not TYPE_CHECKING:  # such a file imports this module: `from ..config.schema import TrainConfig, setting`
+    Config = _with_sections_of_stages(Config)

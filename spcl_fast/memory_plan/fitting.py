@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..config import Config, rules
-from ..config.load import as_text
+from ..config.values import as_text
 from ..errors import ConfigError
 from .peak import CATEGORIES, Prediction, num_classes_of, predict
 

@@ -230,7 +230,10 @@ def test_what_cannot_fit_says_what_the_least_is(capsys):
         (["--against", "theirs"], "--against theirs: expected released"),
         (["dance"], "plan dance: there is no such stage; there are source_only"),
         (["--loop.accumulate", "3"], "loop.accumulate: got 3, expected a divisor of adapt.batch_size (2)"),
-        (["--loop.checkpoint", "all"], "loop.checkpoint: got 'all', expected one of none, stage, block, auto"),
+        (
+            ["--loop.checkpoint", "all"],
+            "loop.checkpoint (command line): got 'all', expected one of none, stage, block, auto",
+        ),
         (
             ["--loop.compile", "true", "--loop.checkpoint", "auto"],
             "loop.checkpoint: got 'auto' with loop.compile, expected none",

@@ -1,0 +1,191 @@
+"""What the commands do. Every import of torch, of a reader or of a stage is inside the function that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .. import catalog
+from ..config import load as settings
+from ..config.rules import check_config, check_domains
+from ..errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from ..config import Config, DataConfig
+
+
+def _resolve(args: argparse.Namespace, *, preset: str | None = None) -> Config | None:
+    """The checked Config of a command, or None after --print-config printed it."""
+    config = settings.load_config(args.preset or preset, args.config, args.set, args.given)
+    if args.print_config:
+        print(settings.dump_config(config), end="")
+        return None
+    return config
+
+
+def run_stages(args: argparse.Namespace) -> int:
+    """`run`, `demo`, and every command that is one stage."""
+    config = _resolve(args, preset="demo" if args.command == "demo" else None)
+    if config is None:
+        return 0
+    rounds = catalog.rounds(args.command)
+    stages = (rounds[getattr(args, "round", 1) - 1].name,) if rounds else config.stages
+    check_config(config, stages)
+    from ..method.stages import run_stages as run
+
+    run(config, stages)
+    if not rounds and os.environ.get("RANK", "0") == "0":
+        show(Path(config.runs_dir) / config.name)
+    return 0
+
+
+def show(run: Path) -> None:
+    """The end of a whole run: table, summary, report."""
+    from ..report import write_report
+    from ..report.tables import iou_table
+
+    report = write_report(run)
+    print(iou_table(json.loads((run / "summary.json").read_text(encoding="utf-8"))))
+    print(f"summary: {run / 'summary.json'}\nreport:  {report}")
+
+
+def doctor(args: argparse.Namespace) -> int:
+    from .doctor import examine
+
+    return examine()
+
+
+def report(args: argparse.Namespace) -> None:
+    if not args.folder.is_dir():
+        raise ConfigError(f"{args.folder}: there is no such run folder. Expected one such as runs/demo.")
+    from ..report import write_report
+
+    print(f"report: {write_report(args.folder)}")
+
+
+def plan(args: argparse.Namespace) -> None:
+    """Needs no data on the disk but, for `folders`, the list of classes."""
+    config = _resolve(args)
+    if config is None:
+        return
+    check_config(config, ())
+    from ..memory_plan import fitting as plan
+
+    stages, fitted = plan.stages_of(config, args.stage), None
+    check_config(
+        dataclasses.replace(config, source=_rooted(config.source), target=_rooted(config.target)), tuple(stages)
+    )
+    if args.fit:
+        fitted = plan.fit(config, stages, plan.parse_bytes(args.fit))
+        config = fitted.config
+    found = plan.predictions(config, stages if fitted is None else [], args.against) + (
+        fitted.predictions if fitted else []
+    )
+    if args.json:
+        print(json.dumps(plan.as_json(found, config, fitted), indent=1))
+        return
+    print(plan.as_table(found, config))
+    if fitted is not None:
+        print(f"\nfits into {args.fit}{': ' + fitted.words() if fitted.flags else ' as it is'}")
+
+
+def _rooted(domain: DataConfig) -> DataConfig:
+    """The domain as if its data were there: planning reads none."""
+    return domain if domain.root else dataclasses.replace(domain, root=".")
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Benchmarks live beside the package, not in it: they compare with code that users need not have."""
+    folder = Path(__file__).resolve().parents[2] / "benchmarks"
+    if not folder.is_dir():
+        raise ConfigError(
+            "the benchmarks are part of a checkout, not of the installed package. Clone the repository, then `make bench`."
+        )
+    import subprocess
+
+    import pytest  # noqa: F401  if it is missing, say so as for any other library
+
+    words = ["--benchmark-only", *(["-k", args.keyword] if args.keyword else [])]
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", str(folder), *words], check=False, cwd=folder.parent
+    ).returncode
+
+
+def tune(args: argparse.Namespace) -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError("tune measures on an NVIDIA GPU, and torch sees none here. The shipped settings are used.")
+    from ..kernels.tune import main
+
+    words = [f"--{name}={getattr(args, name)}" for name in ("batch", "dim", "classes", "dtype", "layout", "seconds")]
+    return main([*words, "--size", *map(str, args.size)])
+
+
+def _of_trained_net(args: argparse.Namespace) -> Config | None:
+    """Settings for `evaluate` and `predict`: those of the run that the weights lie in, unless others are named."""
+    from ..method.trained import run_of
+
+    run = run_of(args.weights)
+    if run is not None and not args.preset and not args.config:
+        args.config.append(run / "config.yaml")
+    elif not args.preset and not args.config and not args.print_config:
+        if not args.weights.exists():
+            raise ConfigError(f"{args.weights}: there is no such run folder, checkpoint folder or weights file.")
+        raise ConfigError(
+            f"{args.weights} lies in no run folder, so the net is unknown: give --preset NAME or --config FILE.yaml."
+        )
+    return _resolve(args)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    config = _of_trained_net(args)
+    if config is None:
+        return
+    from ..method.trained import evaluate_trained
+
+    result = evaluate_trained(args.weights, config, args.stage)
+    if args.output:
+        args.output.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        print(f"figures: {args.output}")
+
+
+def predict(args: argparse.Namespace) -> None:
+    config = _of_trained_net(args)
+    if config is None:
+        return
+    from ..method.trained import load_trained, parse_size, predict_folder
+
+    size = parse_size(args.size) if args.size else config.target.eval_size
+    trained = load_trained(args.weights, config, args.stage)
+    count = predict_folder(
+        trained, args.images, args.output, size=size, tta=config.evaluate.tta, skip_bad_files=config.loop.skip_bad_files
+    )
+    print(f"{count} images: masks and overlays are in {args.output} (weights: {trained.weights})")
+
+
+def check_data(args: argparse.Namespace) -> int:
+    """Both splits of both domains, or of the one named; exit 3 if anything is wrong."""
+    config = _resolve(args)
+    if config is None:
+        return 0
+    sides = [args.side] if args.side else ["source", "target"]
+    check_domains(config, {side: args.command for side in sides})
+    from ..data import check_data, dataset_of
+
+    whole = True
+    for side in sides:
+        domain: DataConfig = getattr(config, side)
+        for split, labels in ((domain.train_split, side == "source" or args.labels), (domain.val_split, True)):
+            dataset = dataset_of(
+                domain, split, labels=labels, skip_bad_files=True
+            )  # missing pairs belong into the report
+            report = check_data(dataset, args.samples)
+            print(f"--- {side}: {report.text()}\n")
+            whole &= report.ok
+    return 0 if whole else DataError.exit_code
