@@ -10,7 +10,7 @@ ARGS ?=
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format install bench kernels-check gpu soak clean
+.PHONY: help demo test lint format figures install bench kernels-check gpu soak clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
@@ -46,6 +46,9 @@ $(VENV)/.package: $(VENV)/.requirements $(SOURCES)
 
 bench: install ## the benchmarks, peers in the same run (ARGS="-k moments")
 	@$(BIN)/python -m benchmarks.cpu $(ARGS)
+
+figures: install ## README's tables and pictures from benchmarks/results (ARGS="--overlays runs/demo")
+	@$(BIN)/python -m benchmarks.figures $(ARGS)
 
 kernels-check: install ## compile every GPU kernel without a GPU: registers, shared memory, spills
 	@$(BIN)/python -m benchmarks.kernels_check $(ARGS)

@@ -1,0 +1,245 @@
+"""README's tables and pictures, from the result files alone: `make figures`.
+
+python -m benchmarks.figures                         tables between README's markers, docs/pictures/speed.png and memory.png
+python -m benchmarks.figures --overlays runs/demo    docs/pictures/overlays.png, too: a run's images before and after adaptation
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from benchmarks import RESULTS, ROOT
+from benchmarks.adaptation.lines import Spread, by_setting, miou, paired, spread
+
+README, PICTURES = ROOT / "README.md", ROOT / "docs" / "pictures"
+LINES = ROOT / "benchmarks" / "adaptation" / "results"
+OURS, GREY, DARK = "#0072B2", "#B0B0B0", "#5A5A5A"
+# op -> the formula that its users have, and the fastest other one
+PEERS = {
+    "prototype_contrastive_loss": ("released", "channel_first compiled"),
+    "class_moments": ("released update", "one-hot product"),
+    "upsampled_cross_entropy": ("interpolate", "interpolate compiled"),
+    "upsampled_prediction": ("interpolate", "interpolate compiled"),
+}
+LOOPS = {  # a row of plan.json -> its name for the reader
+    "released loop, fp32": "released loop, float32",
+    "fp32": "ours, float32",
+    "bf16": "ours, bfloat16",
+    "bf16, checkpoint auto, absorb_gradients": "ours, bfloat16, recomputed, gradients absorbed",
+}
+PAIRS = {  # file of result lines -> (its name for the reader, setting)
+    "airsim_camvid": ("AirSim → CamVid", "folders"),
+    "airsim_generated_camvid": ("AirSim + generated scenes → CamVid", "near"),
+    "generated_camvid": ("generated scenes → CamVid", "near"),
+    "camvid_day_dusk": ("CamVid day → dusk", "folders"),
+}
+NETS = ("source_only", "control", "adapted", "distilled", "oracle")
+
+
+def read(name: str) -> dict:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def speed_table() -> str:
+    result = read("cpu_ops.json")
+    rows = []
+    for op, (users, best) in PEERS.items():
+        for shape, one in result["ops"][op].items():
+            faster = one["times_faster_than"]
+            rows.append(
+                [
+                    f"`{op}` {shape}",
+                    *(f"{v:.1f}" for v in (one["times"]["spcl_fast"]["median_ms"], faster[users], faster[best])),
+                ]
+            )
+    machine = result["machine"]
+    note = (
+        f"CPU, float32, forward and backward; medians on {machine['threads']} cores of an {machine['cpu']} "
+        f"({machine['instructions']}), torch {machine['torch'].partition('+')[0]}, {machine['date'][:10]}."
+    )
+    return markdown(["op and shape", "ms", "× the users' formula", "× the best compiled one"], rows) + f"\n\n{note}"
+
+
+def memory_table() -> str:
+    plan = read("plan.json")
+    peaks = {title: {entry["name"]: entry["peak_gib"] for entry in entries} for title, entries in plan.items()}
+    rows = [[words, *(f"{peaks[title][name]:.2f}" for title in peaks)] for name, words in LOOPS.items()]
+    return markdown(["one adaptation step, ResNet-101, 1 + 1 images", *(f"GiB at {title}" for title in peaks)], rows)
+
+
+def adaptation_table() -> str:
+    rows = []
+    for file, (title, setting) in PAIRS.items():
+        settings = by_setting(LINES / f"{file}.jsonl")
+        lines = settings.get(setting) or next(iter(settings.values()))
+        scores = [spread(miou(line, net) for line in lines.values()) for net in NETS]
+        gain = paired(lines, "distilled", lines, "control")
+        cells = ["" if score is None else score.text() for score in scores]
+        rows.append([title, str(len(lines)), *cells, "" if gain is None else gain.text("+.1f")])
+    header = [
+        "mIoU in percent",
+        "seeds",
+        "source-only",
+        "control",
+        "adapted",
+        "distilled",
+        "oracle",
+        "distilled − control",
+    ]
+    return markdown(header, rows)
+
+
+def demo_table() -> str:
+    rows = []
+    for title, seeds in (
+        ("seeds 0, 1, 2: the recipe was chosen on them", (0, 1, 2)),
+        ("seeds 3, 4, 5: never looked at", (3, 4, 5)),
+    ):
+        runs = [read(f"demo_seed_{seed}.json") for seed in seeds]
+        scores = [Spread(tuple(run[net]["miou"] for run in runs)).text() for net in NETS[:4]]
+        gain = Spread(tuple(run["distilled"]["miou"] - run["control"]["miou"] for run in runs)).text("+.1f")
+        rows.append([title, *scores, gain])
+    return markdown(["generated pair, mIoU in percent", *NETS[:4], "distilled − control"], rows)
+
+
+TABLES = {"speed": speed_table, "memory": memory_table, "adaptation": adaptation_table, "demo": demo_table}
+
+
+def filled(text: str) -> str:
+    """README with every table between `<!-- NAME -->` and `<!-- /NAME -->` made anew; KeyError where a marker is missing."""
+    for name, table in TABLES.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise KeyError(f"README.md has no markers <!-- {name} --> and <!-- /{name} -->")
+        text = pattern.sub(lambda match, table=table: f"{match[1]}{table()}\n{match[2]}", text)
+    return text
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
+
+
+def _axes(width: float, height: float):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    return plt.subplots(figsize=(width, height), layout="constrained")
+
+
+def draw_speed(path: Path) -> None:
+    """Milliseconds of each op and shape on a logarithmic axis: the users' formula, the best compiled one, ours."""
+    result = read("cpu_ops.json")
+    figure, axes = _axes(7.5, 5.8)
+    names, position = [], 0.0
+    for op, (users, best) in PEERS.items():
+        for shape, one in result["ops"][op].items():
+            times = [one["times"][peer]["median_ms"] for peer in (users, best, "spcl_fast")]
+            for offset, (ms, colour) in enumerate(zip(times, (GREY, DARK, OURS), strict=True)):
+                axes.barh(position + 0.26 * offset, ms, height=0.25, color=colour)
+            axes.text(
+                times[2] * 1.06, position + 0.52, f"{times[0] / times[2]:.0f}×", va="center", fontsize=8, color=OURS
+            )
+            names.append((position + 0.26, f"{op.replace('_', ' ')}  {shape}"))
+            position += 1.0
+        position += 0.4
+    axes.set_yticks([at for at, _ in names], [name for _, name in names])
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("milliseconds per call (log scale), CPU, float32")
+    axes.legend(
+        [axes.patches[0], axes.patches[1], axes.patches[2]],
+        ["the formula users have", "the best formula, torch.compile", "spcl_fast"],
+        loc="lower center",
+        bbox_to_anchor=(0.4, 1.0),
+        ncols=3,
+        frameon=False,
+    )
+    figure.savefig(path, dpi=150)
+
+
+def draw_memory(path: Path) -> None:
+    """Peak of one adaptation step at full resolution by category, for each loop."""
+    entries = {entry["name"]: entry for entry in read("plan.json")["full resolution"]}
+    kinds = {"weights": "#000000", "optimizer": "#56B4E9", "gradients": "#009E73", "data": "#F0E442"}
+    kinds |= {"activations": OURS, "loss": "#CC79A7", "backward": "#E69F00"}
+    figure, axes = _axes(7.5, 2.9)
+    for row, name in enumerate(LOOPS):
+        left = 0.0
+        for kind, colour in kinds.items():
+            width = entries[name]["categories_mib"].get(kind, 0) / 1024
+            axes.barh(row, width, left=left, color=colour, label=kind if row == 0 else None)
+            left += width
+        axes.text(left + 0.1, row, f"{entries[name]['peak_gib']:.1f} GiB", va="center")
+    axes.set_yticks(range(len(LOOPS)), list(LOOPS.values()))
+    axes.invert_yaxis()
+    axes.axvline(11, color="#D55E00", linewidth=1, linestyle="--")
+    axes.text(11.15, len(LOOPS) - 1.0, "an 11 GB card", color="#D55E00", fontsize=8)
+    axes.set_xlabel("GiB at the peak of one adaptation step, counted")
+    axes.set_xlim(0, 17.5)
+    axes.legend(ncols=7, fontsize=7, loc="lower right", bbox_to_anchor=(1.0, 1.0), columnspacing=1.0, frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def draw_overlays(run: Path, path: Path, rows: int = 3) -> None:
+    """Image, truth, source-only and final prediction of a run's first validation images, classes blended over the image."""
+    import numpy as np
+    from PIL import Image
+
+    from spcl_fast.data.palette import overlay, read_label_png
+
+    classes = json.loads((run / "classes.json").read_text(encoding="utf-8"))
+    palette = [tuple(colour) for colour in classes["palette"]]
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    final = next(net for net in ("distilled", "adapted") if summary.get(net))
+    folder = {"distilled": "distill", "adapted": "adapt"}[final]
+    samples = sorted((run / "report_samples").glob("**/*_image.png"))[:rows]
+    figure, axes = _axes(9, 1.75 * len(samples) + 0.4)
+    figure.clear()
+    grid = figure.subplots(len(samples), 4, squeeze=False)
+    titles = ("target image", "true classes", f"source-only: {summary['source_only']['miou']:.0f} mIoU")
+    for column, title in enumerate((*titles, f"{final}: {summary[final]['miou']:.0f} mIoU")):
+        grid[0][column].set_title(title, fontsize=9)
+    for cells, sample in zip(grid, samples, strict=True):
+        name = sample.relative_to(run / "report_samples").as_posix().removesuffix("_image.png")
+        image = np.asarray(Image.open(sample).convert("RGB"))
+        files = [
+            sample.with_name(sample.name.replace("_image.png", "_truth.png")),
+            *(run / stage / "predictions" / f"{name}.png" for stage in ("source_only", folder)),
+        ]
+        shown = [image, *(overlay(image, read_label_png(file), palette) for file in files)]
+        for cell, picture in zip(cells, shown, strict=True):
+            cell.imshow(picture, interpolation="nearest")
+            cell.axis("off")
+    figure.savefig(path, dpi=110)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--overlays", metavar="RUN", type=Path, help="a finished run, such as runs/demo")
+    options = parser.parse_args(argv)
+    README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
+    PICTURES.mkdir(exist_ok=True)
+    draw_speed(PICTURES / "speed.png")
+    draw_memory(PICTURES / "memory.png")
+    if options.overlays:
+        draw_overlays(options.overlays, PICTURES / "overlays.png")
+    print(f"tables: {README}\npictures: {', '.join(sorted(path.name for path in PICTURES.glob('*.png')))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
