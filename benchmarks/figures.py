@@ -207,7 +207,7 @@ def draw_overlays(run: Path, path: Path, rows: int = 3) -> None:
     final = next(net for net in ("distilled", "adapted") if summary.get(net))
     folder = {"distilled": "distill", "adapted": "adapt"}[final]
     samples = sorted((run / "report_samples").glob("**/*_image.png"))[:rows]
-    figure, axes = _axes(9, 1.75 * len(samples) + 0.4)
+    figure, axes = _axes(9, 1.2 * len(samples) + 0.35)
     figure.clear()
     grid = figure.subplots(len(samples), 4, squeeze=False)
     titles = ("target image", "true classes", f"source-only: {summary['source_only']['miou']:.0f} mIoU")
