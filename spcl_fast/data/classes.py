@@ -5,7 +5,9 @@ A train id is 0 .. K-1, or 255 where a pixel takes no part in a loss or a score.
 
 from __future__ import annotations
 
+import difflib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,46 +113,114 @@ class LabelTable:
 def read_classes(path: Path) -> tuple[ClassSet, dict[str, dict[int, int]]]:
     """A classes JSON {"names", "palette", "ignore_index", "from": {key: {id: new}}} -> the classes and the tables of "from" (may be empty).
 
-    Raises DataError where the file is missing, is no JSON or contradicts itself.
+    "names" and "palette" are lists, or objects by id without a gap. Other keys describe the data set and are not read; one that looks like
+    a misspelt key is refused. Raises DataError where the file is missing, is no JSON, says something twice or contradicts itself.
     """
     if not path.is_file():
         raise DataError(
             f'classes file {path} does not exist. Expected a JSON with "names" and "palette"; see docs/data.md.'
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        names = tuple(str(name) for name in content["names"])
-        colours = content.get("palette") or spread_palette(len(names))
-        palette = tuple((int(r), int(g), int(b)) for r, g, b in colours)
-        tables = {
-            key: {int(old): int(new) for old, new in table.items()} for key, table in content.get("from", {}).items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
+        classes, tables = _parsed(content)
+    except (OSError, ValueError, RecursionError) as error:  # a JSON or UTF-8 error is a ValueError, too
         raise DataError(
-            f'classes file {path} cannot be used: {error!r}. Expected {{"names": [..], "palette": [[r, g, b], ..]}}.'
+            f'classes file {path} cannot be used: {error}. Expected {{"names": [..], "palette": [[r, g, b], ..]}}; see docs/data.md.'
         ) from error
-    _check_classes(path, names, palette, tables, content.get("ignore_index", IGNORE))
-    return ClassSet(names, palette), tables
+    return classes, tables
 
 
-def _check_classes(path: Path, names: tuple, palette: tuple, tables: dict, ignore_index: object) -> None:
-    if ignore_index != IGNORE:
-        raise DataError(
-            f"classes file {path}: ignore_index is {ignore_index}, but only 255 is supported. Store void pixels as 255."
-        )
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a key given twice all but the last value would be lost silently."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key!r} is given twice")
+        found[key] = value
+    return found
+
+
+def _parsed(content: Any) -> tuple[ClassSet, dict[str, dict[int, int]]]:
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}, not an object")
+    _check_keys(content)
+    names = tuple(_by_id(content.get("names"), "names"))
+    if any(not isinstance(name, str) or not name.strip() for name in names):
+        raise ValueError("a name is no text, or empty")
     if not 2 <= len(names) <= 255:
-        raise DataError(f"classes file {path}: {len(names)} names; between 2 and 255 classes are supported.")
-    if len(palette) != len(names) or any(not 0 <= c <= 255 for colour in palette for c in colour):
-        raise DataError(
-            f"classes file {path}: {len(palette)} colours for {len(names)} names; expected one [r, g, b] of 0-255 per name."
+        raise ValueError(f"{len(names)} names; between 2 and 255 classes are supported")
+    if len(set(names)) < len(names):  # scores are by name: one of the two would be lost
+        raise ValueError(f"two classes are called {next(name for name in names if names.count(name) > 1)!r}")
+    if content.get("ignore_index", IGNORE) != IGNORE:
+        raise ValueError(
+            f"ignore_index is {content['ignore_index']}, but only 255 is supported. Store void pixels as 255"
         )
-    for key, table in tables.items():
-        for old, new in table.items():
-            if not (0 <= old < _FULL and (0 <= new < len(names) or new == IGNORE)):
-                raise DataError(
-                    f'classes file {path}: "from" -> {key!r} maps {old} to {new}; expected an id of '
-                    f"0-65535 to a class of 0-{len(names) - 1} or 255."
-                )
+    tables = content.get("from", {})
+    if not isinstance(tables, dict) or not all(isinstance(table, dict) for table in tables.values()):
+        raise ValueError('"from" is no object of tables {key: {old id: new id}}')
+    palette = _palette(content["palette"], len(names)) if content.get("palette") else spread_palette(len(names))
+    return ClassSet(names, palette), {key: _table(key, table, len(names)) for key, table in tables.items()}
+
+
+_KEYS = ("names", "palette", "ignore_index", "from")
+_OTHERS_WORDS = {"colors": "palette", "colours": "palette", "ignore_label": "ignore_index", "labels": "names"}
+
+
+def _check_keys(content: dict[str, Any]) -> None:
+    for key in content:
+        close = difflib.get_close_matches(key.lower(), _KEYS, n=1, cutoff=0.75)
+        meant = _OTHERS_WORDS.get(key.lower()) or next(iter(close), None)
+        if key not in _KEYS and meant is not None and meant not in content:
+            raise ValueError(f"the key {key!r} is unknown; did you mean {meant!r}?")
+
+
+def _by_id(value: Any, what: str) -> list[Any]:
+    """A list, or the values of an object whose keys are the ids 0, 1, 2, ... in any order."""
+    if isinstance(value, dict):
+        by_id = {_id(key, what): item for key, item in value.items()}
+        if len(by_id) < len(value) or sorted(by_id) != list(range(len(value))):
+            raise ValueError(f'the ids of "{what}" are {", ".join(value)}; expected each of 0 to {len(value) - 1} once')
+        return [by_id[k] for k in range(len(by_id))]
+    if not isinstance(value, list):
+        raise ValueError(
+            f'"{what}" is missing' if value is None else f'"{what}" is a {type(value).__name__}, not a list'
+        )
+    return value
+
+
+def _id(value: Any, where: str) -> int:
+    """A whole number, or its digits as the key of an object."""
+    if isinstance(value, str) and re.fullmatch(r"-?\d+", value):
+        return int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise ValueError(f'"{where}" holds {value!r} where a whole number is expected')
+
+
+def _palette(value: Any, count: int) -> tuple[tuple[int, int, int], ...]:
+    colours = _by_id(value, "palette")
+    whole = all(isinstance(colour, list) and len(colour) == 3 for colour in colours)
+    if (
+        len(colours) != count
+        or not whole
+        or any(not 0 <= _id(c, "palette") <= 255 for colour in colours for c in colour)
+    ):
+        raise ValueError(f"{len(colours)} colours for {count} names; expected one [r, g, b] of 0-255 per name")
+    return tuple((int(r), int(g), int(b)) for r, g, b in colours)
+
+
+def _table(key: str, table: dict[str, Any], count: int) -> dict[int, int]:
+    where = f"from -> {key}"
+    found: dict[int, int] = {}
+    for old, new in ((_id(old, where), _id(new, where)) for old, new in table.items()):
+        if old in found:
+            raise ValueError(f'"{where}" maps {old} twice')
+        if not (0 <= old < _FULL and (0 <= new < count or new == IGNORE)):
+            raise ValueError(
+                f'"{where}" maps {old} to {new}; expected an id of 0-65535 to a class of 0-{count - 1} or 255'
+            )
+        found[old] = new
+    return found
 
 
 def spread_palette(count: int) -> tuple[tuple[int, int, int], ...]:

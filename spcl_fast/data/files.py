@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import stat
+import unicodedata
 import warnings
 from pathlib import Path, PurePosixPath
 
@@ -19,6 +20,13 @@ from ..errors import DataError
 
 log = logging.getLogger("spcl_fast.data")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+_NOT_IN_NAMES = {
+    "Cc",
+    "Cs",
+    "Zl",
+    "Zp",
+}  # control characters, bytes that are no text, line separators; any space is fine
+_NOT_OURS = "__MACOSX"  # what macOS adds to a zip file; hidden folders (.ipynb_checkpoints) are passed over, too
 MAX_PIXELS = (
     1 << 26
 )  # 67 M pixels: twice the largest driving picture; above it a small file may be a decompression bomb
@@ -126,7 +134,7 @@ def _take_byte(image: Image.Image, path: Path, order: str) -> None:
 def check_name(name: str, where: str) -> str:
     """`name` if it is a relative path that stays below its folder, and text; DataError otherwise. `where` says who named it."""
     path = PurePosixPath(name)
-    odd = not name.isprintable() or "\\" in name or re.match("[A-Za-z]:", name)
+    odd = any(unicodedata.category(c) in _NOT_IN_NAMES for c in name) or "\\" in name or re.match("[A-Za-z]:", name)
     if not name or odd or path.is_absolute() or ".." in path.parts:
         raise DataError(
             f"{where} names {name!r}; expected a relative path without '..' and control characters. Correct or rename it."
@@ -145,13 +153,14 @@ def inside(root: Path, path: Path) -> Path:
 
 
 def find_images(folder: Path) -> dict[str, Path]:
-    """Every PNG and JPEG below `folder` by its name: the relative path without suffix, '/' as separator, sorted.
+    """Every PNG and JPEG below `folder` by its name: the relative path without suffix, '/' as separator, sorted. Hidden files and folders
+    and __MACOSX are passed over.
 
     Raises DataError if two files share a name (a.png beside a.jpg), for then a label could belong to either.
     """
     found: dict[str, Path] = {}
     for where, folders, files in os.walk(folder):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != _NOT_OURS)
         for link in (Path(where, name) for name in folders if Path(where, name).is_symlink()):
             log.warning("%s is a link to a folder and is not followed: its images are left out", link)
         for file in sorted(files):
@@ -168,7 +177,7 @@ def find_images(folder: Path) -> dict[str, Path]:
 def read_list(path: Path) -> list[str]:
     """Names of a list file, one a line, without picture suffix; empty lines and lines that start with # are passed over."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"list file {path} cannot be read: {error}. Expected one file name a line, UTF-8.") from error
     names = []

@@ -191,6 +191,98 @@ def test_a_broken_file_is_told_with_its_name_and_runs_nothing(content, words, tm
     assert "hacked" not in capfd.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("content", "key", "value"),
+    [
+        ("source: {size: 1280x720}", "source.size", (1280, 720)),
+        ("source: {size: '640,480'}", "source.size", (640, 480)),
+        ("source: {size: [640, 480]}", "source.size", (640, 480)),
+        ("stages: warmup,adapt", "stages", ("warmup", "adapt")),
+        ("adapt:\n  augment: {crop: null}\n  augment.scale: 0.5,1.5", "adapt.augment.scale", (0.5, 1.5)),
+        ("adapt: {iterations: 017}", "adapt.iterations", 17),  # YAML 1.1 alone would read 15
+        ("adapt: {iterations: 1_000}", "adapt.iterations", 1000),
+        ("adapt: {lr: 1e-4}", "adapt.lr", 1e-4),  # YAML 1.1 alone would read text
+        ("adapt: {lr: 1}", "adapt.lr", 1.0),
+        ("model: {freeze_bn: no}", "model.freeze_bn", False),
+        ("loop: {offload: TRUE}", "loop.offload", True),
+        ("name: 12", "name", "12"),
+        ("name: 2024-01-02", "name", "2024-01-02"),
+        ("evaluate: {images: ~}", "evaluate.images", None),
+        ("evaluate: {images: }", "evaluate.images", None),
+        ("adapt: {augment: {crop: null}}", "adapt.augment.crop", None),
+    ],
+)
+def test_a_file_is_read_as_the_command_line_is(content, key, value, tmp_path):
+    (tmp_path / "x.yaml").write_text(content)
+    found = load_config(files=[tmp_path / "x.yaml"])
+    for part in key.split("."):
+        found = getattr(found, part)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("model: {freeze_bn: }", "model.freeze_bn (x.yaml): got null, expected true or false"),
+        ("adapt: {lr: }", "adapt.lr (x.yaml): got null, expected a number"),
+        ("target: {root: ~}", "target.root (x.yaml): got null, expected text"),
+        ("adapt: {lr: 12:30}", "adapt.lr (x.yaml): got '12:30', expected a number"),
+        ("adapt: {iterations: 0x10}", "adapt.iterations (x.yaml): got '0x10', expected a whole number"),
+        ("adapt: {iterations: 1.0}", "adapt.iterations (x.yaml): got '1.0', expected a whole number"),
+        ("adapt: {iterations: yes}", "adapt.iterations (x.yaml): got 'yes', expected a whole number"),
+        ("adapt: {lr: [1]}", "adapt.lr (x.yaml): got ['1'], expected a number"),
+        ("source: {size: 640}", "source.size (x.yaml): got '640', expected two whole numbers such as 1280,720"),
+        (
+            "source: {size: [1, 2, 3]}",
+            "source.size (x.yaml): got ['1', '2', '3'], expected two whole numbers such as 1280,720",
+        ),
+        ("stages: {adapt: 1}", "unknown setting 'stages.adapt' (x.yaml)"),
+        ("adapt: {absent: keeep}", "got 'keeep', expected one of keep, decay; did you mean keep?"),
+        ("model: {name: resnet101}", "expected one of deeplab_v2_resnet101"),
+    ],
+)
+def test_what_a_file_cannot_mean_is_refused_as_on_the_command_line(content, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("x.yaml").write_text(content)
+    assert told in message(load_config, files=["x.yaml"])
+
+
+def test_a_null_is_refused_for_every_setting_that_has_none(tmp_path):
+    for key, setting in settings.all_settings().items():
+        given = {key: settings.Given(None, "x.yaml")}
+        if setting.default is None or "null" in setting.expected():
+            assert settings.build_config(given)
+        else:
+            assert f"{key} (x.yaml): got null, expected" in message(settings.build_config, given)
+
+
+def test_all_values_that_do_not_fit_are_reported_at_once():
+    told = message(load_config, overrides=[("adapt.lr", "fast"), ("seed", "one"), ("loop.precision", "fp16")])
+    assert [line.split()[0] for line in told.splitlines()] == ["adapt.lr", "seed", "loop.precision"]
+
+
+def test_home_folders_are_expanded_wherever_a_path_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.yaml").write_text("target: {root: ~/data}\nname: ~x\n")
+    config = load_config(files=[tmp_path / "x.yaml"], overrides=[("source.root", "~/a"), ("model.weights", "~/w.pth")])
+    assert config.target.root == str(tmp_path / "data") and config.source.root == str(tmp_path / "a")
+    assert config.model.weights == str(tmp_path / "w.pth") and config.name == "~x"
+    paths = {key for key, setting in settings.all_settings().items() if setting.about.path}
+    assert {
+        "runs_dir",
+        "source.root",
+        "source.classes",
+        "pseudo_label.folder",
+        "prototypes.file",
+        "loop.resume",
+    } <= paths
+
+
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
+    (tmp_path / "x.yaml").write_bytes(b"\xef\xbb\xbfseed: 3\n")
+    assert load_config(files=[tmp_path / "x.yaml"]).seed == 3
+
+
 def test_missing_files_presets_and_overlays_are_told(tmp_path):
     assert "no such file" in message(load_config, files=[tmp_path / "none.yaml"])
     assert "did you mean gta5_cityscapes?" in message(load_config, preset="gta5_cityscape")

@@ -24,7 +24,7 @@ from spcl_fast.data import (
     train_batches,
     write_label_png,
 )
-from spcl_fast.data.files import read_ids, read_image
+from spcl_fast.data.files import find_images, read_ids, read_image
 from spcl_fast.errors import DataError
 
 W, H = 8, 6
@@ -232,6 +232,38 @@ def test_odd_file_name_is_told_and_html_is_only_a_name(root):
     (root / "images" / "train" / "<b>&0.png").rename(root / "images" / "train" / "a\nb.png")
     with pytest.raises(DataError, match=r"names 'a\\nb'"):
         build_dataset("folders", root, "train")
+
+
+@pytest.mark.parametrize("name", ["Screenshot 9.41.00\u202fAM", "a\u00a0b", "é\u3000ü", "\U0001f469\u200d\U0001f33e"])
+def test_a_name_with_any_space_or_letter_is_fine(root, name):
+    for folder in ("images", "labels"):
+        (root / folder / "train" / "0.png").rename(root / folder / "train" / f"{name}.png")
+    data = build_dataset("folders", root, "train")
+    assert sorted(data.names) == sorted(["1", "2", "3", name]) and check_data(data).ok
+    (root / "train.txt").write_text(f"1\n{name}\n", encoding="utf-8")
+    assert build_dataset("folders", root, "train").names == ["1", name]
+
+
+@pytest.mark.parametrize("name", ["a\x7fb", "a\u2028b", "a\udcffb", "a\x9bb"])
+def test_a_name_with_a_control_character_is_refused(root, name):
+    (root / "images" / "train" / "0.png").rename(root / "images" / "train" / f"{name}.png")
+    with pytest.raises(DataError, match="control characters"):
+        build_dataset("folders", root, "train")
+
+
+@pytest.mark.parametrize("folder", [".ipynb_checkpoints", "__MACOSX", ".git/objects"])
+@pytest.mark.parametrize("labels", [True, False])
+def test_hidden_folders_beside_the_images_are_passed_over(root, folder, labels):
+    extra = root / "images" / "train" / folder
+    extra.mkdir(parents=True)
+    Image.new("RGB", (W, H)).save(extra / "0-checkpoint.png")
+    assert build_dataset("folders", root, "train", labels=labels).names == ["0", "1", "2", "3"]
+    assert list(find_images(extra)) == ["0-checkpoint"]  # asked for by name it is read
+
+
+def test_a_list_file_with_a_byte_order_mark_is_read(root):
+    (root / "train.txt").write_bytes(b"\xef\xbb\xbf2\r\n0\r\n")
+    assert build_dataset("folders", root, "train").names == ["2", "0"]
 
 
 # ---- label pictures ----
