@@ -10,7 +10,7 @@ ARGS ?=
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format figures install bench kernels-check gpu soak clean
+.PHONY: help demo test lint format figures install bench kernels-check cuda-load gpu soak clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
@@ -52,6 +52,13 @@ figures: install ## README's tables and pictures from benchmarks/results (ARGS="
 
 kernels-check: install ## compile every GPU kernel without a GPU: registers, shared memory, spills
 	@$(BIN)/python -m benchmarks.kernels_check $(ARGS)
+
+# torch for CUDA is some 5 GB; nvcc must be there, a GPU need not
+cuda-load: ## build the CUDA module beside a CUDA build of torch, in build/cuda_load, and load it
+	@test -x build/cuda_load/bin/python || $(PYTHON) -m venv build/cuda_load
+	@build/cuda_load/bin/python -m pip --disable-pip-version-check install --quiet torch==2.14.1 numpy setuptools wheel pybind11
+	@SPCL_FAST_CUDA_ARCHS="$${SPCL_FAST_CUDA_ARCHS-90a}" build/cuda_load/bin/python -m pip --disable-pip-version-check install --no-build-isolation --no-deps --force-reinstall --verbose . 2>&1 | grep --line-buffered 'spcl_fast: '
+	@SPCL_FAST_CUDA_TORCH_PYTHON=$$PWD/build/cuda_load/bin/python $(GPU_PYTHON) -m pytest tests/kernels/test_cuda_module_loads.py -q
 
 gpu: ## on a machine with an NVIDIA GPU: build, GPU tests, memory checker, benchmarks
 	@$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)

@@ -1,17 +1,21 @@
 """Builds spcl_fast._cpu where torch and a compiler are found, and spcl_fast._cuda where nvcc and a CUDA build of torch are, too.
 
 Where not, the install goes on without them and says why. The kernels of csrc/cpu are compiled once per instruction set; which one runs is
-decided on the machine that runs them. Those of csrc/cuda are compiled for every architecture of CUDA_ARCHS; no GPU is needed for that.
+decided on the machine that runs them. Those of csrc/cuda are compiled for the GPU that is there, or, without one, for every architecture
+of CUDA_ARCHS.
 """
 
 import concurrent.futures
+import functools
 import importlib.util
+import itertools
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -39,8 +43,9 @@ OPS = ("prototype_contrastive_loss", "class_moments", "upsampled_cross_entropy",
 KERNELS = [f"csrc/cpu/{op}.cpp" for op in OPS]
 MODULE = [f"csrc/cpu/bind_{part}.cpp" for part in (*OPS, "levels", "pages", "module")]
 
-# Compiled for each of these, and as PTX of the last for what comes later. SPCL_FAST_CUDA_ARCHS="90a" builds for one machine alone.
-CUDA_ARCHS = os.environ.get("SPCL_FAST_CUDA_ARCHS", "80 86 89 90a 100").replace(";", " ").split()
+# Where no GPU is seen the kernels are compiled for each of these, and as PTX of the last for what comes later; where one is, for it alone.
+# SPCL_FAST_CUDA_ARCHS="90a" decides otherwise.
+CUDA_ARCHS = ("80", "86", "89", "90a", "100")
 CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "0"]
 # The CUDA runtime is linked in: the extension does not care which one torch brought along.
 CUDART = ["-lcudart_static", "-lrt", "-lpthread", "-ldl", "-Wl,--exclude-libs,ALL"]
@@ -172,10 +177,28 @@ def why_no_cuda() -> str | None:
     return None
 
 
+def archs_of_gpus() -> list[str]:
+    """Of the GPUs that this process sees; none where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    seen = {"".join(map(str, torch.cuda.get_device_capability(i))) for i in range(torch.cuda.device_count())}
+    return [next((arch for arch in CUDA_ARCHS if arch.rstrip("a") == one), one) for one in sorted(seen, key=int)]
+
+
+@functools.cache
 def cuda_archs(nvcc: str) -> list[str]:
-    """Of CUDA_ARCHS those that this nvcc knows."""
+    """What is compiled for: what SPCL_FAST_CUDA_ARCHS says, else the GPUs of this machine, else CUDA_ARCHS; of these what nvcc knows."""
+    named = os.environ.get("SPCL_FAST_CUDA_ARCHS", "").replace(";", " ").split()
+    wanted = named or archs_of_gpus() or list(CUDA_ARCHS)
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
-    return [arch for arch in CUDA_ARCHS if f"sm_{arch}" in known or f"sm_{arch.rstrip('a')}" in known]
+    archs = [arch for arch in wanted if f"sm_{arch}" in known or f"sm_{arch.rstrip('a')}" in known]
+    if not archs:
+        raise RuntimeError(
+            f"{nvcc} knows none of the architectures {' '.join(wanted)}; SPCL_FAST_CUDA_ARCHS may name one of {' '.join(known)}"
+        )
+    return archs
 
 
 def compile_cuda(folder: Path) -> list[str]:
@@ -186,6 +209,10 @@ def compile_cuda(folder: Path) -> list[str]:
     code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     code.append(f"-gencode=arch=compute_{archs[-1].rstrip('a')},code=compute_{archs[-1].rstrip('a')}")
 
+    sources = sorted(ROOT.glob("csrc/cuda/*/*.cu"))
+    begun, finished = time.monotonic(), itertools.count(1)
+    report(f"nvcc compiles {len(sources)} files for {', '.join(f'sm_{arch}' for arch in archs)}")
+
     def compile_one(source: Path) -> str:
         out = folder / f"{source.stem}.o"
         done = subprocess.run(
@@ -193,11 +220,17 @@ def compile_cuda(folder: Path) -> list[str]:
         )
         if done.returncode:
             raise RuntimeError(done.stderr or done.stdout)
+        report(f"{next(finished)} of {len(sources)}: {source.name}, {time.monotonic() - begun:.0f} s since the start")
         return str(out)
 
     folder = folder.resolve()
     with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
-        return list(pool.map(compile_one, sorted(ROOT.glob("csrc/cuda/*/*.cu"))))
+        return list(pool.map(compile_one, sources))
+
+
+def report(words: str) -> None:
+    """Progress; pip shows it with -v."""
+    print(f"spcl_fast: {words}", file=sys.stderr, flush=True)
 
 
 def cuda_extension() -> Extension:
@@ -209,6 +242,7 @@ def cuda_extension() -> Extension:
         "spcl_fast._cuda",
         sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/**/bind*.cpp")),
         library_dirs=[str(cudart_folder())],
+        libraries=["torch_cuda"],  # the current stream is its answer; torch_cpu has the rest of the stable ABI
         extra_link_args=[*CUDART, *torch_rpaths(library_paths())],
         extra_compile_args=[
             *STABLE_ABI,

@@ -118,7 +118,10 @@ def _cuda_part(say: Callable[[str], None]) -> list[str]:
         module = importlib.import_module("spcl_fast._cuda")
     except Exception as error:
         say(f"CUDA part: built, and does not load: {error}. The Triton backend does its work.")
-        return [f"the CUDA part was built and does not load with torch {torch.__version__}; build it again: {error}"]
+        needs = (
+            "it needs a CUDA build of torch (libtorch_cuda.so), 2.11 or newer; with that one installed, build it again"
+        )
+        return [f"the CUDA part was built and does not load with torch {torch.__version__}: {error}; {needs}"]
     say(f"CUDA part: built with nvcc {module.toolkit} for {module.archs}")
     return []
 
