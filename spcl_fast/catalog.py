@@ -123,7 +123,7 @@ STAGES = (  # in the order in which they run
     Stage(
         "pseudo_labels", "spcl_fast.method.pseudo_labels:FIRST", "pseudo_label", "pseudo-label",
         "labels for the target's training images", "--run-folder runs/mine",
-        title="for adaptation", after=("warmup|source_only",),
+        title="pseudo-labels for adaptation", after=("warmup|source_only",),
     ),
     Stage(
         "adapt", "spcl_fast.method.adapt:STAGE", "adapt", "adapt",
@@ -134,7 +134,7 @@ STAGES = (  # in the order in which they run
     Stage(
         "pseudo_labels_2", "spcl_fast.method.pseudo_labels:SECOND", "pseudo_label", "pseudo-label",
         "from the adapted net, for distill", "--run-folder runs/mine --round 2",
-        title="for distillation", after=("adapt",),
+        title="pseudo-labels for distillation", after=("adapt",),
     ),
     Stage(
         "distill", "spcl_fast.method.distill:STAGE", "distill", "distill",
@@ -191,6 +191,11 @@ def trained() -> tuple[Stage, ...]:
 
 def with_role(*roles: str) -> tuple[Stage, ...]:
     return tuple(stage for stage in STAGES if stage.role in roles)
+
+
+def title(name: str) -> str:
+    """What a reader calls a stage; the name itself where the catalog has none, as in a run of another version."""
+    return next((stage.title for stage in STAGES if stage.name == name), name)
 
 
 def rounds(command: str) -> tuple[Stage, ...]:

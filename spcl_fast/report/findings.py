@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..runs.reading import NETS, Evaluation, RunFolder, number
+from .. import catalog
+from ..config.load import all_settings
+from ..runs.reading import Evaluation, RunFolder, number
 from ..runs.signs import COLLAPSED, nearly_all_kept, signs
 
 NEVER = 1e-5  # share of pixels below which a class counts as never predicted
@@ -41,10 +43,10 @@ def _collapse(run: RunFolder) -> list[Finding]:
     }
     if collapsed:
         nets = [
-            f"the {NETS[stage][1]} net calls {run.evaluations[stage].predicted_share[name]:.0%} {name}"
+            f"the {catalog.title(stage)} net calls {run.evaluations[stage].predicted_share[name]:.0%} {name}"
             for stage, name in collapsed.items()
         ]
-        if "source_only" in collapsed or "oracle" in collapsed:
+        if collapsed.keys() & {*catalog.names(catalog.with_role("baseline", "bound"))}:
             advice = "It does not start with adaptation: train the source stage longer, and check its learning rate and labels."
         else:
             advice = "Lower the weight of the contrastive loss or the learning rate, and look at the pseudo-labels that it started from."
@@ -88,22 +90,33 @@ def _gains(run: RunFolder) -> list[Finding]:
     if run.final is None:
         return []
     found, final = [], run.evaluations[run.final]
-    for stage, meaning in (
-        ("source_only", "adaptation did harm. Look at the pseudo-labels first: which classes do they lose?"),
-        ("control", "more training on source alone does as well. Nothing here shows that adaptation helps."),
-    ):
-        other = run.evaluations.get(stage)
+    for row in catalog.with_role(*_NOT_BETTER):
+        other = run.evaluations.get(row.name)
         if other is not None and final.miou <= other.miou:
-            title = f"The final net is not better than {'the control' if stage == 'control' else 'source-only'}"
-            found.append(Finding("bad", title, f"{final.miou:.1f} against {other.miou:.1f} mIoU: {meaning}"))
-    adapted = run.evaluations.get("adapt")
-    if run.final == "distill" and adapted is not None and final.miou < adapted.miou - 0.5:
-        text = (
-            f"{final.miou:.1f} after, {adapted.miou:.1f} mIoU before. Self-training without source images drifts to rare classes: "
-            "set distill.source_weight, or leave the stage out."
-        )
-        found.append(Finding("note", "Distillation lost what adaptation had won", text))
-    return found
+            title = f"The final net is not better than {'the ' if row.role == 'control' else ''}{row.title}"
+            text = f"{final.miou:.1f} against {other.miou:.1f} mIoU: {_NOT_BETTER[row.role]}"
+            found.append(Finding("bad", title, text))
+    return found + _lost(run)
+
+
+_NOT_BETTER = {
+    "baseline": "adaptation did harm. Look at the pseudo-labels first: which classes do they lose?",
+    "control": "more training on source alone does as well. Nothing here shows that adaptation helps.",
+}
+
+
+def _lost(run: RunFolder) -> list[Finding]:
+    """The last adapted net is worse than the one that it started from."""
+    results = [row for row in catalog.with_role("result") if row.name in run.evaluations]
+    if len(results) < 2:
+        return []
+    (before, after), last = (run.evaluations[row.name].miou for row in results[-2:]), results[-1]
+    if after >= before - 0.5:
+        return []
+    text = f"{after:.1f} after, {before:.1f} mIoU before. "
+    if f"{last.section}.source_weight" in all_settings():
+        text += f"Self-training without source images drifts to rare classes: set {last.section}.source_weight, or leave the stage out."
+    return [Finding("note", f"The {last.title} net lost what the {results[-2].title} net had won", text.strip())]
 
 
 def _classes(run: RunFolder) -> list[Finding]:
@@ -157,8 +170,8 @@ def _training(run: RunFolder) -> list[Finding]:
     if slow:
         text = f"Share of the time without a batch: {', '.join(slow)}. Raise loop.workers, or store smaller images."
         found.append(Finding("note", "Training waited for data", text))
-    missing = run.done.get("prototypes", {}).get("missing")
-    if isinstance(missing, list) and missing:
+    missing = next((record["missing"] for record in run.done.values() if record.get("missing")), None)
+    if isinstance(missing, list):
         names = _list([str(name) for name in missing])
         text = f"No source pixel of {names} was classified correctly: the first prototypes of these classes are 0."
         found.append(Finding("note", "Classes without a first prototype", text))

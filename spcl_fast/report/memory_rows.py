@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from .. import catalog
 from ..runs.layout import PHASES
-from ..runs.reading import NETS, RunFolder, number
+from ..runs.reading import RunFolder, number
 
 _SETTINGS = ("precision", "checkpoint", "offload", "accumulate", "absorb_gradients", "channels_last", "compile")
 _OFF = {"none", "fp32", "False", "1", "None"}
@@ -27,7 +28,7 @@ def ledger(run: RunFolder) -> dict[str, Any]:
         by_phase = by_phase if isinstance(by_phase, dict) else {}
         rows.append(
             {
-                "name": NETS[stage][1] if stage in NETS else stage,
+                "name": catalog.title(stage),
                 "phases": [mebibytes(by_phase.get(name)) for name in phases],
                 "peak": mebibytes(
                     max((number(record.get("peak_memory_bytes")) or 0 for record in records), default=None)

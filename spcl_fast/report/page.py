@@ -9,8 +9,9 @@ from typing import Any
 
 import jinja2
 
+from .. import catalog
 from ..errors import CheckpointError
-from ..runs.reading import NETS, RunFolder, number, read_run
+from ..runs.reading import RunFolder, number, read_run
 from . import memory_rows as memory
 from . import pictures, plots
 from .findings import find
@@ -91,8 +92,8 @@ def render(run: RunFolder) -> str:
         selection=SELECTION.get(str(run.summary.get("selection")), ""),
         settings=run.settings,
         missing=run.missing,
-        baseline=NETS[run.baseline][1] if run.baseline else None,
-        final=NETS[run.final][1] if run.final else None,
+        baseline=catalog.title(run.baseline) if run.baseline else None,
+        final=catalog.title(run.final) if run.final else None,
     )
 
 
@@ -128,27 +129,25 @@ def _cards(run: RunFolder) -> list[Card]:
     cards = []
     final = run.evaluations.get(run.final) if run.final else None
     if run.baseline:
-        cards.append(Card(f"{NETS[run.baseline][1]}", f"{run.evaluations[run.baseline].miou:.1f}", "mIoU on target, %"))
+        cards.append(
+            Card(catalog.title(run.baseline), f"{run.evaluations[run.baseline].miou:.1f}", "mIoU on target, %")
+        )
     if final is not None:
-        cards.append(Card(f"SPCL, {NETS[run.final][1]}", f"{final.miou:.1f}", "mIoU on target, %", "final"))
+        cards.append(Card(f"SPCL, {catalog.title(run.final)}", f"{final.miou:.1f}", "mIoU on target, %", "final"))
     if final is not None and run.baseline:
         cards.append(
-            _gain("gain", final.miou - run.evaluations[run.baseline].miou, f"points over {NETS[run.baseline][1]}")
+            _gain("gain", final.miou - run.evaluations[run.baseline].miou, f"points over {catalog.title(run.baseline)}")
         )
-    if final is not None and "control" in run.evaluations:
-        gain = final.miou - run.evaluations["control"].miou
-        cards.append(_gain("gain over the control", gain, "points; the control trained on without the target"))
+    for control in catalog.with_role("control"):
+        if final is not None and control.name in run.evaluations:
+            gain = final.miou - run.evaluations[control.name].miou
+            note = f"points; the {control.title} trained on without the target"
+            cards.append(_gain(f"gain over the {control.title}", gain, note))
     gap = number(run.summary.get("gap_closed"))
     if gap is not None:
-        cards.append(
-            Card(
-                "gap closed",
-                f"{100 * gap:.0f}%",
-                f"of the way to the oracle's {run.evaluations['oracle'].miou:.1f}"
-                if "oracle" in run.evaluations
-                else "",
-            )
-        )
+        bounds = [row for row in catalog.with_role("bound") if row.name in run.evaluations]
+        note = [f"of the way to the {row.title}'s {run.evaluations[row.name].miou:.1f}" for row in bounds]
+        cards.append(Card("gap closed", f"{100 * gap:.0f}%", ", ".join(note)))
     return cards
 
 
@@ -158,7 +157,7 @@ def _gain(title: str, value: float, note: str) -> Card:
 
 def _table(run: RunFolder) -> dict[str, Any] | None:
     """Classes in rows, nets in columns; the last column is the gain of the final net over the baseline."""
-    stages = [stage for stage in NETS if stage in run.evaluations]
+    stages = plots.evaluated(run)
     if not stages:
         return None
     rows = [
@@ -175,7 +174,7 @@ def _table(run: RunFolder) -> dict[str, Any] | None:
         ]
     shares = run.evaluations[run.final or stages[-1]]
     return {
-        "header": [NETS[stage][1] for stage in stages],
+        "header": [catalog.title(stage) for stage in stages],
         "final": stages.index(run.final) if run.final else None,
         "rows": [
             {
@@ -190,7 +189,7 @@ def _table(run: RunFolder) -> dict[str, Any] | None:
         ],
         "has_gain": any(gain is not None for gain in gains),
         "has_shares": bool(shares.predicted_share and shares.true_share),
-        "shares_of": NETS[run.final or stages[-1]][1],
+        "shares_of": catalog.title(run.final or stages[-1]),
     }
 
 
@@ -203,7 +202,7 @@ def _pseudo_labels(run: RunFolder) -> list[dict[str, Any]]:
         total = sum(predicted.values())
         rounds.append(
             {
-                "title": "for adaptation" if stage == "pseudo_labels" else "for distillation",
+                "title": catalog.title(stage),
                 "rows": [
                     {
                         "threshold": number(record["thresholds"].get(name)),
@@ -221,8 +220,8 @@ def _pseudo_labels(run: RunFolder) -> list[dict[str, Any]]:
 def _stages(run: RunFolder) -> list[dict[str, str]]:
     """Iterations, seconds, speed, waiting and peak memory of each stage."""
     rows = []
-    order = [*NETS, *(stage for stage in run.metrics if stage not in NETS)]
-    for stage in order:
+    trained = catalog.names(catalog.trained())
+    for stage in (*trained, *(stage for stage in run.metrics if stage not in trained)):
         records, done = run.metrics.get(stage, []), run.done.get(stage, {})
         if not records and not done:
             continue
@@ -231,7 +230,7 @@ def _stages(run: RunFolder) -> list[dict[str, str]]:
         peak = number(done.get("peak_memory_bytes")) or number(last.get("peak_memory_bytes"))
         rows.append(
             {
-                "name": NETS[stage][1] if stage in NETS else stage,
+                "name": catalog.title(stage),
                 "iterations": str(int(number(done.get("step")) or last.get("step") or 0)),
                 "seconds": "–" if seconds is None else _duration(seconds),
                 "speed": _mean(records, "images_per_s", lambda value: f"{value:.1f}"),

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from .. import catalog
 from ..data.palette import overlay, read_label_png
-from ..runs.reading import NETS, RunFolder
+from ..runs.reading import RunFolder
 
 WIDTH = 480  # of a picture in the report, in pixels: four of them stand side by side
 
@@ -58,7 +59,7 @@ def samples(run: RunFolder) -> list[tuple[str, list[Picture]]]:
         except OSError as error:
             run.missing.append(f"report_samples/{name}_image.png cannot be read ({error}); this picture was left out")
             continue
-        labels = [(NETS[stage][1], run.folder / stage / "predictions" / f"{name}.png") for stage in nets]
+        labels = [(catalog.title(stage), run.folder / stage / "predictions" / f"{name}.png") for stage in nets]
         labels.append(("truth", folder / f"{name}_truth.png"))
         row = [Picture("target image", _jpeg(image))]
         row += [Picture(caption, _overlaid(run, image, file)) for caption, file in labels]

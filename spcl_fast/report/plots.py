@@ -21,19 +21,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from .. import catalog
 from ..runs.layout import COLUMNS
-from ..runs.reading import NETS, SAFE_COLOURS, RunFolder, number
+from ..runs.reading import SAFE_COLOURS, RunFolder, number
 
 BLUE, RED, GREEN, ORANGE, SKY, PINK, BLACK, BROWN = SAFE_COLOURS
 INK, FAINT = "#1f2933", "#9aa5b1"
-NET_LOOKS = {  # colour, marker
-    "source_only": ("#7b8794", "o"),
-    "control": (SKY, "D"),
-    "warmup": (ORANGE, "s"),
-    "adapt": (BLUE, "o"),
-    "distill": (RED, "o"),
-    "oracle": (BLACK, "|"),
-}
+_RESULTS = (BLUE, RED, GREEN, PINK, BROWN)  # of the adapted nets, in the order in which they are trained
+_LOOKS = {"baseline": ("#7b8794", "o"), "control": (SKY, "D"), "start": (ORANGE, "s"), "bound": (BLACK, "|")}
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -61,6 +56,15 @@ STYLE = {
 }
 
 
+def look_of(stage: str) -> tuple[str, str]:
+    """Colour and marker of a stage's net."""
+    results = catalog.names(catalog.with_role("result"))
+    if stage in results:
+        return _RESULTS[results.index(stage) % len(_RESULTS)], "o"
+    role = next((row.role for row in catalog.STAGES if row.name == stage), "")
+    return _LOOKS.get(role, (FAINT, "o"))
+
+
 @contextmanager
 def _figure(width: float, height: float) -> Iterator[Figure]:
     """A figure in the report's style, apart from any state of pyplot or the user's settings."""
@@ -76,9 +80,14 @@ def _png(figure: Figure) -> bytes:
     return data.getvalue()
 
 
+def evaluated(run: RunFolder) -> list[str]:
+    """The stages whose nets have a score, in the order of the method."""
+    return [stage for stage in catalog.names(catalog.trained()) if stage in run.evaluations]
+
+
 def class_scores(run: RunFolder) -> bytes | None:
     """IoU of every class, a mark a net; a line from the baseline to the final net."""
-    stages = [stage for stage in NETS if stage in run.evaluations]
+    stages = evaluated(run)
     if not stages or not run.classes:
         return None
     rows = [*run.classes, "mIoU"]
@@ -96,12 +105,18 @@ def class_scores(run: RunFolder) -> bytes | None:
                     colour = BLUE if after >= before else RED
                     axes.plot([before, after], [y, y], color=colour, linewidth=5, alpha=0.22, solid_capstyle="round")
         for stage in stages:
-            colour, marker = NET_LOOKS[stage]
+            colour, marker = look_of(stage)
             points = [(value, y) for value, y in zip(values[stage], places, strict=True) if value is not None]
             size = 90 if marker == "|" else 34 if marker == "o" else 22
             edge = {} if marker == "|" else {"edgecolors": "white", "linewidths": 0.8}
             axes.scatter(
-                *zip(*points, strict=True), s=size, c=colour, marker=marker, label=NETS[stage][1], zorder=3, **edge
+                *zip(*points, strict=True),
+                s=size,
+                c=colour,
+                marker=marker,
+                label=catalog.title(stage),
+                zorder=3,
+                **edge,
             )
         axes.axhline(len(rows) - 1.33, color="#cbd2d9", linewidth=0.8)
         axes.set_yticks(places, rows)
@@ -117,10 +132,10 @@ def class_scores(run: RunFolder) -> bytes | None:
 
 def curves(run: RunFolder) -> bytes | None:
     """The losses of every stage, what the contrastive loss is above chance, and the learning rates: a small plot each."""
-    stages = [stage for stage in (*NETS, *run.metrics) if stage in run.metrics]
+    stages = [stage for stage in (*catalog.names(catalog.STAGES), *run.metrics) if stage in run.metrics]
     panels: list[tuple[str, str, list[str]]] = []
     for stage in dict.fromkeys(stages):
-        title, names = NETS[stage][1] if stage in NETS else stage, _losses(run.metrics[stage])
+        title, names = catalog.title(stage), _losses(run.metrics[stage])
         above = [name for name in names if name.endswith("_excess")]
         panels += [
             (stage, f"{title}: {what}", some)
@@ -148,10 +163,7 @@ def curves(run: RunFolder) -> bytes | None:
 def _learning_rates(axes: Axes, run: RunFolder) -> None:
     for stage, records in run.metrics.items():
         for _, steps, values in _series(records, ["lr"]):
-            colour = NET_LOOKS.get(stage, (FAINT,))[0]
-            axes.plot(
-                steps, values, color=colour, label=NETS[stage][1] if stage in NETS else stage, marker=_mark(steps), ms=4
-            )
+            axes.plot(steps, values, color=look_of(stage)[0], label=catalog.title(stage), marker=_mark(steps), ms=4)
     axes.set_title("learning rate")
     _iterations(axes)
     axes.set_ylim(bottom=0)
@@ -231,8 +243,11 @@ def class_shares(run: RunFolder) -> bytes | None:
 
 
 def _vectors(run: RunFolder, name: str) -> tuple[list[int], np.ndarray] | None:
-    """Logged vectors with a value a class: steps, values [steps, K]."""
-    logged = [(record["step"], record.get(name)) for record in run.metrics.get("adapt", [])]
+    """Vectors with a value per class that a stage logged, the first adapted net's if several did: steps, values [steps, K]."""
+    stages = (*catalog.names(catalog.with_role("result")), *run.metrics)
+    logging = (stage for stage in stages if any(name in record for record in run.metrics.get(stage, ())))
+    stage = next(logging, None)
+    logged = [(record["step"], record.get(name)) for record in run.metrics.get(stage or "", ())]
     rows = [(step, [number(value) for value in values]) for step, values in logged if isinstance(values, list)]
     rows = [(step, values) for step, values in rows if len(values) == len(run.classes) and None not in values]
     if not rows or not run.classes:
@@ -307,7 +322,7 @@ def confusion(run: RunFolder) -> bytes | None:
             axes.tick_params(length=0)
             for spine in axes.spines.values():
                 spine.set_visible(False)
-            axes.set_title(NETS[stage][1])
+            axes.set_title(catalog.title(stage))
             axes.set_xlabel("predicted")
             axes.set_ylabel("true" if many or axes is grid[0] else "")
         return _png(figure)

@@ -6,13 +6,14 @@ import sys
 from io import StringIO
 from typing import Any
 
-from ..runs.reading import NETS, number
+from .. import catalog
+from ..runs.reading import number
 
-_TITLES = dict(NETS.values())  # name in summary.json -> name for the reader
+_TITLES = {row.net: row.title for row in catalog.trained()}  # key of summary.json -> name for the reader
 
 
 def iou_table(summary: dict[str, Any]) -> str:
-    """Nets in columns, classes in rows, mIoU last, and the final net's gain over source-only; in percent.
+    """Nets in columns, classes in rows, mIoU last, and the final net's gain over the baseline; in percent.
 
     `summary`: as summary.json. Nets that are null are left out; any other key whose value has "miou" and "iou" becomes a column too.
     Coloured where the output is a terminal and `rich` is installed; the same figures as plain text elsewhere.
@@ -20,8 +21,9 @@ def iou_table(summary: dict[str, Any]) -> str:
     nets = _nets(summary)
     if not nets:
         return "No net of this run has been evaluated yet."
-    first, last = "source_only", next((name for name in ("distilled", "adapted") if name in nets), None)
-    gain = (first, last) if first in nets and last else None
+    first = next((row.net for row in catalog.with_role("baseline") if row.net in nets), None)
+    last = next((row.net for row in reversed(catalog.with_role("result")) if row.net in nets), None)
+    gain = (first, last) if first and last else None
     header = ["class", *(_TITLES.get(name, name) for name in nets), *(["gain"] if gain else [])]
     classes = [str(name) for name in summary.get("classes") or next(iter(nets.values()))["iou"]]
     rows = [_row(name, {net: number(value["iou"].get(name)) for net, value in nets.items()}, gain) for name in classes]
@@ -49,19 +51,20 @@ def _row(title: str, values: dict[str, float | None], gain: tuple[str, str] | No
 
 def _gap(summary: dict[str, Any]) -> str:
     gap = number(summary.get("gap_closed"))
-    return "" if gap is None else f"gap between source-only and oracle closed: {100 * gap:.0f}%\n"
+    between = " and ".join(row.title for row in catalog.with_role("baseline", "bound"))
+    return "" if gap is None else f"gap between {between} closed: {100 * gap:.0f}%\n"
 
 
 def _rendered(header: list[str], rows: list[list[str]]) -> str:
     if sys.stdout.isatty():
         try:
-            return _rich(header, rows)
+            return _as_rich(header, rows)
         except ImportError:
             pass
-    return _plain(header, rows)
+    return _as_text(header, rows)
 
 
-def _plain(header: list[str], rows: list[list[str]]) -> str:
+def _as_text(header: list[str], rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: list[str]) -> str:
@@ -73,7 +76,7 @@ def _plain(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join([line(header), rule, *(line(row) for row in rows[:-1]), rule, line(rows[-1])]) + "\n"
 
 
-def _rich(header: list[str], rows: list[list[str]]) -> str:
+def _as_rich(header: list[str], rows: list[list[str]]) -> str:
     from rich import box
     from rich.console import Console
     from rich.markup import escape
