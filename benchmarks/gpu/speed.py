@@ -17,6 +17,7 @@ from benchmarks import shapes as quoted
 from benchmarks.peers import formulas
 from benchmarks.problems import contrast_problem, upsampling_problem
 from spcl_fast import backends
+from spcl_fast.backends.contract import Contrast, Wanted
 
 SHAPES = {name: quoted.CONTRAST[name] for name in quoted.GPU}
 UPSAMPLED = {name: quoted.UPSAMPLED[name] for name in quoted.GPU_UPSAMPLED}
@@ -125,11 +126,11 @@ def host_cost(context) -> dict:
     features, labels, prototypes = contrast_problem((1, 64, 8, 8), 19, torch.float32)
     logits, big = upsampling_problem((1, 19, 4, 4), (16, 16), torch.float32)
     leaf, node = features.clone().requires_grad_(), logits.clone().requires_grad_()
-    kernels, inputs = backends.module(context.backend), (features, labels, prototypes, None, None, None)
-    settings = {"temperature": 0.1, "normalize": True, "ignore_index": 255, "reduction": "mean"}
+    kernels = backends.module(context.backend)
+    contrast = Contrast(features, labels, prototypes, None, None, None, 0.1, True, 255, "mean")
     asked = {"temperature": 0.1, "backend": context.backend}
     calls = {
-        "primitive_forward": lambda: kernels.prototype_contrastive_forward(*inputs, **settings, save=True),
+        "primitive_forward": lambda: kernels.contrast_forward(contrast, Wanted(True, True)),
         "forward": lambda: sf.prototype_contrastive_loss(features, labels, prototypes, **asked),
         "forward_backward": lambda: sf.prototype_contrastive_loss(leaf, labels, prototypes, **asked).backward(),
         "class_moments": lambda: sf.class_moments(features, labels, 19, backend=context.backend),

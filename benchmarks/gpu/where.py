@@ -8,6 +8,7 @@ import time
 import torch
 
 from spcl_fast import backends
+from spcl_fast.backends.contract import Ask
 
 
 @dataclasses.dataclass
@@ -25,8 +26,7 @@ class Where:
 
     def lacks(self, op: str, dtype: torch.dtype, num_classes: int, dim: int) -> str | None:
         """Why the backend cannot do it, or None."""
-        what = {"device": self.device, "dtype": dtype, "num_classes": num_classes, "dim": dim, "has_variances": False}
-        return backends.why_not(op, self.backend, **what)
+        return backends.why_not(self.backend, Ask(op, self.device, dtype, num_classes, dim))
 
     def in_one_pass(self, features: torch.Tensor, num_classes: int):
         """A context in which the loss of such features is formed in one pass, or None where the backend has no such form for them."""

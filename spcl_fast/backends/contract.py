@@ -4,9 +4,9 @@ A backend is a module with the members of `Backend`, in this order. `ops/` check
 struct, so a backend checks none of them. Symbols: B images, D channels, h w the features' grid, P = h * w pixels, H W the labels' size,
 K classes, M rows of prototypes (M = K unless `prototype_class` is given), tau temperature.
 
-Dtypes. Features and logits: float32, bfloat16, float16; float64 on `reference` alone. Every sum is in float32 or wider. "wide" is float64 for
-float64 features, else float32: losses, denominators and weights are wide. Labels: any integer dtype, read by the nearest rule where H W is
-not the features' grid (`backends/labels.py`). A label outside [0, K) that is not ignore_index: on the CPU ValueError with
+Dtypes. Features and logits: float32, bfloat16, float16; float64 on `reference` alone. Every sum is in float32 or wider. "wide" is float64
+for float64 features, else float32: losses, denominators and weights are wide. Labels: any integer dtype, read by the nearest rule where H W
+is not the features' grid (`backends/labels.py`). A label outside [0, K) that is not ignore_index: on the CPU ValueError with
 `bad_label_message`; on a GPU the loss is NaN and `label_flag(device)` holds the largest one. A probability that is negative, NaN or
 infinite is a bad label, too (`BAD_PROBABILITY` in the flag). Same inputs, same bits, for any number of threads.
 """
@@ -125,7 +125,7 @@ class Saved(NamedTuple):
     lse: Tensor  # [B, P] in SavedLike.lse: logsumexp of z (sigmoid: 0)
     inv_norm: Tensor  # [B, P] wide: 1 / max(|x|, 1e-12), or 1
     logits: Tensor  # [B, M, P] wide: s, before margin and pool
-    dfeatures: Tensor  # the features' shape, dtype and layout: their gradient for an incoming gradient of 1, in one pass; then all else is [0]
+    dfeatures: Tensor  # after one pass, where all else is [0]: the features' gradient for an incoming gradient of 1
 
 
 class SavedLike(NamedTuple):
@@ -143,6 +143,11 @@ class Gradients(NamedTuple):
     prototypes: Tensor  # [M, D] or [B, M, D] wide
     bias: Tensor  # [M] or [B, M] wide
     temperature: Tensor  # [] wide
+
+
+def no_gradients(saved: Saved) -> tuple[Tensor, Tensor]:
+    """Of bias and temperature, where neither is wanted."""
+    return saved.denominator.new_empty(0), saved.denominator.new_empty(0)
 
 
 class Logits(NamedTuple):
@@ -192,6 +197,13 @@ class Average(NamedTuple):
     keep: float
     min_pixels: int  # a class with fewer stays, or is multiplied by keep where decay_absent; so does a class whose sum is not finite
     decay_absent: bool
+
+    def moved(self, prototypes: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
+        """The moving average itself: prototypes and sums [K, D], counts [K] -> [K, D]."""
+        present = (counts >= self.min_pixels)[:, None]
+        mean = sums / counts.clamp_min(1)[:, None]
+        moved = self.keep * prototypes + (1 - self.keep) * mean
+        return torch.where(present, moved, self.keep * prototypes if self.decay_absent else prototypes)
 
 
 # ---- the up-sampled ops ---------------------------------------------------------------------------------------------
@@ -249,7 +261,7 @@ class Backend(Protocol):
         ...
 
     def contrast_forward(self, contrast: Contrast, wanted: Wanted) -> tuple[Tensor, Saved]:
-        """-> loss, [] or for reduction="none" [B, h, w], wide; and what the backward needs (all [0] but the denominator if nothing is wanted)."""
+        """-> loss, [] or for reduction="none" [B, h, w], wide; and what the backward needs: the denominator alone if nothing is wanted."""
         ...
 
     def contrast_backward(self, grad_loss: Tensor, contrast: Contrast, saved: Saved, wanted: Wanted) -> Gradients:

@@ -1,4 +1,4 @@
-"""The CUDA C++ backend ("cuda"): csrc/cuda through torch.ops.spcl_fast_cuda. Same primitives as reference.py, on CUDA tensors.
+"""The CUDA C++ backend ("cuda"): csrc/cuda through torch.ops.spcl_fast_cuda. On CUDA tensors.
 
 Loaded when first asked about. What cannot be loaded is a reason in words, and Triton does the work.
 """
@@ -16,6 +16,19 @@ from torch import Tensor
 
 from . import reference
 from .built import BUILT, build_record
+from .contract import (
+    Ask,
+    Average,
+    Contrast,
+    Gradients,
+    Moments,
+    Saved,
+    SavedLike,
+    UpsampledClasses,
+    UpsampledLoss,
+    Wanted,
+    no_gradients,
+)
 from .labels import label_flag
 
 OPS = ("prototype_contrastive_loss", "class_moments", "upsampled_cross_entropy", "upsampled_prediction")
@@ -25,6 +38,7 @@ _MAX_CLASSES = {
     "upsampled_cross_entropy": 32767,
     "upsampled_prediction": 256,
 }  # a class is an int16 in shared memory, a uint8 when written
+_NEEDS: dict[str, frozenset[str]] = {}  # the options that each op has
 _CACHED_BYTES = 1024
 _ONE_PASS_CLASSES, _ONE_PASS_DIM = 32, 4096  # what a cluster holds of a tile: csrc/cuda/contrast_plan.h
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,24 +63,24 @@ def missing() -> str | None:
     return None
 
 
-def why_not(
-    op: str, *, device: torch.device, dtype: torch.dtype, num_classes: int, dim: int, has_variances: bool
-) -> str | None:
+def why_not(ask: Ask) -> str | None:
+    op, device = ask.op, ask.device
     if device.type not in _DEVICES:
         return f"the CUDA kernels work on CUDA tensors, not on {device}"
     if op not in OPS:
         return f"the CUDA backend has no {op}; it has {' and '.join(OPS)}"
-    if dtype not in _DTYPES:
-        return f"the CUDA kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-    if has_variances:
-        return "the CUDA kernels do not have the variance term; use backend='reference'"
+    if ask.dtype not in _DTYPES:
+        return f"the CUDA kernels take float32, bfloat16 and float16, not {str(ask.dtype).removeprefix('torch.')}"
+    lacks = ask.needs - _NEEDS.get(op, frozenset())
+    if lacks:
+        return f"{op} in CUDA has no {', no '.join(f'`{need}`' for need in sorted(lacks))}; use backend='reference'"
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
         return "the CUDA kernels need compute capability 8.0 or newer"
-    if op == "prototype_contrastive_loss" and num_classes > _max_contrast_classes(device):
+    if op == "prototype_contrastive_loss" and ask.num_classes > _max_contrast_classes(device):
         return (
             f"{op} in CUDA takes at most {_max_contrast_classes(device)} classes on this device; use backend='triton'"
         )
-    if num_classes > _MAX_CLASSES.get(op, num_classes):
+    if ask.num_classes > _MAX_CLASSES.get(op, ask.num_classes):
         return f"{op} in CUDA takes at most {_MAX_CLASSES[op]} classes"
     return missing()
 
@@ -110,118 +124,113 @@ def takes_one_pass(features: Tensor, num_classes: int) -> bool:
     )
 
 
-def prototype_contrastive_one_pass(
-    features, labels, prototypes, class_weight, pixel_weight, *, temperature, normalize, ignore_index, reduction
-) -> tuple[Tensor, Tensor]:
-    """-> loss [], dfeatures (features' dtype and layout) for an incoming gradient of 1. reduction: "mean" or "sum"."""
-    dfeatures = torch.empty_like(features)
-    if features.numel() == 0:
-        return features.new_zeros((), dtype=torch.float32), dfeatures
-    loss = _ops.prototype_contrastive_one_pass(
-        features, labels, prototypes.to(features.dtype).contiguous(), _plain(class_weight), pixel_weight, dfeatures,
-        label_flag(features.device), temperature, normalize, ignore_index, reduction == "mean",
+# ---- prototype_contrastive_loss -----------------------------------------------------------------------------------
+
+
+def saved_like(contrast: Contrast, wanted: Wanted) -> SavedLike:
+    if _in_one_pass(contrast, wanted):
+        return SavedLike(torch.float32, one_pass=True)
+    return SavedLike(torch.float32, any(wanted) and saves_logits(*contrast.prototypes.shape, contrast.features.dtype))
+
+
+def _in_one_pass(contrast: Contrast, wanted: Wanted) -> bool:
+    """A map's incoming gradient is another for each pixel."""
+    features_alone = wanted == Wanted(features=True)
+    return features_alone and contrast.reduction != "none" and takes_one_pass(contrast.features, contrast.num_classes)
+
+
+def contrast_forward(contrast: Contrast, wanted: Wanted) -> tuple[Tensor, Saved]:
+    c = contrast
+    if _in_one_pass(c, wanted):
+        loss, dfeatures = one_pass(c)
+        return loss, Saved(*(loss.new_empty(0) for _ in range(4)), dfeatures)
+    if c.features.numel() == 0:
+        return reference.contrast_forward(c, wanted)
+    loss, *saved = _ops.prototype_contrastive_forward(
+        c.features, c.labels, c.prototypes.to(c.features.dtype).contiguous(), _plain(c.class_weight), c.pixel_weight,
+        label_flag(c.features.device), c.temperature, c.normalize, c.ignore_index, c.reduction == "mean", c.reduction == "none",
+        any(wanted), saves_logits(*c.prototypes.shape, c.features.dtype),
     )  # fmt: skip
-    return loss, dfeatures
+    return loss, Saved(*saved, c.features.new_empty(0))
 
 
-def prototype_contrastive_scale(dfeatures: Tensor, grad_loss: Tensor) -> None:
-    """dfeatures (dense) *= grad_loss [], in place; where that is 1, which only the device knows, nothing is read or written."""
+def contrast_backward(grad_loss: Tensor, contrast: Contrast, saved: Saved, wanted: Wanted) -> Gradients:
+    c = contrast
+    dfeatures = torch.empty_like(c.features) if wanted.features else c.features.new_empty(0)
+    if c.features.numel() == 0:
+        shape = c.prototypes.shape if wanted.prototypes else 0
+        return Gradients(dfeatures, c.features.new_zeros(shape, dtype=torch.float32), *no_gradients(saved))
+    dprototypes = _ops.prototype_contrastive_backward(
+        grad_loss.float(), c.features, c.labels, c.prototypes.to(c.features.dtype).contiguous(), _plain(c.class_weight), c.pixel_weight,
+        saved.lse, saved.inv_norm, saved.logits, saved.denominator, dfeatures, label_flag(c.features.device), c.temperature,
+        c.normalize, c.ignore_index, wanted.features, wanted.prototypes,
+    )  # fmt: skip
+    return Gradients(dfeatures, dprototypes, *no_gradients(saved))
+
+
+def contrast_scale(dfeatures: Tensor, grad_loss: Tensor) -> None:
+    """Where grad_loss is 1, which only the device knows, nothing is read or written."""
     if dfeatures.numel():
         _ops.prototype_contrastive_scale(dfeatures, grad_loss.float())
 
 
-def prototype_contrastive_forward(
-    features,
-    labels,
-    prototypes,
-    class_weight,
-    pixel_weight,
-    variances,
-    *,
-    temperature,
-    normalize,
-    ignore_index,
-    reduction,
-    save,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> loss, denominator, lse [B, P], inv_norm [B, P], logits [B, K, P] or empty. Contract: `reference.py`."""
-    if features.numel() == 0:
-        return reference.prototype_contrastive_forward(
-            features, labels, prototypes, class_weight, pixel_weight, variances,
-            temperature=temperature, normalize=normalize, ignore_index=ignore_index, reduction=reduction, save=save,
-        )  # fmt: skip
-    return _ops.prototype_contrastive_forward(
-        features, labels, prototypes.to(features.dtype).contiguous(), _plain(class_weight), pixel_weight, label_flag(features.device),
-        temperature, normalize, ignore_index, reduction == "mean", reduction == "none", save,
-        saves_logits(*prototypes.shape, features.dtype),
+def one_pass(c: Contrast) -> tuple[Tensor, Tensor]:
+    """-> loss [], dfeatures (features' dtype and layout) for an incoming gradient of 1. reduction: "mean" or "sum"."""
+    dfeatures = torch.empty_like(c.features)
+    if c.features.numel() == 0:
+        return c.features.new_zeros((), dtype=torch.float32), dfeatures
+    loss = _ops.prototype_contrastive_one_pass(
+        c.features, c.labels, c.prototypes.to(c.features.dtype).contiguous(), _plain(c.class_weight), c.pixel_weight, dfeatures,
+        label_flag(c.features.device), c.temperature, c.normalize, c.ignore_index, c.reduction == "mean",
+    )  # fmt: skip
+    return loss, dfeatures
+
+
+# ---- class_moments ------------------------------------------------------------------------------------------------
+
+
+def class_moments(problem: Moments) -> tuple[Tensor, Tensor, Tensor]:
+    """A pixel with a bad label is left out and raises the flag."""
+    p = problem
+    return _ops.class_moments(
+        p.features, p.labels, label_flag(p.features.device), p.num_classes, p.normalize, p.squares, p.ignore_index
+    )
+
+
+def move_prototypes(prototypes: Tensor, problem: Moments, average: Average) -> None:
+    """class_moments whose total moves `prototypes`: the sums never reach memory as a whole."""
+    _ops.move_prototypes(
+        prototypes, problem.features, problem.labels, label_flag(problem.features.device), *average, problem.normalize,
+        problem.ignore_index,
     )  # fmt: skip
 
 
-def prototype_contrastive_backward(
-    grad_loss, features, labels, prototypes, class_weight, pixel_weight, variances, lse, inv_norm, logits, denominator,
-    *, temperature, normalize, ignore_index, reduction, needs_dfeatures, needs_dprototypes,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """-> dfeatures (features' dtype and layout) or empty, dprototypes [K, D] float32 or empty. Contract: `reference.py`."""
-    dfeatures = torch.empty_like(features) if needs_dfeatures else features.new_empty(0)
-    if features.numel() == 0:
-        return dfeatures, features.new_zeros(prototypes.shape if needs_dprototypes else 0, dtype=torch.float32)
-    dprototypes = _ops.prototype_contrastive_backward(
-        grad_loss.float(), features, labels, prototypes.to(features.dtype).contiguous(), _plain(class_weight), pixel_weight,
-        lse, inv_norm, logits, denominator, dfeatures, label_flag(features.device), temperature, normalize, ignore_index,
-        needs_dfeatures, needs_dprototypes,
+# ---- the up-sampled ops -------------------------------------------------------------------------------------------
+
+
+def upsampled_cross_entropy(problem: UpsampledLoss, needs_dlogits: bool) -> tuple[Tensor, Tensor]:
+    p, device = problem, problem.logits.device
+    if p.labels.numel() == 0:
+        loss = torch.zeros(p.labels.shape if p.reduction == "none" else (), dtype=torch.float32, device=device)
+        return loss, torch.zeros(p.logits.shape if needs_dlogits else 0, dtype=torch.float32, device=device)
+    return _ops.upsampled_cross_entropy(
+        _within_32_bits(p.logits), p.labels, _plain(p.class_weight), None if p.pixel_weight is None else p.pixel_weight.float(),
+        label_flag(device), p.temperature, p.align_corners, p.ignore_index, p.reduction == "mean", p.reduction == "none", needs_dlogits,
     )  # fmt: skip
-    return dfeatures, dprototypes
+
+
+def upsampled_prediction(problem: UpsampledClasses) -> tuple[Tensor, Tensor]:
+    p = problem
+    if p.logits.numel() == 0:
+        shape = (p.logits.shape[0], *p.size)
+        return p.logits.new_empty(shape, dtype=torch.uint8), p.logits.new_empty(shape, dtype=torch.float32)
+    return _ops.upsampled_prediction(
+        _within_32_bits(p.logits), *p.size, _plain(p.thresholds), p.temperature, p.align_corners, p.ignore_index
+    )
 
 
 def _plain(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.float().contiguous()
-
-
-def class_moments(features, labels, num_classes, *, normalize, squares, ignore_index) -> tuple[Tensor, Tensor, Tensor]:
-    """-> sums [K, D], counts [K] int64, squares [K, D] or empty. A pixel with a bad label is left out and raises the flag."""
-    return _ops.class_moments(
-        features, labels, label_flag(features.device), num_classes, normalize, squares, ignore_index
-    )
-
-
-def move_prototypes(prototypes, features, labels, *, keep, min_pixels, decay_absent, normalize, ignore_index) -> None:
-    """class_moments whose total moves `prototypes` [K, D] in place: the sums never reach memory as a whole."""
-    _ops.move_prototypes(
-        prototypes,
-        features,
-        labels,
-        label_flag(features.device),
-        keep,
-        min_pixels,
-        decay_absent,
-        normalize,
-        ignore_index,
-    )
-
-
-def upsampled_cross_entropy_forward(
-    logits, labels, class_weight, pixel_weight, *, temperature, align_corners, ignore_index, reduction, needs_dlogits
-) -> tuple[Tensor, Tensor]:
-    """-> loss, dlogits [B, K, h, w] float32 of the reduced loss (incoming gradient 1), or empty. Contract: `reference.py`."""
-    if labels.numel() == 0:
-        loss = torch.zeros(labels.shape if reduction == "none" else (), dtype=torch.float32, device=logits.device)
-        return loss, torch.zeros(logits.shape if needs_dlogits else 0, dtype=torch.float32, device=logits.device)
-    return _ops.upsampled_cross_entropy(
-        _within_32_bits(logits), labels, _plain(class_weight), None if pixel_weight is None else pixel_weight.float(),
-        label_flag(logits.device), temperature, align_corners, ignore_index, reduction == "mean", reduction == "none", needs_dlogits,
-    )  # fmt: skip
-
-
-def upsampled_prediction(
-    logits, size, thresholds, *, temperature, align_corners, ignore_index
-) -> tuple[Tensor, Tensor]:
-    """-> labels uint8 [B, H, W] (ignore_index below the threshold), confidence float32 [B, H, W]. Contract: `reference.py`."""
-    if logits.numel() == 0:
-        shape = (logits.shape[0], *size)
-        return logits.new_empty(shape, dtype=torch.uint8), logits.new_empty(shape, dtype=torch.float32)
-    return _ops.upsampled_prediction(
-        _within_32_bits(logits), *size, _plain(thresholds), temperature, align_corners, ignore_index
-    )
 
 
 def _within_32_bits(logits: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from .contract import Ask
+
 PATH = Path(__file__).with_name("measured.json")
 KINDS = {torch.float32: "fp32", torch.bfloat16: "half", torch.float16: "half"}
 # A problem of fewer values (pixels times channels; times classes where logits are up-sampled) is over before the next launch.
@@ -57,14 +59,13 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def order(
-    op: str, small: bool, *, device: torch.device, dtype: torch.dtype, num_classes: int, dim: int, **_
-) -> tuple[str, ...]:
+def order(ask: Ask) -> tuple[str, ...]:
     """The measured backends from the fastest on; empty where nothing was measured on such a GPU, op, float and size."""
-    here = table().get(architecture(device))
+    here = table().get(architecture(ask.device))
     if here is None:  # and no size is compared: nothing is guarded for a choice that does not depend on it
         return ()
-    return here.orders.get((op, KINDS.get(dtype, ""), size_class(num_classes=num_classes, dim=dim, small=small)), ())
+    size = size_class(num_classes=ask.num_classes, dim=ask.dim, small=ask.small)
+    return here.orders.get((ask.op, KINDS.get(ask.dtype, ""), size), ())
 
 
 @functools.cache
@@ -97,7 +98,7 @@ def _entry(part: dict) -> Measured:
     return Measured(part["gpu"], part["date"], orders)
 
 
-def in_words(op: str, device: torch.device, preferred: str) -> str:
+def origin(op: str, device: torch.device, preferred: str) -> str:
     """Where the choice of a backend for `op` on this GPU comes from; `preferred` is taken where nothing was measured."""
     found, trouble = read_table(PATH)
     if trouble:

@@ -1,4 +1,4 @@
-"""Every primitive in plain PyTorch: the formulas, on any device, in float64 too. The contract that other backends keep.
+"""Everything of contract.py in plain PyTorch: the formulas, on any device, in float64 too.
 
 Features are [B, D, h, w] with any strides; labels [B, H, W] of any integer dtype and size, read by the nearest rule where the size
 differs; weights are float32; accumulation is float32, or float64 for float64 features. "P" stands for h*w pixels of an image.
@@ -13,27 +13,47 @@ import functools
 import torch
 from torch import Tensor
 
+from .contract import (
+    Ask,
+    Average,
+    Contrast,
+    Gradients,
+    Moments,
+    Saved,
+    SavedLike,
+    UpsampledClasses,
+    UpsampledLoss,
+    Wanted,
+    no_gradients,
+)
 from .labels import check_range, resize_nearest
 
 _EPS = 1e-12  # of F.normalize
 _STRIP_ELEMENTS = 1 << 20  # values of an up-sampled strip alive at once: 4 MB
 
 
-def why_not(op: str, **what) -> str | None:
+def why_not(ask: Ask) -> str | None:
     return None
 
 
-def saves_logits(num_classes: int, dim: int, dtype: torch.dtype | None = None) -> bool:
+def saves_logits(num_classes: int, dim: int) -> bool:
     return num_classes * 4 <= dim
+
+
+def saved_like(contrast: Contrast, wanted: Wanted) -> SavedLike:
+    return SavedLike(_wide(contrast.features.dtype), any(wanted) and saves_logits(*contrast.prototypes.shape))
 
 
 def _exact(function):
     """Run without autocast and without recording: a loss under autocast is still a float32 loss."""
 
     @functools.wraps(function)
-    def run(features, *args, **kwargs):
-        with torch.no_grad(), torch.autocast(features.device.type, enabled=False), _order_of_sums_kept(features):
-            return function(features, *args, **kwargs)
+    def run(*args):
+        values = next(arg for arg in args if isinstance(arg, tuple))[
+            0
+        ]  # features or logits: the first field of every struct
+        with torch.no_grad(), torch.autocast(values.device.type, enabled=False), _order_of_sums_kept(values):
+            return function(*args)
 
     return run
 
@@ -81,21 +101,10 @@ def _image_logits(
 
 
 @_exact
-def prototype_contrastive_forward(
-    features,
-    labels,
-    prototypes,
-    class_weight,
-    pixel_weight,
-    variances,
-    *,
-    temperature,
-    normalize,
-    ignore_index,
-    reduction,
-    save,
-):
-    """-> loss, denominator, lse [B, P], inv_norm [B, P], logits [B, K, P] (the last three empty unless `save`)."""
+def contrast_forward(contrast: Contrast, wanted: Wanted) -> tuple[Tensor, Saved]:
+    features, labels, prototypes, class_weight, pixel_weight, variances, *_ = contrast
+    temperature, normalize, ignore_index, reduction = contrast[6:10]
+    save = any(wanted)
     wide, (batch, _, height, width) = _wide(features.dtype), features.shape
     num_classes = prototypes.shape[0]
     given, labels = labels.shape[-2:], resize_nearest(labels, height, width).long()
@@ -125,7 +134,7 @@ def prototype_contrastive_forward(
         loss = torch.where(any_bad, torch.nan, loss)
     if not save:
         lse, inv, logits = nll.new_empty(0), nll.new_empty(0), nll.new_empty(0)
-    return loss, denominator, lse, inv, logits
+    return loss, Saved(denominator, lse, inv, logits, features.new_empty(0))
 
 
 def pixel_scale(
@@ -141,11 +150,11 @@ def pixel_scale(
 
 
 @_exact
-def prototype_contrastive_backward(
-    grad_loss, features, labels, prototypes, class_weight, pixel_weight, variances, lse, inv_norm, logits, denominator,
-    *, temperature, normalize, ignore_index, reduction, needs_dfeatures, needs_dprototypes,
-):  # fmt: skip
-    """-> dfeatures (features' dtype and layout), dprototypes [K, D]; empty where not needed."""
+def contrast_backward(grad_loss: Tensor, contrast: Contrast, saved: Saved, wanted: Wanted) -> Gradients:
+    features, labels, prototypes, class_weight, pixel_weight, variances, *_ = contrast
+    temperature, normalize, ignore_index, reduction = contrast[6:10]
+    denominator, _, inv_norm, logits, _ = saved
+    needs_dfeatures, needs_dprototypes = wanted.features, wanted.prototypes
     wide, (batch, dim, height, width) = _wide(features.dtype), features.shape
     num_classes = prototypes.shape[0]
     labels = resize_nearest(labels, height, width).long()
@@ -178,15 +187,19 @@ def prototype_contrastive_backward(
                 dunit -= radial * unit
             dx = (dunit * inv_norm[b]).where(labelled[b], 0)
             dfeatures[b].copy_(dx.view(dim, height, width))
-    return dfeatures, dprototypes
+    return Gradients(dfeatures, dprototypes, *no_gradients(saved))
+
+
+def contrast_scale(dfeatures: Tensor, grad_loss: Tensor) -> None:
+    dfeatures.mul_(grad_loss)
 
 
 # ---- class_moments ------------------------------------------------------------------------------------------------
 
 
 @_exact
-def class_moments(features, labels, num_classes, *, normalize, squares, ignore_index):
-    """-> sums [K, D], counts [K] int64, squares [K, D] or empty; float32."""
+def class_moments(problem: Moments) -> tuple[Tensor, Tensor, Tensor]:
+    features, labels, num_classes, normalize, ignore_index, squares, _ = problem
     wide, (batch, dim, height, width) = _wide(features.dtype), features.shape
     given, labels = labels.shape[-2:], resize_nearest(labels, height, width).long()
     labelled, _ = check_range(labels, num_classes, ignore_index, given)
@@ -204,6 +217,10 @@ def class_moments(features, labels, num_classes, *, normalize, squares, ignore_i
     counts = target.new_zeros(num_classes + 1).scatter_add_(0, target.flatten(), torch.ones_like(target.flatten()))
     square_sums = square_sums[:num_classes].float() if squares else sums.new_empty(0, dtype=torch.float32)
     return sums[:num_classes].float(), counts[:num_classes].clone(), square_sums
+
+
+def move_prototypes(prototypes: Tensor, problem: Moments, average: Average) -> None:
+    prototypes.copy_(average.moved(prototypes, *class_moments(problem)[:2]))
 
 
 # ---- upsampled_cross_entropy and upsampled_prediction -------------------------------------------------------------
@@ -248,10 +265,8 @@ def _upsampled_strip(image: Tensor, rows: slice, y_axis, x_axis) -> Tensor:
 
 
 @_exact
-def upsampled_cross_entropy_forward(
-    logits, labels, class_weight, pixel_weight, *, temperature, align_corners, ignore_index, reduction, needs_dlogits
-):
-    """-> loss, dlogits [B, K, h, w] of the reduced loss for an incoming gradient of 1 (empty unless asked for)."""
+def upsampled_cross_entropy(problem: UpsampledLoss, needs_dlogits: bool) -> tuple[Tensor, Tensor]:
+    logits, labels, class_weight, pixel_weight, temperature, align_corners, ignore_index, reduction, *_ = problem
     wide, (batch, num_classes, low_height, low_width) = _wide(logits.dtype), logits.shape
     height, width = labels.shape[-2:]
     labels = labels.long()
@@ -295,8 +310,8 @@ def upsampled_cross_entropy_forward(
 
 
 @_exact
-def upsampled_prediction(logits, size, thresholds, *, temperature, align_corners, ignore_index):
-    """-> labels uint8 [B, H, W] (ignore_index below the class's threshold), confidence float32 [B, H, W]."""
+def upsampled_prediction(problem: UpsampledClasses) -> tuple[Tensor, Tensor]:
+    logits, size, align_corners, ignore_index, temperature, thresholds, _ = problem
     wide, (batch, num_classes, low_height, low_width) = _wide(logits.dtype), logits.shape
     height, width = size
     y_axis = _bilinear(low_height, height, align_corners, wide, logits.device)

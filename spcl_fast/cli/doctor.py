@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__, ops
-from ..backends import available_backends, choice_in_words, taken
+from ..backends import available_backends, origin_of_choice, taken
 from ..backends.built import BUILT, build_record
 
 _LIBRARIES = {  # name on the index -> extra that brings it
@@ -146,7 +146,7 @@ def _backends(device: torch.device, say: Callable[[str], None]) -> list[str]:
             say(f"{name} {said} (error against float64 {error:.0e})")
             if problem is not None:
                 broken.append(f"{op} on backend {backend}, {device}: {problem}")
-        if choice := choice_in_words(op, device):
+        if choice := origin_of_choice(op, device):
             say(f"  {op:<27} choice: {choice}")
     large = " (where the size decides: for large float32 problems with 19 classes)" if device.type == "cuda" else ""
     say(

@@ -101,12 +101,3 @@ def check_constant(op: str, name: str, tensor: Tensor | None, shapes: tuple[tupl
         )
     if tensor.requires_grad:
         raise ValueError(f"{op}: {name} requires grad, but is a constant of the loss; pass {name}.detach()")
-
-
-def refuse_double_backward(op: str):
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            f"{op} is differentiable once: its gradient cannot be differentiated again (create_graph=True is not supported)"
-        )
-
-    return backward

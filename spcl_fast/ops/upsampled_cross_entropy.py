@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .. import backends
-from . import checks
+from ..backends.contract import Ask, UpsampledLoss
+from . import checks, dispatched
 
 _OP = "upsampled_cross_entropy"
 
@@ -45,95 +48,70 @@ def upsampled_cross_entropy(
     checks.check_constant(_OP, "class_weight", class_weight, ((logits.shape[1],),), "one weight a class")
     checks.check_constant(_OP, "pixel_weight", pixel_weight, (tuple(labels.shape),), "the labels' shape")
     checks.check_device(_OP, logits, "logits", labels=labels, class_weight=class_weight, pixel_weight=pixel_weight)
-    needs_dlogits = torch.is_grad_enabled() and logits.requires_grad
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    wide = _wide(logits)
     class_weight = None if class_weight is None else class_weight.to(wide)
     pixel_weight = None if pixel_weight is None else pixel_weight.to(wide)
-    return _forward(
-        logits,
-        labels,
-        class_weight,
-        pixel_weight,
-        float(temperature),
-        align_corners,
-        ignore_index,
-        reduction,
-        needs_dlogits,
-        backend or "",
-    )[0]
+    problem = UpsampledLoss(
+        logits, labels, class_weight, pixel_weight, float(temperature), align_corners, ignore_index, reduction
+    )
+    return _recorded(problem, backend or "")
+
+
+def _wide(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+# ---- the struct through the dispatcher --------------------------------------------------------------------------------
+
+
+def _pack(
+    problem: UpsampledLoss, backend: str, wanted: bool
+) -> tuple[list[Tensor | None], list[float], list[int], str]:
+    p = problem
+    small = backends.is_small(p.labels.numel() * p.logits.shape[1])
+    line = dispatched.line(
+        p.reduction, "align_corners" if p.align_corners else "", "small" if small else "", f"@{backend}" if backend else "",
+        "dlogits" if wanted else "",
+    )  # fmt: skip
+    return [p.logits, p.labels, p.class_weight, p.pixel_weight], [p.temperature], [p.ignore_index], line
+
+
+def _unpack(
+    tensors: Sequence[Tensor | None], numbers: Sequence[float], integers: Sequence[int], line: str
+) -> UpsampledLoss:
+    reduction = dispatched.one_of(line, "mean", "sum", "none")
+    return UpsampledLoss(*tensors, numbers[0], "align_corners" in dispatched.words(line), integers[0], reduction)
+
+
+def _forms_dlogits(line: str) -> bool:
+    """A map's incoming gradient is another for each pixel: nothing can be formed before it is known."""
+    words = dispatched.words(line)
+    return "dlogits" in words and "none" not in words
 
 
 @torch.library.custom_op("spcl_fast::upsampled_cross_entropy", mutates_args=())
 def _forward(
-    logits: Tensor, labels: Tensor, class_weight: Tensor | None, pixel_weight: Tensor | None,
-    temperature: float, align_corners: bool, ignore_index: int, reduction: str, needs_dlogits: bool, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    name = backends.pick(
-        _OP,
-        backend or None,
-        device=logits.device,
-        dtype=logits.dtype,
-        num_classes=logits.shape[1],
-        dim=logits.shape[1],
-        has_variances=False,
-        small=backends.is_small(labels.numel() * logits.shape[1]),
-    )
-    return backends.module(name).upsampled_cross_entropy_forward(
-        logits, labels, class_weight, pixel_weight, temperature=temperature, align_corners=align_corners, ignore_index=ignore_index,
-        reduction=reduction, needs_dlogits=needs_dlogits and reduction != "none",
-    )  # fmt: skip
+    tensors: Sequence[Tensor | None], numbers: Sequence[float], integers: Sequence[int], line: str
+) -> tuple[Tensor, Tensor]:
+    problem = _unpack(tensors, numbers, integers, line)
+    classes = problem.logits.shape[1]
+    small = "small" in dispatched.words(line)
+    ask = Ask(_OP, problem.logits.device, problem.logits.dtype, classes, classes, small)
+    used = backends.choose(ask, dispatched.named_backend(line))
+    return used.upsampled_cross_entropy(problem, _forms_dlogits(line))
 
 
 @_forward.register_fake
-def _(
-    logits,
-    labels,
-    class_weight,
-    pixel_weight,
-    temperature,
-    align_corners,
-    ignore_index,
-    reduction,
-    needs_dlogits,
-    backend,
-):
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    formed = needs_dlogits and reduction != "none"
-    loss = logits.new_empty(labels.shape if reduction == "none" else (), dtype=wide)
-    return loss, logits.new_empty(logits.shape if formed else (0,), dtype=wide)
-
-
-def _setup_context(ctx, inputs, output):
-    logits, labels, class_weight, pixel_weight, *ctx.settings, ctx.reduction, _, ctx.backend = inputs
-    _, dlogits = output
-    ctx.mark_non_differentiable(dlogits)
-    ctx.set_materialize_grads(False)
-    if ctx.reduction == "none":  # nothing could be formed yet: the incoming gradient is a map
-        ctx.save_for_backward(logits, labels, class_weight, pixel_weight)
-    else:
-        ctx.save_for_backward(logits, dlogits)
-
-
-def _autograd_backward(ctx, grad_loss, _):
-    nothing = [None] * 10
-    if grad_loss is None:
-        return tuple(nothing)
-    if (
-        ctx.reduction == "none"
-    ):  # the gradient of sum(map * grad) is that of the summed loss with the grad as pixel weights
-        logits, labels, class_weight, pixel_weight = ctx.saved_tensors
-        weight = grad_loss if pixel_weight is None else grad_loss * pixel_weight
-        dlogits = _forward(logits.detach(), labels, class_weight, weight, *ctx.settings, "sum", True, ctx.backend)[1]
-    else:
-        logits, dlogits = ctx.saved_tensors
-        dlogits = dlogits * grad_loss
-    nothing[0] = _gradient(logits, dlogits)
-    return tuple(nothing)
+def _(tensors, numbers, integers, line):
+    problem = _unpack(tensors, numbers, integers, line)
+    logits = problem.logits
+    loss = logits.new_empty(problem.labels.shape if problem.reduction == "none" else (), dtype=_wide(logits))
+    return loss, logits.new_empty(logits.shape if _forms_dlogits(line) else (0,), dtype=_wide(logits))
 
 
 @torch.library.custom_op("spcl_fast::upsampled_cross_entropy_gradient", mutates_args=())
 def _gradient(logits: Tensor, dlogits: Tensor) -> Tensor:
-    """The gradient in the logits' dtype, as an op of its own so that differentiating it again is refused in words."""
+    """The gradient in the logits' dtype, as an op of its own so that differentiating it again is refused with a reason."""
     return dlogits.to(logits.dtype, copy=True)
 
 
@@ -142,5 +120,57 @@ def _(logits, dlogits):
     return dlogits.new_empty(dlogits.shape, dtype=logits.dtype)
 
 
-_gradient.register_autograd(checks.refuse_double_backward(_OP), setup_context=lambda ctx, inputs, output: None)
-_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+# ---- autograd ---------------------------------------------------------------------------------------------------------
+
+
+class _Recorded(torch.autograd.Function):
+    """apply(*tensors, numbers, integers, line) -> what `_forward` returns; the loss alone is differentiable, in the logits."""
+
+    @staticmethod
+    def forward(*inputs):
+        *tensors, numbers, integers, line = inputs
+        return _forward(tensors, numbers, integers, line)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.numbers, ctx.integers, ctx.line = inputs
+        _, dlogits = output
+        ctx.mark_non_differentiable(dlogits)
+        ctx.set_materialize_grads(False)
+        ctx.is_map = dlogits.dim() == 1
+        if ctx.is_map:
+            ctx.save_for_backward(*tensors)
+        else:
+            ctx.save_for_backward(tensors[0], dlogits)
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        nothing = [None] * len(ctx.needs_input_grad)
+        if grad_loss is None:
+            return tuple(nothing)
+        if ctx.is_map:  # the gradient of sum(map * grad) is that of the summed loss with the grad as pixel weights
+            logits, labels, class_weight, pixel_weight = ctx.saved_tensors
+            weight = grad_loss if pixel_weight is None else grad_loss * pixel_weight
+            tensors = [logits.detach(), labels, class_weight, weight]
+            dlogits = _forward(tensors, ctx.numbers, ctx.integers, ctx.line.replace("none", "sum"))[1]
+        else:
+            logits, dlogits = ctx.saved_tensors
+            dlogits = dlogits * grad_loss
+        nothing[0] = _gradient(logits, dlogits)
+        return tuple(nothing)
+
+
+_Transformed = dispatched.transformable(_Recorded, _OP)
+
+
+def _recorded(problem: UpsampledLoss, backend: str) -> Tensor:
+    """The loss, recorded for autograd where a gradient may be asked for."""
+    transformed = dispatched.is_transformed()
+    wanted = transformed or (torch.is_grad_enabled() and problem.logits.requires_grad)
+    tensors, numbers, integers, line = _pack(problem, backend, wanted)
+    if wanted:
+        return (_Transformed if transformed else _Recorded).apply(*tensors, numbers, integers, line)[0]
+    return _forward(tensors, numbers, integers, line)[0]
+
+
+dispatched.register(_forward, _gradient, _OP)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import backends
-from . import checks
+from ..backends.contract import Ask, UpsampledClasses
+from . import checks, dispatched
 
 _OP = "upsampled_prediction"
 
@@ -57,51 +59,30 @@ def upsampled_prediction(
             f"{_OP}: ignore_index {ignore_index} is one of the {logits.shape[1]} classes; with thresholds it must be none"
         )
     thresholds = None if thresholds is None else thresholds.float()
-    labels, confidence = _prediction(
-        logits.detach(),
-        int(size[0]),
-        int(size[1]),
-        thresholds,
-        float(temperature),
-        align_corners,
-        ignore_index,
-        backend or "",
+    values = logits.shape[0] * logits.shape[1] * size[0] * size[1]
+    line = dispatched.line(
+        "align_corners" if align_corners else "",
+        "small" if backends.is_small(values) else "",
+        f"@{backend}" if backend else "",
     )
-    return Prediction(labels, confidence)
+    return Prediction(*_prediction(logits.detach(), thresholds, float(temperature), [*size, ignore_index], line))
 
 
 @torch.library.custom_op("spcl_fast::upsampled_prediction", mutates_args=())
 def _prediction(
-    logits: Tensor,
-    height: int,
-    width: int,
-    thresholds: Tensor | None,
-    temperature: float,
-    align_corners: bool,
-    ignore_index: int,
-    backend: str,
+    logits: Tensor, thresholds: Tensor | None, temperature: float, integers: Sequence[int], line: str
 ) -> tuple[Tensor, Tensor]:
-    name = backends.pick(
-        _OP,
-        backend or None,
-        device=logits.device,
-        dtype=logits.dtype,
-        num_classes=logits.shape[1],
-        dim=logits.shape[1],
-        has_variances=False,
-        small=backends.is_small(logits.shape[0] * logits.shape[1] * height * width),
-    )
-    return backends.module(name).upsampled_prediction(
-        logits,
-        (height, width),
-        thresholds,
-        temperature=temperature,
-        align_corners=align_corners,
-        ignore_index=ignore_index,
-    )
+    height, width, ignore_index = integers
+    words = dispatched.words(line)
+    ask = Ask(_OP, logits.device, logits.dtype, logits.shape[1], logits.shape[1], "small" in words)
+    problem = UpsampledClasses(logits, (height, width), "align_corners" in words, ignore_index, temperature, thresholds)
+    return backends.choose(ask, dispatched.named_backend(line)).upsampled_prediction(problem)
 
 
 @_prediction.register_fake
-def _(logits, height, width, thresholds, temperature, align_corners, ignore_index, backend):
-    shape = (logits.shape[0], height, width)
+def _(logits, thresholds, temperature, integers, line):
+    shape = (logits.shape[0], *integers[:2])
     return logits.new_empty(shape, dtype=torch.uint8), logits.new_empty(shape, dtype=torch.float32)
+
+
+_prediction.register_vmap(dispatched.looped_over_batch(_prediction))

@@ -10,6 +10,7 @@ import torch
 
 from spcl_fast import backends
 from spcl_fast.backends import built, cuda, reference
+from spcl_fast.backends.contract import Ask
 from spcl_fast.cli import doctor, main
 
 
@@ -46,9 +47,9 @@ def test_exactly_one_backend_of_an_op_is_marked_as_taken(healthy):
 def test_a_backend_with_a_planted_bug_fails_the_doctor(monkeypatch, capsys):
     true = reference.class_moments
 
-    def slightly_wrong(features, *args, **kwargs):
-        sums, counts, squares = true(features, *args, **kwargs)
-        return sums * (1.001 if features.dtype == torch.float32 else 1), counts, squares
+    def slightly_wrong(problem):
+        sums, counts, squares = true(problem)
+        return sums * (1.001 if problem.features.dtype == torch.float32 else 1), counts, squares
 
     monkeypatch.setattr(reference, "class_moments", slightly_wrong)
     monkeypatch.setattr(doctor, "available_backends", lambda device: {"class_moments": {"reference": None}})
@@ -90,11 +91,11 @@ def test_a_cuda_part_that_does_not_load_warns_once_and_leaves_the_work_to_triton
     monkeypatch.setattr(built, "FOLDER", tmp_path)
     monkeypatch.setattr(cuda, "_DEVICES", ("cpu",))
     (tmp_path / "cuda_build.txt").write_text("built\n")
-    what = {"device": torch.device("cpu"), "dtype": torch.float32, "num_classes": 19, "dim": 8, "has_variances": False}
+    ask = Ask("class_moments", torch.device("cpu"), torch.float32, num_classes=19, dim=8)
     cuda.missing.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="Triton kernels are used instead") as seen:
-            reasons = {cuda.why_not("class_moments", **what) for _ in range(3)}
+            reasons = {cuda.why_not(ask) for _ in range(3)}
         assert len(seen) == 1 and len(reasons) == 1 and "built and does not load" in reasons.pop()
     finally:
         cuda.missing.cache_clear()
@@ -104,9 +105,7 @@ def test_a_cuda_part_that_does_not_load_warns_once_and_leaves_the_work_to_triton
 @pytest.mark.parametrize("op", backends.OPS)
 def test_the_cuda_kernels_agree_with_float64_on_a_gpu(op):
     device = torch.device("cuda")
-    reason = backends.why_not(
-        op, "cuda", device=device, dtype=torch.float32, num_classes=7, dim=24, has_variances=False
-    )
+    reason = backends.why_not("cuda", Ask(op, device, torch.float32, num_classes=7, dim=24))
     if reason is not None:
         pytest.skip(reason)
     assert doctor.self_test(op, "cuda", device)[1] is None

@@ -20,8 +20,8 @@ import sys
 sys.meta_path = [f for f in sys.meta_path if "Editable" not in str(f)]  # a development install would find its own _cpu
 import torch
 from spcl_fast.backends import cpu
-what = dict(device=torch.device("cpu"), dtype=torch.float32, num_classes=2, dim=2, has_variances=False)
-print(cpu.why_not("class_moments", **what))
+from spcl_fast.backends.contract import Ask
+print(cpu.why_not(Ask("class_moments", torch.device("cpu"), torch.float32, num_classes=2, dim=2)))
 """
 
 

@@ -9,13 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+from problems import asked
 
 from spcl_fast.backends import cpu
 
-REASON = cpu.why_not(
-    "class_moments", device=torch.device("cpu"), dtype=torch.float32, num_classes=2, dim=2, has_variances=False
-)
+REASON = cpu.why_not(asked("class_moments"))
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 ORDER = ["baseline", "avx2", "avx512"]
 

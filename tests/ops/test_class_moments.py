@@ -5,12 +5,12 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
+from problems import check_ops, usable
 
 import spcl_fast as sf
-from spcl_fast import backends, ops
+from spcl_fast import ops
 
-WHAT = {"device": torch.device("cpu"), "dtype": torch.float32, "num_classes": 5, "dim": 16, "has_variances": False}
-BACKENDS = [b for b in ("reference", "cpu") if backends.why_not("class_moments", b, **WHAT) is None]
+BACKENDS = usable("class_moments")
 
 
 def problem(shape=(2, 16, 7, 9), num_classes=5, size=(15, 23), dtype=torch.float32):
@@ -83,7 +83,7 @@ def test_nothing_labelled_and_bad_labels_and_nan(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck_and_compile(backend):
     features, labels = problem()
-    torch.library.opcheck(torch.ops.spcl_fast.class_moments.default, (features, labels, 5, True, True, 255, backend))
+    check_ops(lambda: sf.class_moments(features, labels, 5, squares=True, backend=backend))
     compiled = torch.compile(
         lambda f, y: sf.class_moments(f, y, 5, backend=backend), fullgraph=True, backend="aot_eager"
     )

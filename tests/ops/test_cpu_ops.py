@@ -9,13 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import asked
 
 import spcl_fast as sf
 from spcl_fast.backends import cpu
 
-REASON = cpu.why_not(
-    "class_moments", device=torch.device("cpu"), dtype=torch.float32, num_classes=2, dim=2, has_variances=False
-)
+REASON = cpu.why_not(asked("class_moments"))
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 EXAMPLES = int(
     os.environ.get("SPCL_FAST_TEST_EXAMPLES", "200")
@@ -415,29 +414,11 @@ def test_a_gradient_that_is_held_is_never_handed_out_again():
     assert len({g.data_ptr() for g in others}) == 6
 
 
-def test_what_the_backend_does_not_do_is_said_in_words():
-    what = {
-        "device": torch.device("cpu"),
-        "dtype": torch.float32,
-        "num_classes": 19,
-        "dim": 256,
-        "has_variances": False,
-    }
-    assert cpu.why_not("prototype_contrastive_loss", **what) is None
-    assert "reference backend takes float64" in cpu.why_not("class_moments", **what | {"dtype": torch.float64})
-    assert "no `variances`" in cpu.why_not("prototype_contrastive_loss", **what | {"has_variances": True})
-    assert "CPU tensors, not on cuda:0" in cpu.why_not("class_moments", **what | {"device": torch.device("cuda", 0)})
-    assert "takes float64" in cpu.why_not("upsampled_prediction", **what | {"dtype": torch.float64})
-    assert cpu.why_not("upsampled_cross_entropy", **what) is None
-
-
-def test_a_bad_label_is_reported_on_the_labels_own_grid():
-    features, labels, prototypes = large_problem(shape=(2, 8, 9, 10))
-    labels = labels.repeat_interleave(3, 1).repeat_interleave(2, 2)
-    labels[1, 12:15, 6:8] = 77
-    with pytest.raises(ValueError, match=r"label 77 at pixel \(image 1, row 12, column 6\)"):
-        sf.class_moments(features, labels, 19, backend="cpu")
-    with pytest.raises(
-        ValueError, match=r"label 18446744073709551615 at pixel \(image 1, row 12, column 6\)|label -1 at pixel"
-    ):
-        sf.class_moments(features, labels.where(labels != 77, -1).to(torch.uint64), 19, backend="cpu")
+def test_what_the_backend_does_not_do_has_a_reason():
+    contrast, moments = asked("prototype_contrastive_loss"), asked("class_moments")
+    assert cpu.why_not(contrast) is None
+    assert "reference backend takes float64" in cpu.why_not(moments._replace(dtype=torch.float64))
+    assert "no `unheard_of`" in cpu.why_not(contrast._replace(needs=frozenset({"unheard_of"})))
+    assert "CPU tensors, not on cuda:0" in cpu.why_not(moments._replace(device=torch.device("cuda", 0)))
+    assert "takes float64" in cpu.why_not(asked("upsampled_prediction", dtype=torch.float64))
+    assert cpu.why_not(asked("upsampled_cross_entropy")) is None

@@ -9,6 +9,7 @@ import oracle
 import pytest
 import torch
 from cuda_emulator import build, emulated
+from problems import check_ops
 from test_cuda_prototype_contrastive_loss import NO_BAD_LABEL, OP, problem
 
 import spcl_fast as sf
@@ -207,8 +208,8 @@ def test_the_gradient_is_kept_in_the_features_stead_and_handed_out_without_a_cop
 
 def test_only_where_the_features_alone_need_a_reduced_gradient_and_it_fits(one_pass, monkeypatch):
     calls = []
-    real = cuda.prototype_contrastive_one_pass
-    monkeypatch.setattr(cuda, "prototype_contrastive_one_pass", lambda *a, **k: calls.append(1) or real(*a, **k))
+    real = cuda.one_pass
+    monkeypatch.setattr(cuda, "one_pass", lambda *a, **k: calls.append(1) or real(*a, **k))
 
     def taken(num_classes=5, dtype=torch.float32, dim=33, asks=(True, False), **settings):
         calls.clear()
@@ -245,14 +246,11 @@ def test_offsets_beyond_32_bits(one_pass, dtype):
 
 def test_compile_and_opcheck(one_pass):
     features, labels, prototypes = problem((1, 40, 3, 5), size=(3, 5), dtype=torch.bfloat16)
-    op = torch.ops.spcl_fast.prototype_contrastive_forward.default
-    settings = (0.1, True, 255, "mean", True, False, "cuda")
-    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(
-        op, (features.requires_grad_(), labels, prototypes, None, None, None, *settings), test_utils=checks
-    )
-    scale = torch.ops.spcl_fast.prototype_contrastive_scale.default
-    torch.library.opcheck(scale, (features.detach().clone(), torch.tensor(2.0), 5, "cuda"), test_utils=checks[:2])
+    leaf = features.clone().requires_grad_()
+    check_ops(
+        lambda: sf.prototype_contrastive_loss(leaf, labels, prototypes, temperature=0.1, backend="cuda").backward(),
+        "test_schema", "test_faketensor",
+    )  # fmt: skip
 
     def loss(features, labels, prototypes):
         return 3 * sf.prototype_contrastive_loss(features, labels, prototypes, temperature=0.1, backend="cuda")

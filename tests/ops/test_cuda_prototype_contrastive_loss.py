@@ -6,9 +6,11 @@ import oracle
 import pytest
 import torch
 from cuda_emulator import build, emulated
+from problems import check_ops
 
 import spcl_fast as sf
 from spcl_fast import backends
+from spcl_fast.backends.contract import Ask, Contrast, Wanted
 from spcl_fast.backends.labels import label_flag
 
 pytestmark = pytest.mark.skipif(build.COMPILER is None, reason="needs a C++ compiler")
@@ -271,16 +273,14 @@ def test_forward_here_and_backward_elsewhere_fit_together(cuda, dim):
     """One contract: saves of one backend are read by the other, so a wrong half can be found by exchange."""
     features, labels, prototypes = problem((1, dim, 3, 5), size=(3, 5))
     reference, here = backends.module("reference"), backends.module("cuda")
-    settings = {"temperature": 0.2, "normalize": True, "ignore_index": 255, "reduction": "mean"}
-    inputs = (features, labels, prototypes, None, None, None)
+    contrast, wanted = (
+        Contrast(features, labels, prototypes, None, None, None, 0.2, True, 255, "mean"),
+        Wanted(True, True),
+    )
     grads = []
     for first, second in ((here, reference), (reference, here), (reference, reference)):
-        _, denominator, *saves = first.prototype_contrastive_forward(*inputs, **settings, save=True)
-        grads.append(
-            second.prototype_contrastive_backward(
-                torch.ones(()), *inputs, *saves, denominator, **settings, needs_dfeatures=True, needs_dprototypes=True
-            )
-        )
+        _, saved = first.contrast_forward(contrast, wanted)
+        grads.append(second.contrast_backward(torch.ones(()), contrast, saved, wanted)[:2])
     for pair in grads[:2]:
         for got, expected in zip(pair, grads[2], strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7)
@@ -288,10 +288,10 @@ def test_forward_here_and_backward_elsewhere_fit_together(cuda, dim):
 
 def test_compile_and_opcheck(cuda):
     features, labels, prototypes = problem((1, 20, 3, 5), size=(3, 5), dtype=torch.bfloat16)
-    op = torch.ops.spcl_fast.prototype_contrastive_forward.default
-    torch.library.opcheck(
-        op, (features.requires_grad_(), labels, prototypes, None, None, None, 0.1, True, 255, "mean", True, True, "cuda"),
-        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    leaf = features.clone().requires_grad_()
+    check_ops(
+        lambda: sf.prototype_contrastive_loss(leaf, labels, prototypes, temperature=0.1, backend="cuda").backward(),
+        "test_schema", "test_faketensor", "test_autograd_registration",
     )  # fmt: skip
 
     def loss(features, labels, prototypes):
@@ -305,13 +305,7 @@ def test_compile_and_opcheck(cuda):
 
 
 def test_what_the_kernels_cannot_do_is_said_in_words(cuda):
-    what = {
-        "device": torch.device("cpu"),
-        "dtype": torch.float32,
-        "num_classes": 240,
-        "dim": 16,
-        "has_variances": False,
-    }
+    ask = Ask("prototype_contrastive_loss", torch.device("cpu"), torch.float32, 240, 16)
     why_not = backends.module("cuda").why_not
-    assert why_not("prototype_contrastive_loss", **what) is None
-    assert "at most 240 classes" in why_not("prototype_contrastive_loss", **what | {"num_classes": 241})
+    assert why_not(ask) is None
+    assert "at most 240 classes" in why_not(ask._replace(num_classes=241))

@@ -18,6 +18,7 @@ from benchmarks import shapes
 from benchmarks.gpu import choice as choice_of_backend
 from spcl_fast import backends, ops
 from spcl_fast.backends import measured
+from spcl_fast.backends.contract import Ask, Contrast, Wanted
 from spcl_fast.cli import doctor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +60,7 @@ def table(monkeypatch, tmp_path):
     """An empty place for the table, a GPU of capability 9.0 that is not there, and backends that can do everything."""
     monkeypatch.setattr(measured, "PATH", tmp_path / "measured.json")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(backends, "why_not", lambda op, backend, **what: None)
+    monkeypatch.setattr(backends, "why_not", lambda backend, ask: None)
     monkeypatch.delenv("SPCL_FAST_BACKEND", raising=False)
     forget()
     yield measured.PATH
@@ -78,9 +79,7 @@ def write(path: Path, *arguments, **keywords) -> str:
 
 
 def pick(op, dtype=torch.bfloat16, *, num_classes=19, dim=256, small=False, backend=None):
-    return backends.pick(
-        op, backend, small=small, device=GPU, dtype=dtype, num_classes=num_classes, dim=dim, has_variances=False
-    )
+    return backends.pick(Ask(op, GPU, dtype, num_classes, dim, small), backend)
 
 
 # ---------------------------------------------------------------------------------------------- what is taken
@@ -131,7 +130,7 @@ def test_a_winner_that_is_not_usable_leaves_the_work_to_the_next(table, monkeypa
     timed = (CONTRAST, "A", "bfloat16")
     write(table, [row(*timed, 100)], [row(*timed, 50)])
     missing = {"cuda"}
-    monkeypatch.setattr(backends, "why_not", lambda op, backend, **what: "not built" if backend in missing else None)
+    monkeypatch.setattr(backends, "why_not", lambda backend, ask: "not built" if backend in missing else None)
     assert pick("prototype_contrastive_loss", dim=2048) == "triton"
     missing.add("triton")
     assert pick("prototype_contrastive_loss", dim=2048) == "reference"
@@ -168,7 +167,7 @@ def test_a_broken_table_warns_once_with_its_name_and_stops_nothing(table, text):
     with pytest.warns(RuntimeWarning, match=r"measured\.json cannot be read.*delete it, or make it again") as seen:
         assert {pick("class_moments") for _ in range(3)} == {"triton"}
     assert len(seen) == 1
-    assert "cannot be read" in backends.choice_in_words("class_moments", GPU)
+    assert "cannot be read" in backends.origin_of_choice("class_moments", GPU)
     timed = (MOMENTS, "B", "bfloat16")
     write(table, [row(*timed, 100)], [row(*timed, 50)])  # as the warning says
     with warnings.catch_warnings():
@@ -185,9 +184,9 @@ def picked(monkeypatch):
     seen: list[tuple[str, bool]] = []
     true = backends.pick
 
-    def pick(op, backend, *, small, **what):
-        seen.append((op, small))
-        return true(op, backend, small=small, **what)
+    def pick(ask, backend):
+        seen.append((ask.op, ask.small))
+        return true(ask, backend)
 
     monkeypatch.setattr(backends, "pick", pick)
     return seen
@@ -270,11 +269,10 @@ def test_what_is_traced_saves_what_the_backend_of_its_size_saves(table):
     write(table, [row(CONTRAST, "S", "float32", 100)], [row(CONTRAST, "S", "float32", 50)])
     with FakeTensorMode():
         features, prototypes = torch.empty(1, 256, 8, 8, device=GPU), torch.empty(19, 256, device=GPU)
-        inputs = (features, torch.empty(1, 8, 8, dtype=torch.int64, device=GPU), prototypes, None, None, None)
-        op = ops.prototype_contrastive_loss.__globals__["_forward"]
-        kept = {
-            small: list(op(*inputs, 1.0, True, 255, "mean", True, True, "", small)[4].shape) for small in (True, False)
-        }
+        labels = torch.empty(1, 8, 8, dtype=torch.int64, device=GPU)
+        problem = Contrast(features, labels, prototypes, None, None, None, 1.0, True, 255, "mean")
+        pack, forward = (ops.prototype_contrastive_loss.__globals__[name] for name in ("_pack", "_forward"))
+        kept = {small: list(forward(*pack(problem, Wanted(True, True), "", small))[4].shape) for small in (True, False)}
     assert kept == {True: [0], False: [1, 19, 64]}
 
 

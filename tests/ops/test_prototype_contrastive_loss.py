@@ -7,14 +7,13 @@ import itertools
 import oracle
 import pytest
 import torch
+from problems import check_ops, usable
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import spcl_fast as sf
-from spcl_fast import backends
 from spcl_fast.backends.labels import nearest_index
 
-WHAT = {"device": torch.device("cpu"), "dtype": torch.float32, "num_classes": 5, "dim": 16, "has_variances": False}
-BACKENDS = [b for b in ("reference", "cpu") if backends.why_not("prototype_contrastive_loss", b, **WHAT) is None]
+BACKENDS = usable("prototype_contrastive_loss")
 
 
 def problem(shape=(2, 16, 7, 9), num_classes=5, size=(15, 23), dtype=torch.float32, seed=0, ignored=0.2):
@@ -307,9 +306,10 @@ def test_gradcheck_with_variances_in_float64():
 def test_opcheck_compile_and_export(backend):
     features, labels, prototypes = problem()
     features.requires_grad_()
-    op = torch.ops.spcl_fast.prototype_contrastive_forward.default
-    settings = (0.1, True, 255, "mean", True, True, backend)
-    torch.library.opcheck(op, (features, labels, prototypes.requires_grad_(), None, None, None, *settings))
+    prototypes.requires_grad_()
+    check_ops(
+        lambda: sf.prototype_contrastive_loss(features, labels, prototypes, temperature=0.1, backend=backend).backward()
+    )
 
     def loss(features, labels, prototypes):
         return sf.prototype_contrastive_loss(features, labels, prototypes, temperature=0.1, backend=backend)

@@ -7,9 +7,11 @@ import importlib
 import oracle
 import pytest
 import torch
+from problems import check_ops
 
 import spcl_fast as sf
 from spcl_fast import backends
+from spcl_fast.backends.contract import Ask, Contrast, Wanted
 from spcl_fast.backends.labels import label_flag
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -321,23 +323,15 @@ def test_empty_batch_and_single_pixel(shape):
 def test_forward_here_and_backward_elsewhere_fit_together():
     """One contract: saves of one backend are read by the other, so a wrong half can be found by exchange."""
     features, labels, prototypes = problem((1, 20, 3, 5), size=(3, 5))
-    reference = backends.module("reference")
-    settings = {"temperature": 0.2, "normalize": True, "ignore_index": 255, "reduction": "mean"}
-    inputs = (features, labels, prototypes, None, None, None)
+    reference, here = backends.module("reference"), backends.module("triton")
+    contrast, wanted = (
+        Contrast(features, labels, prototypes, None, None, None, 0.2, True, 255, "mean"),
+        Wanted(True, True),
+    )
     grads = []
-    for first, second in ((kernels, reference), (reference, kernels), (reference, reference)):
-        _, denominator, *saves = first.prototype_contrastive_forward(*inputs, **settings, save=True)
-        grads.append(
-            second.prototype_contrastive_backward(
-                torch.ones((), device=DEVICE),
-                *inputs,
-                *saves,
-                denominator,
-                **settings,
-                needs_dfeatures=True,
-                needs_dprototypes=True,
-            )
-        )
+    for first, second in ((here, reference), (reference, here), (reference, reference)):
+        _, saved = first.contrast_forward(contrast, wanted)
+        grads.append(second.contrast_backward(torch.ones((), device=DEVICE), contrast, saved, wanted)[:2])
     for pair in grads[:2]:
         for got, expected in zip(pair, grads[2], strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7)
@@ -346,10 +340,10 @@ def test_forward_here_and_backward_elsewhere_fit_together():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_compile_and_opcheck(dtype):
     features, labels, prototypes = problem((1, 20, 3, 5), size=(3, 5), dtype=dtype)
-    op = torch.ops.spcl_fast.prototype_contrastive_forward.default
-    torch.library.opcheck(
-        op, (features.requires_grad_(), labels, prototypes, None, None, None, 0.1, True, 255, "mean", True, True, "triton"),
-        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    leaf = features.clone().requires_grad_()
+    check_ops(
+        lambda: sf.prototype_contrastive_loss(leaf, labels, prototypes, temperature=0.1, backend="triton").backward(),
+        "test_schema", "test_faketensor", "test_autograd_registration",
     )  # fmt: skip
 
     def loss(features, labels, prototypes):
@@ -363,10 +357,11 @@ def test_compile_and_opcheck(dtype):
 
 
 def test_what_the_kernels_cannot_do_is_said_in_words():
-    what = {"device": DEVICE, "dtype": torch.float32, "num_classes": 5, "dim": 16, "has_variances": False}
-    assert kernels.why_not("prototype_contrastive_loss", **what) is None
-    assert "float64" in kernels.why_not("class_moments", **what | {"dtype": torch.float64})
-    assert "variance" in kernels.why_not("prototype_contrastive_loss", **what | {"has_variances": True})
-    assert "meta" in kernels.why_not("class_moments", **what | {"device": torch.device("meta")})
+    ask, why_not = Ask("class_moments", DEVICE, torch.float32, 5, 16), backends.module("triton").why_not
+    contrast = ask._replace(op="prototype_contrastive_loss")
+    assert why_not(contrast) is None
+    assert "float64" in why_not(ask._replace(dtype=torch.float64))
+    assert "`unheard_of`" in why_not(contrast._replace(needs=frozenset({"unheard_of"})))
+    assert "meta" in why_not(ask._replace(device=torch.device("meta")))
     if DEVICE.type == "cpu":
-        assert "bfloat16" in kernels.why_not("class_moments", **what | {"dtype": torch.bfloat16})
+        assert "bfloat16" in why_not(ask._replace(dtype=torch.bfloat16))

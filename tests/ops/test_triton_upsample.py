@@ -6,8 +6,10 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from problems import asked
 
 import spcl_fast as sf
+from spcl_fast import backends
 from spcl_fast.backends.labels import label_flag
 
 kernels = pytest.importorskip("spcl_fast.kernels", reason="Triton is not installed")
@@ -186,7 +188,7 @@ def test_an_interpreter_that_cannot_work_is_named_before_it_is_used(monkeypatch,
     monkeypatch.setattr("numpy.__version__", numpy_version)
     trouble = kernels.interpreter_trouble()
     assert (trouble is None) == works
-    reason = kernels.why_not("class_moments", device=torch.device("cpu"), dtype=torch.float32)
+    reason = backends.why_not("triton", asked("class_moments"))
     assert reason == trouble or DEVICE.type == "cuda"
     if not works:
         assert f"Triton {triton_version}" in trouble and f"numpy {numpy_version}" in trouble

@@ -9,13 +9,12 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from problems import check_ops, usable
 
 import spcl_fast as sf
-from spcl_fast import backends
 
-WHAT = {"device": torch.device("cpu"), "dtype": torch.float32, "num_classes": 5, "dim": 5, "has_variances": False}
-LOSS = [b for b in ("reference", "cpu") if backends.why_not("upsampled_cross_entropy", b, **WHAT) is None]
-PREDICTION = [b for b in ("reference", "cpu") if backends.why_not("upsampled_prediction", b, **WHAT) is None]
+LOSS = usable("upsampled_cross_entropy")
+PREDICTION = usable("upsampled_prediction")
 SIZES = [((5, 7), (40, 56)), ((5, 7), (33, 50)), ((13, 9), (6, 4)), ((5, 7), (5, 7)), ((1, 1), (8, 8)), ((6, 6), (1, 1)), ((1, 9), (4, 3)),
          ((150, 9), (40, 12))]  # fmt: skip  # the last: cells without a pixel inside a band
 
@@ -101,8 +100,8 @@ def test_same_bits_for_any_number_of_threads(backend):
 @pytest.mark.parametrize("backend", LOSS)
 def test_opcheck_compile_and_loss_scale(backend):
     logits, labels = problem((5, 7), (33, 50))
-    op = torch.ops.spcl_fast.upsampled_cross_entropy.default
-    torch.library.opcheck(op, (logits.requires_grad_(), labels, None, None, 1.8, True, 255, "mean", True, backend))
+    leaf = logits.clone().requires_grad_()
+    check_ops(lambda: sf.upsampled_cross_entropy(leaf, labels, temperature=1.8, backend=backend).backward())
 
     def loss(logits, labels):
         return sf.upsampled_cross_entropy(logits, labels, backend=backend) * 2.0**16

@@ -9,8 +9,10 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from problems import check_ops
 
 import spcl_fast as sf
+from spcl_fast import ops
 from spcl_fast.compat.spcl import PixelCLLoss, PseudoLabel
 
 
@@ -28,8 +30,7 @@ def class_means(features, labels):
 
 def test_the_move_is_an_op_that_compiles_and_says_what_it_changes():
     features, labels = torch.randn(2, 8, 5, 7), torch.randint(0, 4, (2, 5, 7))
-    settings = (0.1, 1, False, True, 255, "")
-    torch.library.opcheck(torch.ops.spcl_fast.move_prototypes_.default, (torch.ones(4, 8), features, labels, *settings))
+    check_ops(lambda: ops.move_prototypes_(torch.ones(4, 8), features, labels, keep=0.1))
     eager, compiled = (sf.PrototypeBank(4, 8).load_(torch.ones(4, 8)) for _ in range(2))
     eager.update_(features, labels)
     torch.compile(lambda f, y: compiled.update_(f, y).prototypes, fullgraph=True, backend="aot_eager")(features, labels)

@@ -1,0 +1,92 @@
+"""What goes through torch's dispatcher, so that an op is seen by torch.compile, torch.export, fake tensors and torch.func.
+
+A struct of contract.py travels as lists of tensors and of numbers and one line of words, and is put together again inside the op.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
+
+DIFFERENTIABLE_ONCE = (
+    "is differentiable once: its gradient cannot be differentiated again (create_graph=True is not supported)"
+)
+
+
+def line(*words: str | None) -> str:
+    """One line of the words that there are; "" stands for a choice that is not made."""
+    return " ".join([word for word in words if word])
+
+
+@functools.cache
+def words(text: str) -> frozenset[str]:
+    return frozenset(text.split(" "))
+
+
+@functools.cache
+def one_of(text: str, *choices: str) -> str:
+    """The word of `choices` that the line holds, or the first."""
+    return next((choice for choice in choices if choice in words(text)), choices[0])
+
+
+@functools.cache
+def named_backend(text: str) -> str:
+    return next((word[1:] for word in words(text) if word.startswith("@")), "")
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, which ask for gradients in their own ways."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def refuse_double_backward(op: str) -> Callable:
+    def backward(ctx, *grads):
+        raise RuntimeError(f"{op} {DIFFERENTIABLE_ONCE}")
+
+    return backward
+
+
+def transformable(function: type[torch.autograd.Function], op: str) -> type[torch.autograd.Function]:
+    """The same function for torch.func: vmap goes through it, forward mode is refused. torch.compile traces none that has a `jvp`."""
+
+    def jvp(ctx, *tangents):
+        raise RuntimeError(
+            f"{op} has no forward-mode derivative (torch.func.jvp, jacfwd, forward_ad); use torch.func.grad, vjp or jacrev"
+        )
+
+    return type(function.__name__, (function,), {"generate_vmap_rule": True, "jvp": staticmethod(jvp)})
+
+
+def looped_over_batch(op: Callable) -> Callable:
+    """A rule for torch.vmap: one call per sample. Per-sample gradients are right, and as slow as a loop."""
+
+    def rule(info, in_dims, *args):
+        def sample(index: int):
+            return pytree.tree_map(
+                lambda value, dim: value if dim is None else value.select(dim, index), args, in_dims_of_leaves
+            )
+
+        in_dims_of_leaves = tuple(
+            [None] * len(arg) if isinstance(arg, list) and dim is None else dim
+            for arg, dim in zip(args, in_dims, strict=True)
+        )
+        results = [op(*sample(index)) for index in range(info.batch_size)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
+
+    return rule
+
+
+def register(forward, backward, op: str) -> None:
+    """The rules of an op and of its gradient besides their fake forms: one sample after the other under vmap; no second derivative."""
+    for function in (forward, backward):
+        function.register_vmap(looped_over_batch(function))
+    backward.register_autograd(refuse_double_backward(op), setup_context=lambda ctx, inputs, output: None)
