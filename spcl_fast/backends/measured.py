@@ -1,6 +1,6 @@
 """Which backend was measured to be the faster one, by GPU architecture, op, kind of float and size class.
 
-The table is measured.json beside this file, shipped with the package; `python -m benchmarks.gpu.choice` makes it from a result of `make gpu`:
+The table, measured.json next to this file, is shipped; `python -m benchmarks.gpu.choice` makes it from a result of `make gpu`:
     {"sm_90": {"gpu": ..., "date": ..., "rows": [{"op": ..., "kind": "fp32" | "half", "size": ..., "order": ["cuda", "triton"], ...}]}}
 What is not in it was not measured, and the order of preference in `backends` holds.
 """
