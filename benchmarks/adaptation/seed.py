@@ -12,12 +12,15 @@ from benchmarks.adaptation.lines import add_line, latest
 from benchmarks.adaptation.plan import RUNS, Plan, in_order, recipe, recipe_sha256
 from benchmarks.adaptation.sharing import take_over
 from benchmarks.adaptation.unlabelled import keep_signals
+from spcl_fast import catalog
 from spcl_fast.config import Config
+from spcl_fast.memory_plan.peak import forecast
 from spcl_fast.method.context import Context
-from spcl_fast.method.stages import run_stages
-from spcl_fast.method.summary import NETS
+from spcl_fast.method.run import run_stages
 
 PSEUDO_LABELS = ("pseudo_labels", "pseudo_labels_2")
+
+NETS = {row.name: row.net for row in catalog.trained()}
 
 
 def run_seed(plan: Plan, pair: str, seed: int, results: Path, runs: Path = RUNS) -> None:
@@ -39,7 +42,7 @@ def run_setting(config: Config) -> None:
         donor = take_over(stage, config)
         if donor is not None:
             print(f"{stage}: taken over from {donor.name}", flush=True)
-        run_stages(config, [stage])
+        run_stages(config, [stage], forecast=forecast)
         if stage in NETS:
             keep_signals(Context(config), stage)
 

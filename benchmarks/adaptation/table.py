@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.adaptation.lines import by_setting, miou, paired, spread
-from spcl_fast.method.summary import NETS, gap_closed
+from spcl_fast import catalog
+from spcl_fast.method.summary import gap_closed
 
-NET_NAMES = tuple(NETS.values())
+NET_NAMES = tuple(row.net for row in catalog.trained())
 SIGNALS = ("source_miou", "entropy", "agreement_flip", "agreement_scale", "share_distance", "margin")
 FINAL = ("distilled", "adapted")
 BASES = ("source_only", "control", "warmup", "adapted")

@@ -32,7 +32,7 @@ from spcl_fast.data import build_dataset
 from spcl_fast.data.generated import GeneratedDataset
 from spcl_fast.errors import ConfigError, DataError
 from spcl_fast.method.context import Context
-from spcl_fast.method.stages import run_stages
+from spcl_fast.method.run import run_stages
 from spcl_fast.runs.identity import flat_settings, settings_sha256
 
 ROOT = Path(__file__).resolve().parents[2]
