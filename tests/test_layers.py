@@ -22,7 +22,7 @@ ALLOWED = {
     "kernels": {"errors", "labels"},
     "backends": {"catalog", "errors", "labels", "kernels"},
     "ops": {"errors", "labels", "backends"},
-    "losses": {"errors", "ops"},
+    "losses": {"errors", "ops", "estimators"},  # an objective is a loss and the estimator that it is taken against
     "estimators": {"errors", "ops", "distributed"},
     "compat": {"errors", "ops", "losses", "estimators"},
     "models": {"catalog", "errors"},
@@ -42,9 +42,8 @@ ALLOWED = {
         "estimators",
         "compat",
         "train",
-        "memory_plan",
     },
-    "memory_plan": {"catalog", "errors", "config", "data", "estimators", "models", "ops", "runs", "train", "method"},
+    "memory_plan": {"catalog", "errors", "config", "data", "models", "ops", "runs", "train", "method"},
     "report": {"catalog", "errors", "config", "data", "runs"},
     "cli": {
         "catalog",
