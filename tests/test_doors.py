@@ -18,7 +18,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 
-NET = '''
+NET = """
 from torch import nn
 
 from .base import NetSettings, SegmentationModel, linear_classifier
@@ -30,7 +30,7 @@ def toy(num_classes: int, settings: NetSettings) -> SegmentationModel:
     return SegmentationModel(
         "toy", body, classifier, stride=4, channels=settings.feature_dim, num_classes=num_classes
     )
-'''
+"""
 NET_LINE = 'Net("toy", "spcl_fast.models.toy:toy", "one convolution"),'
 
 DATA_SET = '''
@@ -51,7 +51,9 @@ def read(root: Path, split: str, num_classes: int) -> Layout:
     chosen = images[:half] if split == "train" else images[half:]
     return Layout(dict(chosen), LabelBelow(root / "ids"), LabelTable.of({10: 0, 20: 1}), CLASSES)
 '''
-DATA_SET_LINE = 'DataSet("toy_pictures", "spcl_fast.data.toy:read", "pictures and ids of two classes", num_classes=(2,)),'
+DATA_SET_LINE = (
+    'DataSet("toy_pictures", "spcl_fast.data.toy:read", "pictures and ids of two classes", num_classes=(2,)),'
+)
 
 
 def add(package: Path, file: str, source: str, table: str, line: str) -> None:

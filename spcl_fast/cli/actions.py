@@ -120,7 +120,7 @@ def tune(args: argparse.Namespace) -> int:
 
     if not torch.cuda.is_available():
         raise ConfigError("tune measures on an NVIDIA GPU, and torch sees none here. The shipped settings are used.")
-    from ..kernels.tune import main
+    from ..kernels.tune import main  # pyright: ignore[reportMissingImports]  # kernels/ lies next to the package
 
     words = [f"--{name}={getattr(args, name)}" for name in ("batch", "dim", "classes", "dtype", "layout", "seconds")]
     return main([*words, "--size", *map(str, args.size)])

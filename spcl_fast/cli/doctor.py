@@ -227,7 +227,7 @@ def _cross_entropy(backend: str, device: torch.device, dtype: torch.dtype) -> tu
 
 def _prediction(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
     features, labels, _ = _inputs(device, dtype)
-    prediction = ops.upsampled_prediction(features[:, :7], tuple(labels.shape[1:]), backend=backend)
+    prediction = ops.upsampled_prediction(features[:, :7], (labels.shape[1], labels.shape[2]), backend=backend)
     return prediction.labels, prediction.confidence
 
 
