@@ -12,7 +12,6 @@ from typing import Any
 
 import yaml
 
-from spcl_fast import catalog
 from spcl_fast.config import Config
 from spcl_fast.runs.folder import Run
 from spcl_fast.runs.identity import flat_settings, settings_difference
@@ -27,20 +26,31 @@ _COMMON = (
     "loop.channels_last",
     "loop.checkpoint_every",
 )
+_SECTION = {"pseudo_labels": "pseudo_label", "pseudo_labels_2": "pseudo_label"}
+_BESIDE = {"prototypes": "prototypes.safetensors"}  # what a stage writes outside of its folder
 
 
-def inputs(stage: catalog.Stage, settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """The stages whose results `stage` starts from in a run with these flat settings."""
-    return catalog.inputs(stage, lambda name: name in settings["stages"], settings.get)
+def inputs(stage: str, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """The stages whose results `stage` starts from."""
+    start = "warmup" if "warmup" in settings["stages"] else "source_only"
+    return {
+        "control": ("source_only",),
+        "warmup": ("source_only",) if settings["warmup.init"] == "source_only" else (),
+        "prototypes": (start,),
+        "pseudo_labels": (start,),
+        "adapt": (start, "prototypes", "pseudo_labels"),
+        "pseudo_labels_2": ("adapt",),
+        "distill": ("adapt", "pseudo_labels_2"),
+    }.get(stage, ())
 
 
 def depends_on(stage: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Of a run's flat settings those that the result of `stage` depends on, through the stages before it too."""
-    sections, waiting = {*_COMMON}, [stage]
+    stages, waiting = set(), [stage]
     while waiting:
-        row = catalog.find(catalog.STAGES, waiting.pop())
-        sections.add(row.section)
-        waiting.extend(inputs(row, settings))
+        stages.add(one := waiting.pop())
+        waiting.extend(inputs(one, settings))
+    sections = {*_COMMON, *(_SECTION.get(one, one) for one in stages)}
     return {
         key: value
         for key, value in settings.items()
@@ -59,9 +69,8 @@ def take_over(stage: str, config: Config) -> Path | None:
         if donor.done(stage) is None or settings_difference(depends_on(stage, _settings_in(file)), wanted):
             continue
         run.folder.mkdir(parents=True, exist_ok=True)
-        outside = f"{stage}.safetensors"  # what a stage leaves for others outside of its folder is called after it
-        if donor.path(outside).is_file():
-            shutil.copyfile(donor.path(outside), run.path(outside))
+        if stage in _BESIDE:
+            shutil.copyfile(donor.path(_BESIDE[stage]), run.path(_BESIDE[stage]))
         copy = run.path(f"{stage}.copying")
         shutil.rmtree(copy, ignore_errors=True)  # of a copy that was cut short
         shutil.copytree(donor.path(stage), copy)

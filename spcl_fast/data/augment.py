@@ -78,8 +78,7 @@ def check_augment(augment: AugmentConfig, size: tuple[int, int]) -> None:
 
 def output_size(augment: AugmentConfig, size: tuple[int, int]) -> tuple[int, int]:
     """(width, height) of every sample."""
-    width, height = augment.crop or size
-    return width, height
+    return tuple(augment.crop or size)
 
 
 def _choose_window(
