@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.adaptation.plan import whole_recipe
 from benchmarks.adaptation.sharing import depends_on
+from spcl_fast import catalog
 from spcl_fast.errors import DataError
 
 # Nets that do not depend on how a run adapts: trained once, they serve every setting. An oracle never sees the source, so that pairs with
 # the same target share it, too; but its signals on source are its pair's alone.
-_YARDSTICKS = ("control", "oracle")
+_YARDSTICKS = {row.net: row for row in catalog.with_role("control", "bound")}
 
 
 def add_line(path: Path, line: dict[str, Any]) -> None:
@@ -52,7 +54,8 @@ def by_setting(path: Path) -> dict[str, dict[int, dict[str, Any]]]:
         own = {net: measured[key] for net in _YARDSTICKS if (key := _yardstick_key(net, line)) in measured}
         found.setdefault(setting, {})[seed] = {**line, "nets": {**own, **line["nets"]}}
     for setting, lines in found.items():
-        if len({line["settings_sha256"] for line in lines.values()}) > 1:
+        first, *others = (whole_recipe(line["settings"]) for line in lines.values())
+        if any(other != first for other in others):
             raise DataError(
                 f"{path}: the seeds of {setting} have different settings. Run the others again, or name the new ones otherwise."
             )
@@ -66,8 +69,8 @@ def _yardsticks(lines: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def _yardstick_key(net: str, line: dict[str, Any]) -> str:
     """All that its score depends on: the same key, the same net, whatever else the run has trained."""
-    settings = depends_on(net, line["settings"])
-    if net == "oracle":
+    settings = depends_on(_YARDSTICKS[net].name, whole_recipe(line["settings"]))
+    if _YARDSTICKS[net].role == "bound":
         settings = {key: value for key, value in settings.items() if not key.startswith("source.")}
     return json.dumps([net, line["seed"], settings], sort_keys=True)
 

@@ -19,15 +19,15 @@ from typing import Any
 
 import yaml
 
+from spcl_fast import catalog
 from spcl_fast.config import Config
-from spcl_fast.config.load import flatten, load_config
-from spcl_fast.config.rules import STAGES, check_config
+from spcl_fast.config.load import all_settings, flatten, load_config
+from spcl_fast.config.rules import check_config
 from spcl_fast.errors import ConfigError
 from spcl_fast.runs.identity import flat_settings, settings_sha256
 
 RUNS = Path("runs/adaptation")
 _KEYS = {"seeds", "pairs", "settings"}
-_PATHS = {"root", "weights", "classes", "file", "folder", "thresholds"}  # of these the last part says what was run
 # say where and how, not what
 _ELSEWHERE = {
     "name",
@@ -73,12 +73,17 @@ def read_plan(path: Path) -> Plan:
 
 
 def recipe(config: Config) -> dict[str, Any]:
-    """What decides a result, flat: every setting but the seed and the names of this machine's folders."""
+    """What decides a result, flat: every setting but the seed and where this machine's folders are; of a path the last part counts."""
     settings = {key: value for key, value in flat_settings(config).items() if key not in _ELSEWHERE}
     return {
-        key: PurePath(value).name if value and key.rpartition(".")[2] in _PATHS else value
+        key: PurePath(value).name if value and all_settings()[key].about.path else value
         for key, value in settings.items()
     }
+
+
+def whole_recipe(settings: dict[str, Any]) -> dict[str, Any]:
+    """What it lacks at the default: a version before that setting did what the default does."""
+    return {**recipe(Config()), **settings}
 
 
 def recipe_sha256(config: Config) -> str:
@@ -87,4 +92,4 @@ def recipe_sha256(config: Config) -> str:
 
 def in_order(config: Config) -> list[str]:
     """The stages of a run as the product does them."""
-    return [stage for stage in STAGES if stage in config.stages]
+    return [stage for stage in catalog.names(catalog.STAGES) if stage in config.stages]

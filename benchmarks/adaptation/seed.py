@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.adaptation.lines import add_line, latest
-from benchmarks.adaptation.plan import RUNS, Plan, in_order, recipe, recipe_sha256
+from benchmarks.adaptation.plan import RUNS, Plan, in_order, recipe, recipe_sha256, whole_recipe
 from benchmarks.adaptation.sharing import take_over
 from benchmarks.adaptation.unlabelled import keep_signals
+from spcl_fast import catalog
 from spcl_fast.config import Config
+from spcl_fast.memory_plan.peak import forecast
 from spcl_fast.method.context import Context
-from spcl_fast.method.stages import run_stages
-from spcl_fast.method.summary import NETS
+from spcl_fast.method.run import run_stages
 
-PSEUDO_LABELS = ("pseudo_labels", "pseudo_labels_2")
+NETS = {row.name: row.net for row in catalog.trained()}
 
 
 def run_seed(plan: Plan, pair: str, seed: int, results: Path, runs: Path = RUNS) -> None:
@@ -26,7 +27,7 @@ def run_seed(plan: Plan, pair: str, seed: int, results: Path, runs: Path = RUNS)
         config = plan.config(pair, setting, seed, runs)
         file = results / f"{pair}.jsonl"
         line = latest(file).get((setting, seed))
-        if line is not None and line["settings_sha256"] == recipe_sha256(config):
+        if line is not None and whole_recipe(line["settings"]) == recipe(config):
             print(f"{pair} {setting} {seed}: has its line", flush=True)
             continue
         run_setting(config)
@@ -39,7 +40,7 @@ def run_setting(config: Config) -> None:
         donor = take_over(stage, config)
         if donor is not None:
             print(f"{stage}: taken over from {donor.name}", flush=True)
-        run_stages(config, [stage])
+        run_stages(config, [stage], forecast=forecast)
         if stage in NETS:
             keep_signals(Context(config), stage)
 
@@ -59,17 +60,17 @@ def line_of(config: Config) -> dict[str, Any]:
             for stage in trained
         },
         "pseudo_labels": {
-            stage: _kept(run.read_json(f"{stage}/thresholds.json")) for stage in PSEUDO_LABELS if stage in config.stages
+            stage: _kept(record)
+            for stage in in_order(config)
+            if (record := run.read_json(f"{stage}/thresholds.json")) is not None
         },
         "seconds": summary["seconds"],
         "settings": recipe(config),
     }
 
 
-def _kept(record: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The share of predicted pixels above their threshold; a class that was never predicted has none. None for labels from elsewhere."""
-    if record is None:
-        return None
+def _kept(record: dict[str, Any]) -> dict[str, Any]:
+    """The share of predicted pixels above their threshold; a class that was never predicted has none."""
     predicted, kept = record["predicted_pixels"], record["kept_pixels"]
     by_class = {name: kept[name] / count if count else None for name, count in predicted.items()}
     return {

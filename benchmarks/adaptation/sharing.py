@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from spcl_fast import catalog
 from spcl_fast.config import Config
 from spcl_fast.runs.folder import Run
 from spcl_fast.runs.identity import flat_settings, settings_difference
@@ -26,31 +27,20 @@ _COMMON = (
     "loop.channels_last",
     "loop.checkpoint_every",
 )
-_SECTION = {"pseudo_labels": "pseudo_label", "pseudo_labels_2": "pseudo_label"}
-_BESIDE = {"prototypes": "prototypes.safetensors"}  # what a stage writes outside of its folder
 
 
-def inputs(stage: str, settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """The stages whose results `stage` starts from."""
-    start = "warmup" if "warmup" in settings["stages"] else "source_only"
-    return {
-        "control": ("source_only",),
-        "warmup": ("source_only",) if settings["warmup.init"] == "source_only" else (),
-        "prototypes": (start,),
-        "pseudo_labels": (start,),
-        "adapt": (start, "prototypes", "pseudo_labels"),
-        "pseudo_labels_2": ("adapt",),
-        "distill": ("adapt", "pseudo_labels_2"),
-    }.get(stage, ())
+def inputs(stage: catalog.Stage, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """The stages whose results `stage` starts from in a run with these flat settings."""
+    return catalog.inputs(stage, lambda name: name in settings["stages"], settings.get)
 
 
 def depends_on(stage: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Of a run's flat settings those that the result of `stage` depends on, through the stages before it too."""
-    stages, waiting = set(), [stage]
+    sections, waiting = {*_COMMON}, [stage]
     while waiting:
-        stages.add(one := waiting.pop())
-        waiting.extend(inputs(one, settings))
-    sections = {*_COMMON, *(_SECTION.get(one, one) for one in stages)}
+        row = catalog.find(catalog.STAGES, waiting.pop())
+        sections.add(row.section)
+        waiting.extend(inputs(row, settings))
     return {
         key: value
         for key, value in settings.items()
@@ -69,8 +59,9 @@ def take_over(stage: str, config: Config) -> Path | None:
         if donor.done(stage) is None or settings_difference(depends_on(stage, _settings_in(file)), wanted):
             continue
         run.folder.mkdir(parents=True, exist_ok=True)
-        if stage in _BESIDE:
-            shutil.copyfile(donor.path(_BESIDE[stage]), run.path(_BESIDE[stage]))
+        outside = f"{stage}.safetensors"  # what a stage leaves for others outside of its folder is called after it
+        if donor.path(outside).is_file():
+            shutil.copyfile(donor.path(outside), run.path(outside))
         copy = run.path(f"{stage}.copying")
         shutil.rmtree(copy, ignore_errors=True)  # of a copy that was cut short
         shutil.copytree(donor.path(stage), copy)

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.adaptation.lines import by_setting, miou, paired, spread
-from spcl_fast.method.summary import NETS, gap_closed
+from spcl_fast import catalog
+from spcl_fast.method.summary import gap_closed
 
-NET_NAMES = tuple(NETS.values())
+NET_NAMES = tuple(row.net for row in catalog.trained())
 SIGNALS = ("source_miou", "entropy", "agreement_flip", "agreement_scale", "share_distance", "margin")
-FINAL = ("distilled", "adapted")
-BASES = ("source_only", "control", "warmup", "adapted")
+FINAL = tuple(row.net for row in reversed(catalog.with_role("result")))
+BASES = tuple(row.net for row in catalog.trained() if row.role != "bound" and row.net != FINAL[0])
 _ROUNDING = 0.05  # mIoU: one and the same stage trained on two kinds of CPU differed by up to 0.03, which says nothing of the settings
 Lines = dict[str, dict[int, dict[str, Any]]]
 
@@ -121,7 +122,7 @@ def _kept(settings: Lines) -> Iterator[str]:
     rows = [
         [name, stage, _text((line["pseudo_labels"][stage]["kept_share"] for line in lines.values()), ".3f")]
         for name, lines in settings.items()
-        for stage in ("pseudo_labels", "pseudo_labels_2")
+        for stage in catalog.names(catalog.STAGES)
         if all(line["pseudo_labels"].get(stage) for line in lines.values())
     ]
     yield from _rows(["setting", "stage", "kept"], rows)

@@ -27,9 +27,9 @@ def keep_signals(context: Context, stage: str) -> dict[str, Any]:
         return kept
     model = context.model_of(stage).eval()
     scores, prototypes = on_source(
-        model, context.dataset("source", "val"), context.config.source.eval_size, context.device
+        model, context.domains.dataset("source", "val"), context.config.source.eval_size, context.device
     )
-    target = context.unlabelled_target().spread(TARGET_IMAGES)
+    target = context.domains.unlabelled_target().spread(TARGET_IMAGES)
     signals = on_target(model, target, context.config.target.eval_size, prototypes)
     source_share = scores.confusion.sum(1) / max(scores.confusion.sum(), 1)
     signals["share_distance"] = 0.5 * float(np.abs(np.array(signals["predicted_share"]) - source_share).sum())

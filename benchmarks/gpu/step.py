@@ -14,10 +14,11 @@ import time
 import torch
 
 from benchmarks import RESULTS
+from benchmarks.peers.released import released_step, unfold_batch_norm
 from spcl_fast.config import AdaptConfig, LoopConfig
-from spcl_fast.estimators.bank import PrototypeBank
-from spcl_fast.method.released import released_step, unfold_batch_norm
-from spcl_fast.method.steps import adapt_step
+from spcl_fast.data import Batch
+from spcl_fast.losses import spcl
+from spcl_fast.method.adapt import adapt_step
 from spcl_fast.models import build_model
 from spcl_fast.train.absorb import AbsorbingSGD
 from spcl_fast.train.device import Precision
@@ -35,13 +36,6 @@ LOOPS: dict[str, LoopConfig | None] = {
 }
 LIMITED, LIMIT_BYTES = "bf16, checkpoint auto, absorb_gradients", 4 << 30
 _PLAN = RESULTS / "plan.json"
-
-
-@dataclasses.dataclass
-class Batch:
-    images: torch.Tensor
-    labels: torch.Tensor
-    names: list[str]
 
 
 def build(context, settings: LoopConfig | None, sizes):
@@ -67,7 +61,7 @@ def build(context, settings: LoopConfig | None, sizes):
         return released_step(model, prototypes, train), torch.optim.SGD(groups, **options), batch
     if context.dry:
         settings = dataclasses.replace(settings, offload=False)
-    bank = PrototypeBank(19, model.channels).to(context.device)
+    bank = spcl.objective(19, model.channels, train).to(context.device)
     net = lean_model(
         model, settings, Precision(context.device, settings.precision), [domain.images.shape for domain in batch]
     )

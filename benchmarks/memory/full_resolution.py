@@ -43,13 +43,14 @@ def run_step(config, seed: int = 0):
     """-> (seconds, peak above what was resident before the step's own tensors)."""
     import torch
 
-    from spcl_fast.memory_plan.peak import prepare, work_of
+    from spcl_fast.memory_plan.peak import prepare, step_of
+    from spcl_fast.method.adapt import STAGE as ADAPT
     from spcl_fast.train import memory
 
     gc.collect()
     before = memory.resident_bytes()
     torch.manual_seed(seed)
-    work = work_of(config, "adapt", 19)
+    work = step_of(config, ADAPT.name, 19)
     for domain in work.batch:
         domain.images.uniform_()
         domain.labels.random_(0, 19)
@@ -80,11 +81,12 @@ def main() -> int:
         )
     import torch
 
-    from spcl_fast.memory_plan.peak import predict
+    from spcl_fast.memory_plan.peak import peak_memory
+    from spcl_fast.method.adapt import STAGE as ADAPT
 
     sizes = tuple(tuple(round(v * options.scale) for v in size) for size in ((1914, 1052), (2048, 1024)))
     config = config_of(options, sizes)
-    predicted = predict(config, "adapt")
+    predicted = peak_memory(config, ADAPT.name)
     run_step(config_of(options, ((64, 64), (64, 64))))
     seconds, peak = run_step(config)
     record = {

@@ -36,9 +36,10 @@ def run_stages(args: argparse.Namespace) -> int:
     rounds = catalog.rounds(args.command)
     stages = (rounds[getattr(args, "round", 1) - 1].name,) if rounds else config.stages
     check_config(config, stages)
-    from ..method.stages import run_stages as run
+    from ..memory_plan.peak import forecast
+    from ..method.run import run_stages as run
 
-    run(config, stages)
+    run(config, stages, forecast=forecast)
     if not rounds and os.environ.get("RANK", "0") == "0":
         show(Path(config.runs_dir) / config.name)
     return 0
@@ -74,22 +75,20 @@ def plan(args: argparse.Namespace) -> None:
     if config is None:
         return
     check_config(config, ())
-    from ..memory_plan import fitting as plan
+    from ..memory_plan import fitting, table
 
-    stages, fitted = plan.stages_of(config, args.stage), None
+    stages, fitted = fitting.stages_of(config, args.stage), None
     check_config(
         dataclasses.replace(config, source=_rooted(config.source), target=_rooted(config.target)), tuple(stages)
     )
     if args.fit:
-        fitted = plan.fit(config, stages, plan.parse_bytes(args.fit))
+        fitted = fitting.settings_within(config, stages, fitting.parse_bytes(args.fit))
         config = fitted.config
-    found = plan.predictions(config, stages if fitted is None else [], args.against) + (
-        fitted.predictions if fitted else []
-    )
+    found = fitting.peaks(config, stages) if fitted is None else fitted.peaks
     if args.json:
-        print(json.dumps(plan.as_json(found, config, fitted), indent=1))
+        print(json.dumps(table.as_json(found, config, fitted), indent=1))
         return
-    print(plan.as_table(found, config))
+    print(table.as_table(found, config))
     if fitted is not None:
         print(f"\nfits into {args.fit}{': ' + fitted.words() if fitted.flags else ' as it is'}")
 
@@ -121,7 +120,7 @@ def tune(args: argparse.Namespace) -> int:
 
     if not torch.cuda.is_available():
         raise ConfigError("tune measures on an NVIDIA GPU, and torch sees none here. The shipped settings are used.")
-    from ..kernels.tune import main
+    from ..kernels.tune import main  # pyright: ignore[reportMissingImports]  # kernels/ lies next to the package
 
     words = [f"--{name}={getattr(args, name)}" for name in ("batch", "dim", "classes", "dtype", "layout", "seconds")]
     return main([*words, "--size", *map(str, args.size)])

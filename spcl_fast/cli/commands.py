@@ -64,7 +64,6 @@ def _run_folder(parser: argparse.ArgumentParser) -> None:
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("stage", nargs="?", help="a stage, such as adapt (default: all of the run)")
     parser.add_argument("--fit", metavar="SIZE", help="find the fastest settings that fit into this, such as 4GiB")
-    parser.add_argument("--against", metavar="NAME", help="also show another loop of adapt: released")
     parser.add_argument("--json", action="store_true", help="as JSON")
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import __version__, ops
+from .. import __version__, catalog, ops
 from ..backends import available_backends, origin_of_choice, taken
 from ..backends.built import BUILT, build_record
 
@@ -35,6 +35,7 @@ def examine(say: Callable[[str], None] = print) -> int:
     _torchvision(say)
     _devices(say)
     broken += _compiled_part(say) + _cuda_part(say)
+    broken += _catalog(say)
     for device in _usable_devices():
         broken += _backends(device, say)
     say("")
@@ -71,6 +72,26 @@ def _torchvision(say: Callable[[str], None]) -> None:
             f"WARNING torchvision {version} is installed and does not import with torch {torch.__version__}: {reason}. spcl_fast does not "
             "use it, but torchmetrics, transformers and timm fail with it. Uninstall it, or install the one made for this torch."
         )
+
+
+def _catalog(say: Callable[[str], None]) -> list[str]:
+    """What can be named in settings, each looked up where the catalog says it is; returns what is not there."""
+    broken = []
+    for what, table in (("nets", catalog.NETS), ("losses", catalog.LOSSES), ("data sets", catalog.DATA_SETS)):
+        found = []
+        for row in table:
+            try:
+                catalog.load(row.home)
+                found.append(row.name)
+            except ModuleNotFoundError as error:
+                if (error.name or "").startswith("spcl_fast"):
+                    broken.append(f"{row.name} of the catalog: {error}")
+                else:
+                    found.append(f"{row.name} (needs {error.name})")
+            except Exception as error:
+                broken.append(f"{row.name} of the catalog: {type(error).__name__}: {error}")
+        say(f"{what}: {', '.join(found)}")
+    return broken
 
 
 def _usable_devices() -> list[torch.device]:
@@ -206,7 +227,7 @@ def _cross_entropy(backend: str, device: torch.device, dtype: torch.dtype) -> tu
 
 def _prediction(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
     features, labels, _ = _inputs(device, dtype)
-    prediction = ops.upsampled_prediction(features[:, :7], tuple(labels.shape[1:]), backend=backend)
+    prediction = ops.upsampled_prediction(features[:, :7], (labels.shape[1], labels.shape[2]), backend=backend)
     return prediction.labels, prediction.confidence
 
 

@@ -78,7 +78,8 @@ def check_augment(augment: AugmentConfig, size: tuple[int, int]) -> None:
 
 def output_size(augment: AugmentConfig, size: tuple[int, int]) -> tuple[int, int]:
     """(width, height) of every sample."""
-    return tuple(augment.crop or size)
+    width, height = augment.crop or size
+    return width, height
 
 
 def _choose_window(

@@ -48,7 +48,7 @@ _SIXTEEN = (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 15, 17, 18)
 CITYSCAPES_16 = ClassSet(
     tuple(CITYSCAPES_19.names[k] for k in _SIXTEEN), tuple(CITYSCAPES_19.palette[k] for k in _SIXTEEN)
 )
-SIXTEEN_TO_NINETEEN = dict(enumerate(_SIXTEEN))
+SIXTEEN_TO_NINETEEN: dict[int, int] = dict(enumerate(_SIXTEEN))
 # the 13-class mean of the SYNTHIA literature leaves out wall, fence and pole
 THIRTEEN_OF_SIXTEEN = tuple(k for k in range(16) if k not in (3, 4, 5))
 

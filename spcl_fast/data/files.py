@@ -120,7 +120,8 @@ def read_ids_first_channel_16bit(path: Path) -> np.ndarray:
 
 
 def _take_byte(image: Image.Image, path: Path, order: str) -> None:
-    tile = image.tile[0] if image.tile else None
+    tiles = getattr(image, "tile", None)  # what a decoder of Pillow's ImageFile is about to read
+    tile = tiles[0] if tiles else None
     if image.mode not in ("RGB", "RGBA") or tile is None or not str(tile[3]).endswith(";16B"):
         raise DataError(
             f"label {path} is no 16-bit RGB PNG (mode {image.mode}); SYNTHIA keeps the class in the "
@@ -128,7 +129,8 @@ def _take_byte(image: Image.Image, path: Path, order: str) -> None:
         )
     kind, box, offset, args = tile
     changed = args[:-1] + order
-    image.tile = [tile._replace(args=changed) if hasattr(tile, "_replace") else (kind, box, offset, changed)]
+    changed_tile = tile._replace(args=changed) if hasattr(tile, "_replace") else (kind, box, offset, changed)
+    setattr(image, "tile", [changed_tile])  # noqa: B010
 
 
 def check_name(name: str, where: str) -> str:

@@ -66,7 +66,7 @@ def train_batches(
     check_augment(augment, size)
     order: Order = BalancedOrder(class_presence(dataset), seed) if balanced else ShuffledOrder(len(dataset), seed)
     weights = rarity(dataset) if augment.rare_crop and dataset.has_labels else None
-    samples = _TrainSamples(dataset, augment, tuple(size), seed, weights)
+    samples = _TrainSamples(dataset, augment, (size[0], size[1]), seed, weights)
     keys = _Keys(order, batch_size, rank, world_size, start_step)
     loader = (
         map(samples.__getitems__, iter(keys)) if workers == 0 else _worker_loader(samples, keys, workers, pin_memory)
@@ -83,7 +83,7 @@ def eval_batches(
     dataset: Dataset, size_wh: tuple[int, int], *, workers: int = 0, labels: bool = True
 ) -> Iterator[tuple[Tensor, np.ndarray | None, str]]:
     """Every image in order: (float32 [1, 3, h, w] at size_wh, labels uint8 at their own size or None, name). Bad files as in training."""
-    samples = _EvalSamples(dataset, tuple(size_wh), labels and dataset.has_labels)
+    samples = _EvalSamples(dataset, (size_wh[0], size_wh[1]), labels and dataset.has_labels)
     one_each = [[index] for index in range(len(dataset))]
     loader = (
         map(samples.__getitems__, one_each)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -47,7 +48,7 @@ class PseudoLabelled(Dataset):
     _one_per_image = ("names", "_label_files")
 
     def select(self, indices: Sequence[int]) -> Dataset:
-        subset = super().select(indices)
+        subset: Any = super().select(indices)
         subset._base = self._base.select(indices)
         return subset
 

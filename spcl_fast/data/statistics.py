@@ -70,6 +70,8 @@ def _count(dataset: Dataset, index: int) -> np.ndarray:
             raise
         note_problem(dataset, Problem(dataset.names[index], str(error)))
         return np.zeros(len(dataset.classes), np.int64)
+    if label is None:
+        raise ValueError(f"{dataset.kind}, split {dataset.split!r}, has no labels to count")
     return np.bincount(label.ravel(), minlength=256)[: len(dataset.classes)]
 
 

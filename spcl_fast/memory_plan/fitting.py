@@ -1,4 +1,4 @@
-"""`spcl-fast plan`: tables of predicted peak memory, and the search for settings that fit."""
+"""`spcl-fast plan`: which stages are meant, what they take, and the search for settings that fit."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from ..config import Config, rules
+from .. import catalog
+from ..config import Config, TrainConfig
 from ..config.values import as_text
 from ..errors import ConfigError
-from .peak import CATEGORIES, Prediction, num_classes_of, predict
+from .peak import PeakMemory, num_classes_of, peak_memory
 
-_FIRST_ROUND = {"pseudo_labels_2": "pseudo_labels"}  # takes the same memory
-STAGES = tuple(stage for stage in rules.STAGES if stage not in _FIRST_ROUND)
 _SCALES = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25)  # of width and height, tried in this order
 _UNITS = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 GIB = 2**30
-NOT_COUNTED = "not counted: the CUDA context, cuDNN's workspace, the allocator's gaps (not yet measured on a GPU): leave room for them"
 
 
 def parse_bytes(text: str) -> int:
@@ -30,54 +28,54 @@ def parse_bytes(text: str) -> int:
 
 
 def stages_of(config: Config, named: str | None) -> list[str]:
-    """The stage asked for, by its own name or its command's, or those of the run."""
-    if named is None:
-        return list(dict.fromkeys(_FIRST_ROUND.get(stage, stage) for stage in config.stages))
-    stage = named.replace("-", "_")
-    stage = {"pseudo_label": "pseudo_labels", **_FIRST_ROUND}.get(stage, stage)
-    if stage not in STAGES:
-        raise ConfigError(f"plan {named}: there is no such stage; there are {', '.join(STAGES)}")
-    return [stage]
+    """The stage asked for, by its own name or its command's, or those of the run. Rounds of one command take the same memory: the first."""
+    rows = [catalog.find(catalog.STAGES, name) for name in config.stages] if named is None else [_stage(named)]
+    return list(dict.fromkeys(catalog.rounds(row.command)[0].name for row in rows))
 
 
-def predictions(config: Config, stages: list[str], against: str | None) -> list[Prediction]:
-    if against not in (None, "released"):
-        raise ConfigError(f"--against {against}: expected released")
+def _stage(named: str) -> catalog.Stage:
+    found = [row for row in catalog.STAGES if named in (row.name, row.command) or named.replace("-", "_") == row.name]
+    if not found:
+        planned = [row.name for row in catalog.STAGES if row == catalog.rounds(row.command)[0]]
+        raise ConfigError(f"plan {named}: there is no such stage; there are {', '.join(planned)}")
+    return found[0]
+
+
+def peaks(config: Config, stages: list[str]) -> list[PeakMemory]:
     num_classes = num_classes_of(config)
-    result = [predict(config, stage, num_classes=num_classes) for stage in stages]
-    return result + [predict(config, "adapt", released=True, num_classes=num_classes)] * (against is not None)
+    return [peak_memory(config, stage, num_classes=num_classes) for stage in stages]
 
 
 # ---- settings that fit ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class Fit:
+class Fitted:
     """What to change, and what the stages then take."""
 
     flags: dict[str, Any]  # setting -> value
     config: Config
-    predictions: list[Prediction]
+    peaks: list[PeakMemory]
 
     def words(self) -> str:
         return " ".join(f"--{key} {as_text(value)}" for key, value in self.flags.items())
 
 
-def fit(config: Config, stages: list[str], limit_bytes: int) -> Fit:
+def settings_within(config: Config, stages: list[str], limit_bytes: int) -> Fitted:
     """The settings with the fewest operations a step whose peak is within the limit, at the largest images for which there are any.
 
     Tried in this order, each on top of what is given: nothing; gradients absorbed; bfloat16; then recomputation, parts of the batch, both
     (the one that fits with the fewest counted operations); offload; smaller images. Raises ConfigError that names the least peak found.
     """
-    trained = [stage for stage in stages if stage in rules.TRAINED] or stages
+    trained = [stage for stage in stages if _trains(stage)] or stages
     num_classes = num_classes_of(config)
 
     @functools.cache
-    def of(changed: Config, stage: str) -> Prediction:
-        return predict(changed, stage, num_classes=num_classes)
+    def of(changed: Config, stage: str) -> PeakMemory:
+        return peak_memory(changed, stage, num_classes=num_classes)
 
     hungry = max((of(config, stage) for stage in trained), key=lambda p: p.peak_bytes).stage
-    least: Prediction | None = None
+    least: PeakMemory | None = None
     for scale in _SCALES:
         for group in _candidates(config, trained, scale):
             tried = [(flags, of(apply_flags(config, flags), hungry)) for flags in group]
@@ -88,7 +86,7 @@ def fit(config: Config, stages: list[str], limit_bytes: int) -> Fit:
                 changed = apply_flags(config, flags)
                 found = [of(changed, stage) for stage in stages]
                 if all(p.peak_bytes <= limit_bytes for p in found):
-                    return Fit(flags, changed, found)
+                    return Fitted(flags, changed, found)
         if least is not None and least.floor_bytes > limit_bytes:
             break
     raise ConfigError(
@@ -103,7 +101,7 @@ def _candidates(config: Config, stages: list[str], scale: float) -> Iterator[lis
     base: dict[str, Any] = {} if scale == 1 else _smaller(config, scale)
     if scale == 1:
         yield [{}]
-    trains = [getattr(config, stage) for stage in stages if stage in rules.TRAINED]
+    trains = [_settings(config, stage) for stage in stages if _trains(stage)]
     if trains and all(train.optimizer == "sgd" and train.momentum for train in trains):
         base = base | {"loop.absorb_gradients": True}
         if scale == 1:
@@ -120,6 +118,14 @@ def _candidates(config: Config, stages: list[str], scale: float) -> Iterator[lis
         yield [recomputed | (divided or {}) | {"loop.offload": True}]
 
 
+def _trains(stage: str) -> bool:
+    return catalog.find(catalog.STAGES, stage).net is not None
+
+
+def _settings(config: Config, stage: str) -> TrainConfig:
+    return getattr(config, catalog.find(catalog.STAGES, stage).section)
+
+
 def _smaller(config: Config, scale: float) -> dict[str, Any]:
     """Both domains' images, to multiples of the nets' stride."""
     sides = {f"{side}.size": getattr(config, side).size for side in ("source", "target")}
@@ -133,52 +139,3 @@ def apply_flags(config: Config, flags: dict[str, Any]) -> Config:
             config, **{section: dataclasses.replace(getattr(config, section), **{name: value})}
         )
     return config
-
-
-# ---- text ----------------------------------------------------------------------------------------------------------------------------
-
-
-def as_json(found: list[Prediction], config: Config, fitted: Fit | None = None) -> dict[str, Any]:
-    result: dict[str, Any] = {
-        "settings": {
-            "source.size": list(config.source.size),
-            "target.size": list(config.target.size),
-            **dataclasses.asdict(config.loop),
-        },
-        "stages": [dataclasses.asdict(p) for p in found],
-    }
-    return result | ({"flags": fitted.flags, "command_line": fitted.words()} if fitted is not None else {})
-
-
-def as_table(found: list[Prediction], config: Config) -> str:
-    """Peak by category, in MiB, and by phase."""
-    names = [name for name in CATEGORIES if any(p.categories.get(name, 0) >= 2**20 for p in found)]
-    header = ["stage", "peak GiB", *names, "floor", "TFLOP a step"]
-    rows = [header]
-    for p in found:
-        parts = [f"{p.categories.get(name, 0) / 2**20:,.0f}" for name in names]
-        rows.append(
-            [_label(p), f"{p.peak_bytes / GIB:.2f}", *parts, f"{p.floor_bytes / 2**20:,.0f}", f"{p.flops / 1e12:.2f}"]
-        )
-    lines = _aligned(rows)
-    sizes = f"source {as_text(config.source.size).replace(',', 'x')}, target {as_text(config.target.size).replace(',', 'x')}"
-    loop = config.loop
-    lines.insert(0, f"{config.model.name}, {sizes}, {loop.precision}; categories at the peak in MiB")
-    phases = list(dict.fromkeys(name for p in found for name in p.phases))
-    by_phase = [
-        [_label(p), *(f"{p.phases[name] / 2**20:,.0f}" if name in p.phases else "-" for name in phases)] for p in found
-    ]
-    lines += ["", *_aligned([["peak by phase, MiB", *phases], *by_phase])]
-    host = max(p.host_bytes for p in found)
-    lines += [f"in the host's memory: {host / 2**20:,.0f} MiB"] * bool(host)
-    lines += [f"{p.stage}: recomputed segments begin at blocks {as_text(p.cuts)}" for p in found if p.cuts]
-    return "\n".join([*lines, *([] if loop.device == "cpu" else [NOT_COUNTED])])
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-
-
-def _label(p: Prediction) -> str:
-    return p.stage if p.loop == "ours" else f"{p.stage}, released loop"

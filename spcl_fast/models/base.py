@@ -30,6 +30,9 @@ class SegmentationModel(nn.Module):
     `head`: which part of the extractor learns at the head's rate beside the classifier (a name of a submodule), if any.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         name: str,
@@ -100,5 +103,6 @@ def linear_classifier(channels: int, num_classes: int) -> nn.Conv2d:
     """1x1 convolution that starts near zero, so that the first losses are close to ln K whatever the features' scale."""
     classifier = nn.Conv2d(channels, num_classes, 1)
     nn.init.normal_(classifier.weight, 0.0, 0.01)
-    nn.init.zeros_(classifier.bias)
+    if classifier.bias is not None:
+        nn.init.zeros_(classifier.bias)
     return classifier

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -48,6 +49,8 @@ def build_model(
 class _Wrapped(nn.Module):
     """A module's `features` method as its forward."""
 
+    module: Any  # a Module with `features`; the type of a Module's attributes says only Tensor or Module
+
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
@@ -74,7 +77,7 @@ def wrap_model(
         raise ConfigError(
             f"wrap_model: {type(module).__name__} lacks {', '.join(lacking)}; it needs features(images), stride and channels."
         )
-    channels, stride = int(module.channels), int(module.stride)
+    channels, stride = (int(getattr(module, name)) for name in ("channels", "stride"))
     return SegmentationModel(
         "custom",
         _Wrapped(module),

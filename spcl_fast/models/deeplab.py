@@ -30,8 +30,8 @@ class AtrousClassifier(nn.Module):
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__()
         self.conv2d_list = nn.ModuleList(nn.Conv2d(channels, num_classes, 3, padding=d, dilation=d) for d in DILATIONS)
-        for conv in self.conv2d_list:
-            nn.init.normal_(conv.weight, 0.0, 0.01)
+        for weight in (parameter for name, parameter in self.named_parameters() if name.endswith(".weight")):
+            nn.init.normal_(weight, 0.0, 0.01)
 
     def forward(self, features: Tensor) -> Tensor:
         logits = self.conv2d_list[0](features)

@@ -109,9 +109,8 @@ class Lite0Encoder(nn.Module):
                 InvertedBottleneck(kernel, 1, expand, outputs, outputs, frozen) for _ in range(repeats - 1)
             )
         init_convs(self)
-        for block in (
-            self._blocks
-        ):  # the projection is linear: half the variance of one before a ReLU; residual sums must not grow
+        # the projection is linear: half the variance of one before a ReLU; residual sums must not grow
+        for block in (block for block in self._blocks if isinstance(block, InvertedBottleneck)):
             nn.init.kaiming_normal_(block._project_conv.weight, mode="fan_in", nonlinearity="linear")
             if block.residual and isinstance(block._bn2, FrozenBatchNorm2d):
                 block._bn2.weight.fill_(0.5)

@@ -22,6 +22,11 @@ class FrozenBatchNorm2d(nn.Module):
     It is no subclass of BatchNorm on purpose: `SyncBatchNorm.convert_sync_batchnorm` must leave it alone.
     """
 
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
@@ -60,7 +65,8 @@ def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
         return norm(conv(x))
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    x, padding = conv.pad(x) if hasattr(conv, "pad") else (x, conv.padding)
+    pad = getattr(conv, "pad", None)
+    x, padding = (x, conv.padding) if pad is None else pad(x)
     return _ScaledConv.apply(x, conv.weight, *norm.scale_shift(), conv.stride, padding, conv.dilation, conv.groups)
 
 

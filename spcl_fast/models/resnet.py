@@ -32,7 +32,7 @@ class BasicBlock(nn.Module):
         stride: int,
         dilation: int,
         last_dilation: int,
-        downsample: nn.Module | None,
+        downsample: nn.Sequential | None,
         norm,
     ) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Bottleneck(nn.Module):
         stride: int,
         dilation: int,
         last_dilation: int,
-        downsample: nn.Module | None,
+        downsample: nn.Sequential | None,
         norm,
     ) -> None:
         super().__init__()
@@ -77,14 +77,20 @@ class Bottleneck(nn.Module):
         return _add_relu(conv_norm(self.conv3, self.bn3, out), x, self.downsample)
 
 
-def _add_relu(out: Tensor, x: Tensor, downsample: nn.Module | None) -> Tensor:
+def _add_relu(out: Tensor, x: Tensor, downsample: nn.Sequential | None) -> Tensor:
     if downsample is not None:
-        x = conv_norm(downsample[0], downsample[1], x)
+        conv, norm = downsample
+        x = conv_norm(conv, norm, x)  # pyright: ignore[reportArgumentType]  # a Sequential does not say of what
     return F.relu(out.add_(x), inplace=True)
 
 
 class ResNet(Chain):
     """[B, 3, H, W] -> [B, 512 or 2048, H/8, W/8]: everything of a classification ResNet up to layer4."""
+
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
 
     def __init__(self, name: str, *, frozen: bool, eps: float) -> None:
         super().__init__()

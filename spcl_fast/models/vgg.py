@@ -21,7 +21,7 @@ CHANNELS = 1024
 class VGG16(nn.Sequential, Chain):
     """Layers by number, as the checkpoints name them; a block ends where the next convolution begins."""
 
-    forward = Chain.forward
+    forward = Chain.forward  # pyright: ignore[reportAssignmentType]  # Sequential calls its argument `input`
 
     def blocks(self) -> list[Block]:
         starts = [i for i, layer in enumerate(self) if isinstance(layer, nn.Conv2d)]

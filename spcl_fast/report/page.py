@@ -127,13 +127,13 @@ def _short(root: Any) -> str:
 
 def _cards(run: RunFolder) -> list[Card]:
     cards = []
-    final = run.evaluations.get(run.final) if run.final else None
+    final, final_title = (run.evaluations[run.final], catalog.title(run.final)) if run.final else (None, "")
     if run.baseline:
         cards.append(
             Card(catalog.title(run.baseline), f"{run.evaluations[run.baseline].miou:.1f}", "mIoU on target, %")
         )
     if final is not None:
-        cards.append(Card(f"SPCL, {catalog.title(run.final)}", f"{final.miou:.1f}", "mIoU on target, %", "final"))
+        cards.append(Card(f"SPCL, {final_title}", f"{final.miou:.1f}", "mIoU on target, %", "final"))
     if final is not None and run.baseline:
         cards.append(
             _gain("gain", final.miou - run.evaluations[run.baseline].miou, f"points over {catalog.title(run.baseline)}")
@@ -155,12 +155,16 @@ def _gain(title: str, value: float, note: str) -> Card:
     return Card(title, f"{value:+.1f}", note, "good" if value > 0 else "bad")
 
 
+def _difference(before: float | None, after: float | None) -> float | None:
+    return None if before is None or after is None else after - before
+
+
 def _table(run: RunFolder) -> dict[str, Any] | None:
     """Classes in rows, nets in columns; the last column is the gain of the final net over the baseline."""
     stages = plots.evaluated(run)
     if not stages:
         return None
-    rows = [
+    rows: list[tuple[str, str | None, list[float | None]]] = [
         (name, f"rgb{colour}", [run.evaluations[stage].iou.get(name) for stage in stages])
         for name, colour in zip(run.classes, run.palette, strict=True)
     ]
@@ -168,10 +172,7 @@ def _table(run: RunFolder) -> dict[str, Any] | None:
     gains: list[float | None] = [None] * len(rows)
     if run.baseline and run.final:
         before, after = stages.index(run.baseline), stages.index(run.final)
-        gains = [
-            None if values[before] is None or values[after] is None else values[after] - values[before]
-            for _, _, values in rows
-        ]
+        gains = [_difference(values[before], values[after]) for _, _, values in rows]
     shares = run.evaluations[run.final or stages[-1]]
     return {
         "header": [catalog.title(stage) for stage in stages],

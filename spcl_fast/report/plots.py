@@ -68,7 +68,8 @@ def look_of(stage: str) -> tuple[str, str]:
 @contextmanager
 def _figure(width: float, height: float) -> Iterator[Figure]:
     """A figure in the report's style, apart from any state of pyplot or the user's settings."""
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE, "backend": "agg"}):
+    style: Any = {**matplotlib.rcParamsDefault, **STYLE, "backend": "agg"}
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
         yield figure
@@ -281,7 +282,8 @@ def prototype_norms(run: RunFolder) -> bytes | None:
 
 def _spread(axes: Axes) -> None:
     """Move the names at the right end of the lines apart, within the axes' height."""
-    names = sorted(axes.texts, key=lambda text: text.xy[1])
+    annotations: list[Any] = list(axes.texts)  # each has the `xy` of its line's end
+    names = sorted(annotations, key=lambda text: text.xy[1])
     top = max([1.05, *(text.xy[1] for text in names)])
     gap = min(0.04, 1 / max(1, len(names)))  # in the axes' height
     places: list[float] = []
@@ -290,28 +292,25 @@ def _spread(axes: Axes) -> None:
     for index in reversed(range(len(places))):  # what was pushed out at the top comes back in
         places[index] = min(places[index], 1.0 if index == len(places) - 1 else places[index + 1] - gap)
     for text, place in zip(names, places, strict=True):
-        text.set_position(
-            (12, (place - text.xy[1] / top) * 3.2 * 72)
-        )  # offsets are in points; the axes are about 3.2 inches high
+        # offsets are in points; the axes are about 3.2 inches high
+        text.set_position((12, (place - text.xy[1] / top) * 3.2 * 72))
 
 
 def confusion(run: RunFolder) -> bytes | None:
     """Where the pixels of each true class go, in percent of the class: baseline and final net."""
-    stages = [stage for stage in (run.baseline, run.final) if stage and run.evaluations[stage].confusion is not None]
-    stages = [stage for stage in stages if run.evaluations[stage].confusion.shape[0] == len(run.classes)]
-    if not stages:
+    known = [(stage, run.evaluations[stage].confusion) for stage in (run.baseline, run.final) if stage]
+    matrices = {stage: matrix for stage, matrix in known if matrix is not None and len(matrix) == len(run.classes)}
+    if not matrices:
         return None
     count = len(run.classes)
     side, many = max(3.6, 0.4 * count), count > 12  # side by side, many classes would be too small to read
-    rows, columns = (len(stages), 1) if many else (1, len(stages))
+    rows, columns = (len(matrices), 1) if many else (1, len(matrices))
     with _figure(1.2 + (side + 0.2) * columns, (side + 1.5) * rows) as figure:
         grid = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
-        for axes, stage in zip(grid, stages, strict=True):
-            matrix = run.evaluations[stage].confusion
+        for axes, (stage, matrix) in zip(grid, matrices.items(), strict=True):
             share = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-            axes.imshow(
-                np.sqrt(share), cmap="Blues", vmin=0, vmax=10, aspect="equal"
-            )  # square root: small confusions stay visible
+            # square root: small confusions stay visible
+            axes.imshow(np.sqrt(share), cmap="Blues", vmin=0, vmax=10, aspect="equal")
             for row, column in zip(*np.nonzero(share >= 0.5), strict=True):
                 value = share[row, column]
                 colour = "white" if value > 45 else INK

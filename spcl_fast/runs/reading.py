@@ -10,19 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from .. import catalog
 from . import layout
 
 # Stage of a trained net -> its name in summary.json and its name for the reader, in the order of the method.
-NETS = {
-    "source_only": ("source_only", "source-only"),
-    "control": ("control", "control"),
-    "warmup": ("warmup", "warm-up"),
-    "adapt": ("adapted", "adapted"),
-    "distill": ("distilled", "distilled"),
-    "oracle": ("oracle", "oracle"),
-}
-BASELINES = ("source_only", "warmup")
-FINALS = ("distill", "adapt")
+NETS = {row.name: (row.net, row.title) for row in catalog.trained()}
 # Colour-blind-safe (Okabe and Ito); classes that come without a palette get these in turn.
 SAFE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#000000", "#8A6D00")
 
@@ -70,12 +62,14 @@ class RunFolder:
     @property
     def final(self) -> str | None:
         """The stage of the net that the run is about: the distilled one, else the adapted one."""
-        return next((stage for stage in FINALS if stage in self.evaluations), None)
+        results = reversed(catalog.names(catalog.with_role("result")))
+        return next((stage for stage in results if stage in self.evaluations), None)
 
     @property
     def baseline(self) -> str | None:
         """The stage of the net without adaptation: source-only, else the warm-up."""
-        return next((stage for stage in BASELINES if stage in self.evaluations and stage != self.final), None)
+        bases = catalog.names((*catalog.with_role("baseline"), *catalog.with_role("start")))
+        return next((stage for stage in bases if stage in self.evaluations), None)
 
     def setting(self, *path: str, default: Any = None) -> Any:
         """A value of config.yaml, or `default`."""
@@ -103,14 +97,14 @@ def read_run(folder: Path) -> RunFolder:
         evaluation = evaluation or _evaluation(run.summary.get(NETS[stage][0]), run, layout.SUMMARY)
         if evaluation is not None:
             run.evaluations[stage] = evaluation
-    for stage in (*NETS, "prototypes", "pseudo_labels", "pseudo_labels_2"):
+    for stage in catalog.names(catalog.STAGES):
         record = _json(run, layout.of_stage(stage, layout.DONE))
         if record is not None:
             run.done[stage] = record
     for stage in NETS:
         record = _json(run, layout.of_stage(stage, layout.PLAN)) or {}
         run.saved_bytes[stage] = _numbers(record.get("saved_bytes"))
-    for stage in ("pseudo_labels", "pseudo_labels_2"):
+    for stage in (row.name for row in catalog.STAGES if row.net is None):
         record = _json(run, layout.of_stage(stage, layout.THRESHOLDS))
         if record is not None and all(
             isinstance(record.get(key), dict) for key in ("thresholds", "predicted_pixels", "kept_pixels")
@@ -247,22 +241,16 @@ def _say_what_is_missing(run: RunFolder) -> None:
     started = [stage for stage in absent if stage in run.metrics or stage in run.done]
     for stage in started:
         where = (
-            "finished but was not judged: the target has no labelled validation images"
+            "finished but was not evaluated: the target has no labelled validation images"
             if stage in run.done
             else (
                 f"stopped after step {run.metrics[stage][-1]['step']}; the same command goes on from its last checkpoint"
             )
         )
         say(f"{NETS[stage][1]}: the stage {where}")
-    texts = {
-        "source_only": "source-only: not trained, so nothing says what adaptation is worth (stage source_only)",
-        "control": "matched control: not trained, so a gain may come from more training alone (stage control)",
-        "adapt": "adapted: there is no adapted net yet (stage adapt)",
-        "oracle": "oracle: not trained, so the share of the gap that is closed is not known (stage oracle)",
-    }
-    for stage, text in texts.items():
-        if stage in absent and stage not in started:
-            say(text)
+    for row in catalog.trained():
+        if row.absent and row.name in absent and row.name not in started:
+            say(f"{row.title}: {row.absent} (stage {row.name})")
     if not run.metrics:
         say(f"{layout.METRICS}: no logged step, so there are no curves")
     if run.features is None and not any(layout.FEATURES in line for line in run.missing):

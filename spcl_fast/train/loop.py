@@ -63,7 +63,7 @@ def fit(
     settings: LoopConfig,
     identity: Any = None,
     at_checkpoint: Callable[[int], None] | None = None,
-    plan: Callable[[], int | None] | None = None,
+    predicted_peak: Callable[[], int | None] | None = None,
     watch: Callable[[Mapping[str, Any]], None] = lambda record: None,
 ) -> FitResult:
     """Train `modules` for `iterations` steps, or what is left of them; afterwards they hold the final state, also if it was there before.
@@ -78,7 +78,7 @@ def fit(
     at_checkpoint(done) is called on every process before each regular checkpoint is written: one on the disk means that its call was
         complete. It must leave the modules as it found them, modes too.
 
-    plan() -> predicted peak bytes of a step, for the log (None: unknown); asked once, before the first step.
+    predicted_peak() -> bytes of a step, as predicted, for the log (None: unknown); asked once, before the first step.
     watch(record) sees every log line.
 
     Raises OutOfMemory (where it can, with the state before that step saved), NumericError (a value that is not finite; no checkpoint ever
@@ -86,7 +86,7 @@ def fit(
     line is logged or a checkpoint written.
     """
     whole = identity_of(stage, identity, iterations, seed, settings)
-    loop = _Loop(stage, run, TrainingState(modules, optimizers), iterations, seed, settings, whole, plan)
+    loop = _Loop(stage, run, TrainingState(modules, optimizers), iterations, seed, settings, whole, predicted_peak)
     with run.exclusive(), stop_requests() as stop:
         if loop.skip_finished():
             return loop.result(skipped=True)
@@ -109,7 +109,7 @@ class _Loop:
         seed: int,
         settings: LoopConfig,
         identity: dict[str, Any],
-        plan: Callable[[], int | None] | None,
+        predicted_peak: Callable[[], int | None] | None,
     ) -> None:
         self.stage, self.run, self.state = stage, run, state
         self.iterations, self.seed, self.settings, self.identity = iterations, seed, settings, identity
@@ -123,7 +123,7 @@ class _Loop:
         self.seconds_before = 0.0
         self.peak_before = 0
         self.names: deque[tuple[int, list[str]]] = deque()
-        self.plan = plan
+        self.predicted_peak = predicted_peak
         self.predicted: int | None = None
         self.phases: dict[str, int] | None = None  # measured once, at the second step of this process
 
@@ -194,7 +194,8 @@ class _Loop:
     ) -> None:
         if self.done >= self.iterations:
             return self._save()
-        self.predicted = self.plan() if self.plan is not None and distributed.is_main() else None
+        if self.predicted_peak is not None and distributed.is_main():
+            self.predicted = self.predicted_peak()
         feed = iter(batches(self.done))  # after the signal handlers are set: data-loading processes inherit them
         pace = Pace(self.done)
         progress = Progress(self.stage, self.iterations, self.done, self.run.output, self.run.writes)

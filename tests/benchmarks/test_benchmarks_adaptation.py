@@ -32,7 +32,7 @@ from spcl_fast.data import build_dataset
 from spcl_fast.data.generated import GeneratedDataset
 from spcl_fast.errors import ConfigError, DataError
 from spcl_fast.method.context import Context
-from spcl_fast.method.stages import run_stages
+from spcl_fast.method.run import run_stages
 from spcl_fast.runs.identity import flat_settings, settings_sha256
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -373,7 +373,9 @@ def test_mean_standard_error_and_pairs_are_the_textbook_ones(results):
 def test_the_last_line_of_a_seed_counts_and_recipes_do_not_mix(results):
     add_line(results, line_with("a", 0, 41.0))
     assert by_setting(results)["a"][0]["nets"]["adapted"]["miou"] == 41
-    add_line(results, line_with("a", 3, 41.0, sha="another"))
+    add_line(results, line_with("a", 3, 41.0, sha="of a later version", settings={"adapt.loss": "spcl"}))
+    assert 3 in by_setting(results)["a"]  # what a line lacks was at its default
+    add_line(results, line_with("a", 4, 41.0, settings={"adapt.lr": 3}))
     with pytest.raises(DataError, match="the seeds of a have different settings"):
         by_setting(results)
 

@@ -24,9 +24,9 @@ ROOTS = ["--source.root", "a", "--target.root", "b"]
 def stages(monkeypatch):
     """What would have been trained: (config, names of stages) of every call."""
     calls = []
-    module = types.ModuleType("spcl_fast.method.stages")
-    module.run_stages = lambda config, names: calls.append((config, tuple(names)))
-    monkeypatch.setitem(sys.modules, "spcl_fast.method.stages", module)
+    module = types.ModuleType("spcl_fast.method.run")
+    module.run_stages = lambda config, names, **_: calls.append((config, tuple(names)))
+    monkeypatch.setitem(sys.modules, "spcl_fast.method.run", module)
     monkeypatch.setattr(actions, "show", lambda run: calls.append(run))
     return calls
 
@@ -120,19 +120,19 @@ def test_adapt_without_source_is_refused_before_anything_is_read(capsys, stages)
     ],
 )
 def test_every_error_has_its_exit_code_and_no_traceback(error, capsys, stages, monkeypatch):
-    def stop(config, names):
+    def stop(config, names, **_):
         raise error
 
-    monkeypatch.setattr(sys.modules["spcl_fast.method.stages"], "run_stages", stop)
+    monkeypatch.setattr(sys.modules["spcl_fast.method.run"], "run_stages", stop)
     assert error.exit_code == {"c": 2, "d": 3, "n": 4, "k": 5, "i": 75}[str(error)]
     assert fails(capsys, error.exit_code, "run", *ROOTS) == f"spcl-fast run: {error}\n"
 
 
 def test_a_bug_is_told_as_one_and_debug_shows_where(capsys, stages, monkeypatch):
-    def stop(config, names):
+    def stop(config, names, **_):
         raise ZeroDivisionError("x")
 
-    monkeypatch.setattr(sys.modules["spcl_fast.method.stages"], "run_stages", stop)
+    monkeypatch.setattr(sys.modules["spcl_fast.method.run"], "run_stages", stop)
     assert "unexpected ZeroDivisionError: x" in fails(capsys, 1, "run", *ROOTS)
     with pytest.raises(ZeroDivisionError):
         main(["run", *ROOTS, "--debug"])
@@ -142,10 +142,10 @@ def test_a_bug_is_told_as_one_and_debug_shows_where(capsys, stages, monkeypatch)
     ("name", "extra"), [("rich.progress", "train"), ("safetensors", "train"), ("yaml", "train"), ("pytest", "test")]
 )
 def test_a_missing_library_is_told_with_the_command_that_brings_it(name, extra, capsys, stages, monkeypatch):
-    def stop(config, names):
+    def stop(config, names, **_):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-    monkeypatch.setattr(sys.modules["spcl_fast.method.stages"], "run_stages", stop)
+    monkeypatch.setattr(sys.modules["spcl_fast.method.run"], "run_stages", stop)
     library = name.partition(".")[0]
     assert (
         fails(capsys, 2, "adapt", *ROOTS) == f"spcl-fast adapt needs '{library}': pip install \"spcl_fast[{extra}]\"\n"

@@ -20,8 +20,13 @@ from spcl_fast.config import Config
 from spcl_fast.config.load import load_config
 from spcl_fast.data import build_dataset, read_label_png
 from spcl_fast.errors import CheckpointError, DataError, Interrupted, NumericError
+from spcl_fast.memory_plan.peak import forecast
+from spcl_fast.method.adapt import STAGE as ADAPT
 from spcl_fast.method.context import Context
-from spcl_fast.method.stages import load_prototypes, run_stages
+from spcl_fast.method.domains import Domains, class_weight
+from spcl_fast.method.prototypes import read_prototypes
+from spcl_fast.method.run import run_stages
+from spcl_fast.method.training import batches_of, warn_of_collapse
 from spcl_fast.models import build_model
 from spcl_fast.runs.folder import Run
 from spcl_fast.runs.tensorfile import replace_tensors
@@ -80,7 +85,7 @@ def test_every_stage_leaves_its_files_and_the_summary_its_figures(finished):
     for stage in TRAINED:
         assert finished.run.done(stage)["step"] == 2
         assert len(list(finished.run.path(stage, "predictions").glob("*.png"))) == 2
-    assert load_prototypes(finished).shape == (len(finished.classes), 32)
+    assert read_prototypes(finished.run).shape == (len(finished.classes), 32)
     with np.load(finished.run.path("features.npz")) as sample:
         assert sample["features"].shape[0] == len(sample["labels"]) == len(sample["domain"])
 
@@ -88,7 +93,7 @@ def test_every_stage_leaves_its_files_and_the_summary_its_figures(finished):
 def test_pseudo_labels_keep_only_what_reaches_its_threshold(finished):
     for stage in ("pseudo_labels", "pseudo_labels_2"):
         record = json.loads(finished.run.path(stage, "thresholds.json").read_text())
-        names = finished.dataset("target", "train", labels=False).names
+        names = finished.domains.dataset("target", "train", labels=False).names
         labels = np.stack([read_label_png(finished.run.path(stage, f"{name}.png")) for name in names])
         counted = {k: int((labels == i).sum()) for i, k in enumerate(finished.classes.names)}
         assert counted == record["kept_pixels"]
@@ -122,7 +127,7 @@ def test_a_collapse_is_said_while_the_net_trains_and_once(finished, monkeypatch)
     names = finished.classes.names
     shares = [0.0] * len(names)
     shares[2] = 1.0
-    watch = finished._warn_of_collapse()
+    watch = warn_of_collapse(finished)
     watch({"stage": "adapt", "step": 10, "predicted_share": [1 / len(names)] * len(names)})
     assert not output.getvalue()
     for _ in range(2):
@@ -213,12 +218,12 @@ def test_a_net_picked_by_labels_is_never_called_the_last(tmp_path):
 
 
 def test_labels_without_a_known_class_are_refused_in_words(finished):
-    data = finished.dataset("source", "train")
-    assert torch.isfinite(finished.class_weight(data, 0.5)).all()
+    data = finished.domains.dataset("source", "train")
+    assert torch.isfinite(class_weight(data, 0.5)).all()
     ignored = data.spread(1)
     ignored.label = lambda index: np.full((4, 4), 255, np.uint8)
     with pytest.raises(DataError, match="no pixel of its labels has a known class"):
-        finished.class_weight(ignored, 0.5)
+        class_weight(ignored, 0.5)
 
 
 def test_a_stage_without_its_predecessor_says_which(finished, tmp_path):
@@ -232,15 +237,15 @@ def test_a_stage_without_its_predecessor_says_which(finished, tmp_path):
         run_stages(tiny_config(tmp_path), ("adapt",))
 
 
-def test_target_labels_are_read_by_the_oracle_and_the_judge_only(tmp_path, monkeypatch):
+def test_target_labels_are_read_by_the_oracle_and_the_evaluation_only(tmp_path, monkeypatch):
     opened = []
-    original = Context.dataset.__wrapped__
+    original = Domains.dataset.__wrapped__
 
     def spy(self, side, split, labels=True):
         opened.append((side, split, labels))
         return original(self, side, split, labels)
 
-    monkeypatch.setattr(Context, "dataset", spy)
+    monkeypatch.setattr(Domains, "dataset", spy)
     run_stages(tiny_config(tmp_path), STAGES[:-1])
     assert ("target", "train", False) in opened and ("target", "train", True) not in opened
 
@@ -274,7 +279,7 @@ def test_what_the_release_left_is_taken_over(finished, tmp_path):
     }
     config = tiny_config(tmp_path, **given)
     run_stages(config, ("source_only", "prototypes", "pseudo_labels"))
-    torch.testing.assert_close(load_prototypes(Context(config)), prototype.T)
+    torch.testing.assert_close(read_prototypes(Context(config).run), prototype.T)
     record = json.loads(Context(config).run.path("pseudo_labels", "thresholds.json").read_text())
     assert set(record["thresholds"].values()) == {0.25}
 
@@ -301,14 +306,14 @@ def test_a_lean_run_logs_plan_and_phases_and_resumes_bit_for_bit(tmp_path):
     sgd = {f"{stage}.optimizer": "sgd" for stage in ("source_only", "adapt")}
     config = tiny_config(tmp_path, **{f"loop.{key}": value for key, value in lean.items()}, **sgd)
     stages = ("source_only", "prototypes", "pseudo_labels", "adapt")
-    run_stages(config, stages)
+    run_stages(config, stages, forecast=forecast)
     context = Context(config)
     line = context.run.metrics("adapt")[-1]
     assert line["predicted_peak_bytes"] > 0 and {"forward", "loss", "backward"} <= line["phase_peak_bytes"].keys()
     whole = context.checkpoint("adapt").tensors
     context.run.path("adapt", "done.json").unlink()
     shutil.rmtree(context.run.path("adapt", "checkpoints", "step_00000002"))
-    run_stages(config, stages)
+    run_stages(config, stages, forecast=forecast)
     again = context.checkpoint("adapt").tensors
     assert again.keys() == whole.keys() and all(torch.equal(again[key], value) for key, value in whole.items())
 
@@ -347,7 +352,9 @@ def test_selection_on_source_keeps_the_best_checkpoint(tmp_path):
     run_stages(config, ("source_only",))
     context = Context(config)
     picked = json.loads(context.run.path("source_only", "selected.json").read_text())
-    scores = evaluate_model(context.model_of("source_only"), context.dataset("source", "val"), config.source.eval_size)
+    scores = evaluate_model(
+        context.model_of("source_only"), context.domains.dataset("source", "val"), config.source.eval_size
+    )
     assert picked["by"] == "source_val" and scores.miou == pytest.approx(picked["miou"])
 
 
@@ -363,7 +370,7 @@ def test_scores_agree_with_torchmetrics(finished):
     from torchmetrics.functional.classification import multiclass_jaccard_index
     from torchmetrics.functional.segmentation import mean_iou  # noqa: F401  the import itself fails where torchvision is broken
 
-    model, dataset = finished.model_of("source_only"), finished.dataset("target", "val").select(range(3))
+    model, dataset = finished.model_of("source_only"), finished.domains.dataset("target", "val").select(range(3))
     kept = {}
     scores = evaluate_model(
         model, dataset, (48, 32), keep=lambda i, name, labels: kept.update({i: torch.from_numpy(labels.copy())})
@@ -433,20 +440,13 @@ def test_one_adapt_step_under_released_settings_is_the_released_step(tmp_path):
     )
     run_stages(config, ("warmup", "prototypes", "pseudo_labels", "adapt"))
     context = Context(config)
-    source = next(
-        context.batches("adapt", "source", context.dataset("source", "train"), config.adapt, config.adapt.augment)(0)
-    )
-    target = next(
-        context.batches(
-            "adapt", "target", context.pseudo_labelled("pseudo_labels"), config.adapt, config.adapt.target_augment
-        )(0)
-    )
+    source, target = next(batches_of(context, "adapt", config.adapt, ADAPT.feeds(config))(0))
     assert (target.labels != 255).any() and (source.labels != 255).any()
 
     model = context.model_of("warmup")
     start = {key: value.clone() for key, value in model.state_dict().items()}
     prototypes = released_adapt_step(
-        model, load_prototypes(context).T.clone(), source, target, target.labels, config.adapt.lr
+        model, read_prototypes(context.run).T.clone(), source, target, target.labels, config.adapt.lr
     )
     ours = context.checkpoint("adapt")
     moved = 0

@@ -240,7 +240,7 @@ def test_a_run_that_stopped_half_way_has_a_report_that_says_so(tmp_path):
         "summary.json: the run has not come to its end",
         "adapted: the stage stopped after step 40; the same command goes on from its last checkpoint",
         "oracle: not trained, so the share of the gap that is closed is not known",
-        "matched control: not trained",
+        "control: not trained",
         "metrics.jsonl: 1 line cut short",
         "features.npz: no sample of features",
     ):

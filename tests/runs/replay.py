@@ -50,19 +50,19 @@ from torch import nn
 torch.manual_seed(0)
 net = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.GroupNorm(2, 16), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 2, 2, bias=False),
                     nn.GroupNorm(4, 32), nn.ReLU(), nn.Conv2d(32, 48, 1), nn.Conv2d(48, 9, 3, 1, 1))
-judge = nn.Sequential(nn.Conv2d(9, 64, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(64, 1, 4, 2, 1))
-optimizers = [torch.optim.AdamW(net.parameters(), 1e-2), torch.optim.SGD(judge.parameters(), 1e-2, momentum=0.9)]
+discriminator = nn.Sequential(nn.Conv2d(9, 64, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(64, 1, 4, 2, 1))
+optimizers = [torch.optim.AdamW(net.parameters(), 1e-2), torch.optim.SGD(discriminator.parameters(), 1e-2, momentum=0.9)]
 for _ in range(5):
     x = torch.randn(2, 3, 32, 48).contiguous(memory_format=torch.channels_last)
     logits = F.interpolate(net(x), (32, 48), mode="bilinear", align_corners=True)
-    loss = F.cross_entropy(logits, torch.randint(9, (2, 32, 48))) + F.softplus(judge(logits.softmax(1))).mean()
+    loss = F.cross_entropy(logits, torch.randint(9, (2, 32, 48))) + F.softplus(discriminator(logits.softmax(1))).mean()
     loss.backward()
     for optimizer in optimizers:
         optimizer.step(), optimizer.zero_grad()
 picture = np.random.default_rng(0).integers(0, 256, (40, 64, 3), dtype=np.uint8)
 pictures = [Image.fromarray(picture).resize((48, 32), how) for how in (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)]
 pictures.append(pictures[0].filter(ImageFilter.GaussianBlur(1.5)))
-parts = [p.detach().numpy().tobytes() for p in (*net.parameters(), *judge.parameters())] + [p.tobytes() for p in pictures]
+parts = [p.detach().numpy().tobytes() for p in (*net.parameters(), *discriminator.parameters())] + [p.tobytes() for p in pictures]
 parts.append(np.exp(np.random.default_rng(1).normal(size=1000)).tobytes())
 import spcl_fast
 print("package", spcl_fast.__file__)

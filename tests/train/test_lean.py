@@ -10,12 +10,15 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.peers.released import released_step, unfold_batch_norm
 from spcl_fast.config import AdaptConfig, DistillConfig, LoopConfig, SourceConfig, WarmupConfig
 from spcl_fast.data import Batch
 from spcl_fast.errors import ConfigError
-from spcl_fast.estimators.bank import PrototypeBank
-from spcl_fast.method.released import released_step, unfold_batch_norm
-from spcl_fast.method.steps import adapt_step, distill_step, supervised_step, warmup_step
+from spcl_fast.losses import spcl
+from spcl_fast.method.adapt import adapt_step
+from spcl_fast.method.distill import distill_step
+from spcl_fast.method.supervised import supervised_step
+from spcl_fast.method.warmup import warmup_step
 from spcl_fast.models import Discriminator, SegmentationModel, build_model, wrap_model
 from spcl_fast.train import lean
 from spcl_fast.train.absorb import AbsorbingSGD
@@ -44,8 +47,8 @@ def net_of(name: str, **loop):
     return net
 
 
-def bank_of(model: SegmentationModel, absent: str = "keep") -> PrototypeBank:
-    bank = PrototypeBank(4, model.channels, absent=absent)
+def bank_of(model: SegmentationModel, train: AdaptConfig = TRAIN) -> spcl.SPCLObjective:
+    bank = spcl.objective(4, model.channels, train)
     bank.load_(torch.randn(4, model.channels, generator=torch.Generator().manual_seed(5)))
     return bank
 
@@ -161,7 +164,7 @@ def test_the_lean_step_is_the_released_one(checkpoint, absorb, accumulate):
     unfold_batch_norm(theirs)
     torch.manual_seed(0)
     ours = build_model("deeplab_v2_resnet18", 4).train()
-    bank = bank_of(ours, "decay")
+    bank = bank_of(ours, dataclasses.replace(train, absent="decay"))
     prototypes = bank.prototypes.T.clone()
     step_of_theirs = released_step(theirs, prototypes, train)
     net = lean_model(ours, LoopConfig(checkpoint=checkpoint), Precision(CPU), [(2 // accumulate, 3, 32, 48)])

@@ -539,7 +539,7 @@ def test_the_log_has_the_predicted_peak_and_the_measured_one_of_each_phase(tmp_p
         with memory.phase("forward"):
             return real(batch, it)
 
-    stage.fit(tmp_path, iterations=8, step=step, plan=lambda: 12345)
+    stage.fit(tmp_path, iterations=8, step=step, predicted_peak=lambda: 12345)
     first, second = Run(tmp_path).metrics("tiny")
     assert first["predicted_peak_bytes"] == second["predicted_peak_bytes"] == 12345
     assert first["phase_peak_bytes"].keys() == {"forward", "step"} and all(

@@ -65,7 +65,7 @@ class Domain:
     size: tuple[int, int]
     # size, random numbers -> a scene, which has a method labels()
     make: Callable[[tuple[int, int], np.random.Generator], Any]
-    paint: Callable[[Any, np.random.Generator], Image.Image]
+    paint: Callable[..., Image.Image]  # scene, rng=random numbers
 
 
 def _of_pair(number: int, layout: LayoutStatistics, style: styles.Style) -> Domain:
@@ -111,7 +111,8 @@ class GeneratedDataset(Dataset):
         names = [f"{split}_{index:05d}" for index in range(count)]
         super().__init__(kind, split, classes or self.domain.classes, names, has_labels=has_labels)
         self._indices = list(range(count))
-        self.size, self.seed, self._table = tuple(size or self.domain.size), seed, table
+        width, height = size or self.domain.size
+        self.size, self.seed, self._table = (width, height), seed, table
 
     def image(self, index: int) -> Image.Image:
         return CACHE.get((*self._key(index), "image"), lambda: self._paint(index))

@@ -65,7 +65,7 @@ _BY_CLASS: dict[str, dict[str, Kind]] = {
     },
     "sidewalk": {
         "sidewalk": Kind(_PAVING, 0.10, 0.10),
-        "joint": Kind(tuple(tuple(c - 26 for c in colour) for colour in _PAVING), 0.10, 0.10),
+        "joint": Kind(tuple((r - 26, g - 26, b - 26) for r, g, b in _PAVING), 0.10, 0.10),
         "kerb": Kind(((156, 154, 150), (176, 172, 168), (120, 118, 116)), 0.12, 0.12),
     },
     "building": {

@@ -204,8 +204,8 @@ def _photograph(picture: np.ndarray, rng: np.random.Generator) -> Image.Image:
     _develop(picture, rng)
     image = Image.fromarray(_to_uint8(picture.transpose(1, 2, 0)))
     if rng.random() < 0.25:  # a lens and a file that keep less detail than there are pixels
-        small = tuple(max(1, round(length * _between(rng, (0.5, 0.9)))) for length in image.size)
-        image = image.resize(small, Image.Resampling.BILINEAR).resize(image.size, Image.Resampling.BICUBIC)
+        width, height = (max(1, round(length * _between(rng, (0.5, 0.9)))) for length in image.size)
+        image = image.resize((width, height), Image.Resampling.BILINEAR).resize(image.size, Image.Resampling.BICUBIC)
     blur = _often_little(rng, 1.0)
     if blur > 0.2:
         image = image.filter(ImageFilter.GaussianBlur(blur))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -89,8 +90,8 @@ class Street:
         u = ((np.arange(self.width) + 0.5 - self.x0) / self.focal).astype(np.float32)
         v = ((np.arange(self.height) + 0.5 - self.y0) / self.focal).astype(np.float32)
         shape = (self.height, self.width)
-        arrays = (np.zeros(shape, t) for t in (np.int32, np.int32, np.float32, np.uint8, np.uint8))
-        self.scene = Scene(*arrays, u, v, sun=self.sun[0], overcast=chance(0.45))
+        arrays: Any = [np.zeros(shape, t) for t in (np.int32, np.int32, np.float32, np.uint8, np.uint8)]
+        self.scene = Scene(*arrays, u=u, v=v, sun=self.sun[0], overcast=chance(0.45))
         self.groups = 0
         self.depth_now: float | None = None
 

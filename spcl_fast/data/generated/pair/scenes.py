@@ -11,6 +11,7 @@ Arrays use + - * / and comparisons alone, which IEEE 754 fixes, so a seed gives 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -113,7 +114,8 @@ class _Street:
             np.float32
         )  # -(y - eye) / z of each row
         shape = (self.height_px, self.width)
-        self.scene = Scene(*(np.zeros(shape, t) for t in (np.uint8, np.float32, np.float32, np.float32)))
+        arrays: Any = [np.zeros(shape, t) for t in (np.uint8, np.float32, np.float32, np.float32)]
+        self.scene = Scene(*arrays)
         self.next_group = 0
 
     def uniform(self, span: Range) -> float:

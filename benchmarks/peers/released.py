@@ -1,4 +1,4 @@
-"""The released adaptation step in plain PyTorch, as it is: what `plan --against released` counts and what our step is compared with.
+"""The released adaptation step in plain PyTorch, as it is: what our step is compared with, counted or measured.
 
 Both domains' graphs alive, logits up-sampled, features copied into rows of pixels, the source graph kept for a second backward, the
 target's classifier forward that only its shape is taken from, BatchNorm that is not folded. Source: `core/train_ours.py` of
@@ -7,20 +7,19 @@ BinhuiXie/SPCL, commit 9e5bab7, written anew.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import AdaptConfig
-from ..models import SegmentationModel
-from ..models.norm import FrozenBatchNorm2d
-from ..train import memory
-from .steps import IGNORE, Step, backward
-
-if TYPE_CHECKING:
-    from ..data import Batch
+from spcl_fast.config import AdaptConfig, Config
+from spcl_fast.data import Batch
+from spcl_fast.data.classes import IGNORE
+from spcl_fast.memory_plan.peak import CountedStep, PeakMemory, batch_of, measured, plan_nets
+from spcl_fast.method.adapt import STAGE as ADAPT
+from spcl_fast.method.parts import Step, backward
+from spcl_fast.models import SegmentationModel
+from spcl_fast.models.norm import FrozenBatchNorm2d
+from spcl_fast.train import memory
 
 
 class _ReleasedBatchNorm(nn.Module):
@@ -92,3 +91,26 @@ def released_step(model: SegmentationModel, prototypes: Tensor, train: AdaptConf
         return {"segmentation": segmentation.detach(), "contrast": contrast.detach()}
 
     return step
+
+
+def counted_step(config: Config, num_classes: int) -> CountedStep:
+    """The released step at the sizes of these settings: float32, no setting of our loop."""
+    train, model = config.adapt, plan_nets(config, num_classes).new().train()
+    unfold_batch_norm(model)
+    if model.chain is not None:
+        model.chain.cuts = ()
+    batch = tuple(batch_of(feed.size(config), train.batch_size) for feed in ADAPT.feeds(config))
+    prototypes = torch.zeros(model.channels, num_classes)
+    groups = model.parameter_groups(train.lr, train.head_multiplier)
+    optimizer = torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay)
+    step = released_step(model, prototypes, train)
+    return CountedStep(model, step, batch, [model], [optimizer], [prototypes])
+
+
+def peak_memory(config: Config, num_classes: int) -> PeakMemory:
+    """What `spcl-fast plan adapt` counts of our step, of the released one. On fake tensors: nothing is allocated."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        work = counted_step(config, num_classes)
+        return measured("released loop", work, on_cpu=config.loop.device == "cpu")

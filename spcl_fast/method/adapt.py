@@ -1,0 +1,147 @@
+"""Segmentation loss on source; contrastive loss of both domains against the prototypes, which follow the source."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import catalog
+from ..config import AdaptConfig, Config
+from ..data import Batch
+from ..losses.objective import Objective
+from ..models.chain import statistics_kept
+from ..ops import agreement_labels, labels_on, upsampled_cross_entropy
+from ..train import memory
+from ..train.lean import LeanModel
+from .nets import Nets
+from .parts import Shown, Step, backward, never, parts_of, predicted_share, shares, total
+from .pseudo_labels import FIRST
+from .stage import BANK, OWN, Feed, Trainee, shapes
+
+
+class Adapt:
+    name = "adapt"
+
+    def feeds(self, config: Config) -> tuple[Feed, ...]:
+        train = config.adapt
+        return Feed("source", OWN, train.augment), Feed("target", FIRST.folder(config), train.target_augment)
+
+    def build(self, config: Config, nets: Nets) -> Trainee:
+        train = config.adapt
+        model = nets.start()
+        make = catalog.load(catalog.find(catalog.LOSSES, train.loss).home)
+        objective = nets.place(make(nets.num_classes, model.channels, train))
+        objective.load_(nets.prototypes(model.channels).to(nets.device))
+        class_weight = nets.class_weight("source", train.class_weight_power)
+        net = nets.lean(model, shapes(config, train, self.feeds(config)))
+        step = adapt_step(net, objective, train, class_weight, config.loop.accumulate, nets.shown(train))
+        return Trainee(step, net, {"model": model, BANK: objective}, {"model": nets.optimizer(model, train)})
+
+
+STAGE = Adapt()
+
+
+def adapt_step(
+    net: LeanModel,
+    objective: Objective,
+    train: AdaptConfig,
+    class_weight: Tensor | None,
+    accumulate: int = 1,
+    shown: Shown = never,
+) -> Step:
+    """The prototypes move once a step, by the whole batch, before any contrastive loss.
+
+    Diagnostics take the target classifier forward that training does without (of the last part where there are several).
+    """
+    num_classes = objective.prototypes.shape[0]
+
+    def source_pass(source: Batch) -> tuple[Tensor, Tensor]:
+        parts = parts_of(source, accumulate)
+        agreements = _move_prototypes_first(net, objective, parts) if accumulate > 1 else [None]
+        share_of_labels = shares([part.labels for part in parts], class_weight)
+        share_of_agreed = shares(agreements)
+        segmentations, contrasts = [], []
+        for part, agreed, share, contrast_share in zip(
+            parts, agreements, share_of_labels, share_of_agreed, strict=True
+        ):
+            features, logits = net(part.images)
+            with memory.phase("loss"):
+                if agreed is None:
+                    agreed = agreement_labels(part.labels, logits.argmax(1))
+                    objective.update_(features.detach(), agreed)
+                segmentation = share * upsampled_cross_entropy(
+                    logits, part.labels, temperature=train.temperature, class_weight=class_weight
+                )
+                pull = contrast_share * objective(features, agreed)
+                loss = segmentation + train.contrast_weight * pull
+            del features, logits  # the graph frees them as soon as its backward is past them
+            backward(loss)
+            segmentations.append(segmentation.detach())
+            contrasts.append(pull.detach())
+        return total(segmentations), total(contrasts)
+
+    def target_pass(target: Batch, it: int) -> tuple[Tensor, dict[str, Tensor]]:
+        parts, contrasts = parts_of(target, accumulate), []
+        grids = [labels_on(part.labels, net.grid(part.images)) for part in parts] if accumulate > 1 else [None]
+        for part, share in zip(parts, shares(grids), strict=True):
+            features = net.features(part.images)
+            with memory.phase("loss"):
+                pull = share * objective(features, part.labels)
+                loss = train.contrast_weight * pull
+            features = features.detach() if shown(it) else None
+            backward(loss)
+            contrasts.append(pull.detach())
+        more = {} if features is None else diagnostics(net, features, parts[-1].labels, objective.prototypes)
+        return total(contrasts), more
+
+    def step(batch: tuple[Batch, Batch], it: int) -> dict[str, Tensor]:
+        source, target = batch
+        segmentation, source_contrast = source_pass(source)
+        target_contrast, more = target_pass(target, it)
+        chance = math.log(num_classes)  # at a high temperature the loss itself says nothing: log what is above ln K
+        values = {
+            "segmentation": segmentation,
+            "source_excess": source_contrast - chance,
+            "target_excess": target_contrast - chance,
+        }
+        return values | more
+
+    return step
+
+
+@torch.no_grad()
+def _move_prototypes_first(net: LeanModel, objective: Objective, parts: list[Batch]) -> list[Tensor]:
+    """A forward of every part only to move the prototypes by the whole batch; costs one source forward. -> the parts' agreement labels."""
+    agreements: list[Tensor] = []
+
+    def seen() -> Iterator[tuple[Tensor, Tensor]]:
+        for part in parts:
+            features, logits = net(part.images)
+            agreements.append(agreement_labels(part.labels, logits.argmax(1)))
+            yield features, agreements[-1]
+
+    with statistics_kept(net.model):
+        objective.update_in_parts_(seen())
+    return agreements
+
+
+@torch.no_grad()
+def diagnostics(net: LeanModel, features: Tensor, labels: Tensor, prototypes: Tensor) -> dict[str, Tensor]:
+    """What shows a collapse while the loss still falls: predicted and kept shares of each class on target, length of each prototype, and
+    its cosine to the nearest other one.
+    """
+    num_classes = prototypes.shape[0]
+    with memory.phase("loss"):
+        kept = F.one_hot(labels.long().clamp_max(num_classes), num_classes + 1).float().mean((0, 1, 2))[:num_classes]
+        unit = F.normalize(prototypes.float(), dim=1)
+        nearest = (unit @ unit.T).fill_diagonal_(-1.0).amax(1)
+        return {
+            "predicted_share": predicted_share(net.classify(features)),
+            "kept_share": kept,
+            "prototype_norm": prototypes.norm(dim=1),
+            "prototype_nearest": nearest,
+        }

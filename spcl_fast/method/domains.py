@@ -1,0 +1,88 @@
+"""The data of a run: both domains, their classes, and the endless batches of a feed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from .. import distributed
+from ..config import AugmentConfig, Config, TrainConfig
+from ..data import Batch, ClassSet, Dataset, class_frequency, dataset_of, train_batches
+from ..data.statistics import rarity
+from ..errors import DataError
+from ..runs.identity import step_seed
+
+_COUNTED_IMAGES = 1000  # at most so many labels are read for the class weights
+
+
+class Domains:
+    """Source and target as the settings have them; every data set is read once."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @functools.cache  # noqa: B019  lives as long as its run
+    def dataset(self, side: str, split: str, labels: bool = True) -> Dataset:
+        """The data of a domain ("source" | "target"), split "train" | "val"."""
+        domain = getattr(self.config, side)
+        name = domain.train_split if split == "train" else domain.val_split
+        return dataset_of(domain, name, labels=labels, skip_bad_files=self.config.loop.skip_bad_files)
+
+    @functools.cached_property
+    def classes(self) -> ClassSet:
+        """The classes of both domains. Raises DataError where they differ: their ids would mean different things."""
+        source, target = self.dataset("source", "train").classes, self.dataset("target", "train", labels=False).classes
+        if source.names != target.names:
+            raise DataError(
+                f"source and target have different classes: {', '.join(source.names)} and {', '.join(target.names)}. "
+                "Give both domains the same ones: source.classes and target.classes may name one JSON file with a table for each."
+            )
+        return source
+
+    def unlabelled_target(self) -> Dataset:
+        """The target's training images that get pseudo-labels: all, or the first pseudo_label.images."""
+        dataset, images = self.dataset("target", "train", labels=False), self.config.pseudo_label.images
+        return dataset if images is None or images >= len(dataset) else dataset.select(range(images))
+
+    def pictured(self, dataset: Dataset) -> Dataset:
+        """Of the target's validation images those whose predictions the report shows."""
+        return dataset.spread(self.config.evaluate.images).spread(self.config.evaluate.overlays)
+
+    def batches(
+        self, stage: str, side: str, dataset: Dataset, train: TrainConfig, augment: AugmentConfig, *, pin_memory: bool
+    ) -> Callable[[int], Iterator[Batch]]:
+        """start -> endless batches from that iteration on, other ones for every stage and side."""
+        seed = step_seed(self.config.seed, f"{stage}/{side}", 0)
+        return lambda start: train_batches(
+            dataset,
+            augment,
+            size=getattr(self.config, side).size,
+            batch_size=train.batch_size,
+            seed=seed,
+            start_step=start,
+            workers=self.config.loop.workers,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            balanced=train.balanced_sampling and dataset.has_labels,
+            pin_memory=pin_memory,
+        )
+
+
+def class_weight(dataset: Dataset, power: float) -> Tensor | None:
+    """[K] = share ** -power with mean 1 over the classes that occur; an absent class weighs as the rarest.
+
+    None for power 0. Raises DataError where nothing is labelled.
+    """
+    if not power:
+        return None
+    met = class_frequency(dataset, _COUNTED_IMAGES) > 0
+    if not met.any():
+        where = f"{dataset.kind}, split {dataset.split!r}"
+        raise DataError(
+            f"{where}: no pixel of its labels has a known class; `spcl-fast check-data` tells what is there."
+        )
+    weight = rarity(dataset, _COUNTED_IMAGES, power)
+    return torch.tensor(weight / weight[met].mean(), dtype=torch.float32)

@@ -1,0 +1,51 @@
+"""How good the net of a stage is: on the target's validation images, and at its checkpoints where one of them is to be picked."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .. import distributed
+from ..data import write_label_png
+from ..models import SegmentationModel
+from ..runs import layout
+from ..runs.tensorfile import replace_tensors
+from ..train.evaluate import evaluate_model
+from .context import Context
+
+
+def evaluate_stage(context: Context, stage: str, model: SegmentationModel) -> None:
+    """Write the stage's evaluation.json and a few predictions for the report. The main process works; the others wait."""
+    dataset, run = context.evaluation_data, context.run
+    if distributed.is_main() and dataset is not None:
+        evaluate = context.config.evaluate
+        shown = {*context.domains.pictured(dataset).names}
+
+        def keep(index: int, name: str, labels: np.ndarray) -> None:
+            context.stop.raise_if_requested(f"evaluating {stage}")
+            if name in shown:
+                write_label_png(run.path(stage, layout.PREDICTIONS, f"{name}.png"), labels, context.classes.palette)
+
+        size = context.config.target.eval_size
+        scores = evaluate_model(
+            model, dataset, size, device=context.device, tta=evaluate.tta, images=evaluate.images, keep=keep
+        )
+        run.write_json(layout.of_stage(stage, layout.EVALUATION), scores.as_json())
+        run.say(f"{stage}: {scores.miou:.1f} mIoU on {len(dataset.spread(evaluate.images))} target validation images")
+    distributed.barrier()
+
+
+def keep_best(context: Context, stage: str, model: SegmentationModel, done: int) -> None:
+    """Keep the weights that do best on the validation images that evaluate.selection names; "last" keeps none."""
+    selection = context.config.evaluate.selection
+    if selection == "last":
+        return
+    if distributed.is_main():
+        side, record = selection.removesuffix("_val"), layout.of_stage(stage, layout.SELECTED)
+        best = context.run.read_json(record)
+        if best is None or best["step"] != done:
+            size = getattr(context.config, side).eval_size
+            scores = evaluate_model(model, context.domains.dataset(side, "val"), size, device=context.device)
+            if best is None or best["step"] > done or scores.miou > best["miou"]:
+                replace_tensors(context.run.path(stage, layout.SELECTED_WEIGHTS), model.state_dict())
+                context.run.write_json(record, {"step": done, "miou": scores.miou, "by": selection})
+    distributed.barrier()

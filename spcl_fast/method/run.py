@@ -1,0 +1,74 @@
+"""A run: its stages in the order of the catalog, what is complete skipped, and a summary at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .. import catalog, distributed
+from ..config import Config
+from ..config.load import dump_config
+from ..runs import layout
+from ..train import memory
+from ..train.signals import stop_requests
+from .context import Context
+from .samples import keep_samples
+from .stage import BANK, TrainedStage, UntrainedStage
+from .summary import write_summary
+from .training import Forecast, train_stage
+
+
+def run_stages(config: Config, names: Sequence[str] | None = None, *, forecast: Forecast | None = None) -> None:
+    """Do the named stages (default: those of the settings) in the catalog's order; what is complete is skipped. Then write summary.json.
+
+    forecast: what predicts the memory of a stage for its log, such as `memory_plan.peak.forecast`; None: nothing does.
+    """
+    wanted = config.stages if names is None else names
+    with distributed.session(config.loop.device):
+        context = Context(config)
+        with context.run.exclusive(), stop_requests() as stop:
+            context.stop = stop
+            _introduce(context)
+            for row in catalog.STAGES:
+                if row.name in wanted:
+                    memory.reset_peak(context.device)
+                    _do(context, row, forecast)
+                    _keep_settings(context)  # the stage has accepted them
+            write_summary(context)
+        context.run.close()
+
+
+def _do(context: Context, row: catalog.Stage, forecast: Forecast | None) -> None:
+    stage: TrainedStage | UntrainedStage = catalog.load(row.home)
+    if row.net is None:
+        return _write(context, row, stage)
+    trainee = train_stage(context, row, stage, forecast)
+    bank = trainee.modules.get(BANK)
+    if bank is not None:
+        keep_samples(context, trainee.net.model, bank.prototypes)
+
+
+def _write(context: Context, row: catalog.Stage, stage: UntrainedStage) -> None:
+    """Raises CheckpointError where the stage is complete with other settings."""
+    identity = context.identity(row)
+    if context.run.is_done(row.name, identity):
+        context.run.say(f"{row.name}: finished before")
+        return
+    facts = stage.write(context, next(iter(context.inputs(row)), None))
+    context.run.mark_done(row.name, identity, **facts)
+    distributed.barrier()
+
+
+def _introduce(context: Context) -> None:
+    """What the folder says of itself while the run goes on: its classes, and its settings unless a stage has accepted others already."""
+    classes, run = context.classes, context.run
+    palette = [list(colour) for colour in classes.palette]
+    run.write_json(
+        layout.CLASSES, {"names": list(classes.names), "palette": palette, "ignore_index": classes.ignore_index}
+    )
+    started = any(run.path(name).exists() for name in catalog.names(catalog.STAGES))
+    if not (run.path(layout.CONFIG).is_file() and started):
+        _keep_settings(context)
+
+
+def _keep_settings(context: Context) -> None:
+    context.run.write_text(layout.CONFIG, dump_config(context.config))
