@@ -25,6 +25,7 @@ from .pixels import INTERPRETED, power_of_two
 CELLS = 32  # one warp; a shift by one lane is one shuffle
 # without maxnreg, ptxas prefers a few spills to more than 168 registers; the interpreter does not know it
 LAUNCH = {"num_warps": 1, "num_stages": 1} | ({} if INTERPRETED else {"maxnreg": 255})
+PROGRAMS = 4 if INTERPRETED else 2048  # aimed at
 _LANE_PIXELS = 64 if INTERPRETED else 16
 
 
@@ -49,13 +50,12 @@ class Tiling(NamedTuple):
 
 
 class Corners(NamedTuple):
-    """In a kernel: where each lane's cell has its four nodes (offsets within one class), and what they are multiplied by."""
+    """In a kernel: where each lane's cell has its four nodes (offsets within one class)."""
 
     row0: tl.tensor
     row1: tl.tensor
     col0: tl.tensor
     col1: tl.tensor
-    factor: tl.tensor
 
 
 class Columns(NamedTuple):
@@ -133,12 +133,17 @@ def in_cell(i, j, row_end, columns):
 
 @triton.jit
 def load_corners(ptr, at):
-    """The four nodes of each lane's cell, scaled."""
-    a = tl.load(ptr + at.row0 + at.col0).to(tl.float32) * at.factor
-    b = tl.load(ptr + at.row0 + at.col1).to(tl.float32) * at.factor
-    c = tl.load(ptr + at.row1 + at.col0).to(tl.float32) * at.factor
-    d = tl.load(ptr + at.row1 + at.col1).to(tl.float32) * at.factor
+    """The four nodes of each lane's cell. -inf is read as the lowest float: between two of them lies no NaN."""
+    a = finite(tl.load(ptr + at.row0 + at.col0).to(tl.float32))
+    b = finite(tl.load(ptr + at.row0 + at.col1).to(tl.float32))
+    c = finite(tl.load(ptr + at.row1 + at.col0).to(tl.float32))
+    d = finite(tl.load(ptr + at.row1 + at.col1).to(tl.float32))
     return a, b, c, d
+
+
+@triton.jit
+def finite(node):
+    return tl.where(node == -float("inf"), -3.4028234663852886e38, node)
 
 
 @triton.jit
@@ -154,6 +159,16 @@ def interpolate(a, b, c, d, y, x):
 def grid_of(size: tuple[int, int], out: tuple[int, int], align_corners: bool) -> Grid:
     scales = (axis_scale(*pair, align_corners) for pair in zip(size, out, strict=True))
     return Grid(*size, *out, *scales, max(out).bit_length())
+
+
+def tiling_of(images: int, size: tuple[int, int], halo: int) -> Tiling:
+    """halo 1: programs own nodes and walk one cell more on the left and above; 0: they own cells."""
+    height, width = size
+    tiles = triton.cdiv(width, CELLS - 1) if halo else triton.cdiv(width + 1, CELLS)
+    bands = 1  # more spare the halo, fewer make more programs
+    while bands < 8 and images * tiles * triton.cdiv(height, 2 * bands) >= PROGRAMS:
+        bands *= 2
+    return Tiling(bands, triton.cdiv(height + 1 - halo, bands), tiles)
 
 
 def logits_map(logits: Tensor) -> Map:

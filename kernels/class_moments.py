@@ -9,15 +9,27 @@ Shapes: feat [B, D, P] any strides; label [B, H, W]; sums, squares [K, D] float3
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import launch
 from .operands import feature_map, labels_at, size_of
-from .pixels import architecture, flag, layout, on_device_of, pixel_offset, power_of_two, precision, read_class, tile_of
-from .prototype_contrastive_loss.forward import inverse_norm
-from .prototype_contrastive_loss.prototypes import add_groups_kernel, group_tiles
+from .pixels import architecture, layout, on_device_of, pixel_offset, power_of_two, precision, read_class, tile_of
+from .prototype_contrastive_loss.logits import inverse_norm
+from .prototype_contrastive_loss.prototypes import add_groups, group_tiles
+
+
+class Partials(NamedTuple):
+    """Sums of groups: [groups, K, D] twice, and the counts [groups, K]."""
+
+    sums: Tensor
+    squares: Tensor | None
+    counts: Tensor
 
 
 @triton.jit
@@ -40,10 +52,10 @@ def norms_kernel(features, inv_ptr, size, BLOCK_N: tl.constexpr, BLOCK_D: tl.con
 
 @triton.jit
 def moments_kernel(
-    features, labels, inv_ptr, sums_ptr, squares_ptr, counts_ptr, size, tiles, tiles_per_group,
+    features, labels, weight_ptr, inv_ptr, partials, size, tiles, tiles_per_group,
     NORMALIZE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """inv_ptr None and NORMALIZE: BLOCK_O holds all of D and the norm is formed here."""
+    """inv_ptr None and NORMALIZE: BLOCK_O holds all of D and the norm is formed here. weight_ptr [B, P]: weighted sums and counts."""
     blocks_o = tl.cdiv(size.D, BLOCK_O)
     group = tl.program_id(1)
     offs_k = (tl.program_id(0) // blocks_o) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -52,7 +64,7 @@ def moments_kernel(
     image_tiles = tl.cdiv(size.P, BLOCK_N)
     sums = tl.zeros([BLOCK_K, BLOCK_O], tl.float32)
     squares = tl.zeros([BLOCK_K, BLOCK_O], tl.float32)
-    counts = tl.zeros([BLOCK_K], tl.int32)
+    counts = tl.zeros([BLOCK_K], partials.counts.dtype.element_ty)
     spoiled = tl.zeros([BLOCK_K], tl.int32)
     for tile in range(group * tiles_per_group, tl.minimum((group + 1) * tiles_per_group, tiles)):
         b = (tile // image_tiles).to(tl.int64)
@@ -61,7 +73,11 @@ def moments_kernel(
         mine = (offs_k[:, None] == cls[None, :]).to(tl.int32)
         hit = tl.max(mine, 0) > 0
         if tl.max(hit.to(tl.int32), 0) > 0:
-            counts += tl.sum(mine, 1)
+            if weight_ptr is not None:
+                weight = tl.load(weight_ptr + b * size.P + n, mask=hit, other=0.0)
+                counts += tl.sum(mine.to(tl.float32) * weight[None, :], 1)
+            else:
+                counts += tl.sum(mine, 1)
             offs_n = pixel_offset(features, n, size.w)
             # the mask of the tile's edge alone: with the labels in it, loads would be narrow
             x = tl.load(features.ptr + b * features.stride_b + offs_n[:, None] + offs_d[None, :].to(tl.int64) * features.stride_d,
@@ -77,21 +93,24 @@ def moments_kernel(
             finite = tl.sum(unit * 0.0, 1) == 0.0
             unit = tl.where((finite & hit)[:, None], unit, 0.0)
             spoiled += tl.sum(tl.where(finite[None, :], 0, mine), 1)
+            value = unit
+            if weight_ptr is not None:
+                value = unit * weight[:, None]
             one_hot = mine.to(x.dtype)
-            high = unit.to(x.dtype)
+            high = value.to(x.dtype)
             sums = tl.dot(one_hot, high, sums, input_precision=PRECISION)
-            if NORMALIZE and x.dtype != tl.float32:
-                sums = tl.dot(one_hot, (unit - high.to(tl.float32)).to(x.dtype), sums)
-            if squares_ptr is not None:
-                squares = tl.dot(mine.to(tl.float32), unit * unit, squares, input_precision=PRECISION)
+            if (NORMALIZE or weight_ptr is not None) and x.dtype != tl.float32:
+                sums = tl.dot(one_hot, (value - high.to(tl.float32)).to(x.dtype), sums)
+            if partials.squares is not None:
+                squares = tl.dot(mine.to(tl.float32), unit * value, squares, input_precision=PRECISION)
     out = (group.to(tl.int64) * size.K + offs_k[:, None]) * size.D + offs_d[None, :]
     mask = (offs_k < size.K)[:, None] & mask_d[None, :]
     poison = tl.where(spoiled > 0, float("nan"), 0.0)[:, None]
-    tl.store(sums_ptr + out, sums + poison, mask=mask)
-    if squares_ptr is not None:
-        tl.store(squares_ptr + out, squares + poison, mask=mask)
+    tl.store(partials.sums + out, sums + poison, mask=mask)
+    if partials.squares is not None:
+        tl.store(partials.squares + out, squares + poison, mask=mask)
     if tl.program_id(0) % blocks_o == 0:
-        tl.store(counts_ptr + group.to(tl.int64) * size.K + offs_k, counts, mask=offs_k < size.K)
+        tl.store(partials.counts + group.to(tl.int64) * size.K + offs_k, counts, mask=offs_k < size.K)
 
 
 def _inverse_norms(features):
@@ -114,34 +133,32 @@ def _settings(features, num_classes: int, squares: bool) -> dict[str, int]:
     }  # two accumulators
 
 
-def class_moments(features, labels, num_classes, *, normalize, squares, ignore_index):
-    """-> sums [K, D], counts [K] int64, squares [K, D] or empty. Contract: `backends/reference.py`.
+def class_moments(problem, flag: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """-> sums [K, D], counts [K] (int64, or float32 of weights), squares [K, D] or [0]. problem: as the backends' `Moments`.
 
     A pixel with a bad label is left out and raises the flag; a labelled pixel that is not finite makes its class's sums NaN.
     """
+    features, num_classes = problem.features, problem.num_classes
     batch, dim, height, width = features.shape
-    sums = features.new_empty(num_classes, dim, dtype=torch.float32)
-    square_sums = torch.empty_like(sums) if squares else sums.new_empty(0)
-    if features.numel() == 0:
-        return sums.zero_(), torch.zeros(num_classes, dtype=torch.int64, device=features.device), square_sums.zero_()
-    settings = _settings(features, num_classes, squares)
+    weight = None if problem.pixel_weight is None else problem.pixel_weight.contiguous()
+    count_dtype = torch.int64 if weight is None else torch.float32
+    settings = _settings(features, num_classes, problem.squares)
     tiles = batch * triton.cdiv(height * width, settings["BLOCK_N"])
     blocks = triton.cdiv(num_classes, settings["BLOCK_K"]) * triton.cdiv(dim, settings["BLOCK_O"])
-    per_group, groups = group_tiles(tiles, blocks, sums.numel() * (2 if squares else 1))
-    partials = [
-        out if groups == 1 or not out.numel() else out.new_empty(groups, num_classes, dim)
-        for out in (sums, square_sums)
-    ]
-    counts = torch.empty(groups, num_classes, dtype=torch.int32, device=features.device)
+    per_group, groups = group_tiles(tiles, blocks, num_classes * dim * (2 if problem.squares else 1))
+    empty = functools.partial(torch.zeros if features.numel() == 0 else torch.empty, device=features.device)
+    sums = empty((groups, num_classes, dim), dtype=torch.float32)
+    squares = empty((groups, num_classes, dim), dtype=torch.float32) if problem.squares else None
+    counts = empty((groups, num_classes), dtype=torch.int32 if weight is None else torch.float32)
     with on_device_of(features):
-        inv_norm = _inverse_norms(features) if normalize and dim > settings["BLOCK_O"] else None
-        moments_kernel[(blocks, groups)](
-            feature_map(features), labels_at(labels, flag(features), height, width, ignore_index), inv_norm,
-            partials[0], partials[1] if squares else None, counts, size_of(features, num_classes), tiles, per_group,
-            normalize, precision(features.dtype), **settings,
-        )  # fmt: skip
-        if groups > 1:
-            for partial, out in zip(partials, (sums, square_sums), strict=True):
-                if out.numel():
-                    add_groups_kernel[(triton.cdiv(out.numel(), 1024),)](partial, out, out.numel(), groups, 1024)
-    return sums, counts.sum(0, dtype=torch.int64), square_sums
+        if features.numel():
+            inv_norm = _inverse_norms(features) if problem.normalize and dim > settings["BLOCK_O"] else None
+            moments_kernel[(blocks, groups)](
+                feature_map(features), labels_at(problem.labels, flag, height, width, problem.ignore_index), weight, inv_norm,
+                Partials(sums, squares, counts), size_of(features, num_classes), tiles, per_group,
+                problem.normalize, precision(features.dtype), **settings,
+            )  # fmt: skip
+        total = add_groups(sums, groups)
+        square_total = total.new_empty(0) if squares is None else add_groups(squares, groups)
+    wide = counts.sum(0, dtype=torch.int64 if weight is None else torch.float64)
+    return total, wide.to(count_dtype), square_total

@@ -56,10 +56,67 @@ class Weights(NamedTuple):
 
 
 class Prototypes(NamedTuple):
-    """[K, D] contiguous, in the features' dtype; and what a dot with them is multiplied by."""
+    """[K, D] or [B, K, D] contiguous, in the features' dtype; and what makes a logit of a dot with them.
+
+    Logit: <x^, P> / temperature + 1/2 <x^2, V> / temperature^2 + bias, and less margin / temperature at the label.
+    """
 
     ptr: Tensor
+    stride_b: int | None  # None: every image has the same ones
     inv_temperature: float
+    temperature: Tensor | None  # [], read on the device instead of inv_temperature
+    bias: Tensor | None  # [K] or [B, K] contiguous
+    bias_b: int | None
+    variances: Tensor | None  # as the prototypes lie, float32
+    margin: float | None
+
+
+class Probabilities(NamedTuple):
+    """[B, K, h, w] with any strides."""
+
+    ptr: Tensor
+    stride_b: int
+    stride_k: int
+    stride_h: int
+    stride_w: int
+    flag: Tensor
+    bad: int  # what a probability that is none leaves in the flag
+
+
+class Teacher(NamedTuple):
+    """t_nk = exp(<f_n, Q_k> * inv_temperature + u_n + v_k)."""
+
+    features: Map
+    prototypes: Prototypes  # [K, E]
+    dim: int
+    u: Tensor  # [B, P]
+    v: Tensor  # [K]
+
+
+class Given(NamedTuple):
+    """Gradients of the logits, [B, K, P] contiguous. A pixel's are weights * scale; `divide`: they are not yet divided by it."""
+
+    ptr: Tensor
+    divide: int | None
+
+
+class Target(NamedTuple):
+    """What a pixel's logits are compared with: one of the first four is there. t_k becomes keep * t_k + share (label smoothing)."""
+
+    labels: Labels | None
+    probabilities: Probabilities | None
+    teacher: Teacher | None
+    given: Given | None
+    keep: float
+    share: float
+    plain: int | None  # labels, softmax and no smoothing: weights p - [k = y]
+    sigmoid: int | None
+    mean_variance: int | None  # positive_variance=False: the label's own logit carries no variance term
+    scale: Tensor | None = (
+        None  # [B, P], of the backward where the target is not plain: what dz of a pixel is multiplied by; 0 where
+    )
+    # there is nothing to compare with, NaN where it is bad
+    mass: Tensor | None = None  # [B, P], with `scale`: the sum of the pixel's targets
 
 
 class Saved(NamedTuple):
@@ -78,7 +135,7 @@ class Loss(NamedTuple):
 
 
 class Incoming(NamedTuple):
-    """The incoming gradient, [] (strides 0) or [B, h, w], and what a mean was divided by."""
+    """The incoming gradient, [] (strides 0) or [B, h, w], and what the sum was divided by."""
 
     ptr: Tensor
     stride_b: int

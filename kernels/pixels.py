@@ -83,8 +83,9 @@ def pixel_offset(place, n, w):
 
 
 @triton.jit
-def finish_kernel(partial_ptr, loss_ptr, denominator_ptr, T, MEAN: tl.constexpr, BLOCK: tl.constexpr):
-    """One program: partial [2, T] (losses, weights) -> loss, denominator; in a fixed order, in float64. Moves 8 T bytes."""
+def finish_kernel(partial_ptr, given_ptr, loss_ptr, denominator_ptr, T, MEAN: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: partial [2, T] (losses, weights) -> loss, denominator; in a fixed order, in float64. Moves 8 T bytes.
+    given_ptr []: a denominator that is there already."""
     offs = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
     weight = tl.zeros([BLOCK], tl.float64)
@@ -92,11 +93,15 @@ def finish_kernel(partial_ptr, loss_ptr, denominator_ptr, T, MEAN: tl.constexpr,
         mask = start + offs < T
         total += tl.load(partial_ptr + start + offs, mask=mask, other=0.0).to(tl.float64)
         if MEAN:
-            weight += tl.load(partial_ptr + T + start + offs, mask=mask, other=0.0).to(tl.float64)
+            if given_ptr is None:
+                weight += tl.load(partial_ptr + T + start + offs, mask=mask, other=0.0).to(tl.float64)
     loss = tl.sum(total, 0)
     denominator = loss * 0 + 1  # NaN stays NaN: a bad label poisons the gradient of a sum, too
     if MEAN:
-        denominator = tl.sum(weight, 0)
+        if given_ptr is not None:
+            denominator *= tl.load(given_ptr).to(tl.float64)
+        else:
+            denominator = tl.sum(weight, 0)
         loss = tl.where(denominator == 0, 0.0, loss / tl.where(denominator == 0, 1.0, denominator))
     tl.store(loss_ptr, loss.to(tl.float32))
     tl.store(denominator_ptr, denominator.to(tl.float32))
@@ -149,8 +154,9 @@ def layout(features: Tensor) -> str:
     return "channels" if features.stride(1) == 1 and features.stride(3) != 1 else "pixels"
 
 
-def flag(tensor: Tensor) -> Tensor:
-    """[] int64 on the tensor's device, read by `check_labels`."""
-    from ..backends.labels import label_flag
-
-    return label_flag(tensor.device)
+def reduce_partial(
+    partial: Tensor, loss: Tensor, denominator: Tensor, reduction: str, given: Tensor | None = None
+) -> None:
+    """partial [2, programs] of losses and weights -> loss [] and what it was divided by [], float32."""
+    block = 128 if INTERPRETED else 1024
+    finish_kernel[(1,)](partial, given, loss, denominator, partial.shape[1], reduction == "mean", BLOCK=block)

@@ -13,20 +13,30 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from . import class_moments as moments
 from . import launch, pixels
-from .prototype_contrastive_loss import backward as contrast_backward
-from .prototype_contrastive_loss import forward as contrast
+from .prototype_contrastive_loss import contrast
+from .prototype_contrastive_loss.problem import holds_tile, saves_logits
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LEAST_BLOCK, _MOST_BLOCK = 16, 256
 
 
-def _problem(shape, num_classes: int, dtype: torch.dtype, layout: str, device: torch.device) -> dict:
+class Wanted(NamedTuple):
+    features: bool = False
+    prototypes: bool = False
+    bias: bool = False
+    temperature: bool = False
+
+
+def _problem(shape, num_classes: int, dtype: torch.dtype, layout: str, device: torch.device) -> SimpleNamespace:
+    """With the fields of the backends' `Contrast` and `Moments`."""
     batch, dim, height, width = shape
     features = torch.randn(shape, device=device).to(dtype)
     if layout == "channels":
@@ -34,32 +44,26 @@ def _problem(shape, num_classes: int, dtype: torch.dtype, layout: str, device: t
     labels = torch.randint(0, num_classes, (batch, -(-height // 8), -(-width // 8)), device=device)
     labels = labels.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, :height, :width].contiguous()
     prototypes = F.normalize(torch.randn(num_classes, dim, device=device), dim=1).to(dtype)
-    return {"features": features, "labels": labels, "prototypes": prototypes, "num_classes": num_classes}
+    return SimpleNamespace(
+        features=features, labels=labels, prototypes=prototypes, num_classes=num_classes, class_weight=None, pixel_weight=None,
+        variances=None, temperature=0.1, normalize=True, ignore_index=255, reduction="mean", bias=None, label_smoothing=0.0,
+        prototype_class=None, margin=0.0, positive_variance=True, denominator=None, loss="softmax", squares=False,
+    )  # fmt: skip
 
 
-def _calls(problem: dict) -> dict[str, Callable]:
+def _calls(problem: SimpleNamespace) -> dict[str, Callable]:
     """What is timed for each group of kernels: name prefix -> call that returns tensors."""
-    features, labels, prototypes = problem["features"], problem["labels"], problem["prototypes"]
-    common = {"temperature": 0.1, "normalize": True, "ignore_index": 255, "reduction": "mean"}
-    inputs = (features, labels, prototypes, None, None, None)
-    _, denominator, *saves = contrast.prototype_contrastive_forward(*inputs, **common, save=True)
-    one = torch.ones((), device=features.device)
-
-    def backward(dfeatures: bool, dprototypes: bool):
-        return contrast_backward.prototype_contrastive_backward(
-            one, *inputs, *saves, denominator, **common, needs_dfeatures=dfeatures, needs_dprototypes=dprototypes
-        )
-
-    def sums():
-        return moments.class_moments(
-            features, labels, problem["num_classes"], normalize=True, squares=False, ignore_index=255
-        )
-
+    flag = torch.zeros((), dtype=torch.int64, device=problem.features.device)
+    _, denominator, lse, inv_norm, logits = contrast.contrast_forward(problem, Wanted(True), flag, 0)
+    saved = SimpleNamespace(denominator=denominator, lse=lse, inv_norm=inv_norm, logits=logits)
+    one = torch.ones((), device=problem.features.device)
     return {
-        "contrast_forward": lambda: contrast.prototype_contrastive_forward(*inputs, **common, save=True),
-        "contrast_backward": lambda: backward(True, False),
-        "contrast_prototypes": lambda: backward(False, True),
-        "moments": sums,
+        "contrast_forward": lambda: contrast.contrast_forward(problem, Wanted(True), flag, 0),
+        "contrast_backward": lambda: contrast.contrast_backward(one, problem, saved, Wanted(features=True), flag, 0),
+        "contrast_prototypes": lambda: contrast.contrast_backward(
+            one, problem, saved, Wanted(prototypes=True), flag, 0
+        ),
+        "moments": lambda: moments.class_moments(problem, flag),
     }
 
 
@@ -134,10 +138,8 @@ def tune(
     condition = {"dim": shape[1], "num_classes": num_classes}
     rows = []
     calls = _calls(problem)
-    resident = contrast._resident(shape[1], dtype)
-    form = contrast_backward._form(
-        problem["features"], num_classes, contrast.saves_logits(num_classes, shape[1], dtype)
-    )[0]
+    resident = holds_tile(problem.features)
+    form = contrast.form_of(problem.features, num_classes, True, saves_logits(problem))[0]
     kernels = {
         "contrast_forward_resident" if resident else "contrast_forward": "contrast_forward",
         f"contrast_backward_{form}": "contrast_backward", "contrast_prototypes": "contrast_prototypes", "moments": "moments",

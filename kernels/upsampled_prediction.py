@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .cells import (
     CELLS,
     LAUNCH,
     Corners,
-    Tiling,
     columns_of,
     first_pixel,
     flat,
@@ -25,11 +25,12 @@ from .cells import (
     load_corners,
     logits_map,
     node_offset,
+    tiling_of,
     window_of,
     window_sizes,
 )
 from .pixels import on_device_of
-from .upsampled_cross_entropy import _LOG2E, bands_of
+from .upsampled_cross_entropy import _LOG2E
 
 
 @triton.jit
@@ -50,7 +51,7 @@ def prediction_kernel(
         row_end = first_pixel(band + 1, grid.H, grid.scale_h, grid.steps, ALIGN)
         row0 = node_offset(band, grid.h, logits.stride_h)
         row1 = node_offset(band + 1, grid.h, logits.stride_h)
-        at = Corners(row0, row1, col0, col1, factor)
+        at = Corners(row0, row1, col0, col1)
         for r0 in range(row_start, row_end, ROWS):
             for c0 in range(0, widest, COLS):
                 i, j, y, x = window_of(r0, c0, band, columns, grid, ALIGN, ROWS, COLS)
@@ -67,7 +68,7 @@ def prediction_kernel(
                 ptr = logits_ptr
                 for _ in range(0, K):
                     a, b, c, d = load_corners(ptr, at)
-                    total += tl.exp2(interpolate(a, b, c, d, y, x) - top)
+                    total += tl.exp2((interpolate(a, b, c, d, y, x) - top) * factor)
                     ptr += logits.stride_d
                 confidence = 1.0 / total
                 confidence, label = flat(confidence), flat(label)
@@ -75,27 +76,28 @@ def prediction_kernel(
                     label = tl.where(confidence < tl.load(threshold_ptr + label), ignore_index, label)
                 mask = flat(in_cell(i, j, row_end, columns))
                 pixel = image * grid.H * grid.W + flat(i * grid.W + j)
-                tl.store(label_ptr + pixel, label.to(tl.uint8), mask=mask)
+                tl.store(label_ptr + pixel, label.to(label_ptr.dtype.element_ty), mask=mask)
                 tl.store(confidence_ptr + pixel, confidence, mask=mask)
 
 
-def upsampled_prediction(logits, size, thresholds, *, temperature, align_corners, ignore_index):
-    """-> labels uint8 [B, H, W] (ignore_index below the threshold), confidence float32 [B, H, W]. Contract: `backends/reference.py`."""
+def upsampled_prediction(problem) -> tuple[Tensor, Tensor]:
+    """-> labels [B, H, W] (ignore_index below the threshold), confidence float32 [B, H, W]. problem: as `UpsampledClasses`."""
+    logits = problem.logits
     batch, num_classes, h, w = logits.shape
-    height, width = size
-    labels = torch.empty(batch, height, width, dtype=torch.uint8, device=logits.device)
+    height, width = problem.size
+    label_dtype = torch.uint8 if num_classes <= 255 else torch.int32
+    labels = torch.empty(batch, height, width, dtype=label_dtype, device=logits.device)
     confidence = torch.empty(batch, height, width, dtype=torch.float32, device=logits.device)
     if labels.numel() == 0:
         return labels, confidence
-    thresholds = None if thresholds is None else thresholds.contiguous()
-    tiles = triton.cdiv(w + 1, CELLS)
-    bands = bands_of(batch, tiles, h)
-    tiling = Tiling(bands, triton.cdiv(h + 1, bands), tiles)
-    rows, cols, tail = window_sizes((h, w), (height, width), align_corners)
+    thresholds = None if problem.thresholds is None else problem.thresholds.contiguous()
+    tiling = tiling_of(batch, (h, w), 0)
+    rows, cols, tail = window_sizes((h, w), (height, width), problem.align_corners)
     cols = cols if tail == 0 or rows * cols >= 16 else 2 * cols
     with on_device_of(logits):
-        prediction_kernel[(batch * tiling.strips * tiles,)](
-            logits_map(logits), thresholds, labels, confidence, num_classes, grid_of((h, w), (height, width), align_corners), tiling,
-            ignore_index, _LOG2E / temperature, align_corners, rows, cols, CELLS, **LAUNCH,
+        prediction_kernel[(batch * tiling.strips * tiling.tiles,)](
+            logits_map(logits), thresholds, labels, confidence, num_classes,
+            grid_of((h, w), (height, width), problem.align_corners), tiling, problem.ignore_index, _LOG2E / problem.temperature,
+            problem.align_corners, rows, cols, CELLS, **LAUNCH,
         )  # fmt: skip
     return labels, confidence

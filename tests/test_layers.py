@@ -19,7 +19,7 @@ ALLOWED = {
     "distributed": {"errors"},
     "config": {"catalog", "errors"},
     "labels": set(),  # spcl_fast/backends/labels.py: the index rule and the flag of bad labels, below every backend
-    "kernels": {"errors", "labels"},
+    "kernels": set(),  # torch and triton alone
     "backends": {"catalog", "errors", "labels", "kernels"},
     "ops": {"errors", "labels", "backends"},
     "losses": {"errors", "ops", "estimators"},  # an objective is a loss and the estimator that it is taken against

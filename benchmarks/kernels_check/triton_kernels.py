@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib
 import os
 import re
 import subprocess
@@ -26,22 +25,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from spcl_fast.backends.contract import Contrast, Moments, Saved, UpsampledClasses, UpsampledLoss, Wanted
+from spcl_fast.kernels import class_moments as moments
 from spcl_fast.kernels import pixels
+from spcl_fast.kernels import upsampled_cross_entropy as upsample
+from spcl_fast.kernels import upsampled_prediction as prediction
 from spcl_fast.kernels.operands import Map, Size
+from spcl_fast.kernels.prototype_contrastive_loss import contrast, pool, prototypes
 
-# the package's functions have the names of their modules
-contrast, contrast_backward, contrast_prototypes, moments, upsample, prediction = (
-    importlib.import_module(f"spcl_fast.kernels.{name}")
-    for name in (
-        "prototype_contrastive_loss.forward",
-        "prototype_contrastive_loss.backward",
-        "prototype_contrastive_loss.prototypes",
-        "class_moments",
-        "upsampled_cross_entropy",
-        "upsampled_prediction",
-    )
-)
-_MODULES = (pixels, contrast, contrast_backward, contrast_prototypes, moments, upsample, prediction)
+_MODULES = (pixels, contrast, pool, prototypes, moments, upsample, prediction)
 SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
@@ -145,54 +137,47 @@ UPSAMPLED = {
 }  # fmt: skip
 
 
+def _meta(*shape, dtype=torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _features(shape, dtype, channels_last: bool) -> torch.Tensor:
+    features = _meta(*shape[:4], dtype=dtype)
+    return features.to(memory_format=torch.channels_last) if channels_last else features
+
+
 def _contrast(
-    shape,
-    dtype,
-    *,
-    channels_last=False,
-    labels=torch.uint8,
-    weights=False,
-    reduction="mean",
-    normalize=True,
-    prototypes=True,
-) -> None:
+    shape, dtype, *, channels_last=False, labels=torch.uint8, weights=False, reduction="mean", normalize=True, prototypes=True
+) -> None:  # fmt: skip
     batch, dim, height, width, num_classes = shape
-    feat = torch.empty(batch, dim, height, width, dtype=dtype, device="meta")
-    if channels_last:
-        feat = feat.to(memory_format=torch.channels_last)
-    label = torch.empty(batch, 2 * height, 2 * width, dtype=labels, device="meta")
-    proto = torch.empty(num_classes, dim, device="meta")
-    class_weight = torch.empty(num_classes, device="meta") if weights else None
-    pixel_weight = torch.empty(batch, height, width, device="meta") if weights else None
-    common = {"temperature": 0.1, "normalize": normalize, "ignore_index": 255, "reduction": reduction}
-    inputs = (feat, label, proto, class_weight, pixel_weight, None)
-    loss, denominator, *saves = contrast.prototype_contrastive_forward(*inputs, **common, save=True)
-    grad = torch.empty(loss.shape, device="meta")
-    contrast_backward.prototype_contrastive_backward(
-        grad, *inputs, *saves, denominator, **common, needs_dfeatures=True, needs_dprototypes=prototypes
+    problem = Contrast(
+        _features(shape, dtype, channels_last), _meta(batch, 2 * height, 2 * width, dtype=labels), _meta(num_classes, dim),
+        _meta(num_classes) if weights else None, _meta(batch, height, width) if weights else None, None, 0.1, normalize, 255, reduction,
+    )  # fmt: skip
+    _forward_and_backward(problem, Wanted(features=True, prototypes=prototypes))
+
+
+def _forward_and_backward(problem: Contrast, wanted: Wanted) -> None:
+    flag = _meta(dtype=torch.int64)
+    loss, *saved = contrast.contrast_forward(problem, wanted, flag, 0)
+    contrast.contrast_backward(
+        _meta(*loss.shape), problem, Saved(*saved, problem.features.new_empty(0)), wanted, flag, 0
     )
 
 
 def _moments(shape, dtype, *, channels_last=False, squares=False) -> None:
-    batch, dim, height, width, num_classes = shape
-    feat = torch.empty(batch, dim, height, width, dtype=dtype, device="meta")
-    if channels_last:
-        feat = feat.to(memory_format=torch.channels_last)
-    label = torch.empty(batch, height, width, dtype=torch.uint8, device="meta")
-    moments.class_moments(feat, label, num_classes, normalize=True, squares=squares, ignore_index=255)
+    labels = _meta(shape[0], *shape[2:4], dtype=torch.uint8)
+    problem = Moments(_features(shape, dtype, channels_last), labels, shape[4], True, 255, squares)
+    moments.class_moments(problem, _meta(dtype=torch.int64))
 
 
 def _upsampled(case, dtype, *, align_corners=True, reduction="mean", gradient=True, weights=False) -> None:
     (batch, num_classes, h, w), size = case
-    logits = torch.empty(batch, num_classes, h, w, dtype=dtype, device="meta")
-    label = torch.empty(batch, *size, dtype=torch.uint8, device="meta")
-    class_weight = torch.empty(num_classes, device="meta") if weights else None
-    pixel_weight = torch.empty(batch, *size, device="meta") if weights else None
-    settings = {"temperature": 1.8, "align_corners": align_corners, "ignore_index": 255}
-    upsample.upsampled_cross_entropy_forward(
-        logits, label, class_weight, pixel_weight, **settings, reduction=reduction, needs_dlogits=gradient
-    )
-    prediction.upsampled_prediction(logits, size, torch.empty(num_classes, device="meta"), **settings)
+    logits = _meta(batch, num_classes, h, w, dtype=dtype)
+    weight = (_meta(num_classes), _meta(batch, *size)) if weights else (None, None)
+    loss = UpsampledLoss(logits, _meta(batch, *size, dtype=torch.uint8), *weight, 1.8, align_corners, 255, reduction)
+    upsample.upsampled_cross_entropy(loss, gradient, _meta(dtype=torch.int64), 0)
+    prediction.upsampled_prediction(UpsampledClasses(logits, size, align_corners, 255, 1.8, _meta(num_classes)))
 
 
 def cases(quick: bool) -> Iterator[Callable[[], None]]:

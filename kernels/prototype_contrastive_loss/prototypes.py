@@ -8,56 +8,94 @@ Floor: feat read once (S bytes), 2 N D K operations, 4 where the logits are comp
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .. import launch
 from ..operands import feature_map
-from ..pixels import INTERPRETED, architecture, layout, pixel_offset, precision, read_class, read_weights
-from .forward import logits_again, softmax_of
+from ..pixels import INTERPRETED, architecture, layout, pixel_offset, precision, read_weights
+from .logits import inverse_temperature, logits_again
+from .targets import logit_weights, read_pixels, read_target, row_weights, with_margin
 
 _PROGRAMS = 1024  # aimed at; a constant, not the GPU's size
 _WORKSPACE_BYTES = 32 << 20
 
 
+class Partials(NamedTuple):
+    """Sums of groups: of the prototypes' gradient [groups, images, K, D], of the bias' [groups, images, K]."""
+
+    prototypes: Tensor
+    bias: Tensor | None
+    per_image: int | None
+
+
 @triton.jit
-def _coefficients(grad, inv_denominator, weights, saved, b, n, mask_n, size, cls, bad):
-    """-> inv_norm; s * inv_norm, what a pixel's weights are multiplied by; and its largest in the tile (1 where all are 0)."""
-    i = n // size.w
-    offs = b * grad.stride_b + i.to(tl.int64) * grad.stride_h + (n - i * size.w).to(tl.int64) * grad.stride_w
-    given = tl.load(grad.ptr + offs, mask=cls >= 0, other=0.0).to(tl.float32)
-    class_weight, pixel_weight = read_weights(weights, cls, b * size.P + n)
-    inv = tl.load(saved.inv_norm + b * size.P + n, mask=mask_n, other=0.0)
-    coefficient = tl.where(cls >= 0, class_weight * pixel_weight * given * inv_denominator * inv, 0.0)
-    largest = tl.max(tl.abs(coefficient), 0)
-    largest = tl.where(largest > 0, largest, 1.0) + tl.max(tl.where(bad, float("nan"), 0.0), 0)
-    return inv, coefficient, largest
+def _inverse_denominator(grad, target):
+    inverse = 1.0
+    if target.plain is not None:
+        denominator = tl.load(grad.denominator)
+        inverse = tl.where(denominator == 0, 0.0, 1.0 / tl.where(denominator == 0, 1.0, denominator))
+    return inverse
+
+
+@triton.jit
+def _scales(grad, inv_denominator, target, weights, b, n, mask_n, size, cls):
+    """s of each pixel, 0 where there is nothing to compare with."""
+    if target.plain is not None:
+        i = n // size.w
+        offs = b * grad.stride_b + i.to(tl.int64) * grad.stride_h + (n - i * size.w).to(tl.int64) * grad.stride_w
+        incoming = tl.load(grad.ptr + offs, mask=cls >= 0, other=0.0).to(tl.float32)
+        class_weight, pixel_weight = read_weights(weights, cls, b * size.P + n)
+        s = class_weight * pixel_weight * incoming * inv_denominator
+    else:
+        s = read_pixels(target.scale, b, n, mask_n, size)
+    return s
+
+
+@triton.jit
+def _largest(values, bad):
+    """What a tile's values are divided by, so that half floats lose nothing: their largest, 1 where all are 0; NaN at a bad label."""
+    largest = tl.max(tl.abs(values), 0)
+    return tl.where(largest > 0, largest, 1.0) + tl.max(tl.where(bad, float("nan"), 0.0), 0)
 
 
 @triton.jit
 def prototype_kernel(
-    grad, features, labels, prototypes, weights, saved, partial_ptr, size, tiles, tiles_per_group, PRECISION: tl.constexpr,
+    grad, features, target, prototypes, weights, saved, partials, size, tiles, tiles_per_group, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
+    """Axis 2 of the grid: images, where each has a gradient of its own; `tiles` are one image's then, else all images'."""
     blocks_o = tl.cdiv(size.D, BLOCK_O)
     k0 = (tl.program_id(0) // blocks_o) * BLOCK_K
     group = tl.program_id(1)
     offs_k = k0 + tl.arange(0, BLOCK_K)
     offs_d = (tl.program_id(0) % blocks_o) * BLOCK_O + tl.arange(0, BLOCK_O)
     image_tiles = tl.cdiv(size.P, BLOCK_N)
-    denominator = tl.load(grad.denominator)
-    inv_denominator = tl.where(denominator == 0, 0.0, 1.0 / tl.where(denominator == 0, 1.0, denominator))
+    inv_denominator = _inverse_denominator(grad, target)
     acc = tl.zeros([BLOCK_K, BLOCK_O], tl.float32)
+    bias = tl.zeros([BLOCK_K], tl.float32)
     for tile in range(group * tiles_per_group, tl.minimum((group + 1) * tiles_per_group, tiles)):
         b = (tile // image_tiles).to(tl.int64)
+        if partials.per_image is not None:
+            b = tl.program_id(2).to(tl.int64)
         n = (tile % image_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
         mask_n = n < size.P
-        cls, bad = read_class(labels, b, n, mask_n, size)
-        lse = tl.load(saved.lse + b * size.P + n, mask=mask_n, other=0.0)
-        inv, coefficient, largest = _coefficients(grad, inv_denominator, weights, saved, b, n, mask_n, size, cls, bad)
+        cls, bad = read_target(target, b, n, mask_n, size)
+        mass = read_pixels(target.mass, b, n, mask_n, size)
+        lse = mass
+        if saved.lse is not None:
+            lse = tl.load(saved.lse + b * size.P + n, mask=mask_n, other=0.0)
+        inv = tl.load(saved.inv_norm + b * size.P + n, mask=mask_n, other=0.0)
+        s = _scales(grad, inv_denominator, target, weights, b, n, mask_n, size, cls)
+        coefficient = tl.where(cls >= 0, s * inv, 0.0)
+        largest = _largest(coefficient, bad)
         offs_n = pixel_offset(features, n, size.w)
         image_ptr = features.ptr + b * features.stride_b
-        z = logits_again(
+        z, _, _ = logits_again(
             image_ptr,
             features,
             prototypes,
@@ -74,15 +112,34 @@ def prototype_kernel(
             BLOCK_D,
             PRECISION,
         )
-        p = softmax_of(z, lse)
-        weight = tl.where(offs_k[None, :] == cls[:, None], p - 1.0, p) * (coefficient / largest)[:, None]
+        z = with_margin(z, cls, offs_k, prototypes)
+        if target.plain is not None:
+            w = logit_weights(z, lse, offs_k, size.K, cls)
+        else:
+            w = row_weights(
+                z, lse, mass, target, weights, cls, b, n, mask_n, k0, size, BLOCK_N, BLOCK_K, BLOCK_D, PRECISION
+            )
+        if partials.bias is not None:
+            poison = tl.where(bad, float("nan"), 0.0)
+            bias += tl.sum(tl.where((cls >= 0)[:, None], w * s[:, None], 0.0) + poison[:, None], 0)
+        weight = w * (coefficient / largest)[:, None]
         weight = tl.where((cls >= 0)[:, None] & (offs_k < size.K)[None, :], weight, 0.0)
-        x = tl.load(image_ptr + offs_n[:, None] + offs_d[None, :].to(tl.int64) * features.stride_d,
-                    mask=mask_n[:, None] & (offs_d < size.D)[None, :], other=0.0)  # fmt: skip
+        x = tl.load(
+            image_ptr + offs_n[:, None] + offs_d[None, :].to(tl.int64) * features.stride_d,
+            mask=mask_n[:, None] & (offs_d < size.D)[None, :],
+            other=0.0,
+        )
         x = tl.where((cls >= 0)[:, None], x, 0.0)  # 0 times an unlabelled pixel's NaN would be NaN
         acc += tl.dot(tl.trans(weight.to(x.dtype)), x, input_precision=PRECISION) * largest
-    out = partial_ptr + (group.to(tl.int64) * size.K + offs_k[:, None]) * size.D + offs_d[None, :]
-    tl.store(out, acc * prototypes.inv_temperature, mask=(offs_k < size.K)[:, None] & (offs_d < size.D)[None, :])
+    if partials.per_image is not None:
+        group = group * tl.num_programs(2) + tl.program_id(2)
+    part = group.to(tl.int64) * size.K + offs_k
+    mask_k = offs_k < size.K
+    out = partials.prototypes + part[:, None] * size.D + offs_d[None, :]
+    tl.store(out, acc * inverse_temperature(prototypes), mask=mask_k[:, None] & (offs_d < size.D)[None, :])
+    if partials.bias is not None:
+        if tl.program_id(0) % blocks_o == 0:
+            tl.store(partials.bias + part, bias, mask=mask_k)
 
 
 @triton.jit
@@ -99,27 +156,39 @@ def add_groups_kernel(partial_ptr, out_ptr, size, groups, BLOCK: tl.constexpr):
 
 def group_tiles(tiles: int, blocks: int, floats: int) -> tuple[int, int]:
     """-> tiles a group, number of groups; from the sizes alone. `blocks` programs a group, `floats` of workspace a group."""
+    tiles = max(1, tiles)
     groups = max(1, min(tiles, triton.cdiv(_PROGRAMS, blocks), _WORKSPACE_BYTES // (4 * floats)))
     per_group = triton.cdiv(tiles, 3 if INTERPRETED and tiles > 3 else groups)
     return per_group, triton.cdiv(tiles, per_group)
 
 
-def prototype_gradient(features, dprototypes, operands) -> None:
-    """Writes dprototypes [K, D] float32."""
-    grad, labels, prototypes, weights, saved, size = operands
+def add_groups(partial, groups: int):
+    """partial [groups, ...] float32 -> [...]."""
+    if groups == 1:
+        return partial[0]
+    out = partial.new_empty(partial.shape[1:])
+    add_groups_kernel[(triton.cdiv(out.numel(), 1024),)](partial, out, out.numel(), groups, 1024)
+    return out
+
+
+def prototype_gradient(features, operands, per_image: bool, needs_bias: bool):
+    """-> dprototypes [K, D] or [B, K, D], dbias [K] or [B, K] or None; float32."""
+    grad, target, prototypes, weights, saved, size = operands
     settings = launch.find(
         architecture(features), "contrast_prototypes", features.dtype, size.D, size.K, layout(features)
     )
-    tiles = features.shape[0] * triton.cdiv(size.P, settings["BLOCK_N"])
+    batch = features.shape[0]
+    images = batch if per_image else 1
+    tiles = batch // images * triton.cdiv(size.P, settings["BLOCK_N"])
     blocks = triton.cdiv(size.K, settings["BLOCK_K"]) * triton.cdiv(size.D, settings["BLOCK_O"])
-    per_group, groups = group_tiles(tiles, blocks, dprototypes.numel())
-    partial = dprototypes if groups == 1 else dprototypes.new_empty(groups, *dprototypes.shape)
-    prototype_kernel[(blocks, groups)](
-        grad, feature_map(features), labels, prototypes, weights, saved, partial, size, tiles, per_group,
+    per_group, groups = group_tiles(tiles, blocks * images, images * size.K * size.D)
+    partial = features.new_empty((groups, images, size.K, size.D), dtype=torch.float32)
+    bias = features.new_empty((groups, images, size.K), dtype=torch.float32) if needs_bias else None
+    sums = Partials(partial, bias, 1 if per_image else None)
+    prototype_kernel[(blocks, groups, images)](
+        grad, feature_map(features), target, prototypes, weights, saved, sums, size, tiles, per_group,
         precision(features.dtype), **settings,
     )  # fmt: skip
-    if groups > 1:
-        block = 1024
-        add_groups_kernel[(triton.cdiv(dprototypes.numel(), block),)](
-            partial, dprototypes, dprototypes.numel(), groups, block
-        )
+    dprototypes = add_groups(partial, groups)
+    dbias = add_groups(bias, groups) if needs_bias else None
+    return (dprototypes, dbias) if per_image else (dprototypes[0], None if dbias is None else dbias[0])

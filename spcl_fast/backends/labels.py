@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 _NO_BAD_LABEL = torch.iinfo(torch.int64).min
+BAD_PROBABILITY = torch.iinfo(torch.int64).max  # in the flag: a soft label that is negative, NaN or infinite
 
 
 def nearest_index(size: int, out: int, device: torch.device) -> Tensor:

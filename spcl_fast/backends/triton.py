@@ -6,24 +6,62 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..kernels import class_moments as moments
+from ..kernels import prototype_logits as logits
+from ..kernels import upsampled_cross_entropy as cross_entropy
+from ..kernels import upsampled_prediction as prediction
+from ..kernels.prototype_contrastive_loss import contrast as contrasts
 from . import reference
 from .contract import (
     Ask,
     Average,
     Contrast,
     Gradients,
+    Logits,
     Moments,
     Saved,
     SavedLike,
     UpsampledClasses,
     UpsampledLoss,
     Wanted,
-    no_gradients,
 )
+from .labels import BAD_PROBABILITY, label_flag
 
-_OPS = ("prototype_contrastive_loss", "class_moments", "upsampled_cross_entropy", "upsampled_prediction")
-_NEEDS: dict[str, frozenset[str]] = {}  # the options that each op has
-_MAX_CLASSES = {"upsampled_cross_entropy": 4096, "upsampled_prediction": 256}
+_OPS = (
+    "prototype_contrastive_loss",
+    "prototype_logits",
+    "class_moments",
+    "upsampled_cross_entropy",
+    "upsampled_prediction",
+)
+_LOGITS = {
+    "variances",
+    "per_image_prototypes",
+    "bias",
+    "tensor_temperature",
+    "prototype_class",
+    "dbias",
+    "dtemperature",
+}
+_NEEDS = {  # the options that each op has
+    "prototype_contrastive_loss": frozenset(
+        {
+            *_LOGITS, "probabilities", "teacher", "label_smoothing", "margin", "no_positive_variance", "denominator", "sigmoid",
+        }
+    ),
+    "prototype_logits": frozenset(_LOGITS),
+    "class_moments": frozenset({"pixel_weight"}),
+    "upsampled_cross_entropy": frozenset({"denominator"}),
+    "upsampled_prediction": frozenset({"int32_labels"}),
+}  # fmt: skip
+_NOT_TOGETHER = (  # no kernel for both
+    {"no_positive_variance", "label_smoothing"},
+    {"no_positive_variance", "sigmoid"},
+    {"no_positive_variance", "prototype_class"},
+    {"margin", "prototype_class"},
+    {"teacher", "prototype_class"},
+)
+_MAX_CLASSES = {"upsampled_cross_entropy": 4096, "upsampled_prediction": 1 << 20}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -36,6 +74,8 @@ def why_not(ask: Ask) -> str | None:
     missing = ask.needs - _NEEDS.get(op, frozenset())
     if missing:
         return f"{op} in Triton has no {', no '.join(f'`{need}`' for need in sorted(missing))}; use backend='reference'"
+    if both := next((pair for pair in _NOT_TOGETHER if pair <= ask.needs), None):
+        return f"{op} in Triton has no {' with '.join(f'`{need}`' for need in sorted(both))}; use backend='reference'"
     if device.type == "cpu" and not kernels.INTERPRETED:
         return "Triton needs an NVIDIA GPU; on the CPU it runs in its interpreter only (set TRITON_INTERPRET=1 before importing triton)"
     if device.type == "cpu" and (trouble := kernels.interpreter_trouble()):
@@ -51,52 +91,40 @@ def why_not(ask: Ask) -> str | None:
     return None
 
 
-# ---- prototype_contrastive_loss -----------------------------------------------------------------------------------
+# ---- prototype_contrastive_loss and prototype_logits ----------------------------------------------------------------
 
 
 def saved_like(contrast: Contrast, wanted: Wanted) -> SavedLike:
-    c = contrast
-    logits = any(wanted) and kernels.saves_logits(*c.prototypes.shape, c.features.dtype)
-    return SavedLike(kernels.LSE_DTYPE, logits)
+    return SavedLike(contrasts.LSE_DTYPE, any(wanted) and contrasts.saves_logits(contrast))
 
 
 def contrast_forward(contrast: Contrast, wanted: Wanted) -> tuple[Tensor, Saved]:
-    loss, *saved = kernels.prototype_contrastive_forward(*_tensors(contrast), **_settings(contrast), save=any(wanted))
+    flag = label_flag(contrast.features.device)
+    loss, *saved = contrasts.contrast_forward(contrast, wanted, flag, BAD_PROBABILITY)
     return loss, Saved(*saved, contrast.features.new_empty(0))
 
 
 def contrast_backward(grad_loss: Tensor, contrast: Contrast, saved: Saved, wanted: Wanted) -> Gradients:
-    dfeatures, dprototypes = kernels.prototype_contrastive_backward(
-        grad_loss, *_tensors(contrast), saved.lse, saved.inv_norm, saved.logits, saved.denominator, **_settings(contrast),
-        needs_dfeatures=wanted.features, needs_dprototypes=wanted.prototypes,
-    )  # fmt: skip
-    return Gradients(dfeatures, dprototypes, *no_gradients(saved))
+    flag = label_flag(contrast.features.device)
+    return Gradients(*contrasts.contrast_backward(grad_loss, contrast, saved, wanted, flag, BAD_PROBABILITY))
 
 
 contrast_scale = reference.contrast_scale
 
 
-def _tensors(c: Contrast) -> tuple[Tensor | None, ...]:
-    return c.features, c.labels, c.prototypes, c.class_weight, c.pixel_weight, c.variances
+def logits_forward(problem: Logits) -> Tensor:
+    return logits.logits_forward(problem)
 
 
-def _settings(c: Contrast) -> dict:
-    return {
-        "temperature": c.temperature,
-        "normalize": c.normalize,
-        "ignore_index": c.ignore_index,
-        "reduction": c.reduction,
-    }
+def logits_backward(grad_logits: Tensor, problem: Logits, wanted: Wanted) -> Gradients:
+    return Gradients(*logits.logits_backward(grad_logits, problem, wanted))
 
 
 # ---- class_moments ------------------------------------------------------------------------------------------------
 
 
 def class_moments(problem: Moments) -> tuple[Tensor, Tensor, Tensor]:
-    p = problem
-    return kernels.class_moments(
-        p.features, p.labels, p.num_classes, normalize=p.normalize, squares=p.squares, ignore_index=p.ignore_index
-    )
+    return moments.class_moments(problem, label_flag(problem.features.device))
 
 
 def move_prototypes(prototypes: Tensor, problem: Moments, average: Average) -> None:
@@ -107,20 +135,14 @@ def move_prototypes(prototypes: Tensor, problem: Moments, average: Average) -> N
 
 
 def upsampled_cross_entropy(problem: UpsampledLoss, needs_dlogits: bool) -> tuple[Tensor, Tensor]:
-    p = problem
-    return kernels.upsampled_cross_entropy_forward(
-        p.logits, p.labels, p.class_weight, p.pixel_weight, temperature=p.temperature, align_corners=p.align_corners,
-        ignore_index=p.ignore_index, reduction=p.reduction, needs_dlogits=needs_dlogits,
-    )  # fmt: skip
+    flag = label_flag(problem.logits.device)
+    return cross_entropy.upsampled_cross_entropy(problem, needs_dlogits, flag, BAD_PROBABILITY)
+
+
+def upsampled_binary_cross_entropy(problem: UpsampledLoss, needs_dlogits: bool) -> tuple[Tensor, Tensor]:
+    flag = label_flag(problem.logits.device)
+    return cross_entropy.upsampled_binary_cross_entropy(problem, needs_dlogits, flag, BAD_PROBABILITY)
 
 
 def upsampled_prediction(problem: UpsampledClasses) -> tuple[Tensor, Tensor]:
-    p = problem
-    return kernels.upsampled_prediction(
-        p.logits,
-        p.size,
-        p.thresholds,
-        temperature=p.temperature,
-        align_corners=p.align_corners,
-        ignore_index=p.ignore_index,
-    )
+    return prediction.upsampled_prediction(problem)

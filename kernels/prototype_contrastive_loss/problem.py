@@ -1,0 +1,67 @@
+"""A problem of the ops (`Contrast`, `Logits`; any struct with their fields) as operands of the kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..operands import Map, Probabilities, Prototypes, Target, Teacher, labels_at
+
+RESIDENT_DIM = 512  # channels of a pixel tile that is held on chip
+LSE_DTYPE = torch.float64
+
+
+def prototypes_of(problem) -> Prototypes:
+    margin = getattr(problem, "margin", 0.0)
+    tau, bias, variances = problem.temperature, problem.bias, problem.variances
+    on_device = isinstance(tau, Tensor)
+    per_image = problem.prototypes.dim() == 3
+    return Prototypes(
+        problem.prototypes.detach().to(problem.features.dtype).contiguous(),
+        problem.prototypes.shape[1] * problem.prototypes.shape[2] if per_image else None,
+        1.0 if on_device else 1 / tau,
+        tau.detach() if on_device else None,
+        None if bias is None else bias.detach().contiguous(),
+        bias.shape[1] if bias is not None and bias.dim() == 2 else None,
+        None if variances is None else variances.detach().float().contiguous(),
+        float(margin) if margin else None,
+    )
+
+
+def target_of(contrast, flag: Tensor, bad_probability: int) -> Target:
+    features, labels = contrast.features, contrast.labels
+    height, width = features.shape[2:]
+    smoothing, sigmoid = contrast.label_smoothing, contrast.loss == "sigmoid"
+    target = Target(
+        None, None, None, None, 1 - smoothing, smoothing / contrast.num_classes, None,
+        1 if sigmoid else None, None if contrast.positive_variance or contrast.variances is None else 1,
+    )  # fmt: skip
+    if not isinstance(labels, Tensor):
+        return target._replace(teacher=_teacher(labels))
+    if labels.is_floating_point():
+        return target._replace(probabilities=Probabilities(labels, *labels.stride(), flag, bad_probability))
+    plain = None if sigmoid or smoothing else 1
+    return target._replace(labels=labels_at(labels, flag, height, width, contrast.ignore_index), plain=plain)
+
+
+def _teacher(teacher) -> Teacher:
+    features = teacher.features
+    prototypes = teacher.prototypes.to(features.dtype).contiguous()
+    dots = Prototypes(prototypes, None, 1 / teacher.temperature, None, None, None, None, None)
+    return Teacher(
+        Map(features, *features.stride()), dots, features.shape[1], teacher.u.contiguous(), teacher.v.contiguous()
+    )
+
+
+def holds_tile(features: Tensor) -> bool:
+    """Whether a pixel tile stays on chip. FMA dots hold whole operand rows in registers: not for float32."""
+    return features.dtype != torch.float32 and features.shape[1] <= RESIDENT_DIM
+
+
+def saves_logits(contrast) -> bool:
+    """Whether 4 M bytes per pixel are saved for the backward: where they are few next to the features and the tile cannot stay on chip.
+    Logits with a variance term are not: the backward needs their parts. Rows that are pooled always are."""
+    if contrast.prototype_class is not None:
+        return True
+    few = contrast.prototypes.shape[-2] * 4 <= contrast.features.shape[1]
+    return few and contrast.variances is None and not holds_tile(contrast.features)

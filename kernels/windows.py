@@ -1,0 +1,119 @@
+"""What the up-sampled losses share: a window of pixels of each lane's cell, its bounds, and the way back from pixels to nodes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .cells import interpolate, load_corners
+from .operands import Labels, Map, Weights
+
+
+class Soft(NamedTuple):
+    """Probabilities [B, K, g, f] on a grid of their own, up-sampled by the logits' rule; nodes per pixel."""
+
+    map: Map
+    height: int
+    width: int
+    scale_h: float
+    scale_w: float
+
+
+class UpsampledTarget(NamedTuple):
+    """What a pixel's up-sampled logits are compared with. t_k becomes keep * t_k + share (label smoothing)."""
+
+    labels: Labels | None
+    soft: Soft | None
+    keep: float
+    share: float
+    plain: int | None  # labels, softmax and no smoothing
+    binary: int | None  # a sigmoid for each class
+    gamma: float | None  # of the focal loss
+
+
+class Scaling(NamedTuple):
+    """factor = log2(e) / temperature; what a mean is divided by, where a gradient is formed."""
+
+    factor: float
+    inv_factor: float
+    inv_temperature: float
+    denominator: Tensor | None
+
+
+class Image(NamedTuple):
+    """In a kernel: pointers to what belongs to one image, None where there is none."""
+
+    logits: tl.tensor
+    labels: tl.tensor | None
+    soft: tl.tensor | None
+    pixel_weight: tl.tensor | None
+    loss: tl.tensor | None
+    dlogits: tl.tensor | None
+
+
+class Terms(NamedTuple):
+    """In a kernel: what is the same for all windows. stride_k: of the classes of the logits."""
+
+    target: UpsampledTarget
+    weights: Weights
+    scaling: Scaling
+    gradient_scale: tl.tensor
+    K: tl.tensor
+    stride_k: tl.tensor
+
+
+class Band(NamedTuple):
+    """In a kernel, of one row of cells: its index, the first pixel row beyond it, who counts its losses, which nodes are the program's."""
+
+    index: tl.tensor
+    row_end: tl.tensor
+    mine: tl.tensor
+    owned_node: tl.tensor
+    add_top: tl.tensor
+    add_bottom: tl.tensor
+
+
+@triton.jit
+def bounds_of(ptr, at, K, stride_k, CELLS: tl.constexpr):
+    """Per lane: the largest corner of all classes (above every logit of the cell), and how far below it the true maximum may lie."""
+    top = tl.full([CELLS], -float("inf"), tl.float32)
+    low = tl.full([CELLS], -float("inf"), tl.float32)
+    for _ in range(0, K):
+        a, b, c, d = load_corners(ptr, at)
+        top = tl.maximum(top, tl.maximum(tl.maximum(a, b), tl.maximum(c, d)))
+        low = tl.maximum(low, tl.minimum(tl.minimum(a, b), tl.minimum(c, d)))
+        ptr += stride_k
+    return top, tl.max(top - low, 0)
+
+
+@triton.jit
+def largest_of(ptr, at, K, stride_k, y, x, ROWS: tl.constexpr, COLS: tl.constexpr, CELLS: tl.constexpr):
+    """The true maximum of each pixel's logits."""
+    largest = tl.full([ROWS, COLS, CELLS], -float("inf"), tl.float32)
+    for _ in range(0, K):
+        a, b, c, d = load_corners(ptr, at)
+        largest = tl.maximum(largest, interpolate(a, b, c, d, y, x))
+        ptr += stride_k
+    return largest
+
+
+@triton.jit
+def add_to_nodes(dlogits_ptr, g, k, y, column, columns, band, grid, CELLS: tl.constexpr):
+    """Adds a window's gradient g [ROWS, COLS, CELLS] of class k to the program's own nodes. column [COLS, CELLS]: x."""
+    previous = tl.maximum(tl.arange(0, CELLS) - 1, 0)
+    add_top = band.owned_node & band.add_top
+    add_bottom = band.owned_node & band.add_bottom
+    lower = tl.sum(g * y, 0)  # [COLS, CELLS]: the part of the cell's lower row of nodes
+    upper = tl.sum(g, 0) - lower
+    upper_right = tl.sum(upper * column, 0)
+    lower_right = tl.sum(lower * column, 0)
+    # a node's sum: the left part of its own cell and the right part of the cell before
+    d_upper = tl.sum(upper, 0) - upper_right + tl.gather(upper_right, previous, 0)
+    d_lower = tl.sum(lower, 0) - lower_right + tl.gather(lower_right, previous, 0)
+    node = dlogits_ptr + (k * grid.h + band.index).to(tl.int64) * grid.w + columns.cells
+    below = node + grid.w
+    tl.store(node, tl.load(node, mask=add_top, other=0.0) + d_upper, mask=add_top)
+    tl.store(below, tl.load(below, mask=add_bottom, other=0.0) + d_lower, mask=add_bottom)
