@@ -18,7 +18,16 @@ from . import measured
 from .contract import Ask, Backend
 from .measured import is_small as is_small  # what ops ask before `pick`
 
-OPS = ("prototype_contrastive_loss", "class_moments", "upsampled_cross_entropy", "upsampled_prediction")
+OPS = (
+    "prototype_contrastive_loss",
+    "class_moments",
+    "upsampled_cross_entropy",
+    "upsampled_prediction",
+    "prototype_logits",
+    "upsampled_confusion",
+    "upsampled_binary_cross_entropy",
+    "balance_",
+)
 BACKENDS = catalog.names(catalog.BACKENDS)
 
 

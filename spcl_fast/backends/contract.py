@@ -64,8 +64,8 @@ class Teacher(NamedTuple):
     features: Tensor  # [B, E, h, w]
     prototypes: Tensor  # [K, E]
     temperature: float
-    u: Tensor  # [B, P] float32
-    v: Tensor  # [K] float32
+    u: Tensor  # [B, P] wide
+    v: Tensor  # [K] wide
 
 
 class Contrast(NamedTuple):
@@ -200,7 +200,7 @@ class Average(NamedTuple):
 
     def moved(self, prototypes: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
         """The moving average itself: prototypes and sums [K, D], counts [K] -> [K, D]."""
-        present = (counts >= self.min_pixels)[:, None]
+        present = ((counts >= self.min_pixels) & sums.isfinite().all(1))[:, None]
         mean = sums / counts.clamp_min(1)[:, None]
         moved = self.keep * prototypes + (1 - self.keep) * mean
         return torch.where(present, moved, self.keep * prototypes if self.decay_absent else prototypes)

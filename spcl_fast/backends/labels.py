@@ -21,13 +21,14 @@ def nearest_index(size: int, out: int, device: torch.device) -> Tensor:
     return (torch.arange(out, **here) * scale).floor().long().clamp_(max=size - 1)
 
 
-def resize_nearest(labels: Tensor, height: int, width: int) -> Tensor:
-    """[B, H, W] -> [B, height, width] by the nearest rule; the input itself where the sizes agree. Labels are 1/D of the features."""
-    if labels.shape[-2:] == (height, width):
+def resize_nearest(labels: Tensor, *size: int) -> Tensor:
+    """[B, H, W] -> [B, *size] by the nearest rule, for any number of dimensions; the input itself where the sizes agree."""
+    given = labels.shape[-len(size) :]
+    if given == size:
         return labels
-    rows = nearest_index(labels.shape[-2], height, labels.device)
-    cols = nearest_index(labels.shape[-1], width, labels.device)
-    return labels[..., rows[:, None], cols]
+    index = [nearest_index(*pair, labels.device) for pair in zip(given, size, strict=True)]
+    index = [axis.view(-1, *[1] * (len(size) - 1 - place)) for place, axis in enumerate(index)]
+    return labels[(..., *index)]
 
 
 @functools.cache
@@ -64,6 +65,28 @@ def check_range(
     return labelled, None
 
 
+def check_probabilities(probabilities: Tensor) -> Tensor | None:
+    """probabilities [B, K, h, w], each finite and at least 0. On a GPU whether any is not, [] bool; on the CPU ValueError for the first."""
+    bad = ~(probabilities >= 0) | probabilities.isinf()
+    any_bad = bad.any()
+    if probabilities.device.type != "cpu":
+        flag = label_flag(probabilities.device)
+        flag.copy_(torch.where(any_bad, BAD_PROBABILITY, flag))
+        return any_bad
+    if any_bad:
+        b, i, j, k = (int(v) for v in bad.movedim(1, -1).nonzero()[0])
+        raise ValueError(bad_probability_message(float(probabilities[b, k, i, j]), (b, i, j), k))
+    return None
+
+
+def bad_probability_message(value: float, pixel: tuple[int, int, int], k: int) -> str:
+    """One wording for every backend."""
+    return (
+        f"probability {value} of class {k} at pixel (image {pixel[0]}, row {pixel[1]}, column {pixel[2]}) is not a finite number of at "
+        "least 0; soft labels are probabilities, not logits"
+    )
+
+
 def bad_label_message(value: int, pixel: tuple[int, int, int], num_classes: int, ignore_index: int) -> str:
     """One wording for every backend."""
     return (
@@ -84,6 +107,10 @@ def check_labels() -> None:
         value = int(flag)
         if value != _NO_BAD_LABEL:
             flag.fill_(_NO_BAD_LABEL)
+            if value == BAD_PROBABILITY:
+                raise ValueError(
+                    f"a soft label on cuda:{index} is negative, NaN or infinite: the loss of that step is NaN; give probabilities"
+                )
             raise ValueError(
                 f"label {value} on cuda:{index} is outside [0, num_classes) and is not ignore_index: the loss of that step is NaN; "
                 "map unknown classes to ignore_index before the loss"

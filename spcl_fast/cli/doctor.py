@@ -158,7 +158,7 @@ def _backends(device: torch.device, say: Callable[[str], None]) -> list[str]:
     for op, backends in available_backends(device).items():
         first = os.environ.get("SPCL_FAST_BACKEND") or taken(op, device)
         for backend, reason in backends.items():
-            name = f"  {op:<27} {backend + (' *' if backend == first else ''):<12}"
+            name = f"  {op:<31} {backend + (' *' if backend == first else ''):<12}"
             if reason is not None:
                 say(f"{name} not usable: {reason}")
                 continue
@@ -168,7 +168,7 @@ def _backends(device: torch.device, say: Callable[[str], None]) -> list[str]:
             if problem is not None:
                 broken.append(f"{op} on backend {backend}, {device}: {problem}")
         if choice := origin_of_choice(op, device):
-            say(f"  {op:<27} choice: {choice}")
+            say(f"  {op:<31} choice: {choice}")
     large = " (where the size decides: for large float32 problems with 19 classes)" if device.type == "cuda" else ""
     say(
         "  * is taken where none is asked for by name"
@@ -231,9 +231,37 @@ def _prediction(backend: str, device: torch.device, dtype: torch.dtype) -> tuple
     return prediction.labels, prediction.confidence
 
 
+def _logits(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    features, _, prototypes = _inputs(device, dtype)
+    features.requires_grad_(), prototypes.requires_grad_()
+    logits = ops.prototype_logits(features, prototypes, temperature=0.5, backend=backend)
+    return (logits, *torch.autograd.grad(logits.square().sum(), (features, prototypes)))
+
+
+def _confusion(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    features, labels, _ = _inputs(device, dtype)
+    return (ops.upsampled_confusion(features[:, :7], labels, backend=backend),)
+
+
+def _binary_cross_entropy(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    features, labels, _ = _inputs(device, dtype)
+    logits = features[:, :7].detach().requires_grad_()
+    loss = ops.upsampled_binary_cross_entropy(logits, labels, backend=backend)
+    return (loss, *torch.autograd.grad(loss, logits))
+
+
+def _balance(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    features, _, prototypes = _inputs(device, dtype)
+    return ops.balance_(features[:, :, 0].permute(0, 2, 1).flatten(0, 1), prototypes, temperature=5.0, backend=backend)
+
+
 _PROBLEMS: dict[str, Callable[[str, torch.device, torch.dtype], tuple[Tensor, ...]]] = {
     "prototype_contrastive_loss": _contrast,
     "class_moments": _moments,
     "upsampled_cross_entropy": _cross_entropy,
     "upsampled_prediction": _prediction,
+    "prototype_logits": _logits,
+    "upsampled_confusion": _confusion,
+    "upsampled_binary_cross_entropy": _binary_cross_entropy,
+    "balance_": _balance,
 }

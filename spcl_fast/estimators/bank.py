@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops import checks
+from ..ops.pixels import Pixels, labels_of, map_of, pixels_of
 
 _ABSENT = ("keep", "decay")
 
@@ -21,8 +22,11 @@ class PrototypeBank(nn.Module):
     normalize         average unit features (as SPCL) or the features themselves.
 
     With torch.distributed initialised, the batch's sums and counts are added over all ranks first, in one all-reduce, so every rank holds
-    the same bits. In one process the cuda backend moves the prototypes in the kernel that ends the class sums: one read of the features,
-    nothing of [K, D] beside the prototypes leaves it. Source: arXiv 2111.12358; `train_ours.py` of the released code.
+    the same bits. In one process the cuda backend moves the prototypes in the kernel that ends the class sums: one read of the features.
+    Each move makes a new `.prototypes`, so a loss recorded before it keeps the ones that it has seen; where a graph is traced or captured
+    the buffer is moved in place (capture `update_` together with the loss that reads it). The buffer stays float32 under `.half()` and the
+    like. A class whose sum is not finite (an overflow in float16) keeps its prototype.
+    Source: arXiv 2111.12358; `train_ours.py` of the released code.
     """
 
     prototypes: Tensor
@@ -60,23 +64,25 @@ class PrototypeBank(nn.Module):
     def update_(self, features: Tensor, labels: Tensor, predictions: Tensor | None = None) -> PrototypeBank:
         """Move the prototypes by one batch.
 
-        features [B, D, h, w] or [N, D]; labels [B, H, W] or [N], integer, any size; predictions [B, h, w] (argmax of the classifier):
-        only pixels whose label equals the prediction count. No host sync.
+        features [B, D, h, w], [N, D], [B, D, L] or [B, D, T, h, w]; labels [B, H, W] or [N], integer or bool, any size; predictions
+        [B, h, w] or [N] (argmax of the classifier, on the features' grid): only pixels whose label equals the prediction count. No host
+        sync.
         """
-        checks.check_pixels("PrototypeBank", features, labels)
+        pixels = pixels_of("PrototypeBank", features)
+        labels = labels_of("PrototypeBank", pixels, labels)
         if features.shape[1] != self.prototypes.shape[1]:
             raise ValueError(
                 f"PrototypeBank: features must be [B, {self.prototypes.shape[1]}, h, w] or [N, {self.prototypes.shape[1]}], "
                 f"got shape {list(features.shape)}"
             )
         if predictions is not None:
-            labels = self._agreement(features, labels, predictions)
-        if (
-            not _distributed() and self.prototypes.dtype == torch.float32
-        ):  # a bank inside `model.half()` is moved by sums and counts
-            ops.move_prototypes_(self.prototypes, features, labels, **self._average(), **self._settings())
-            return self
-        return self.move_(*self.moments(features, labels))
+            labels = self._agreement(pixels, labels, predictions)
+        if _distributed():
+            return self.move_(*self.moments(pixels.features, labels))
+        moved = self.prototypes if _in_place() else self.prototypes.clone()
+        ops.move_prototypes_(moved, pixels.features, labels, **self._average(), **self._settings())
+        self.prototypes = moved
+        return self
 
     @torch.no_grad()
     def moments(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,7 +95,8 @@ class PrototypeBank(nn.Module):
         """Move the prototypes by a batch's sums and counts, which are added over all ranks first. No host sync."""
         if _distributed():
             sums, counts = _summed_over_ranks(sums, counts)
-        self.prototypes.copy_(ops.moved_prototypes(self.prototypes, sums, counts, **self._average()))
+        moved = ops.moved_prototypes(self.prototypes, sums, counts, **self._average())
+        self.prototypes = self.prototypes.copy_(moved) if _in_place() else moved
         return self
 
     def load_(self, prototypes: Tensor) -> PrototypeBank:
@@ -107,25 +114,35 @@ class PrototypeBank(nn.Module):
     def _average(self) -> dict:
         return {"keep": self.keep, "min_pixels": self.min_pixels, "decay_absent": self.absent == "decay"}
 
-    def _agreement(self, features: Tensor, labels: Tensor, predictions: Tensor) -> Tensor:
-        layout = "[N]" if features.dim() == 2 else "[B, h, w]"
-        checks.check_labels_tensor("PrototypeBank", predictions, labels.dim(), layout, "predictions")
-        if features.dim() == 2:
-            labels, predictions = labels[:, None, None], predictions[:, None, None]
-            return ops.agreement_labels(
-                labels, predictions, num_classes=len(self.prototypes), ignore_index=self.ignore_index
-            ).flatten()
-        if predictions.shape != (features.shape[0], *features.shape[2:]):
+    def _agreement(self, pixels: Pixels, labels: Tensor, predictions: Tensor) -> Tensor:
+        layout = "[N]" if len(pixels.grid) == 1 else "[B, h, w]"
+        checks.check_labels_tensor("PrototypeBank", predictions, len(pixels.grid), layout, "predictions")
+        if tuple(predictions.shape) != pixels.grid:
             raise ValueError(
-                f"PrototypeBank: predictions must have the features' grid {[features.shape[0], *features.shape[2:]]}, "
-                f"got shape {list(predictions.shape)}"
+                f"PrototypeBank: predictions must have the features' grid {list(pixels.grid)}, got shape {list(predictions.shape)}"
             )
         return ops.agreement_labels(
-            labels, predictions, num_classes=len(self.prototypes), ignore_index=self.ignore_index
+            labels, map_of(pixels, predictions), num_classes=len(self.prototypes), ignore_index=self.ignore_index
         )
+
+    def _apply(self, fn, recurse: bool = True) -> PrototypeBank:
+        """Moved to where `fn` moves it, but float32 whatever the module around it becomes: steps of 1 - keep vanish in bfloat16."""
+        before = self.prototypes
+        super()._apply(fn, recurse)
+        if self.prototypes.dtype != torch.float32:
+            self.prototypes = before.to(self.prototypes.device)
+        return self
 
     def extra_repr(self) -> str:
         return f"num_classes={self.prototypes.shape[0]}, dim={self.prototypes.shape[1]}, keep={self.keep}, absent={self.absent!r}"
+
+
+def _in_place() -> bool:
+    """Graphs that are traced or captured know the buffer by its address; elsewhere a move makes a new tensor, and graphs that were recorded
+    before it keep theirs."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _distributed() -> bool:

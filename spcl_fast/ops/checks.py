@@ -30,29 +30,26 @@ def check_strided(op: str, name: str, tensor: Tensor) -> None:
 def check_labels_tensor(op: str, labels: Tensor, dims: int, layout: str, name: str = "labels") -> None:
     if not isinstance(labels, Tensor):
         raise TypeError(f"{op}: {name} must be an integer tensor {layout}, got {type(labels).__name__}")
-    if labels.dtype not in INTEGERS:
+    if labels.dtype not in INTEGERS and labels.dtype != torch.bool:
         raise TypeError(f"{op}: {name} must have an integer dtype, got {labels.dtype}")
     check_strided(op, name, labels)
     if labels.dim() != dims:
         raise ValueError(f"{op}: {name} must be {layout}, got shape {list(labels.shape)}")
 
 
-def check_pixels(op: str, features: Tensor, labels: Tensor) -> None:
-    """features [B, D, h, w] with labels [B, H, W], or [N, D] with [N]."""
-    check_float(op, "features", features, (2, 4), "[B, D, h, w] or [N, D]")
-    if features.dim() == 2:
-        check_labels_tensor(op, labels, 1, "[N] for features [N, D]")
-    else:
-        check_labels_tensor(op, labels, 3, "[B, H, W] for features [B, D, h, w]")
-        if features.shape[0] and 0 in labels.shape[1:] and 0 not in features.shape[2:]:
-            raise ValueError(f"{op}: labels must hold at least one pixel an image, got shape {list(labels.shape)}")
-    if labels.shape[0] != features.shape[0]:
-        raise ValueError(
-            f"{op}: features and labels must agree in their first dimension, got {list(features.shape)} and {list(labels.shape)}"
-        )
-    if features.shape[1] == 0:
-        raise ValueError(f"{op}: features must have at least one channel, got shape {list(features.shape)}")
-    check_device(op, features, "features", labels=labels)
+def check_logits(op: str, logits: Tensor) -> None:
+    check_float(op, "logits", logits, (4,), "[B, K, h, w]")
+    if 0 in logits.shape[1:]:
+        raise ValueError(f"{op}: logits must hold at least one class and one node, got shape {list(logits.shape)}")
+
+
+def check_size(op: str, size: tuple[int, int]) -> None:
+    if not isinstance(size, (tuple, list)):
+        raise TypeError(f"{op}: size must be (H, W), got {size!r}")
+    if any(isinstance(value, float) for value in size):
+        raise TypeError(f"{op}: size must be (H, W) in whole pixels, got {tuple(size)}")
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"{op}: size must be (H, W), each at least 1, got {tuple(size)}")
 
 
 def check_device(op: str, anchor: Tensor, anchor_name: str, **others: Tensor | None) -> None:
@@ -63,11 +60,81 @@ def check_device(op: str, anchor: Tensor, anchor_name: str, **others: Tensor | N
             )
 
 
+def as_integers(labels: Tensor) -> Tensor:
+    """Masks of True and False are classes 1 and 0."""
+    return labels.view(torch.uint8) if labels.dtype == torch.bool else labels
+
+
+def wide(values: Tensor) -> torch.dtype:
+    """The dtype of losses and weights."""
+    return torch.float64 if values.dtype == torch.float64 else torch.float32
+
+
 def check_temperature(op: str, temperature: float) -> None:
-    if isinstance(temperature, Tensor) or not isinstance(temperature, (int, float)):
+    if isinstance(temperature, (Tensor, bool)) or not isinstance(temperature, (int, float)):
         raise TypeError(f"{op}: temperature must be a number, got {type(temperature).__name__}")
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"{op}: temperature must be finite and above 0, got {temperature}")
+
+
+def check_share(op: str, name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{op}: {name} must be in [0, 1], got {value}")
+
+
+def check_finite(op: str, name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{op}: {name} must be finite, got {value}")
+
+
+def check_choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        listed = ", ".join(map(repr, choices[:-1]))
+        raise ValueError(f"{op}: {name} must be {listed} or {choices[-1]!r}, got {value!r}")
+
+
+def refuse_together(op: str, first: str, second: str, reason: str) -> None:
+    """For two options that mean nothing together."""
+    raise ValueError(f"{op}: {first} and {second} cannot be used together: {reason}")
+
+
+def scale_of(op: str, anchor: Tensor, temperature: float | Tensor) -> float | Tensor:
+    """A checked temperature; a tensor stays on its device, in the losses' dtype, and is not read."""
+    if not isinstance(temperature, Tensor):
+        check_temperature(op, temperature)
+        return float(temperature)
+    if temperature.dtype not in FLOATS or temperature.dim():
+        raise TypeError(
+            f"{op}: temperature must be a number or a floating-point tensor of shape [], got {temperature.dtype} of shape "
+            f"{list(temperature.shape)}"
+        )
+    check_device(op, anchor, "features", temperature=temperature)
+    return temperature.to(wide(anchor))
+
+
+def denominator_of(
+    op: str, denominator: str | Tensor, reduction: str, like: Tensor, grid: tuple[int, ...]
+) -> Tensor | None:
+    """What "mean" divides by, [] in the losses' dtype; None: what the labels say."""
+    if not isinstance(denominator, Tensor):
+        check_choice(op, "denominator", denominator, ("labelled", "all"))
+        if denominator == "labelled":
+            return None
+    if reduction != "mean":
+        refuse_together(op, f"denominator={denominator if isinstance(denominator, str) else 'a tensor'}",
+                        f"reduction={reduction!r}", "only the mean is divided")  # fmt: skip
+    if not isinstance(denominator, Tensor):
+        return like.new_full((), math.prod(grid), dtype=wide(like))
+    if denominator.dim():
+        raise ValueError(f"{op}: denominator must be a tensor of shape [], got {list(denominator.shape)}")
+    if denominator.requires_grad:
+        raise ValueError(f"{op}: denominator requires grad, but is a constant of the loss; pass denominator.detach()")
+    check_device(op, like, "features", denominator=denominator)
+    return denominator.to(wide(like))
 
 
 def check_options(op: str, *, ignore_index: int, backend: str | None, **flags: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..backends.labels import check_labels as check_labels
@@ -20,13 +21,24 @@ def agreement_labels(
     """
     checks.check_labels_tensor("agreement_labels", labels, 3, "[B, H, W]")
     checks.check_labels_tensor("agreement_labels", predictions, 3, "[B, h, w]", "predictions")
-    if len(labels) != len(predictions):
+    if labels.shape[0] != predictions.shape[0]:
         raise ValueError(f"agreement_labels: one image each, got {list(labels.shape)} and {list(predictions.shape)}")
     checks.check_device("agreement_labels", labels, "labels", predictions=predictions)
+    return _agreement(labels, predictions, ignore_index, 0 if num_classes is None else num_classes)
+
+
+@torch.library.custom_op("spcl_fast::agreement_labels", mutates_args=())
+def _agreement(labels: Tensor, predictions: Tensor, ignore_index: int, num_classes: int) -> Tensor:
+    """An op, because what it raises on a label that is none depends on values. num_classes 0: any label is one."""
     given, labels = labels.shape[1:], resize_nearest(labels, *predictions.shape[1:]).long()
-    if num_classes is not None:
+    if num_classes:
         check_range(labels, num_classes, ignore_index, given)
     return labels.where(labels == predictions.long(), ignore_index)
+
+
+@_agreement.register_fake
+def _(labels, predictions, ignore_index, num_classes):
+    return predictions.new_empty(predictions.shape, dtype=torch.int64)
 
 
 def labels_on(labels: Tensor, size: tuple[int, int]) -> Tensor:

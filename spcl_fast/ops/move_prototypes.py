@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import backends
 from ..backends.contract import Ask, Average, Moments
 from . import checks, dispatched
+from .pixels import labels_of, pixels_of
 
 _OP = "move_prototypes_"
 
@@ -26,22 +27,21 @@ def move_prototypes_(
 ) -> None:
     """prototype_k <- keep * prototype_k + (1 - keep) * (mean (unit) feature of class k), as `PrototypeBank.update_` on one process.
 
-    A class with fewer than `min_pixels` pixels stays, or is multiplied by `keep` where `decay_absent`. No host sync. The cuda backend does
-    it in the kernel that adds the partial sums (the features are read once, sums and counts are not written); elsewhere it is
-    `class_moments` and `moved_prototypes`. Raises and allocates as `class_moments`.
+    A class with fewer than `min_pixels` pixels, or whose sum is not finite, stays, or is multiplied by `keep` where `decay_absent`. No host
+    sync. The cuda backend does it in the kernel that adds the partial sums (the features are read once, sums and counts are not written);
+    elsewhere it is `class_moments` and `moved_prototypes`. Raises and allocates as `class_moments`.
     """
-    checks.check_pixels(_OP, features, labels)
+    pixels = pixels_of(_OP, features)
+    values = labels_of(_OP, pixels, labels)
     checks.check_options(
         _OP, ignore_index=ignore_index, backend=backend, normalize=normalize, decay_absent=decay_absent
     )
     _check_prototypes(prototypes, features)
-    if features.dim() == 2:
-        features, labels = features.t()[None, :, :, None], labels[None, :, None]
     small = "small" if backends.is_small(features.numel()) else ""
     line = dispatched.line(
         "normalize" if normalize else "", "decay" if decay_absent else "", small, f"@{backend}" if backend else ""
     )
-    _move_prototypes(prototypes, features.detach(), labels, keep, min_pixels, ignore_index, line)
+    _move_prototypes(prototypes, pixels.features.detach(), values, keep, min_pixels, ignore_index, line)
 
 
 def _check_prototypes(prototypes: Tensor, features: Tensor) -> None:

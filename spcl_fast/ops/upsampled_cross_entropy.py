@@ -1,22 +1,20 @@
-"""upsampled_cross_entropy: cross-entropy of bilinearly up-sampled logits, without the up-sampled logits."""
+"""upsampled_cross_entropy and upsampled_binary_cross_entropy: losses of bilinearly up-sampled logits, without the up-sampled logits."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
-from .. import backends
-from ..backends.contract import Ask, UpsampledLoss
-from . import checks, dispatched
+from ..backends.contract import UpsampledLoss
+from . import checks
+from .recorded_upsampled import recorded
 
 _OP = "upsampled_cross_entropy"
+_BINARY = "upsampled_binary_cross_entropy"
 
 
 def upsampled_cross_entropy(
     logits: Tensor,  # [B, K, h, w]
-    labels: Tensor,  # [B, H, W], any integer dtype
+    labels: Tensor,  # [B, H, W], any integer dtype or bool; or floating [B, K, g, f]
     *,
     temperature: float = 1.0,
     align_corners: bool = True,
@@ -25,152 +23,118 @@ def upsampled_cross_entropy(
     pixel_weight: Tensor | None = None,  # [B, H, W]
     reduction: str = "mean",
     backend: str | None = None,
+    label_smoothing: float = 0.0,
+    denominator: str | Tensor = "labelled",
+    size: tuple[int, int] | None = None,
 ) -> Tensor:  # [] or, for reduction="none", [B, H, W]; float32 (float64 for float64 logits)
     """F.cross_entropy(F.interpolate(logits, labels' size, mode="bilinear") / temperature, labels), differentiable once in `logits`.
 
-    Weights, reductions and ignored pixels as in `prototype_contrastive_loss`; any size ratio, up and down.
+    Weights, reductions, smoothing, denominator and ignored pixels as in `prototype_contrastive_loss`; any size ratio, up and down.
+    Floating labels are probabilities, up-sampled by the same rule to `size`, or where that is None to pixel_weight's size, or else used at
+    their own; the logits are up-sampled to the same size. A pixel whose probabilities are all 0 is unlabelled.
+    A class that is -inf at every corner of a pixel's cell has probability 0 there and adds nothing; a corner of weight 0 does not count, so
+    at equal size nothing is mixed. Finite logits, however low, give a finite loss.
     Raises ValueError or TypeError for what does not fit; on the CPU ValueError for a label outside [0, K) that is not ignore_index.
     Memory: never holds the up-sampled logits. The gradient, of the logits' size in float32, is formed in the forward pass for an
     incoming gradient of 1 and scaled in the backward, so a float16 loss scale loses nothing.
     Source: the segmentation loss of SPCL, arXiv 2111.12358 (temperature 1.8 in the released code).
     """
-    checks.check_float(_OP, "logits", logits, (4,), "[B, K, h, w]")
-    checks.check_labels_tensor(_OP, labels, 3, "[B, H, W]")
+    checks.check_logits(_OP, logits)
+    checks.check_share(_OP, "label_smoothing", label_smoothing)
+    if isinstance(labels, Tensor) and labels.dtype in checks.FLOATS and labels.dim() == 4:
+        _check_probabilities(logits, labels)
+        size = _size_of_probabilities(labels, size, pixel_weight)
+    else:
+        labels = _integer_labels(_OP, logits, labels)
+        if size is not None and tuple(size) != tuple(labels.shape[1:]):
+            raise ValueError(
+                f"{_OP}: size {tuple(size)} is not that of the labels, {list(labels.shape[1:])}; integer labels say the size"
+            )
+        size = None
+    problem = UpsampledLoss(
+        logits, labels, class_weight, pixel_weight, temperature, align_corners, ignore_index, reduction, float(label_smoothing), size=size
+    )  # fmt: skip
+    return recorded(_OP, _checked(_OP, problem, denominator, backend), backend or "")
+
+
+def upsampled_binary_cross_entropy(
+    logits: Tensor,  # [B, K, h, w]
+    labels: Tensor,  # [B, H, W], any integer dtype or bool
+    *,
+    class_weight: Tensor | None = None,  # [K]
+    pixel_weight: Tensor | None = None,  # [B, H, W]
+    gamma: float = 0.0,
+    temperature: float = 1.0,
+    align_corners: bool = True,
+    ignore_index: int = 255,
+    reduction: str = "mean",
+    denominator: str | Tensor = "labelled",
+    backend: str | None = None,
+) -> Tensor:  # [] or, for reduction="none", [B, H, W]; float32 (float64 for float64 logits)
+    """Sigmoid or, with gamma > 0, focal loss of up-sampled logits against the labels' one-hot, which is never made.
+
+        z = F.interpolate(logits, labels' size, mode="bilinear") / temperature,   q_k = sigmoid(z_k) if k = label else 1 - sigmoid(z_k)
+        loss of a pixel = - sum_k class_weight_k (1 - q_k)^gamma log q_k
+
+    The mean divides by the number of labelled pixels. Differentiable once in `logits`; everything else as in `upsampled_cross_entropy`.
+    Source: Lin et al., Focal Loss, arXiv 1708.02002.
+    """
+    checks.check_logits(_BINARY, logits)
+    checks.check_finite(_BINARY, "gamma", gamma)
+    if gamma < 0:
+        raise ValueError(f"{_BINARY}: gamma must be at least 0, got {gamma}")
+    labels = _integer_labels(_BINARY, logits, labels)
+    problem = UpsampledLoss(
+        logits, labels, class_weight, pixel_weight, temperature, align_corners, ignore_index, reduction, gamma=float(gamma)
+    )  # fmt: skip
+    return recorded(_BINARY, _checked(_BINARY, problem, denominator, backend), backend or "")
+
+
+def _integer_labels(op: str, logits: Tensor, labels: Tensor) -> Tensor:
+    checks.check_labels_tensor(op, labels, 3, "[B, H, W]")
     if labels.shape[0] != logits.shape[0]:
         raise ValueError(
-            f"{_OP}: logits and labels must hold as many images, got {list(logits.shape)} and {list(labels.shape)}"
+            f"{op}: logits and labels must hold as many images, got {list(logits.shape)} and {list(labels.shape)}"
         )
-    if 0 in logits.shape[1:]:
-        raise ValueError(f"{_OP}: logits must hold at least one class and one node, got shape {list(logits.shape)}")
-    checks.check_temperature(_OP, temperature)
-    checks.check_options(_OP, ignore_index=ignore_index, backend=backend, align_corners=align_corners)
-    checks.check_reduction(_OP, reduction)
-    checks.check_constant(_OP, "class_weight", class_weight, ((logits.shape[1],),), "one weight a class")
-    checks.check_constant(_OP, "pixel_weight", pixel_weight, (tuple(labels.shape),), "the labels' shape")
-    checks.check_device(_OP, logits, "logits", labels=labels, class_weight=class_weight, pixel_weight=pixel_weight)
-    wide = _wide(logits)
-    class_weight = None if class_weight is None else class_weight.to(wide)
-    pixel_weight = None if pixel_weight is None else pixel_weight.to(wide)
-    problem = UpsampledLoss(
-        logits, labels, class_weight, pixel_weight, float(temperature), align_corners, ignore_index, reduction
+    return checks.as_integers(labels)
+
+
+def _check_probabilities(logits: Tensor, labels: Tensor) -> None:
+    checks.check_strided(_OP, "labels", labels)
+    if labels.shape[:2] != logits.shape[:2] or 0 in labels.shape[2:]:
+        raise ValueError(
+            f"{_OP}: labels of dtype {str(labels.dtype).removeprefix('torch.')} are probabilities and must be [B, K, g, f] with the "
+            f"logits' B and K, got {list(labels.shape)} for logits {list(logits.shape)}"
+        )
+    if labels.requires_grad:
+        raise ValueError(f"{_OP}: labels require grad, but are constants of the loss; pass labels.detach()")
+
+
+def _size_of_probabilities(
+    labels: Tensor, size: tuple[int, int] | None, pixel_weight: Tensor | None
+) -> tuple[int, int] | None:
+    if size is not None:
+        checks.check_size(_OP, size)
+        return int(size[0]), int(size[1])
+    if pixel_weight is not None and pixel_weight.dim() == 3:
+        return pixel_weight.shape[1], pixel_weight.shape[2]
+    return None
+
+
+def _checked(op: str, problem: UpsampledLoss, denominator: str | Tensor, backend: str | None) -> UpsampledLoss:
+    """What both losses check, with weights and denominator in the loss's dtype."""
+    p, logits = problem, problem.logits
+    checks.check_temperature(op, p.temperature)
+    checks.check_options(op, ignore_index=p.ignore_index, backend=backend, align_corners=p.align_corners)
+    checks.check_reduction(op, p.reduction)
+    shape = (logits.shape[0], *p.output_size)
+    checks.check_constant(op, "class_weight", p.class_weight, ((logits.shape[1],),), "one weight per class")
+    checks.check_constant(op, "pixel_weight", p.pixel_weight, (shape,), "the labels' shape")
+    checks.check_device(op, logits, "logits", labels=p.labels, class_weight=p.class_weight, pixel_weight=p.pixel_weight)
+    wide = checks.wide(logits)
+    return p._replace(
+        temperature=float(p.temperature),
+        class_weight=None if p.class_weight is None else p.class_weight.to(wide),
+        pixel_weight=None if p.pixel_weight is None else p.pixel_weight.to(wide),
+        denominator=checks.denominator_of(op, denominator, p.reduction, logits, shape),
     )
-    return _recorded(problem, backend or "")
-
-
-def _wide(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
-# ---- the struct through the dispatcher --------------------------------------------------------------------------------
-
-
-def _pack(
-    problem: UpsampledLoss, backend: str, wanted: bool
-) -> tuple[list[Tensor | None], list[float], list[int], str]:
-    p = problem
-    small = backends.is_small(p.labels.numel() * p.logits.shape[1])
-    line = dispatched.line(
-        p.reduction, "align_corners" if p.align_corners else "", "small" if small else "", f"@{backend}" if backend else "",
-        "dlogits" if wanted else "",
-    )  # fmt: skip
-    return [p.logits, p.labels, p.class_weight, p.pixel_weight], [p.temperature], [p.ignore_index], line
-
-
-def _unpack(
-    tensors: Sequence[Tensor | None], numbers: Sequence[float], integers: Sequence[int], line: str
-) -> UpsampledLoss:
-    reduction = dispatched.one_of(line, "mean", "sum", "none")
-    return UpsampledLoss(*tensors, numbers[0], "align_corners" in dispatched.words(line), integers[0], reduction)
-
-
-def _forms_dlogits(line: str) -> bool:
-    """A map's incoming gradient is another for each pixel: nothing can be formed before it is known."""
-    words = dispatched.words(line)
-    return "dlogits" in words and "none" not in words
-
-
-@torch.library.custom_op("spcl_fast::upsampled_cross_entropy", mutates_args=())
-def _forward(
-    tensors: Sequence[Tensor | None], numbers: Sequence[float], integers: Sequence[int], line: str
-) -> tuple[Tensor, Tensor]:
-    problem = _unpack(tensors, numbers, integers, line)
-    classes = problem.logits.shape[1]
-    small = "small" in dispatched.words(line)
-    ask = Ask(_OP, problem.logits.device, problem.logits.dtype, classes, classes, small)
-    used = backends.choose(ask, dispatched.named_backend(line))
-    return used.upsampled_cross_entropy(problem, _forms_dlogits(line))
-
-
-@_forward.register_fake
-def _(tensors, numbers, integers, line):
-    problem = _unpack(tensors, numbers, integers, line)
-    logits = problem.logits
-    loss = logits.new_empty(problem.labels.shape if problem.reduction == "none" else (), dtype=_wide(logits))
-    return loss, logits.new_empty(logits.shape if _forms_dlogits(line) else (0,), dtype=_wide(logits))
-
-
-@torch.library.custom_op("spcl_fast::upsampled_cross_entropy_gradient", mutates_args=())
-def _gradient(logits: Tensor, dlogits: Tensor) -> Tensor:
-    """The gradient in the logits' dtype, as an op of its own so that differentiating it again is refused with a reason."""
-    return dlogits.to(logits.dtype, copy=True)
-
-
-@_gradient.register_fake
-def _(logits, dlogits):
-    return dlogits.new_empty(dlogits.shape, dtype=logits.dtype)
-
-
-# ---- autograd ---------------------------------------------------------------------------------------------------------
-
-
-class _Recorded(torch.autograd.Function):
-    """apply(*tensors, numbers, integers, line) -> what `_forward` returns; the loss alone is differentiable, in the logits."""
-
-    @staticmethod
-    def forward(*inputs):
-        *tensors, numbers, integers, line = inputs
-        return _forward(tensors, numbers, integers, line)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, ctx.numbers, ctx.integers, ctx.line = inputs
-        _, dlogits = output
-        ctx.mark_non_differentiable(dlogits)
-        ctx.set_materialize_grads(False)
-        ctx.is_map = dlogits.dim() == 1
-        if ctx.is_map:
-            ctx.save_for_backward(*tensors)
-        else:
-            ctx.save_for_backward(tensors[0], dlogits)
-
-    @staticmethod
-    def backward(ctx, grad_loss, _):
-        nothing = [None] * len(ctx.needs_input_grad)
-        if grad_loss is None:
-            return tuple(nothing)
-        if ctx.is_map:  # the gradient of sum(map * grad) is that of the summed loss with the grad as pixel weights
-            logits, labels, class_weight, pixel_weight = ctx.saved_tensors
-            weight = grad_loss if pixel_weight is None else grad_loss * pixel_weight
-            tensors = [logits.detach(), labels, class_weight, weight]
-            dlogits = _forward(tensors, ctx.numbers, ctx.integers, ctx.line.replace("none", "sum"))[1]
-        else:
-            logits, dlogits = ctx.saved_tensors
-            dlogits = dlogits * grad_loss
-        nothing[0] = _gradient(logits, dlogits)
-        return tuple(nothing)
-
-
-_Transformed = dispatched.transformable(_Recorded, _OP)
-
-
-def _recorded(problem: UpsampledLoss, backend: str) -> Tensor:
-    """The loss, recorded for autograd where a gradient may be asked for."""
-    transformed = dispatched.is_transformed()
-    wanted = transformed or (torch.is_grad_enabled() and problem.logits.requires_grad)
-    tensors, numbers, integers, line = _pack(problem, backend, wanted)
-    if wanted:
-        return (_Transformed if transformed else _Recorded).apply(*tensors, numbers, integers, line)[0]
-    return _forward(tensors, numbers, integers, line)[0]
-
-
-dispatched.register(_forward, _gradient, _OP)

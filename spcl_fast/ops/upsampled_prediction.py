@@ -15,8 +15,11 @@ from . import checks, dispatched
 _OP = "upsampled_prediction"
 
 
+_WORD = {torch.uint8: "a uint8", torch.int32: "an int32"}
+
+
 class Prediction(NamedTuple):
-    labels: Tensor  # [B, H, W] uint8
+    labels: Tensor  # [B, H, W] uint8; int32 for more than 255 classes
     confidence: Tensor  # [B, H, W] float32
 
 
@@ -32,29 +35,23 @@ def upsampled_prediction(
 ) -> Prediction:
     """argmax and maximum of softmax(F.interpolate(logits, size, mode="bilinear") / temperature).
 
-    Where the confidence is below its class's threshold the label is ignore_index: a pseudo-label.
-    Not differentiable. Labels are uint8, so K <= 256 and ignore_index in [0, 255] (and not a class where thresholds are given).
-    Raises ValueError or TypeError for what does not fit. Memory: 5 bytes a pixel, the two results.
+    Where the confidence is not at least its class's threshold (NaN is not) the label is ignore_index: a pseudo-label. With thresholds
+    ignore_index must be no class.
+    Not differentiable. Labels are uint8 up to 255 classes and int32 beyond; ignore_index must fit. A class that is -inf at every corner
+    of a pixel's cell is never predicted and has probability 0.
+    Raises ValueError or TypeError for what does not fit. Memory: 5 bytes per pixel (8 beyond 255 classes), the two results.
     Source: `pseudo_label.py` of the SPCL code.
     """
-    checks.check_float(_OP, "logits", logits, (4,), "[B, K, h, w]")
-    if 0 in logits.shape[1:]:
-        raise ValueError(f"{_OP}: logits must hold at least one class and one node, got shape {list(logits.shape)}")
-    if logits.shape[1] > 256:
-        raise ValueError(f"{_OP}: at most 256 classes fit a uint8 label, got logits {list(logits.shape)}")
-    if not isinstance(size, (tuple, list)):
-        raise TypeError(f"{_OP}: size must be (H, W), got {size!r}")
-    if any(isinstance(value, float) for value in size):
-        raise TypeError(f"{_OP}: size must be (H, W) in whole pixels, got {tuple(size)}")
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"{_OP}: size must be (H, W), each at least 1, got {tuple(size)}")
+    checks.check_logits(_OP, logits)
+    checks.check_size(_OP, size)
     checks.check_temperature(_OP, temperature)
     checks.check_options(_OP, ignore_index=ignore_index, backend=backend, align_corners=align_corners)
-    if not 0 <= ignore_index <= 255:
-        raise ValueError(f"{_OP}: ignore_index must fit a uint8 label, got {ignore_index}")
+    dtype = label_dtype(logits.shape[1])
+    if not torch.iinfo(dtype).min <= ignore_index <= torch.iinfo(dtype).max:
+        raise ValueError(f"{_OP}: ignore_index must fit {_WORD[dtype]} label, got {ignore_index}")
     checks.check_constant(_OP, "thresholds", thresholds, ((logits.shape[1],),), "one threshold a class")
     checks.check_device(_OP, logits, "logits", thresholds=thresholds)
-    if thresholds is not None and ignore_index < logits.shape[1]:
+    if thresholds is not None and 0 <= ignore_index < logits.shape[1]:
         raise ValueError(
             f"{_OP}: ignore_index {ignore_index} is one of the {logits.shape[1]} classes; with thresholds it must be none"
         )
@@ -68,13 +65,18 @@ def upsampled_prediction(
     return Prediction(*_prediction(logits.detach(), thresholds, float(temperature), [*size, ignore_index], line))
 
 
+def label_dtype(num_classes: int) -> torch.dtype:
+    return torch.uint8 if num_classes <= 255 else torch.int32
+
+
 @torch.library.custom_op("spcl_fast::upsampled_prediction", mutates_args=())
 def _prediction(
     logits: Tensor, thresholds: Tensor | None, temperature: float, integers: Sequence[int], line: str
 ) -> tuple[Tensor, Tensor]:
     height, width, ignore_index = integers
     words = dispatched.words(line)
-    ask = Ask(_OP, logits.device, logits.dtype, logits.shape[1], logits.shape[1], "small" in words)
+    needs = frozenset(("int32_labels",)) if logits.shape[1] > 255 else frozenset()
+    ask = Ask(_OP, logits.device, logits.dtype, logits.shape[1], logits.shape[1], "small" in words, needs)
     problem = UpsampledClasses(logits, (height, width), "align_corners" in words, ignore_index, temperature, thresholds)
     return backends.choose(ask, dispatched.named_backend(line)).upsampled_prediction(problem)
 
@@ -82,7 +84,7 @@ def _prediction(
 @_prediction.register_fake
 def _(logits, thresholds, temperature, integers, line):
     shape = (logits.shape[0], *integers[:2])
-    return logits.new_empty(shape, dtype=torch.uint8), logits.new_empty(shape, dtype=torch.float32)
+    return logits.new_empty(shape, dtype=label_dtype(logits.shape[1])), logits.new_empty(shape, dtype=torch.float32)
 
 
 _prediction.register_vmap(dispatched.looped_over_batch(_prediction))

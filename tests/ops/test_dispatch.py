@@ -20,6 +20,7 @@ from spcl_fast import backends, ops
 from spcl_fast.backends import measured
 from spcl_fast.backends.contract import Ask, Contrast, Wanted
 from spcl_fast.cli import doctor
+from spcl_fast.ops import recorded_contrast
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -271,8 +272,12 @@ def test_what_is_traced_saves_what_the_backend_of_its_size_saves(table):
         features, prototypes = torch.empty(1, 256, 8, 8, device=GPU), torch.empty(19, 256, device=GPU)
         labels = torch.empty(1, 8, 8, dtype=torch.int64, device=GPU)
         problem = Contrast(features, labels, prototypes, None, None, None, 1.0, True, 255, "mean")
-        pack, forward = (ops.prototype_contrastive_loss.__globals__[name] for name in ("_pack", "_forward"))
-        kept = {small: list(forward(*pack(problem, Wanted(True, True), "", small))[4].shape) for small in (True, False)}
+        kept = {
+            small: list(
+                recorded_contrast._forward(*recorded_contrast._pack(problem, Wanted(True, True), "", small))[4].shape
+            )
+            for small in (True, False)
+        }
     assert kept == {True: [0], False: [1, 19, 64]}
 
 
@@ -397,7 +402,9 @@ def test_doctor_says_what_was_measured_where_and_when(table, monkeypatch):
     assert choices["class_moments"] == (
         "measured on sm_90 (A made-up GPU, 2031-02-03): cuda for fp32 large, half deep; triton for half large; triton first elsewhere"
     )
-    assert choices["upsampled_prediction"] == "not measured on this GPU (sm_90): triton first" and len(choices) == 4
+    assert choices["upsampled_prediction"] == "not measured on this GPU (sm_90): triton first" and set(choices) == set(
+        backends.OPS
+    )
     assert [line.split()[:3] for line in lines if line.startswith("  class_moments") and " * " in line] == [
         ["class_moments", "cuda", "*"]
     ]
@@ -405,5 +412,5 @@ def test_doctor_says_what_was_measured_where_and_when(table, monkeypatch):
 
 def test_doctor_says_that_nothing_was_measured_and_nothing_of_the_cpu(table, monkeypatch):
     lines = said_by_doctor(monkeypatch, GPU)
-    assert sum("choice: not measured on this GPU (sm_90): triton first" in line for line in lines) == 4
+    assert sum("choice: not measured on this GPU (sm_90): triton first" in line for line in lines) == len(backends.OPS)
     assert not [line for line in said_by_doctor(monkeypatch, torch.device("cpu")) if "choice" in line]

@@ -351,16 +351,17 @@ def test_double_backward_is_refused_in_words():
     ("change", "error", "text"),
     [
         (
-            {"features": torch.zeros(2, 16, 7)},
+            {"features": torch.zeros(16)},
             ValueError,
-            r"features must be \[B, D, h, w\] or \[N, D\], got shape \[2, 16, 7\]",
+            r"features must be \[B, D, h, w\], \[N, D\], \[B, D, L\] or \[B, D, T, h, w\], got shape \[16\]",
         ),
         ({"features": torch.zeros(2, 16, 7, 9, dtype=torch.int32)}, TypeError, "features must be float32"),
         ({"labels": torch.zeros(2, 7, 9)}, TypeError, "labels must have an integer dtype, got torch.float32"),
+        ({"features": torch.zeros(2, 16, 7)}, ValueError, "labels must be one dimension less than the features"),
         (
-            {"labels": torch.zeros(2, 7, 9, dtype=torch.bool)},
+            {"labels": torch.zeros(2, 7, 9, dtype=torch.complex64)},
             TypeError,
-            "labels must have an integer dtype, got torch.bool",
+            "labels must have an integer dtype, got torch.complex64",
         ),
         ({"labels": torch.zeros(3, 7, 9, dtype=torch.long)}, ValueError, "must agree in their first dimension"),
         ({"labels": torch.zeros(2, 63, dtype=torch.long)}, ValueError, r"labels must be \[B, H, W\]"),
@@ -372,9 +373,9 @@ def test_double_backward_is_refused_in_words():
         (
             {"class_weight": torch.ones(4)},
             ValueError,
-            r"class_weight must have one weight a class, got shape \[4\], expected \[5\]",
+            r"class_weight must have one weight per class, got shape \[4\], expected \[5\]",
         ),
-        ({"pixel_weight": torch.ones(2, 7, 8)}, ValueError, "pixel_weight must have one weight a pixel"),
+        ({"pixel_weight": torch.ones(2, 7, 8)}, ValueError, "pixel_weight must have one weight per pixel"),
         ({"pixel_weight": torch.ones(2, 7, 9, requires_grad=True)}, ValueError, r"pass pixel_weight.detach\(\)"),
         ({"variances": torch.ones(5, 15)}, ValueError, "variances must have the prototypes' shape"),
         ({"ignore_index": 2.0}, TypeError, "ignore_index must be an int"),
