@@ -15,10 +15,11 @@ import functools
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
-Row = dict[str, object]
+Row = dict[str, Any]
 
 
 def _row(kernel: str, *, warps: int = 4, stages: int = 3, registers: int | None = 255, dtype: str | None = None, layout: str | None = None,

@@ -88,7 +88,9 @@ def _median_us(call: Callable) -> float:
         return 1e6 * (time.perf_counter() - start)
     from triton.testing import do_bench
 
-    return 1e3 * do_bench(call, warmup=10, rep=40, return_mode="median")
+    milliseconds = do_bench(call, warmup=10, rep=40, return_mode="median")
+    assert isinstance(milliseconds, float)  # a list is for several quantiles
+    return 1e3 * milliseconds
 
 
 def _alike(got, expected) -> bool:
@@ -168,7 +170,9 @@ def write(rows: list[launch.Row], arch: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m spcl_fast.kernels.tune", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m spcl_fast.kernels.tune", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--dim", type=int, required=True, help="channels of the features")
     parser.add_argument(

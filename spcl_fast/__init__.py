@@ -33,7 +33,7 @@ _HOME = {
     "PrototypeBank": "spcl_fast.estimators.bank",
     "PseudoLabelThresholds": "spcl_fast.estimators.thresholds",
 }
-__all__ = ["__version__", *_HOME]
+__all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll] # one table, not a second list
 
 if TYPE_CHECKING:
     from .backends import available_backends

@@ -46,17 +46,23 @@ def start(device: str = "auto", timeout: timedelta = timedelta(minutes=30)) -> W
         raise ConfigError(f"{what}: start several processes with `torchrun ... -m spcl_fast ...`, or unset RANK.")
     world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
+        # here, because a torch without distributed has neither
+        from torch.distributed.distributed_c10d import PrefixStore
+        from torch.distributed.rendezvous import rendezvous
+
         gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
         if gpu:
             torch.cuda.set_device(world.local_rank)
-        store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timeout))
+        store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=timeout))
         # torchrun keeps one store over its restarts: without a name of its own, an attempt reads the addresses of dead processes
-        own = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        own = PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(
             "nccl" if gpu else "gloo", store=own, rank=world.rank, world_size=world.size, timeout=timeout
         )
     if _control is None:
-        _control = dist.new_group(backend="gloo", timeout=timeout)
+        group = dist.new_group(backend="gloo", timeout=timeout)
+        assert isinstance(group, dist.ProcessGroup)  # another type only where this process is no member
+        _control = group
     return world
 
 
