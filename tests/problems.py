@@ -8,7 +8,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spcl_fast import backends
+from spcl_fast import backends, catalog
 from spcl_fast.backends.contract import Ask
 
 
@@ -17,7 +17,10 @@ def asked(op: str, *needs: str, device: str | torch.device = "cpu", dtype=torch.
     return Ask(op, torch.device(device), dtype, num_classes, dim, needs=frozenset(needs))
 
 
-def usable(op: str, *needs: str, among: tuple[str, ...] = ("reference", "cpu")) -> list[str]:
+ON_CPU = tuple(row.name for row in catalog.BACKENDS if "cpu" in row.devices)
+
+
+def usable(op: str, *needs: str, among: tuple[str, ...] = ON_CPU) -> list[str]:
     """The backends, of `among`, that can do `op` with these options on this machine's CPU."""
     return [name for name in among if backends.why_not(name, asked(op, *needs)) is None]
 

@@ -69,15 +69,34 @@ Status move_prototypes(const Moments& a, const PrototypeMove& move, Stream strea
 
 // ---- prototype_contrastive_loss ---------------------------------------------------------------------------------
 
+// What a loss may have beyond labels, prototypes [K, D] and a temperature that the host knows. `used`: any of it. Then,
+// and where a block's shared memory does not hold the K logits of its pixels, the general kernels do the work; the
+// plain ones know nothing of all this.
+struct ContrastOptions {
+  bool used;
+  int64_t prototypes_stride_b;  // elements from an image's prototypes to the next one's; 0: all images share them
+  const float* bias;            // [K], [B, K] or nullptr
+  int64_t bias_stride_b;
+  const float* temperature;  // [], or nullptr: Contrast::temperature
+  float label_smoothing;
+  const float* weight_sum;  // [] of class_weight; read with label_smoothing and class_weight alone
+  float margin;
+  bool sigmoid;
+  Features targets;          // [B, K, h, w] probabilities with any strides; data == nullptr: labels
+  float* target_sums;        // [B, P], workspace, with probabilities
+  const float* denominator;  // [], or nullptr: what is labelled
+};
+
 struct Contrast {
   Features x;
   Labels labels;
-  const void* prototypes;     // [K, D] contiguous, x's type
+  const void* prototypes;     // [K, D] or [B, K, D] contiguous, x's type
   const float* class_weight;  // [K] or nullptr
   PixelMap pixel_weight;
-  int64_t num_classes;  // at most kMaxContrastClasses, contrast_plan.h
+  int64_t num_classes;
   float temperature;
   bool normalize;
+  ContrastOptions options;
 };
 
 struct ContrastForward : Contrast {
@@ -86,7 +105,7 @@ struct ContrastForward : Contrast {
   float* loss;         // []
   float* denominator;  // []
   float* partial;      // [2][contrast_blocks], workspace
-  float* lse;          // [B, P] or nullptr
+  double* lse;         // [B, P] or nullptr
   float* inv_norm;     // [B, P] or nullptr
   float* logits;       // [B, K, P] or nullptr
 };
@@ -94,12 +113,20 @@ struct ContrastForward : Contrast {
 struct ContrastBackward : Contrast {
   PixelMap grad;             // the incoming gradient, a scalar as a map with strides 0
   const float* denominator;  // []
-  const float* lse;          // [B, P]
+  const double* lse;         // [B, P]
   const float* inv_norm;     // [B, P]
   const float* logits;       // [B, K, P] or nullptr: computed again
   Features dx;               // same shape and type as x; data == nullptr: not wanted
-  float* dprototypes;        // [K, D] or nullptr: not wanted
-  float* partial;            // [groups][K][D], workspace; not needed where groups == 1
+  float* dprototypes;        // [K, D] or [B, K, D], or nullptr: not wanted
+  float* dbias;              // [K] or [B, K], or nullptr: not wanted
+  float* dtemperature;       // [] or nullptr: not wanted
+  float* partial;            // [contrast_partial_floats], workspace
+};
+
+// Floats of the workspace of a backward, in order: the groups' prototype gradients, their bias gradients, the blocks'
+// temperature gradients.
+struct ContrastPartial {
+  int64_t prototypes, bias, temperature;
 };
 
 // Loss and gradient of the features together, for an incoming gradient of 1: features and prototypes of float32 or
@@ -124,8 +151,8 @@ int64_t one_pass_floats(const Contrast& a);
 Status prototype_contrastive_one_pass(const ContrastOnePass& a, Stream stream);
 Status scale_gradient(const ScaledGradient& a, Stream stream);
 
-int64_t contrast_blocks(const Features& x);                               // of the forward
-int64_t contrast_partial_floats(const Features& x, int64_t num_classes);  // of the prototypes' gradient; 0: none
+int64_t contrast_blocks(const Features& x);  // of the forward
+ContrastPartial contrast_partial(const ContrastBackward& a);
 Status prototype_contrastive_forward(const ContrastForward& a, Stream stream);
 Status prototype_contrastive_backward(const ContrastBackward& a, Stream stream);
 

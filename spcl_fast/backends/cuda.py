@@ -27,18 +27,22 @@ from .contract import (
     UpsampledClasses,
     UpsampledLoss,
     Wanted,
-    no_gradients,
 )
 from .labels import label_flag
 
 OPS = ("prototype_contrastive_loss", "class_moments", "upsampled_cross_entropy", "upsampled_prediction")
-# The whole row of a pixel's logits is in shared memory: 99 KB a block on sm_86, sm_89 and sm_120, 163 KB and more elsewhere.
-_MAX_CONTRAST_CLASSES, _MAX_CONTRAST_CLASSES_SMALL = 240, 128
 _MAX_CLASSES = {
+    "prototype_contrastive_loss": 65536,  # tried up to there
     "upsampled_cross_entropy": 32767,
     "upsampled_prediction": 256,
 }  # a class is an int16 in shared memory, a uint8 when written
-_NEEDS: dict[str, frozenset[str]] = {}  # the options that each op has
+# The options that each op has.
+_NEEDS = {
+    "prototype_contrastive_loss": frozenset(
+        {"per_image_prototypes", "bias", "tensor_temperature", "probabilities", "label_smoothing", "margin", "denominator", "sigmoid",
+         "dbias", "dtemperature"}
+    ),
+}  # fmt: skip
 _CACHED_BYTES = 1024
 _ONE_PASS_CLASSES, _ONE_PASS_DIM = 32, 4096  # what a cluster holds of a tile: csrc/cuda/contrast_plan.h
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -76,18 +80,9 @@ def why_not(ask: Ask) -> str | None:
         return f"{op} in CUDA has no {', no '.join(f'`{need}`' for need in sorted(lacks))}; use backend='reference'"
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
         return "the CUDA kernels need compute capability 8.0 or newer"
-    if op == "prototype_contrastive_loss" and ask.num_classes > _max_contrast_classes(device):
-        return (
-            f"{op} in CUDA takes at most {_max_contrast_classes(device)} classes on this device; use backend='triton'"
-        )
     if ask.num_classes > _MAX_CLASSES.get(op, ask.num_classes):
         return f"{op} in CUDA takes at most {_MAX_CLASSES[op]} classes"
     return missing()
-
-
-def _max_contrast_classes(device: torch.device) -> int:
-    small = device.type == "cuda" and torch.cuda.get_device_capability(device) in ((8, 6), (8, 9), (12, 0))
-    return _MAX_CONTRAST_CLASSES_SMALL if small else _MAX_CONTRAST_CLASSES
 
 
 def saves_logits(num_classes: int, dim: int, dtype: torch.dtype = torch.float32) -> bool:
@@ -129,13 +124,18 @@ def takes_one_pass(features: Tensor, num_classes: int) -> bool:
 
 def saved_like(contrast: Contrast, wanted: Wanted) -> SavedLike:
     if _in_one_pass(contrast, wanted):
-        return SavedLike(torch.float32, one_pass=True)
-    return SavedLike(torch.float32, any(wanted) and saves_logits(*contrast.prototypes.shape, contrast.features.dtype))
+        return SavedLike(torch.float64, one_pass=True)
+    return SavedLike(torch.float64, any(wanted) and _saves_logits(contrast))
+
+
+def _saves_logits(c: Contrast) -> bool:
+    """A bias may be -inf, and what is saved could not be taken apart again."""
+    return c.bias is None and saves_logits(*c.prototypes.shape[-2:], c.features.dtype)
 
 
 def _in_one_pass(contrast: Contrast, wanted: Wanted) -> bool:
     """A map's incoming gradient is another for each pixel."""
-    features_alone = wanted == Wanted(features=True)
+    features_alone = wanted == Wanted(features=True) and not _has_options(contrast)
     return features_alone and contrast.reduction != "none" and takes_one_pass(contrast.features, contrast.num_classes)
 
 
@@ -147,9 +147,8 @@ def contrast_forward(contrast: Contrast, wanted: Wanted) -> tuple[Tensor, Saved]
     if c.features.numel() == 0:
         return reference.contrast_forward(c, wanted)
     loss, *saved = _ops.prototype_contrastive_forward(
-        c.features, c.labels, c.prototypes.to(c.features.dtype).contiguous(), _plain(c.class_weight), c.pixel_weight,
-        label_flag(c.features.device), c.temperature, c.normalize, c.ignore_index, c.reduction == "mean", c.reduction == "none",
-        any(wanted), saves_logits(*c.prototypes.shape, c.features.dtype),
+        *_problem(c), label_flag(c.features.device), *_settings(c), c.denominator, c.reduction == "mean", c.reduction == "none",
+        any(wanted), _saves_logits(c),
     )  # fmt: skip
     return loss, Saved(*saved, c.features.new_empty(0))
 
@@ -158,14 +157,45 @@ def contrast_backward(grad_loss: Tensor, contrast: Contrast, saved: Saved, wante
     c = contrast
     dfeatures = torch.empty_like(c.features) if wanted.features else c.features.new_empty(0)
     if c.features.numel() == 0:
-        shape = c.prototypes.shape if wanted.prototypes else 0
-        return Gradients(dfeatures, c.features.new_zeros(shape, dtype=torch.float32), *no_gradients(saved))
-    dprototypes = _ops.prototype_contrastive_backward(
-        grad_loss.float(), c.features, c.labels, c.prototypes.to(c.features.dtype).contiguous(), _plain(c.class_weight), c.pixel_weight,
-        saved.lse, saved.inv_norm, saved.logits, saved.denominator, dfeatures, label_flag(c.features.device), c.temperature,
-        c.normalize, c.ignore_index, wanted.features, wanted.prototypes,
+        return Gradients(dfeatures, *_no_others(c, wanted))
+    others = _ops.prototype_contrastive_backward(
+        grad_loss.float(), *_problem(c), saved.lse.double(), saved.inv_norm, saved.logits, saved.denominator, dfeatures,
+        label_flag(c.features.device), *_settings(c), *wanted,
     )  # fmt: skip
-    return Gradients(dfeatures, dprototypes, *no_gradients(saved))
+    return Gradients(dfeatures, *others)
+
+
+def _no_others(c: Contrast, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor]:
+    """Of an empty batch."""
+    shapes = (c.prototypes.shape, () if c.bias is None else c.bias.shape, ())
+    return tuple(
+        c.features.new_zeros(shape if wants else 0, dtype=torch.float32)
+        for shape, wants in zip(shapes, wanted[1:], strict=True)
+    )
+
+
+def _problem(c: Contrast) -> tuple[Tensor | None, ...]:
+    """features, labels or probabilities, prototypes, class_weight, pixel_weight as the kernels take them."""
+    labels = c.labels if c.labels.dim() == 3 or c.labels.dtype in _DTYPES else c.labels.float()
+    return c.features, labels, c.prototypes.to(c.features.dtype).contiguous(), _plain(c.class_weight), c.pixel_weight
+
+
+def _settings(c: Contrast) -> tuple:
+    """From the temperature to the kind of loss. A tensor of the temperature is read where it is."""
+    tensor = c.temperature.float() if isinstance(c.temperature, Tensor) else None
+    smooth_weights = c.label_smoothing != 0 and c.class_weight is not None
+    weight_sum = c.class_weight.float().sum() if smooth_weights else None
+    number = 1.0 if tensor is not None else c.temperature
+    return (
+        number, c.normalize, c.ignore_index, _plain(c.bias), tensor, weight_sum, c.label_smoothing, c.margin, c.loss == "sigmoid",
+    )  # fmt: skip
+
+
+def _has_options(c: Contrast) -> bool:
+    return (
+        c.bias is not None or c.prototypes.dim() == 3 or c.labels.dim() == 4 or isinstance(c.temperature, Tensor)
+        or c.denominator is not None or c.label_smoothing != 0 or c.margin != 0 or c.loss != "softmax"
+    )  # fmt: skip
 
 
 def contrast_scale(dfeatures: Tensor, grad_loss: Tensor) -> None:

@@ -75,9 +75,23 @@ SPCL_EXPORT void plan_one_pass_count(int64_t pixels, int64_t* out) {
   const OnePassCount c = one_pass_count(pixels);
   out[0] = c.each, out[1] = c.blocks;
 }
-SPCL_EXPORT void plan_prototype_shared(int bytes, int forms_logits, int64_t* out) {
+SPCL_EXPORT void plan_prototype_shared(int bytes, int forms_logits, int groups, int64_t* out) {
   if (bytes == 4)
-    write<4>(prototype_shared<4>(forms_logits), out);
+    write<4>(prototype_shared<4>(forms_logits, groups), out);
   else
-    write<2>(prototype_shared<2>(forms_logits), out);
+    write<2>(prototype_shared<2>(forms_logits, groups), out);
+}
+
+// out: bytes without the sums of a slice, its chunks of channels, bytes of a forward that streams.
+template <int kBytes> static void write_streamed(int forms_logits, int64_t dim, int64_t limit, int64_t* out) {
+  out[0] = streamed_shared<kBytes>(forms_logits).bytes;
+  out[1] = streamed_chunks<kBytes>(dim, limit - out[0]);
+  const int64_t classes = padded_classes<kBytes>(contrast_warps(kMaxContrastClasses, ContrastShape<kBytes>::kClasses));
+  out[2] = contrast_shared<kBytes>(classes, 0).bytes + 4 * kTile * 16;
+}
+SPCL_EXPORT void plan_streamed(int bytes, int forms_logits, int64_t dim, int64_t limit, int64_t* out) {
+  if (bytes == 4)
+    write_streamed<4>(forms_logits, dim, limit, out);
+  else
+    write_streamed<2>(forms_logits, dim, limit, out);
 }

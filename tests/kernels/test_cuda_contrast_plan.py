@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import shutil
 import subprocess
 from pathlib import Path
@@ -119,9 +120,23 @@ def test_shared_memory_does_not_overlap_and_fits(plan, width):
             assert pixels_at - weights_at >= (num_classes * 64 * width if gradient else 0)
             assert all(at % 16 == 0 for at in (stage, proto_at, weights_at, pixels_at))
             assert total <= (99 if num_classes <= 128 else 163) * KIB, f"{num_classes} classes: {total} bytes"
-    for forms_logits in (0, 1):
-        _, _, _, weights_at, pixels_at, total, _ = shared(plan.plan_prototype_shared, forms_logits)
-        assert weights_at % 16 == 0 and pixels_at % 16 == 0 and total <= 99 * KIB
+    for forms_logits, groups in itertools.product((0, 1), (1, 2, 4)):
+        _, _, _, weights_at, pixels_at, total, _ = shared(plan.plan_prototype_shared, forms_logits, groups)
+        rows = max(32, groups * (20 if width == 4 else 32))  # of weights, and four warps' sums of them for the bias
+        assert weights_at % 16 == 0 and pixels_at % 16 == 0 and pixels_at - weights_at == rows * 68 * 4
+        assert total + 4 * rows * 4 <= 99 * KIB
+
+
+@pytest.mark.parametrize("width", [2, 4])
+@pytest.mark.parametrize("limit", [99, 163, 227])
+def test_classes_in_blocks_fit_every_device_and_their_slices_are_all_channels(plan, width, limit):
+    chunk = 64 if width == 2 else 32
+    for formed, dim in itertools.product((0, 1), (1, 64, 65, 256, 2048, 2100)):
+        out = (ctypes.c_int64 * 7)()
+        plan.plan_streamed(width, formed, ctypes.c_int64(dim), ctypes.c_int64(limit * KIB), out)
+        total, chunks, forward, *_ = out
+        assert total + chunks * chunk * 68 * 4 <= limit * KIB and forward <= 99 * KIB
+        assert chunks >= 1 and (chunks == 1 or chunks * chunk < 2 * dim) and chunks * chunk <= 256
 
 
 @pytest.mark.parametrize("width", [2, 4])

@@ -305,7 +305,10 @@ def test_compile_and_opcheck(cuda):
 
 
 def test_what_the_kernels_cannot_do_is_said_in_words(cuda):
-    ask = Ask("prototype_contrastive_loss", torch.device("cpu"), torch.float32, 240, 16)
+    ask = Ask("prototype_contrastive_loss", torch.device("cpu"), torch.float32, 65536, 16)
     why_not = backends.module("cuda").why_not
     assert why_not(ask) is None
-    assert "at most 240 classes" in why_not(ask._replace(num_classes=241))
+    assert "at most 65536 classes" in why_not(ask._replace(num_classes=65537))
+    assert "no `prototype_class`, no `variances`" in why_not(
+        ask._replace(needs=frozenset({"variances", "prototype_class", "bias"}))
+    )

@@ -14,6 +14,7 @@ from spcl_fast.backends.labels import label_flag
 
 pytestmark = pytest.mark.skipif(build.COMPILER is None, reason="needs a C++ compiler")
 FORWARD, SUMS = "prototype_contrastive_loss.cu", "prototype_contrastive_prototypes.cu"
+ROWS = "contrast_prototypes.cuh"
 TILE, DOTS, PRODUCT = "contrast_tile.cuh", "contrast_dots.cuh", "contrast_product.cuh"
 # Bugs, all built into one library and taken one at a time: (file, where, what stands there, what stands there wrongly).
 BUGS = {
@@ -43,7 +44,7 @@ BUGS = {
     "no barrier after a stage": (DOTS, "{};\n    load(chunk", "__syncthreads()", "(void)0"),
     "no barrier before the exchange": (DOTS, "{};\n  add_slices", "__syncthreads()", "(void)0"),
     "no barrier before the store": (PRODUCT, "{};\n    store_pixels", "__syncthreads()", "(void)0"),
-    "an ignored pixel in the prototypes": (SUMS, "{} ? 0.0f : v.y", "cls.y == kNoClass", "false"),
+    "an ignored pixel in the prototypes": (ROWS, "{} ? 0.0f : v.y", "cls.y == kNoClass", "false"),
     "own class not subtracted from the prototypes": (SUMS, "({} ? expm1f", "k0 + k == cls", "false"),
     "a group too long": (SUMS, "first + {}, tiles)", "a.groups.tiles_per_group", "a.groups.tiles_per_group + 1"),
     "the last group lost": (SUMS, "g < {}; ++g", "groups", "groups - 1"),

@@ -19,6 +19,11 @@ struct ContrastInput {
   bool normalize;
 };
 
+// Where the prototypes of the tile's image begin. The general kernels have another of their own.
+template <class T> __device__ __forceinline__ const T* prototypes_of(const ContrastInput& a, const ContrastTile&) {
+  return static_cast<const T*>(a.prototypes);
+}
+
 inline ContrastInput input_of(const Contrast& a) {
   return {a.x, access_of(a.x), a.prototypes, a.num_classes, a.x.height * a.x.width, a.normalize};
 }
@@ -171,14 +176,14 @@ __device__ __forceinline__ void wait_for_stage(int stages) {
 
 // Dot products of the tile, over these channels, with the classes [k0, k0 + classes that `shared` was made for) ->
 // logits [class][kLogitsRow], not yet scaled; |x|^2 -> table->squares. Ends with a barrier.
-template <class T>
-__device__ void tile_dots(const ContrastInput& a, const ContrastTile& tile, const ContrastChannels& channels,
-                          int64_t k0, const ContrastWarps& warps, const ContrastShared& shared, PixelTable* table) {
+template <class T, class Input>
+__device__ void tile_dots(const Input& a, const ContrastTile& tile, const ContrastChannels& channels, int64_t k0,
+                          const ContrastWarps& warps, const ContrastShared& shared, PixelTable* table) {
   using Shape = ContrastShape<sizeof(T)>;
   unsigned char* memory = shared_memory<unsigned char>();
   const ContrastPart part = part_of(warps);
   const int padded = warps.groups * Shape::kClasses;
-  const T* proto = static_cast<const T*>(a.prototypes);
+  const T* proto = prototypes_of<T>(a, tile);
   auto load = [&](int64_t chunk) {
     if (chunk < channels.chunks) {
       const int64_t d0 = channels.first + chunk * Shape::kChunk;

@@ -57,6 +57,14 @@ __device__ __forceinline__ Softmax softmax_of(const Logits& z, int num_classes, 
   return {top, logf(quad_sum(total))};
 }
 
+// logsumexp as two floats: z - lse without its rounding.
+struct LogSum {
+  float high, low;
+  __device__ __forceinline__ explicit LogSum(double lse)
+      : high(static_cast<float>(lse)), low(isinf(lse) ? 0.0f : static_cast<float>(lse - high)) {}
+  __device__ __forceinline__ float below(float z) const { return (z - high) - low; }
+};
+
 // Row and column of pixel p of the tile; an image has fewer than 2^31 pixels, so the division is a short one.
 struct Place {
   int64_t i, j;

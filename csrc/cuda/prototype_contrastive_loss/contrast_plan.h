@@ -12,7 +12,7 @@ constexpr int kLogitsRow =
     72;  // floats between two classes of a tile's logits: 8 pixels x 4 classes meet in 32 different banks
 constexpr int kContrastThreads =
     384;  // of a block at most: with more, a thread could not have the 160 registers that it needs
-constexpr int kMaxContrastClasses = 240;  // 12 warps of 20 classes
+constexpr int kMaxContrastClasses = 240;  // whose logits a block holds at once: 12 warps of 20
 
 // What depends on the size of a feature: 4 bytes (FMA) or 2 (tensor core).
 template <int kBytes> struct ContrastShape {
@@ -93,15 +93,47 @@ template <int kBytes> SPCL_BOTH ContrastShared contrast_shared(int64_t classes, 
   return {stages, false, stage, pixels, stage, 0, 0, region, region + weights, region + weights + kTile * kPixelBytes};
 }
 
-// The same for the prototypes' gradient: a block owns the classes of one warp and kBlockChannels channels.
+// Whether a block may hold the weights of all classes; else they are streamed.
+template <int kBytes> SPCL_BOTH bool fits_without_streaming(int64_t classes, bool saved_logits, int64_t limit) {
+  return classes <= kMaxContrastClasses && contrast_shared<kBytes>(saved_logits ? 0 : classes, classes).bytes <= limit;
+}
+
+// Streamed: blocks of the classes of so many warps, all of which work on the products, too.
+constexpr int kStreamedWarps = 4;
+constexpr int64_t kStreamedChannels = 256;  // of a slice at most: their sums take 68 KB
+
+template <int kBytes> SPCL_BOTH ContrastShared streamed_shared(bool forms_logits) {
+  const int64_t classes = kStreamedWarps * ContrastShape<kBytes>::kClasses;
+  return contrast_shared<kBytes>(forms_logits ? classes : 0, classes);
+}
+
+// Chunks of channels of a slice, whose sums `left` bytes have to hold: no more than there are, a power of two.
+template <int kBytes> SPCL_BOTH int64_t streamed_chunks(int64_t dim, int64_t left) {
+  constexpr int64_t kChunk = ContrastShape<kBytes>::kChunk;
+  int64_t chunks = kStreamedChannels / kChunk;
+  while (chunks > 1 && (chunks * kChunk * 68 * 4 > left || chunks / 2 * kChunk >= dim)) chunks /= 2;
+  return chunks;
+}
+
+// The same for the prototypes' gradient: a block owns kBlockChannels channels and the classes of `groups` warps, which
+// form the logits as the forward did, channel by channel in the same order: logsumexp fits the logits to the last bit.
 constexpr int kBlockChannels = 64;
 constexpr int kOwnRow = 68;  // floats between two classes' weights
 
-template <int kBytes> SPCL_BOTH ContrastShared prototype_shared(bool forms_logits) {
+SPCL_BOTH int prototype_groups(int64_t num_classes, int classes_of_warp) {
+  const int groups = contrast_warps(num_classes, classes_of_warp).groups;
+  return groups < 3 ? groups : 4;
+}
+// Rows of their weights.
+template <int kBytes> SPCL_BOTH int own_classes(int groups) {
+  return groups == 1 ? kPiece : groups * ContrastShape<kBytes>::kClasses;
+}
+
+template <int kBytes> SPCL_BOTH ContrastShared prototype_shared(bool forms_logits, int groups) {
   using Shape = ContrastShape<kBytes>;
-  const ContrastShared dots = contrast_shared<kBytes>(forms_logits ? Shape::kClasses : 0, 0);
+  const ContrastShared dots = contrast_shared<kBytes>(forms_logits ? groups * Shape::kClasses : 0, 0);
   const int64_t region = larger_of(dots.weights_at, kBlockChannels * Shape::kRow * kBytes),
-                weights = kPiece * kOwnRow * 4;
+                weights = int64_t{own_classes<kBytes>(groups)} * kOwnRow * 4;
   return {dots.stages, false, dots.x_step, dots.proto_at,    dots.proto_step,
           0,           0,     region,      region + weights, region + weights + kTile * kPixelBytes};
 }

@@ -110,6 +110,22 @@ template <> struct ContrastProduct<float> {
     to[0] += p * v.x, to[1] += p * v.y, to[2] += p * v.z, to[3] += p * v.w;
   }
 
+  // sums [channel][row of pixels] in shared memory, += this lane's; and back.
+  __device__ __forceinline__ void add_to(float* to, int row) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float4* at = reinterpret_cast<float4*>(to + (channel() + i) * row + threadIdx.x % 16 * 4);
+      *at = make_float4(at->x + sums[i][0], at->y + sums[i][1], at->z + sums[i][2], at->w + sums[i][3]);
+    }
+  }
+  __device__ __forceinline__ void read(const float* from, int row) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float4 v = *reinterpret_cast<const float4*>(from + (channel() + i) * row + threadIdx.x % 16 * 4);
+      sums[i][0] = v.x, sums[i][1] = v.y, sums[i][2] = v.z, sums[i][3] = v.w;
+    }
+  }
+
   // x [kChunk][kRow], which may be unwritten where it is not used -> the gradient, in place.
   __device__ __forceinline__ void finish(float* x, const PixelTable* table, bool uses_x, int) {
     const int p = threadIdx.x % 16 * 4;
@@ -155,6 +171,26 @@ template <class T> struct ContrastProduct {
     }
   }
 
+  // Where this lane's sums [j][2r], [j][2r + 1] are in rows of pixels.
+  static __device__ __forceinline__ int place(int j, int r, int row) {
+    const int lane = threadIdx.x % 32;
+    return (channel() + r * 8 + lane / 4) * row + backward_pixel(j, 2 * (lane % 4));
+  }
+  __device__ __forceinline__ void add_to(float* to, int row) const {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      float2* at = reinterpret_cast<float2*>(to + place(i / 2, i % 2, row));
+      *at = make_float2(at->x + sums[i / 2][i % 2 * 2], at->y + sums[i / 2][i % 2 * 2 + 1]);
+    }
+  }
+  __device__ __forceinline__ void read(const float* from, int row) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const float2 v = *reinterpret_cast<const float2*>(from + place(i / 2, i % 2, row));
+      sums[i / 2][i % 2 * 2] = v.x, sums[i / 2][i % 2 * 2 + 1] = v.y;
+    }
+  }
+
   // A row belongs to 4 lanes of one warp: all read (a shifted row reaches into the next lane's words), then all write,
   // not shifted.
   __device__ __forceinline__ void finish(T* x, const PixelTable* table, bool uses_x, int shifts) {
@@ -190,9 +226,9 @@ constexpr int kProductThreads =
     128;  // 4 warps take a chunk's channels between them; with more classes than 128 the others help with copies
 
 // Item i of the product: piece i % pieces of chunk i / pieces of these channels.
-template <class T>
-__device__ __forceinline__ void load_item(const ContrastGradient& a, const ContrastTile& tile,
-                                          const ContrastChannels& channels, const PixelTable* table, int64_t item) {
+template <class T, class Gradient>
+__device__ __forceinline__ void load_item(const Gradient& a, const ContrastTile& tile, const ContrastChannels& channels,
+                                          const PixelTable* table, int64_t item) {
   using Shape = ContrastShape<sizeof(T)>;
   unsigned char* memory = shared_memory<unsigned char>();
   const int64_t pieces = pieces_of(a.num_classes), chunk = item / pieces, piece = item - chunk * pieces;
@@ -201,22 +237,22 @@ __device__ __forceinline__ void load_item(const ContrastGradient& a, const Contr
     if (a.normalize && !a.shared.resident && piece == pieces - 1)
       stage_pixels<T>(a.x, a.access, tile, table->x_at, d0,
                       reinterpret_cast<T*>(memory + x_slot(a.shared, chunk, item)));
-    stage_prototypes<T>(static_cast<const T*>(a.prototypes), a.num_classes, a.x.dim, piece * kPiece, kPiece, d0,
+    stage_prototypes<T>(prototypes_of<T>(a, tile), a.num_classes, a.x.dim, piece * kPiece, kPiece, d0,
                         reinterpret_cast<T*>(memory + proto_slot(a.shared, item)));
   }
   copy_async_commit();
 }
 
 // Sends for the first stages. Their memory must be free.
-template <class T>
-__device__ __forceinline__ void start_gradient(const ContrastGradient& a, const ContrastTile& tile,
+template <class T, class Gradient>
+__device__ __forceinline__ void start_gradient(const Gradient& a, const ContrastTile& tile,
                                                const ContrastChannels& channels, const PixelTable* table) {
   for (int64_t item = 0; item < a.shared.stages - 1; ++item) load_item<T>(a, tile, channels, table, item);
 }
 
 // After start_gradient: the gradient of these channels -> dx.
-template <class T>
-__device__ void write_gradient(const ContrastGradient& a, const ContrastTile& tile, const ContrastChannels& channels,
+template <class T, class Gradient>
+__device__ void write_gradient(const Gradient& a, const ContrastTile& tile, const ContrastChannels& channels,
                                const PixelTable* table) {
   using Shape = ContrastShape<sizeof(T)>;
   unsigned char* memory = shared_memory<unsigned char>();

@@ -12,12 +12,15 @@
 namespace spcl::gpu {
 
 Status prototype_gradient(const ContrastBackward& a, Stream stream);  // prototype_contrastive_prototypes.cu
+Status prototype_contrastive_general_backward(const ContrastBackward& a, Stream stream);  // the file of that name
 
 namespace {
 
 struct BackwardKernel : ContrastGradient {
   PixelMap grad;
-  const float *denominator, *lse, *inv_norm, *logits;
+  const float* denominator;
+  const double* lse;
+  const float *inv_norm, *logits;
 };
 
 // Weights of pixel p, and what turns their product into the gradient.
@@ -26,7 +29,7 @@ __device__ __forceinline__ void weigh_pixel(const BackwardKernel& a, const Contr
                                             int part) {
   const int cls = table->cls[p];
   const int64_t at = tile.image * a.pixels + tile.first + min(p, tile.count - 1);
-  const float lse = a.lse[at], inv = a.inv_norm[at];
+  const float lse = static_cast<float>(a.lse[at]), inv = a.inv_norm[at];  // the weights are normalised again
   const Logits z = a.logits ? saved_logits(a.logits, a, tile, 0, p) : formed_logits(a.shared, p, inv, a.temperature);
   void* weights = shared_memory<unsigned char>() + a.shared.weights_at;
   const float c = put_weights<T>(weights, z, lse, cls, static_cast<int>(a.num_classes), p, part);
@@ -65,6 +68,10 @@ template <class T> Status backward(const ContrastBackward& from, Stream stream) 
 }  // namespace
 
 Status prototype_contrastive_backward(const ContrastBackward& a, Stream stream) {
+  const int64_t limit = shared_memory_limit();
+  const bool fits = a.x.type == kFloat32 ? fits_without_streaming<4>(a.num_classes, a.logits, limit)
+                                         : fits_without_streaming<2>(a.num_classes, a.logits, limit);
+  if (a.options.used || !fits) return prototype_contrastive_general_backward(a, stream);
   if (a.dx.data)
     if (Status failed = with_float_type(a.x.type, [&](auto one) { return backward<decltype(one)>(a, stream); }))
       return failed;

@@ -10,6 +10,7 @@ namespace spcl::gpu {
 // Adds up what the blocks left, of this form and of the one pass.
 Status finish_loss(const float* losses, int64_t count, const float* weights, int64_t weights_count, bool mean,
                    float* loss, float* denominator, Stream stream);
+Status prototype_contrastive_general_forward(const ContrastForward& a, Stream stream);  // the file of that name
 
 namespace {
 
@@ -22,7 +23,9 @@ struct ForwardKernel : ContrastInput {
   const float* class_weight;
   PixelMap pixel_weight;
   float temperature;
-  float *loss_map, *denominator, *partial, *lse, *inv_norm, *logits;
+  float *loss_map, *denominator, *partial;
+  double* lse;
+  float *inv_norm, *logits;
 };
 
 // Softmax and loss of pixel p -> table, lse, inv_norm, logits.
@@ -47,7 +50,7 @@ __device__ __forceinline__ void finish_pixel(const ForwardKernel& a, const Contr
   table->loss[p] = loss, table->weight[p] = weight;
   if (!inside) return;
   const int64_t at = tile.image * a.pixels + tile.first + p;
-  if (a.lse) a.lse[at] = top + log_total, a.inv_norm[at] = inv;
+  if (a.lse) a.lse[at] = static_cast<double>(top) + log_total, a.inv_norm[at] = inv;
   if (a.loss_map) a.loss_map[at] = loss;
 }
 
@@ -114,8 +117,8 @@ Status finish_loss(const float* losses, int64_t count, const float* weights, int
 int64_t contrast_blocks(const Features& x) { return x.batch * contrast_tiles(x.height * x.width); }
 
 Status prototype_contrastive_forward(const ContrastForward& a, Stream stream) {
-  if (a.num_classes > kMaxContrastClasses) return "more than 240 classes";
   if (a.x.height * a.x.width > INT32_MAX) return "an image of 2^31 pixels or more";
+  if (a.options.used || a.num_classes > kMaxContrastClasses) return prototype_contrastive_general_forward(a, stream);
   return with_float_type(a.x.type, [&](auto one) { return forward<decltype(one)>(a, stream); });
 }
 

@@ -1,0 +1,264 @@
+// prototype_contrastive_loss with options or with any number of classes, gradients of the features and of the
+// temperature.
+//
+// Two forms. Where shared memory holds the weights of all classes, as the plain backward: weights once, then D in
+// chunks. Else a block owns a slice of the channels, too, whose sums over the classes stay in shared memory while the
+// classes come in blocks; the logits are formed again by each slice (or read, where the forward saved them). dtau =
+// -(1/tau) sum_n s_n sum_k dz_nk (z_nk - b_k): a number per block on the way, added in their order.
+#include "contrast_general.cuh"
+#include "contrast_product.cuh"
+
+namespace spcl::gpu {
+
+Status contrast_target_sums(const Contrast& from, Stream stream);  // prototype_contrastive_general.cu
+Status prototype_general_gradient(const ContrastBackward& a,
+                                  Stream stream);  // prototype_contrastive_general_prototypes.cu
+
+namespace {
+
+constexpr int kSumThreads = 256;
+
+struct GeneralBackward : GeneralInput {
+  ContrastShared shared;
+  ContrastWarps warps;
+  Features dx;
+  Access dx_access;
+  PixelMap grad;
+  const float* denominator;
+  const double* lse;
+  const float *inv_norm, *logits;
+  float* dtemperature;  // [blocks] or nullptr
+  // Streamed alone: classes of a block, chunks of channels of a slice, where its sums are.
+  int block_classes;
+  int64_t slice_chunks, sums_at;
+};
+
+// Weights of a block of classes of pixel p for the product. In the table: `loss` sums dz_k x̂·P_k / tau of the weights
+// as the product sees them (dx stays orthogonal to x), `weight` sums dz_k (z_k - b_k).
+template <class T>
+__device__ __forceinline__ void weigh_block(const GeneralBackward& a, const ContrastTile& tile, PixelTable* table,
+                                            float temperature, int64_t k0, int block, int p, int part) {
+  const int cls = table->cls[p], count = static_cast<int>(min(int64_t{block}, a.num_classes - k0));
+  const int64_t at = tile.image * a.pixels + tile.first + min(p, tile.count - 1);
+  const Logits dots =
+      a.logits ? saved_logits(a.logits, a, tile, k0, p) : formed_logits(a.shared, p, a.inv_norm[at], temperature);
+  const GeneralLogits z = logits_of(a, tile, dots, k0, cls, temperature);
+  const Targets t = targets_of(a, tile, p, cls);
+  const LogSum lse(a.lse[at]);
+  void* weights = shared_memory<unsigned char>() + a.shared.weights_at;
+  float along = 0, all = 0;
+  for (int k = part; k < static_cast<int>(pieces_of(block)) * kPiece; k += 4) {
+    float w = 0;
+    if (k < count && cls >= 0) {
+      const float exact = weight_of(z[k], t.wanted(k0 + k), t.weight(k0 + k), t.sum, lse, a.options.sigmoid);
+      w = to_float(from_float<T>(exact));
+      along += w * z.dot(k), all += exact * (z.dot(k) - (k == z.own ? z.margin : 0.0f));
+    }
+    put_weight<T>(weights, k, p, w);
+  }
+  along = quad_sum(along), all = quad_sum(all);
+  if (part == 0) table->loss[p] += along, table->weight[p] += all;
+}
+
+// What turns the product of pixel p into its gradient; and its part of the temperature's -> table->weight.
+__device__ __forceinline__ void finish_pixel(const GeneralBackward& a, const ContrastTile& tile, PixelTable* table,
+                                             float temperature, int p) {
+  const int cls = table->cls[p];
+  const float inv = a.inv_norm[tile.image * a.pixels + tile.first + min(p, tile.count - 1)], c = table->loss[p];
+  float s = 0;
+  if (cls >= 0) s = general_scale(a, a.grad, *a.denominator, tile, p, targets_of(a, tile, p, cls).sum);
+  const bool radial = a.normalize && inv < 1.0f / kNormEps;  // a clamped norm is a constant
+  table->along[p] = cls == kNoClass ? 0.0f : cls == kBadLabel || isnan(c) ? NAN : s * (inv / temperature);
+  table->inward[p] = radial ? s * (c * inv * inv) : 0.0f;
+  table->weight[p] = cls == kBadLabel ? NAN : s == 0 ? 0.0f : s * table->weight[p];
+  if (a.dx.data && a.dx_access == kGather && p < tile.count) {
+    const Place place = place_of(tile, p, a.x.width);
+    table->dx_at[p] = tile.image * a.dx.stride_b + place.i * a.dx.stride_h + place.j * a.dx.stride_w;
+  }
+}
+
+__device__ __forceinline__ void clear_sums(PixelTable* table) {
+  if (threadIdx.x < kTile) table->loss[threadIdx.x] = table->weight[threadIdx.x] = 0;
+  __syncthreads();
+}
+
+// The tile's part of the temperature's gradient. Begins after a barrier.
+__device__ __forceinline__ void write_dtemperature(const GeneralBackward& a, const PixelTable* table) {
+  if (!a.dtemperature || threadIdx.x >= 32) return;
+  const float sum = warp_sum(table->weight[threadIdx.x] + table->weight[threadIdx.x + 32]);
+  if (threadIdx.x == 0) a.dtemperature[blockIdx.x] = sum;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kContrastThreads)
+    contrast_general_backward_kernel(const __grid_constant__ GeneralBackward a) {
+  PixelTable* table = reinterpret_cast<PixelTable*>(shared_memory<unsigned char>() + a.shared.pixels_at);
+  const ContrastTile tile = contrast_tile(gridDim.x - 1 - blockIdx.x, a.pixels);
+  const ContrastChannels channels = all_channels<T>(a.x);
+  const float temperature = a.temperature();
+  read_general_pixels(a, tile, table);
+  clear_sums(table);
+  if (!a.logits) tile_dots<T>(a, tile, channels, 0, a.warps, a.shared, table);
+  for_each_pixel([&](int p, int part) {
+    weigh_block<T>(a, tile, table, temperature, 0, static_cast<int>(a.num_classes), p, part);
+    if (part == 0) finish_pixel(a, tile, table, temperature, p);
+  });
+  __syncthreads();
+  write_dtemperature(a, table);
+  if (!a.dx.data) return;
+  start_gradient<T>(a, tile, channels, table);
+  write_gradient<T>(a, tile, channels, table);
+}
+
+// ---- streamed ---------------------------------------------------------------------------------------------------
+
+constexpr int kSumsRow = 68;  // floats between two channels' sums
+
+// Adds the products of a block of classes, whose weights are there, to the sums of the slice. Ends with a barrier.
+template <class T>
+__device__ __forceinline__ void add_products(const GeneralBackward& a, const ContrastTile& tile,
+                                             const ContrastChannels& slice, int64_t k0) {
+  using Shape = ContrastShape<sizeof(T)>;
+  unsigned char* memory = shared_memory<unsigned char>();
+  float* sums = reinterpret_cast<float*>(memory + a.sums_at);
+  const int64_t count = min(int64_t{a.block_classes}, a.num_classes - k0), pieces = pieces_of(count);
+  auto load = [&](int64_t item) {
+    const int64_t chunk = item / pieces, piece = item - chunk * pieces;
+    if (chunk < slice.chunks)
+      stage_prototypes<T>(prototypes_of<T>(a, tile), a.num_classes, a.x.dim, k0 + piece * kPiece, kPiece,
+                          slice.first + chunk * Shape::kChunk,
+                          reinterpret_cast<T*>(memory + proto_slot(a.shared, item)));
+    copy_async_commit();
+  };
+  for (int64_t item = 0; item < a.shared.stages - 1; ++item) load(item);
+  ContrastProduct<T> product;
+  for (int64_t item = 0; item < slice.chunks * pieces; ++item) {
+    wait_for_stage(a.shared.stages);
+    __syncthreads();
+    load(item + a.shared.stages - 1);
+    const int64_t chunk = item / pieces;
+    const int piece = static_cast<int>(item - chunk * pieces);
+    if (piece == 0) product.clear();
+    product.add(reinterpret_cast<const T*>(memory + proto_slot(a.shared, item)), memory + a.shared.weights_at, piece,
+                count);
+    if (piece == pieces - 1) product.add_to(sums + chunk * Shape::kChunk * kSumsRow, kSumsRow);
+  }
+  copy_async_wait<0>();
+  __syncthreads();
+}
+
+// The sums of the slice -> dx.
+template <class T>
+__device__ __forceinline__ void write_slice(const GeneralBackward& a, const ContrastTile& tile,
+                                            const ContrastChannels& slice, const PixelTable* table) {
+  using Shape = ContrastShape<sizeof(T)>;
+  unsigned char* memory = shared_memory<unsigned char>();
+  const float* sums = reinterpret_cast<const float*>(memory + a.sums_at);
+  T* x = reinterpret_cast<T*>(memory);
+  const int shifts = shifts_of<T>(a.x, a.access, tile);
+  for (int64_t chunk = 0; chunk < slice.chunks; ++chunk) {
+    const int64_t d0 = slice.first + chunk * Shape::kChunk;
+    if (a.normalize) stage_pixels<T>(a.x, a.access, tile, table->x_at, d0, x);
+    copy_async_commit();
+    copy_async_wait<0>();
+    __syncthreads();
+    ContrastProduct<T> product;
+    product.read(sums + chunk * Shape::kChunk * kSumsRow, kSumsRow);
+    product.finish(x, table, a.normalize, shifts);
+    __syncthreads();
+    store_pixels<T>(a.dx, a.dx_access, tile, table->dx_at, d0, x);
+    __syncthreads();
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kProductThreads)
+    contrast_streamed_backward_kernel(const __grid_constant__ GeneralBackward a) {
+  using Shape = ContrastShape<sizeof(T)>;
+  unsigned char* memory = shared_memory<unsigned char>();
+  PixelTable* table = reinterpret_cast<PixelTable*>(memory + a.shared.pixels_at);
+  float* sums = reinterpret_cast<float*>(memory + a.sums_at);
+  const ContrastTile tile = contrast_tile(gridDim.x - 1 - blockIdx.x, a.pixels);
+  const ContrastChannels all = all_channels<T>(a.x);
+  const int64_t first = blockIdx.y * a.slice_chunks;
+  const ContrastChannels slice{first * Shape::kChunk, min(a.slice_chunks, all.chunks - first)};
+  const float temperature = a.temperature();
+  read_general_pixels(a, tile, table);
+  for (int i = threadIdx.x; i < static_cast<int>(a.slice_chunks) * Shape::kChunk * kSumsRow; i += kProductThreads)
+    sums[i] = 0;
+  clear_sums(table);
+  for (int64_t k0 = 0; k0 < a.num_classes; k0 += a.block_classes) {
+    if (!a.logits) tile_dots<T>(a, tile, all, k0, a.warps, a.shared, table);
+    for_each_pixel([&](int p, int part) { weigh_block<T>(a, tile, table, temperature, k0, a.block_classes, p, part); });
+    __syncthreads();
+    if (a.dx.data) add_products<T>(a, tile, slice, k0);
+  }
+  for_each_pixel([&](int p, int part) {
+    if (part == 0) finish_pixel(a, tile, table, temperature, p);
+  });
+  __syncthreads();
+  if (blockIdx.y == 0) write_dtemperature(a, table);
+  if (a.dx.data) write_slice<T>(a, tile, slice, table);
+}
+
+// The blocks' parts -> -sum / tau; in double, by a fixed tree.
+__global__ void __launch_bounds__(kSumThreads)
+    contrast_temperature_kernel(const float* parts, int64_t count, const __grid_constant__ GeneralInput a, float* out) {
+  double* sums = shared_memory<double>();
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < count; i += kSumThreads) sum += parts[i];
+  sums[threadIdx.x] = sum;
+  for (int half = kSumThreads / 2; half; half /= 2) {
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+  }
+  if (threadIdx.x == 0) *out = static_cast<float>(-sums[0] / a.temperature());
+}
+
+template <class T> Status launch_streamed(GeneralBackward& a, int64_t blocks, Stream stream) {
+  using Shape = ContrastShape<sizeof(T)>;
+  a.block_classes = kStreamedWarps * Shape::kClasses;
+  a.shared = streamed_shared<sizeof(T)>(!a.logits);
+  a.warps = contrast_warps(a.block_classes, Shape::kClasses);
+  a.sums_at = a.shared.bytes;
+  a.slice_chunks = streamed_chunks<sizeof(T)>(a.x.dim, shared_memory_limit() - a.shared.bytes);
+  const int64_t bytes = a.sums_at + a.slice_chunks * Shape::kChunk * kSumsRow * 4;
+  const int64_t slices = a.dx.data ? ceil_div(chunks_of<sizeof(T)>(a.x.dim), a.slice_chunks) : 1;
+  const Grid grid{dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(slices)), kProductThreads,
+                  static_cast<size_t>(bytes)};
+  return launch(contrast_streamed_backward_kernel<T>, grid, stream, a);
+}
+
+template <class T> Status backward(const ContrastBackward& from, Stream stream) {
+  GeneralBackward a{};
+  set_general(a, from);
+  a.dx = from.dx, a.dx_access = access_of(from.dx), a.grad = from.grad, a.denominator = from.denominator;
+  a.lse = from.lse, a.inv_norm = from.inv_norm, a.logits = from.logits;
+  const int64_t blocks = contrast_blocks(from.x);
+  const ContrastPartial sizes = contrast_partial(from);
+  if (from.dtemperature) a.dtemperature = from.partial + sizes.prototypes + sizes.bias;
+  if (fits_without_streaming<sizeof(T)>(from.num_classes, from.logits != nullptr, shared_memory_limit())) {
+    a.shared = contrast_shared<sizeof(T)>(from.logits ? 0 : from.num_classes, from.num_classes);
+    a.warps = contrast_warps(from.logits ? 1 : from.num_classes, ContrastShape<sizeof(T)>::kClasses);
+    const Grid grid{dim3(static_cast<unsigned>(blocks)), a.warps.count * 32u, static_cast<size_t>(a.shared.bytes)};
+    if (Status failed = launch(contrast_general_backward_kernel<T>, grid, stream, a)) return failed;
+  } else if (Status failed = launch_streamed<T>(a, blocks, stream)) {
+    return failed;
+  }
+  if (!from.dtemperature) return nullptr;
+  const Grid adding{dim3(1), kSumThreads, kSumThreads * sizeof(double)};
+  return launch(contrast_temperature_kernel, adding, stream, a.dtemperature, blocks,
+                static_cast<const GeneralInput&>(a), from.dtemperature);
+}
+
+}  // namespace
+
+Status prototype_contrastive_general_backward(const ContrastBackward& a, Stream stream) {
+  if (Status failed = contrast_target_sums(a, stream)) return failed;
+  if (a.dx.data || a.dtemperature)
+    if (Status failed = with_float_type(a.x.type, [&](auto one) { return backward<decltype(one)>(a, stream); }))
+      return failed;
+  return a.dprototypes || a.dbias ? prototype_general_gradient(a, stream) : nullptr;
+}
+
+}  // namespace spcl::gpu
