@@ -6,7 +6,8 @@
 # Seen:
 #   scaled(1, Parameter([0.5])) = [2.0, 2.0, 2.0] x.grad [2.0, 2.0, 2.0] temperature.grad None
 #   repeat(1, tensor(2.7)) = [2.0, 2.0]
-#   repeat(1, 2.7): finding::repeat() Expected a value of type 'int' for argument 'times' but instead found type 'float'.
+#   repeat(1, 2.7): finding::repeat() Expected a value of type 'int' for argument 'times' but instead found type
+#     'float'.
 # Why it matters here: A learnable temperature (CLIP's logit_scale) handed to a custom loss never learns: its .grad
 #   stays None and the loss is right. The read is a host sync on a GPU as well.
 set -euo pipefail
