@@ -256,7 +256,7 @@ def _formed_gradient(ctx, grad_loss: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         dispatched.refuse_double_backward(_OP)(ctx)
     (dfeatures,) = ctx.saved_tensors
-    if torch._C._autograd._get_current_graph_task_keep_graph():
+    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
         dfeatures = dfeatures.clone()
     _scale(dfeatures, grad_loss, ctx.line)
     return dfeatures
