@@ -54,11 +54,12 @@ class Stage(NamedTuple):
         ""  # class of its section ("module:class", importable without torch) where config/schema.py has none
     )
     absent: str = ""  # what a report lacks where this stage was not run
+    remedy: str = "Lower the learning rate"  # what helps where its net predicts one class for nearly every pixel
 
 
 ROLES = {
     "baseline": "what adaptation is measured against",
-    "control": "a baseline trained for longer",
+    "matched": "a baseline trained on for as long as adaptation takes",
     "start": "where adaptation may start from; a baseline where there is no other",
     "result": "an adapted net; a run's final net is the last of these",
     "bound": "what labels of the target would give",
@@ -107,13 +108,14 @@ STAGES = (  # in the order in which they run
     Stage(
         "control", "spcl_fast.method.supervised:CONTROL", "control", "control",
         "matched control: source-only, trained on for as long as adaptation takes", FOLDERS_EXAMPLE,
-        title="control", net="control", role="control", after=("source_only",),
+        title="control", net="control", role="matched", after=("source_only",),
         absent="not trained, so a gain may come from more training alone",
     ),
     Stage(
         "warmup", "spcl_fast.method.warmup:STAGE", "warmup", "warmup",
         "adversarial warm-up on both domains", "--preset demo --name mine",
         title="warm-up", net="warmup", role="start", after=(".init",),
+        remedy="Lower warmup.adversarial_weight or warmup.lr",
     ),
     Stage(
         "prototypes", "spcl_fast.method.prototypes:STAGE", "prototypes", "prototypes",
@@ -130,6 +132,7 @@ STAGES = (  # in the order in which they run
         "segmentation and prototype-contrastive loss on both domains", "--run-folder runs/mine --adapt.contrast_temperature 0.1",
         title="adapted", net="adapted", role="result", after=("warmup|source_only", "prototypes", "pseudo_labels"),
         absent="there is no adapted net yet",
+        remedy="Lower adapt.contrast_weight or adapt.lr, and look at the pseudo-labels that it started from",
     ),
     Stage(
         "pseudo_labels_2", "spcl_fast.method.pseudo_labels:SECOND", "pseudo_label", "pseudo-label",
@@ -140,6 +143,7 @@ STAGES = (  # in the order in which they run
         "distill", "spcl_fast.method.distill:STAGE", "distill", "distill",
         "self-training of the adapted net on its own pseudo-labels", "--run-folder runs/mine",
         title="distilled", net="distilled", role="result", after=("adapt", "pseudo_labels_2"),
+        remedy="Set distill.source_weight above 0, or train for fewer distill.iterations",
     ),
     Stage(
         "oracle", "spcl_fast.method.supervised:ORACLE", "oracle", "oracle",

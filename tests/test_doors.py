@@ -5,6 +5,7 @@ A copy of the package gets a toy of each kind; then its commands run as they are
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -16,6 +17,8 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+
+from spcl_fast import catalog
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -269,3 +272,27 @@ def test_the_tests_of_an_op_run_on_the_toy_backend(house):
     shutil.copy(ROOT / "pyproject.toml", house / "pyproject.toml")
     out = python(house, "-m", "pytest", "tests/ops/test_class_moments.py", "-k", "toy", "-rP", "-p", "no:cacheprovider")
     assert " passed" in out and "failed" not in out and "toy class_moments" in out
+
+
+def test_a_stage_is_named_in_the_catalog_its_own_file_and_the_settings_alone():
+    homes = {stage.name: stage.home.partition(":")[0].replace(".", "/") + ".py" for stage in catalog.STAGES}
+    del homes["prototypes"]  # also what a tensor and an argument are called
+    wrong = []
+    for path in sorted((ROOT / "spcl_fast").rglob("*.py")):
+        file = path.relative_to(ROOT).as_posix()
+        if file in ("spcl_fast/catalog.py", "spcl_fast/config/schema.py"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = node.value if isinstance(node, ast.Constant) else None
+            if isinstance(name, str) and homes.get(name, file) != file:
+                wrong.append(f"{file}:{node.lineno}: {name!r}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_home_of_the_catalog_is_there():
+    for table in (catalog.BACKENDS, catalog.LOSSES, catalog.NETS, catalog.DATA_SETS, catalog.STAGES):
+        assert len(set(catalog.names(table))) == len(table)
+        for row in table:
+            assert catalog.load(row.home) is not None, row
+    assert {stage.role for stage in catalog.trained()} <= set(catalog.ROLES)
+    assert all(stage.role == "" for stage in catalog.STAGES if stage.net is None)

@@ -17,7 +17,7 @@ from spcl_fast.errors import DataError
 
 # Nets that do not depend on how a run adapts: trained once, they serve every setting. An oracle never sees the source, so that pairs with
 # the same target share it, too; but its signals on source are its pair's alone.
-_YARDSTICKS = {row.net: row for row in catalog.with_role("control", "bound")}
+_YARDSTICKS = {row.net: row for row in catalog.with_role("matched", "bound")}
 
 
 def add_line(path: Path, line: dict[str, Any]) -> None:

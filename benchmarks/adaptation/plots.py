@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.adaptation.lines import Spread, by_setting, miou, spread
 from benchmarks.adaptation.table import NET_NAMES, differences
+from spcl_fast import catalog
 
 BLUE = "#0072b2"
 
@@ -20,7 +21,7 @@ def plot(path: Path, to: Path) -> Path:
     settings = {
         name: lines
         for name, lines in by_setting(path).items()
-        if any("source_only" in line["nets"] for line in lines.values())
+        if any(row.net in line["nets"] for line in lines.values() for row in catalog.with_role("baseline"))
     }
     first = next(iter(settings))
     compared = [

@@ -15,10 +15,6 @@ from .load import all_settings, flatten
 from .schema import Config, DataConfig, DistillConfig, LoopConfig, TrainConfig
 from .values import as_text
 
-STAGES = catalog.names(catalog.STAGES)
-TRAINED = catalog.names(catalog.trained())
-DRIVING = tuple(row.name for row in catalog.DATA_SETS if row.num_classes)
-
 
 def check_config(config: Config, stages: tuple[str, ...] | None = None) -> None:
     """Raise ConfigError with every broken rule, if any; `stages` are those about to run (default: the config's own)."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .. import catalog
 from ..config import Config
 from ..data.classes import CITYSCAPES_16, CITYSCAPES_19, THIRTEEN_OF_SIXTEEN, ClassSet, read_classes
 from ..data.files import find_images, inside, read_image
@@ -21,13 +22,8 @@ from ..errors import CheckpointError, ConfigError, DataError
 if TYPE_CHECKING:
     from ..models import SegmentationModel
 
-FINAL_FIRST = (
-    "distill",
-    "adapt",
-    "warmup",
-    "control",
-    "source_only",
-)  # which stage's net is a run's result; an oracle only by name
+# which stage's net is a run's result; what was trained on target labels only by name
+FINAL_FIRST = tuple(row.name for row in reversed(catalog.trained()) if row.role != "bound")
 
 
 @dataclass(frozen=True)
@@ -70,7 +66,7 @@ def find_weights(path: Path, stage: str | None = None, *, selected: bool = False
             return checkpoint.path
     raise CheckpointError(
         f"{path} holds no net of {stage or 'a finished ' + ', '.join(FINAL_FIRST)}. "
-        f"Expected {path}/{stage or 'distill'}/checkpoints/step_*; train that stage first, or name a weights file."
+        f"Expected {path}/{stage or FINAL_FIRST[0]}/checkpoints/step_*; train that stage first, or name a weights file."
     )
 
 
@@ -104,8 +100,10 @@ def _classes(path: Path, config: Config) -> ClassSet:
         return read_classes(run / "classes.json")[0]
     if config.target.classes is not None:
         return read_classes(Path(config.target.classes))[0]
-    if config.target.dataset in ("gta5", "synthia", "synscapes", "cityscapes"):
-        return CITYSCAPES_16 if config.target.num_classes == 16 else CITYSCAPES_19
+    known = catalog.find(catalog.DATA_SETS, config.target.dataset).num_classes
+    for classes in (CITYSCAPES_19, CITYSCAPES_16):
+        if len(classes) == config.target.num_classes and len(classes) in known:
+            return classes
     from ..data import dataset_of
 
     return dataset_of(config.target, config.target.val_split, labels=False).classes

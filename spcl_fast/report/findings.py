@@ -93,7 +93,7 @@ def _gains(run: RunFolder) -> list[Finding]:
     for row in catalog.with_role(*_NOT_BETTER):
         other = run.evaluations.get(row.name)
         if other is not None and final.miou <= other.miou:
-            title = f"The final net is not better than {'the ' if row.role == 'control' else ''}{row.title}"
+            title = f"The final net is not better than {'the ' if row.role == 'matched' else ''}{row.title}"
             text = f"{final.miou:.1f} against {other.miou:.1f} mIoU: {_NOT_BETTER[row.role]}"
             found.append(Finding("bad", title, text))
     return found + _lost(run)
@@ -101,7 +101,7 @@ def _gains(run: RunFolder) -> list[Finding]:
 
 _NOT_BETTER = {
     "baseline": "adaptation did harm. Look at the pseudo-labels first: which classes do they lose?",
-    "control": "more training on source alone does as well. Nothing here shows that adaptation helps.",
+    "matched": "more training on source alone does as well. Nothing here shows that adaptation helps.",
 }
 
 
@@ -129,7 +129,7 @@ def _classes(run: RunFolder) -> list[Finding]:
         for name, share in evaluation.predicted_share.items()
         if share < NEVER and evaluation.true_share.get(name, 0) > OCCURS
     ]
-    oracle = run.evaluations.get("oracle")
+    oracle = next((run.evaluations.get(row.name) for row in catalog.with_role("bound")), None)
     beyond = [name for name in never if oracle is not None and (oracle.iou.get(name) or 0.0) < 1.0]
     reachable = [name for name in never if name not in beyond]
     if reachable:

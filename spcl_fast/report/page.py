@@ -138,7 +138,7 @@ def _cards(run: RunFolder) -> list[Card]:
         cards.append(
             _gain("gain", final.miou - run.evaluations[run.baseline].miou, f"points over {catalog.title(run.baseline)}")
         )
-    for control in catalog.with_role("control"):
+    for control in catalog.with_role("matched"):
         if final is not None and control.name in run.evaluations:
             gain = final.miou - run.evaluations[control.name].miou
             note = f"points; the {control.title} trained on without the target"

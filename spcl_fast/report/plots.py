@@ -28,7 +28,7 @@ from ..runs.reading import SAFE_COLOURS, RunFolder, number
 BLUE, RED, GREEN, ORANGE, SKY, PINK, BLACK, BROWN = SAFE_COLOURS
 INK, FAINT = "#1f2933", "#9aa5b1"
 _RESULTS = (BLUE, RED, GREEN, PINK, BROWN)  # of the adapted nets, in the order in which they are trained
-_LOOKS = {"baseline": ("#7b8794", "o"), "control": (SKY, "D"), "start": (ORANGE, "s"), "bound": (BLACK, "|")}
+_LOOKS = {"baseline": ("#7b8794", "o"), "matched": (SKY, "D"), "start": (ORANGE, "s"), "bound": (BLACK, "|")}
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -332,9 +332,9 @@ def feature_map(run: RunFolder) -> bytes | None:
     sample = run.features
     if sample is None or len(sample.features) < 3 or sample.features.shape[1] < 2:
         return None
-    points, prototypes = _plane(
-        sample.features, sample.prototypes, unit=run.setting("adapt", "normalize", default=True)
-    )
+    sections = [row.section for row in catalog.with_role("result")]
+    unit = next((value for name in sections if (value := run.setting(name, "normalize")) is not None), True)
+    points, prototypes = _plane(sample.features, sample.prototypes, unit=unit)
     colours = np.array([*run.palette, (203, 210, 217)]) / 255
     labels = np.where((sample.labels >= 0) & (sample.labels < len(run.palette)), sample.labels, len(run.palette))
     with _figure(10.6, 4.9) as figure:

@@ -6,15 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .. import catalog
+
 COLLAPSED = 0.8  # share of all pixels predicted as one class
 ALL_KEPT = 0.95  # share of target pixels with a pseudo-label, where about half is asked for
 ALIKE = 0.98  # cosine of two prototypes; those of healthy nets stay below 0.9
-
-_REMEDY = {
-    "warmup": "Lower warmup.adversarial_weight or warmup.lr",
-    "adapt": "Lower adapt.contrast_weight or adapt.lr, and look at the pseudo-labels that it started from",
-    "distill": "Set distill.source_weight above 0, or train for fewer distill.iterations",
-}
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,8 @@ def _one_class(stage: str, share: Mapping[str, float]) -> Sign | None:
     if most is None or not share[most] > COLLAPSED:
         return None
     text = f"{share[most]:.0%} of the target batch was predicted {most} in {stage}. A falling loss means nothing then. "
-    return Sign("One class takes over during training", text + f"{_REMEDY.get(stage, 'Lower the learning rate')}.")
+    remedy = next((row.remedy for row in catalog.STAGES if row.name == stage), "Lower the learning rate")
+    return Sign("One class takes over during training", f"{text}{remedy}.")
 
 
 def _alike(nearest: Mapping[str, float]) -> Sign | None:
