@@ -21,7 +21,7 @@ from ..classes import CITYSCAPES_19, ClassSet, LabelTable
 from ..dataset import Dataset
 from ..sampling import generator
 from . import driver
-from .pair import scenes, styles
+from .pair import scenes, street, styles
 from .pair.scenes import LayoutStatistics
 
 _COUNTS = {"train": 400, "val": 60}
@@ -70,7 +70,7 @@ class Domain:
 
 def _of_pair(number: int, layout: LayoutStatistics, style: styles.Style) -> Domain:
     return Domain(
-        number, scenes.CLASSES, (256, 128), partial(scenes.make_scene, layout), partial(styles.paint, style=style)
+        number, scenes.CLASSES, (256, 128), partial(street.make_scene, layout), partial(styles.paint, style=style)
     )
 
 
