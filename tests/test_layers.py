@@ -167,6 +167,67 @@ def test_no_file_is_called_after_nothing():
     assert not [path for path, module in modules() if vague & set(module)]
 
 
+# Words that once stood for two or three things each, so that a reader had to ask which
+ONE_THING = ("plan", "fit", "predict", "Prediction", "memory", "settings", "signals", "Context")
+
+
+def named_things(path: Path, module: tuple[str, ...]) -> list[str]:
+    """The module's own name and those of its top-level functions and classes."""
+    top_level = ast.parse(path.read_text(encoding="utf-8")).body
+    defined = [node.name for node in top_level if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    return [module[-2] if module[-1] == "__init__" else module[-1], *defined]
+
+
+def test_no_name_stands_for_two_things():
+    places = [(name, path.relative_to(ROOT)) for path, module in modules() for name in named_things(path, module)]
+    found = {name: [str(path) for other, path in places if other == name] for name in ONE_THING}
+    assert not {name: paths for name, paths in found.items() if len(paths) > 1}
+
+
+# ---- sizes -----------------------------------------------------------------------------------------------------------
+
+MOST_LINES = 400
+MOST_PARAMETERS, MOST_OF_A_KERNEL = 10, 16
+
+
+def parameters(path: Path) -> list[tuple[str, int, bool]]:
+    """(name, number of parameters, whether Triton compiles it) of every function, methods and inner ones too."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef):
+            given = node.args
+            count = len(given.posonlyargs) + len(given.args) + len(given.kwonlyargs)
+            compiled = any(ast.unparse(decorator).startswith("triton.jit") for decorator in node.decorator_list)
+            found.append((node.name, count, compiled))
+    return found
+
+
+def test_no_file_needs_two_sittings():
+    lengths = {path.relative_to(ROOT): path.read_text(encoding="utf-8").count("\n") for path, _ in modules()}
+    assert not {str(path): lines for path, lines in lengths.items() if lines > MOST_LINES}
+
+
+def test_ops_backends_and_kernels_take_structs_not_rows_of_arguments():
+    """The public functions are not counted: each of their options is one word of the contract, given by name."""
+    wrong = []
+    for path, module in modules():
+        if module[1] in ("ops", "backends", "kernels"):
+            for name, count, compiled in parameters(path):
+                most = MOST_OF_A_KERNEL if compiled else MOST_PARAMETERS
+                if count > most and name not in spcl_fast.__all__:
+                    wrong.append(f"{path.relative_to(ROOT)}: {name} takes {count} of at most {most}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_parameters_of_every_kind_of_function_are_counted(tmp_path):
+    path = tmp_path / "x.py"
+    path.write_text(
+        "@triton.jit\ndef a(p, q, /, r, *, s): ...\n@triton.jit(do_not_specialize=[0])\ndef b(p): ...\n"
+        "class C:\n    def d(self):\n        def e(p, *q): ...\n"
+    )
+    assert sorted(parameters(path)) == [("a", 4, True), ("b", 1, True), ("d", 1, False), ("e", 1, False)]
+
+
 # ---- cycles ----------------------------------------------------------------------------------------------------------
 
 

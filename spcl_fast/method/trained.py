@@ -197,7 +197,7 @@ def predict_folder(
         raise DataError(f"{images} holds no PNG or JPEG image. Expected at least one, in it or below it.")
     done = 0
     for name, image in _readable(files, root, skip_bad_files, say):
-        labels = predict(trained, image, size, tta)
+        labels = predict_image(trained, image, size, tta)
         write_label_png(output / "masks" / f"{name}.png", labels, trained.classes.palette)
         target = output / "overlays" / f"{name}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -232,7 +232,7 @@ def _readable(
 
 
 @torch.inference_mode()
-def predict(trained: Trained, image: Image.Image, size: tuple[int, int] | None, tta: str = "none") -> np.ndarray:
+def predict_image(trained: Trained, image: Image.Image, size: tuple[int, int] | None, tta: str = "none") -> np.ndarray:
     """Class of every pixel of an RGB image, uint8 [H, W]."""
     from ..ops import upsampled_prediction
     from ..train.evaluate import predict_logits
