@@ -23,8 +23,8 @@ class PrototypeBank(nn.Module):
 
     With torch.distributed initialised, the batch's sums and counts are added over all ranks first, in one all-reduce, so every rank holds
     the same bits. In one process the cuda backend moves the prototypes in the kernel that ends the class sums: one read of the features.
-    Each move makes a new `.prototypes`, so a loss recorded before it keeps the ones that it has seen; where a graph is traced or captured
-    the buffer is moved in place (capture `update_` together with the loss that reads it). The buffer stays float32 under `.half()` and the
+    Each move makes a new `.prototypes`, so a loss recorded before it keeps the ones that it has seen; in an exported program and in a
+    captured CUDA graph the buffer is moved in place (capture `update_` together with the loss that reads it). The buffer stays float32 under `.half()` and the
     like. A class whose sum is not finite (an overflow in float16) keeps its prototype.
     Source: arXiv 2111.12358; `train_ours.py` of the released code.
     """
@@ -138,10 +138,10 @@ class PrototypeBank(nn.Module):
 
 
 def _in_place() -> bool:
-    """Graphs that are traced or captured know the buffer by its address; elsewhere a move makes a new tensor, and graphs that were recorded
-    before it keep theirs."""
+    """An exported program and a captured CUDA graph know the buffer by its address. Elsewhere a move makes a new tensor: graphs that were
+    recorded before it keep theirs (torch.compile saves a buffer that it moves in place as it is afterwards, so there, too)."""
     if torch.compiler.is_compiling():
-        return True
+        return torch.compiler.is_exporting()
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 

@@ -19,7 +19,7 @@ class PseudoLabelThresholds(nn.Module):
     are more than 16384 of them, those far from the quantile are joined into cells of 1/1024 of their size. So the result is exact as long
     as the quantile has not moved into a joined cell (`exact()` tells), and off by less than half a cell, 1/2048 of the threshold,
     otherwise. A second pass over the same predictions, after `second_pass()`, makes it exact. Under 5 MB for 19 classes, whatever the
-    number of pixels. Source: arXiv 2111.12358; `core/utils/pseudo_label.py` of the released code.
+    number of pixels. The state is in `state_dict`. Source: arXiv 2111.12358; `core/utils/pseudo_label.py` of the released code.
     """
 
     def __init__(self, num_classes: int, *, quantile: float = 0.5, cap: float = 0.9) -> None:
@@ -70,6 +70,32 @@ class PseudoLabelThresholds(nn.Module):
     def exact(self) -> Tensor:
         """[K] bool: whether the threshold is the exact element of the data."""
         return torch.tensor([histogram.is_exact() for histogram in self._classes])
+
+    def get_extra_state(self) -> dict[str, Tensor]:
+        """In `state_dict`: the histograms of all classes, one after the other. Tensors, so that weights_only=True reads them."""
+        return {
+            "bins": torch.tensor([len(histogram.lower) for histogram in self._classes]),
+            "total": torch.tensor([histogram.total for histogram in self._classes]),
+            "lower": torch.from_numpy(np.concatenate([histogram.lower for histogram in self._classes])),
+            "upper": torch.from_numpy(np.concatenate([histogram.upper for histogram in self._classes])),
+            "counts": torch.from_numpy(np.concatenate([histogram.counts for histogram in self._classes])),
+        }
+
+    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+        """What `get_extra_state` gave, for as many classes. Raises ValueError for another number of them."""
+        if len(state["bins"]) != self.num_classes:
+            raise ValueError(
+                f"PseudoLabelThresholds: the state is that of {len(state['bins'])} classes, expected {self.num_classes}"
+            )
+        ends = np.cumsum(state["bins"].cpu().numpy())[:-1]
+        parts = (np.split(state[name].cpu().numpy(), ends) for name in ("lower", "upper", "counts"))
+        for histogram, total, lower, upper, counts in zip(self._classes, state["total"].tolist(), *parts, strict=True):
+            histogram.total, histogram.lower, histogram.upper, histogram.counts = (
+                total,
+                lower.copy(),
+                upper.copy(),
+                counts.copy(),
+            )
 
     def second_pass(self) -> None:
         """Forget the counts, but not where each quantile lies: `update` with the same predictions once more gives exact thresholds."""

@@ -46,11 +46,33 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def refuse_double_backward(op: str) -> Callable:
-    def backward(ctx, *grads):
-        raise RuntimeError(f"{op} {DIFFERENTIABLE_ONCE}")
+def once(op: Callable, name: str) -> Callable:
+    """`op`, the gradient of `name`, whose result is refused with a reason where somebody differentiates it again."""
 
-    return backward
+    class Once(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(spec, *leaves):
+            return op(*pytree.tree_unflatten(leaves, spec))
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def backward(ctx, *grads):
+            raise RuntimeError(
+                f"{name} is differentiable once: its gradient cannot be differentiated again (create_graph=True is not supported)"
+            )
+
+    def call(*arguments):
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return op(*arguments)
+        leaves, spec = pytree.tree_flatten(arguments)  # what is in a list is not seen by autograd
+        return Once.apply(spec, *leaves)
+
+    return call
 
 
 def transformable(function: type[torch.autograd.Function], op: str) -> type[torch.autograd.Function]:
@@ -83,10 +105,3 @@ def looped_over_batch(op: Callable) -> Callable:
         return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
 
     return rule
-
-
-def register(forward, backward, op: str) -> None:
-    """The rules of an op and of its gradient besides their fake forms: one sample after the other under vmap; no second derivative."""
-    for function in (forward, backward):
-        function.register_vmap(looped_over_batch(function))
-    backward.register_autograd(refuse_double_backward(op), setup_context=lambda ctx, inputs, output: None)

@@ -108,16 +108,16 @@ def _(tensors, temperature, classes, line):
 
 @torch.library.custom_op("spcl_fast::prototype_logits_backward", mutates_args=())
 def _backward(
-    grad_logits: Tensor, features: Tensor, prototypes: Tensor, others: Sequence[Tensor | None], temperature: float, classes: int, line: str
+    grad_logits: Tensor, tensors: Sequence[Tensor | None], temperature: float, classes: int, line: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    problem = _unpack([features, prototypes, *others], temperature, classes, line)
+    problem = _unpack(tensors, temperature, classes, line)
     return _backend(problem, line).logits_backward(grad_logits, problem, _wanted(line))
 
 
 @_backward.register_fake
-def _(grad_logits, features, prototypes, others, temperature, classes, line):
-    problem, wanted = _unpack([features, prototypes, *others], temperature, classes, line), _wanted(line)
-    wide = checks.wide(features)
+def _(grad_logits, tensors, temperature, classes, line):
+    problem, wanted = _unpack(tensors, temperature, classes, line), _wanted(line)
+    features, prototypes, wide = problem.features, problem.prototypes, checks.wide(problem.features)
     return Gradients(
         torch.empty_like(features) if wanted.features else features.new_empty(0),
         prototypes.new_empty(prototypes.shape if wanted.prototypes else (0,), dtype=wide),
@@ -126,7 +126,13 @@ def _(grad_logits, features, prototypes, others, temperature, classes, line):
     )
 
 
+for _op in (_forward, _backward):
+    _op.register_vmap(dispatched.looped_over_batch(_op))
+
 # ---- autograd ---------------------------------------------------------------------------------------------------------
+
+
+_gradients = dispatched.once(_backward, _OP)
 
 
 class _Recorded(torch.autograd.Function):
@@ -145,7 +151,7 @@ class _Recorded(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logits):
         tensors, nothing = list(ctx.saved_tensors), [None] * len(ctx.needs_input_grad)
-        gradients = _backward(grad_logits, *tensors[:2], tensors[2:], ctx.temperature, ctx.classes, ctx.line)
+        gradients = _gradients(grad_logits, tensors, ctx.temperature, ctx.classes, ctx.line)
         for place, gradient in zip(_DIFFERENTIABLE, gradients, strict=True):
             if ctx.needs_input_grad[place]:
                 nothing[place] = gradient.to(tensors[place].dtype)
@@ -165,6 +171,3 @@ def _recorded(problem: Logits, backend: str) -> Tensor:
     wanted = Wanted(*[is_recorded and isinstance(tensor, Tensor) and tensor.requires_grad for tensor in differentiable])
     tensors, *rest = _pack(problem, wanted, backend)
     return _Recorded.apply(*tensors, *rest) if any(wanted) else _forward(tensors, *rest)
-
-
-dispatched.register(_forward, _backward, _OP)

@@ -173,23 +173,21 @@ def _(tensors, numbers, integers, line):
 @torch.library.custom_op("spcl_fast::prototype_contrastive_backward", mutates_args=())
 def _backward(
     grad_loss: Tensor,
-    features: Tensor,
-    prototypes: Tensor,
-    others: Sequence[Tensor | None],
     saved: Sequence[Tensor],
+    tensors: Sequence[Tensor | None],
     numbers: Sequence[float],
     integers: Sequence[int],
     line: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> Gradients. What may be differentiated again does not hide in a list, so that it is refused with a reason."""
-    contrast = _unpack([features, prototypes, *others], numbers, integers, line)
+    """-> Gradients."""
+    contrast = _unpack(tensors, numbers, integers, line)
     return _backend(contrast, line).contrast_backward(grad_loss, _resolved(contrast), Saved(*saved), _wanted(line))
 
 
 @_backward.register_fake
-def _(grad_loss, features, prototypes, others, saved, numbers, integers, line):
-    contrast, wanted = _unpack([features, prototypes, *others], numbers, integers, line), _wanted(line)
-    wide = checks.wide(features)
+def _(grad_loss, saved, tensors, numbers, integers, line):
+    contrast, wanted = _unpack(tensors, numbers, integers, line), _wanted(line)
+    features, prototypes, wide = contrast.features, contrast.prototypes, checks.wide(contrast.features)
     return Gradients(
         torch.empty_like(features) if wanted.features else features.new_empty(0),
         prototypes.new_empty(prototypes.shape if wanted.prototypes else (0,), dtype=wide),
@@ -208,7 +206,13 @@ def _scale(dfeatures: Tensor, grad_loss: Tensor, line: str) -> None:
     used.contrast_scale(dfeatures, grad_loss)
 
 
+for _op in (_forward, _backward):
+    _op.register_vmap(dispatched.looped_over_batch(_op))
+
 # ---- autograd ---------------------------------------------------------------------------------------------------------
+
+
+_gradients = dispatched.once(_backward, _OP)
 
 
 class _Recorded(torch.autograd.Function):
@@ -241,7 +245,7 @@ class _Recorded(torch.autograd.Function):
             return tuple(nothing)
         kept = ctx.saved_tensors
         saved, tensors = list(kept[:5]), list(kept[5:])
-        gradients = _backward(grad_loss, *tensors[:2], tensors[2:], saved, ctx.numbers, ctx.integers, ctx.line)
+        gradients = _gradients(grad_loss, saved, tensors, ctx.numbers, ctx.integers, ctx.line)
         for place, gradient in zip((_FEATURES, _PROTOTYPES, _BIAS, _TEMPERATURE), gradients, strict=True):
             if place < len(tensors) and ctx.needs_input_grad[place]:
                 nothing[place] = gradient.to(tensors[place].dtype)
@@ -251,11 +255,15 @@ class _Recorded(torch.autograd.Function):
 _Transformed = dispatched.transformable(_Recorded, _OP)
 
 
+# once more differentiated, it is refused; not in place, so that it can be
+_scaled = dispatched.once(lambda dfeatures, grad_loss: (dfeatures * grad_loss).to(dfeatures.dtype), _OP)
+
+
 def _formed_gradient(ctx, grad_loss: Tensor) -> Tensor:
     """The gradient that the forward formed, scaled where it lies: it is the returned one, unless the graph is kept for another backward."""
-    if torch.is_grad_enabled():
-        dispatched.refuse_double_backward(_OP)(ctx)
     (dfeatures,) = ctx.saved_tensors
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _scaled(dfeatures, grad_loss)
     if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
         dfeatures = dfeatures.clone()
     _scale(dfeatures, grad_loss, ctx.line)
@@ -278,6 +286,3 @@ def recorded(contrast: Contrast, backend: str) -> Tensor:
     if any(wanted):
         return _Recorded.apply(*packed.tensors, packed.numbers, packed.integers, packed.line)[0]
     return _forward(*packed)[0]
-
-
-dispatched.register(_forward, _backward, _OP)

@@ -96,7 +96,13 @@ def _(logits, dlogits):
     return dlogits.new_empty(dlogits.shape, dtype=logits.dtype)
 
 
+for _op in (_forward, _gradient):
+    _op.register_vmap(dispatched.looped_over_batch(_op))
+
 # ---- autograd ---------------------------------------------------------------------------------------------------------
+
+
+_converted = dispatched.once(_gradient, "the loss of up-sampled logits")
 
 
 class _Recorded(torch.autograd.Function):
@@ -132,7 +138,7 @@ class _Recorded(torch.autograd.Function):
         else:
             logits, dlogits = ctx.saved_tensors
             dlogits = dlogits * grad_loss
-        nothing[0] = _gradient(logits, dlogits)
+        nothing[0] = _converted(logits, dlogits)
         return tuple(nothing)
 
 
@@ -147,6 +153,3 @@ def recorded(op: str, problem: UpsampledLoss, backend: str) -> Tensor:
     if wanted:
         return (_Transformed if transformed else _Recorded).apply(*tensors, numbers, integers, line)[0]
     return _forward(tensors, numbers, integers, line)[0]
-
-
-dispatched.register(_forward, _gradient, _OPS[0])
