@@ -24,8 +24,8 @@ class PrototypeBank(nn.Module):
     With torch.distributed initialised, the batch's sums and counts are added over all ranks first, in one all-reduce, so every rank holds
     the same bits. In one process the cuda backend moves the prototypes in the kernel that ends the class sums: one read of the features.
     Each move makes a new `.prototypes`, so a loss recorded before it keeps the ones that it has seen; in an exported program and in a
-    captured CUDA graph the buffer is moved in place (capture `update_` together with the loss that reads it). The buffer stays float32 under `.half()` and the
-    like. A class whose sum is not finite (an overflow in float16) keeps its prototype.
+    captured CUDA graph the buffer is moved in place (capture `update_` together with the loss that reads it). It stays float32 under
+    `.half()` and the like. A class whose sum is not finite (an overflow in float16) keeps its prototype.
     Source: arXiv 2111.12358; `train_ours.py` of the released code.
     """
 
