@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import spcl_fast
+from spcl_fast import catalog
 
 ROOT = Path(__file__).resolve().parent.parent
 # word -> words it may import; a word is a file or folder of spcl_fast/ (kernels/ lies next to it: spcl_fast.kernels)
@@ -293,3 +294,57 @@ def test_a_circle_of_imports_is_seen(tmp_path):
     assert graph == {"spcl_fast.a.x": {"spcl_fast.b"}, "spcl_fast.b": {"spcl_fast.a.x"}}
     assert first_cycle(graph) == ["spcl_fast.a.x", "spcl_fast.b", "spcl_fast.a.x"]
     assert first_cycle({"a": {"b"}, "b": {"c"}, "c": set()}) is None
+
+
+# ---- names of stages -------------------------------------------------------------------------------------------------
+
+# where a stage's name may stand as a literal: the catalog, the schema of settings, and the file of that stage
+AT_HOME = {"spcl_fast/catalog.py": None, "spcl_fast/config/schema.py": None} | {
+    f"spcl_fast/method/{file}.py": names
+    for file, names in {
+        "supervised": {"source_only", "control", "oracle"},
+        "warmup": {"warmup"},
+        "prototypes": {"prototypes"},
+        "pseudo_labels": {"pseudo_labels", "pseudo_labels_2"},
+        "adapt": {"adapt"},
+        "distill": {"distill"},
+    }.items()
+}
+OTHER_WORDS = {"prototypes", "control"}  # a tensor's name, a role of a net: told from the stages by no parser
+STILL = {  # to be taken from the catalog; a file leaves this list when it names no stage any more
+    "benchmarks/adaptation/seed.py",
+    "benchmarks/adaptation/table.py",
+    "benchmarks/figures.py",
+}
+
+
+def named_stages(text: str) -> set[str]:
+    """The names of stages that are string literals."""
+    found = {node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)}
+    return found & set(catalog.names(catalog.STAGES))
+
+
+def test_a_stage_is_named_in_the_catalog_the_schema_and_its_own_file_only():
+    strangers = {}
+    for top in ("spcl_fast", "kernels", "benchmarks"):
+        for path in sorted((ROOT / top).rglob("*.py")):
+            file = path.relative_to(ROOT).as_posix()
+            own = AT_HOME.get(file, OTHER_WORDS)
+            found = named_stages(path.read_text(encoding="utf-8")) - (
+                own if own is not None else set(catalog.names(catalog.STAGES))
+            )
+            if found:
+                strangers[file] = sorted(found)
+    assert not {file: names for file, names in strangers.items() if file not in STILL}
+
+
+def test_a_stage_that_is_named_elsewhere_is_seen():
+    assert named_stages("def f(run):\n    return run.done('adapt') or \"distill\"\n") == {"adapt", "distill"}
+    assert not named_stages("x = run.adapt  # adapt\n")
+
+
+def test_no_file_of_these_folders_is_long():
+    tops = ("spcl_fast/method", "spcl_fast/train", "spcl_fast/runs", "spcl_fast/memory_plan")
+    tops += ("tests/method", "tests/train", "tests/runs")
+    lines = {p: len(p.read_text(encoding="utf-8").splitlines()) for top in tops for p in (ROOT / top).glob("*.py")}
+    assert not {path.name: count for path, count in lines.items() if count > 400}

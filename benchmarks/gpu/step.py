@@ -18,7 +18,7 @@ from benchmarks.peers.released import released_step, unfold_batch_norm
 from spcl_fast.config import AdaptConfig, LoopConfig
 from spcl_fast.data import Batch
 from spcl_fast.losses import spcl
-from spcl_fast.method.adapt import adapt_step
+from spcl_fast.method.adapt import AdaptStep
 from spcl_fast.models import build_model
 from spcl_fast.train.absorb import AbsorbingSGD
 from spcl_fast.train.device import Precision
@@ -69,7 +69,7 @@ def build(context, settings: LoopConfig | None, sizes):
     optimizer = (
         AbsorbingSGD(groups, **options) if settings.absorb_gradients else torch.optim.SGD(groups, **options, **fused)
     )
-    return adapt_step(net, bank, train, None), optimizer, batch
+    return AdaptStep(net, bank, train, None), optimizer, batch
 
 
 def measure(context, settings: LoopConfig | None, sizes, repeats: int = 4) -> dict:

@@ -39,7 +39,7 @@ def row(name: str, sizes: tuple[str, str], given: dict[str, str] | None) -> dict
     config = load_config("gta5_cityscapes", (), (), list((keys | (given or {})).items()))
     num_classes = num_classes_of(config)
     if given is None:
-        found = released.peak_memory(config, num_classes)
+        found = released.released_peak(config, num_classes)
     else:
         found = peak_memory(config, ADAPT.name, num_classes=num_classes)
     return {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from spcl_fast.config import AdaptConfig, Config
 from spcl_fast.data import Batch
 from spcl_fast.data.classes import IGNORE
-from spcl_fast.memory_plan.peak import CountedStep, PeakMemory, batch_of, measured, plan_nets
+from spcl_fast.memory_plan.peak import CountedStep, PeakMemory, batch_of, peak_of, plan_nets
 from spcl_fast.method.adapt import STAGE as ADAPT
 from spcl_fast.method.parts import Step, backward
 from spcl_fast.models import SegmentationModel
@@ -107,10 +107,10 @@ def counted_step(config: Config, num_classes: int) -> CountedStep:
     return CountedStep(model, step, batch, [model], [optimizer], [prototypes])
 
 
-def peak_memory(config: Config, num_classes: int) -> PeakMemory:
+def released_peak(config: Config, num_classes: int) -> PeakMemory:
     """What `spcl-fast plan adapt` counts of our step, of the released one. On fake tensors: nothing is allocated."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
         work = counted_step(config, num_classes)
-        return measured("released loop", work, on_cpu=config.loop.device == "cpu")
+        return peak_of("released loop", work, on_cpu=config.loop.device == "cpu")

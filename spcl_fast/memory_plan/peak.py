@@ -92,10 +92,10 @@ def peak_memory(config: Config, stage: str, *, num_classes: int | None = None) -
 
     num_classes = num_classes_of(config) if num_classes is None else num_classes
     with FakeTensorMode():
-        return measured(stage, step_of(config, stage, num_classes), on_cpu=config.loop.device == "cpu")
+        return peak_of(stage, step_of(config, stage, num_classes), on_cpu=config.loop.device == "cpu")
 
 
-def measured(name: str, work: CountedStep, *, on_cpu: bool) -> PeakMemory:
+def peak_of(name: str, work: CountedStep, *, on_cpu: bool) -> PeakMemory:
     """The counted peak of one step, under a name."""
     counted = count_step(work, on_cpu=on_cpu)
     categories = {name: counted.at_peak[name] for name in CATEGORIES if name in counted.at_peak}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,9 @@ from ..ops import agreement_labels, labels_on, upsampled_cross_entropy
 from ..train import memory
 from ..train.lean import LeanModel
 from .nets import Nets
-from .parts import Shown, Step, backward, never, parts_of, predicted_share, shares, total
+from .parts import Shown, backward, never, parts_of, predicted_share, shares, total
 from .pseudo_labels import FIRST
-from .stage import BANK, OWN, Feed, Trainee, shapes
+from .stage import BANK, OWN, Feed, Trainee, forward_shapes
 
 
 class Adapt:
@@ -37,72 +38,34 @@ class Adapt:
         objective = nets.place(make(nets.num_classes, model.channels, train))
         objective.load_(nets.prototypes(model.channels).to(nets.device))
         class_weight = nets.class_weight("source", train.class_weight_power)
-        net = nets.lean(model, shapes(config, train, self.feeds(config)))
-        step = adapt_step(net, objective, train, class_weight, config.loop.accumulate, nets.shown(train))
+        net = nets.lean(model, forward_shapes(config, train, self.feeds(config)))
+        step = AdaptStep(net, objective, train, class_weight, config.loop.accumulate, nets.shown(train))
         return Trainee(step, net, {"model": model, BANK: objective}, {"model": nets.optimizer(model, train)})
 
 
 STAGE = Adapt()
 
 
-def adapt_step(
-    net: LeanModel,
-    objective: Objective,
-    train: AdaptConfig,
-    class_weight: Tensor | None,
-    accumulate: int = 1,
-    shown: Shown = never,
-) -> Step:
+@dataclass(frozen=True)
+class AdaptStep:
     """The prototypes move once a step, by the whole batch, before any contrastive loss.
 
     Diagnostics take the target classifier forward that training does without (of the last part where there are several).
     """
-    num_classes = objective.prototypes.shape[0]
 
-    def source_pass(source: Batch) -> tuple[Tensor, Tensor]:
-        parts = parts_of(source, accumulate)
-        agreements = _move_prototypes_first(net, objective, parts) if accumulate > 1 else [None]
-        share_of_labels = shares([part.labels for part in parts], class_weight)
-        share_of_agreed = shares(agreements)
-        segmentations, contrasts = [], []
-        for part, agreed, share, contrast_share in zip(
-            parts, agreements, share_of_labels, share_of_agreed, strict=True
-        ):
-            features, logits = net(part.images)
-            with memory.phase("loss"):
-                if agreed is None:
-                    agreed = agreement_labels(part.labels, logits.argmax(1))
-                    objective.update_(features.detach(), agreed)
-                segmentation = share * upsampled_cross_entropy(
-                    logits, part.labels, temperature=train.temperature, class_weight=class_weight
-                )
-                pull = contrast_share * objective(features, agreed)
-                loss = segmentation + train.contrast_weight * pull
-            del features, logits  # the graph frees them as soon as its backward is past them
-            backward(loss)
-            segmentations.append(segmentation.detach())
-            contrasts.append(pull.detach())
-        return total(segmentations), total(contrasts)
+    net: LeanModel
+    objective: Objective
+    train: AdaptConfig
+    class_weight: Tensor | None
+    accumulate: int = 1
+    shown: Shown = never
 
-    def target_pass(target: Batch, it: int) -> tuple[Tensor, dict[str, Tensor]]:
-        parts, contrasts = parts_of(target, accumulate), []
-        grids = [labels_on(part.labels, net.grid(part.images)) for part in parts] if accumulate > 1 else [None]
-        for part, share in zip(parts, shares(grids), strict=True):
-            features = net.features(part.images)
-            with memory.phase("loss"):
-                pull = share * objective(features, part.labels)
-                loss = train.contrast_weight * pull
-            features = features.detach() if shown(it) else None
-            backward(loss)
-            contrasts.append(pull.detach())
-        more = {} if features is None else diagnostics(net, features, parts[-1].labels, objective.prototypes)
-        return total(contrasts), more
-
-    def step(batch: tuple[Batch, Batch], it: int) -> dict[str, Tensor]:
+    def __call__(self, batch: tuple[Batch, Batch], it: int) -> dict[str, Tensor]:
         source, target = batch
-        segmentation, source_contrast = source_pass(source)
-        target_contrast, more = target_pass(target, it)
-        chance = math.log(num_classes)  # at a high temperature the loss itself says nothing: log what is above ln K
+        segmentation, source_contrast = self._source_pass(source)
+        target_contrast, more = self._target_pass(target, it)
+        # at a high temperature the loss itself says nothing: log what is above ln K
+        chance = math.log(self.objective.prototypes.shape[0])
         values = {
             "segmentation": segmentation,
             "source_excess": source_contrast - chance,
@@ -110,7 +73,46 @@ def adapt_step(
         }
         return values | more
 
-    return step
+    def _source_pass(self, source: Batch) -> tuple[Tensor, Tensor]:
+        """-> segmentation loss, contrastive loss."""
+        parts = parts_of(source, self.accumulate)
+        agreements = _move_prototypes_first(self.net, self.objective, parts) if self.accumulate > 1 else [None]
+        share_of_labels = shares([part.labels for part in parts], self.class_weight)
+        share_of_agreed = shares(agreements)
+        segmentations, contrasts = [], []
+        for part, agreed, share, contrast_share in zip(
+            parts, agreements, share_of_labels, share_of_agreed, strict=True
+        ):
+            features, logits = self.net(part.images)
+            with memory.phase("loss"):
+                if agreed is None:
+                    agreed = agreement_labels(part.labels, logits.argmax(1))
+                    self.objective.update_(features.detach(), agreed)
+                segmentation = share * upsampled_cross_entropy(
+                    logits, part.labels, temperature=self.train.temperature, class_weight=self.class_weight
+                )
+                pull = contrast_share * self.objective(features, agreed)
+                loss = segmentation + self.train.contrast_weight * pull
+            del features, logits  # the graph frees them as soon as its backward is past them
+            backward(loss)
+            segmentations.append(segmentation.detach())
+            contrasts.append(pull.detach())
+        return total(segmentations), total(contrasts)
+
+    def _target_pass(self, target: Batch, it: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """-> contrastive loss, diagnostics where they are shown."""
+        net, parts, contrasts = self.net, parts_of(target, self.accumulate), []
+        grids = [labels_on(part.labels, net.grid(part.images)) for part in parts] if self.accumulate > 1 else [None]
+        for part, share in zip(parts, shares(grids), strict=True):
+            features = net.features(part.images)
+            with memory.phase("loss"):
+                pull = share * self.objective(features, part.labels)
+                loss = self.train.contrast_weight * pull
+            features = features.detach() if self.shown(it) else None
+            backward(loss)
+            contrasts.append(pull.detach())
+        more = {} if features is None else diagnostics(net, features, parts[-1].labels, self.objective.prototypes)
+        return total(contrasts), more
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from ..train.lean import LeanModel
 from .nets import Nets
 from .parts import Shown, Step, never, segmentation_pass, share_into
 from .pseudo_labels import SECOND
-from .stage import OWN, Batches, Feed, Trainee, shapes, unchanged
+from .stage import OWN, Batches, Feed, Trainee, forward_shapes, unchanged
 
 
 class Distill:
@@ -29,7 +29,7 @@ class Distill:
         train = config.distill
         model = nets.start(freeze_bn=train.freeze_bn)
         class_weight = nets.class_weight("source", train.class_weight_power) if train.source_weight else None
-        net = nets.lean(model, shapes(config, train, self.feeds(config)))
+        net = nets.lean(model, forward_shapes(config, train, self.feeds(config)))
         step = distill_step(net, train, class_weight, config.loop.accumulate, nets.shown(train))
         around = (lambda batches: self._mixed(config, batches)) if train.class_mix else unchanged
         return Trainee(step, net, {"model": model}, {"model": nets.optimizer(model, train)}, around)

@@ -23,7 +23,7 @@ from .context import Context
 from .stage import TRAIN_AGAIN
 
 
-class Prototypes:
+class MeanPrototypes:
     name = "prototypes"
 
     def sees(self, config: Config) -> tuple[int, int]:
@@ -54,7 +54,7 @@ class Prototypes:
         return {"missing": missing}
 
 
-STAGE = Prototypes()
+STAGE = MeanPrototypes()
 
 
 def read_prototypes(run: Run) -> Tensor:

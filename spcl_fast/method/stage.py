@@ -41,7 +41,7 @@ class Feed:
         return output_size(self.augment, getattr(config, self.side).size)
 
 
-def shapes(config: Config, train: TrainConfig, feeds: Sequence[Feed]) -> list[tuple[int, ...]]:
+def forward_shapes(config: Config, train: TrainConfig, feeds: Sequence[Feed]) -> list[tuple[int, ...]]:
     """[B, 3, H, W] of what one forward sees of each feed."""
     sizes = [feed.size(config) for feed in feeds]
     return [(train.batch_size // config.loop.accumulate, 3, height, width) for width, height in sizes]

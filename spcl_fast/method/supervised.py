@@ -11,7 +11,7 @@ from ..data import Batch
 from ..train.lean import LeanModel
 from .nets import Nets
 from .parts import Step, segmentation_pass
-from .stage import OWN, Feed, Trainee, shapes
+from .stage import OWN, Feed, Trainee, forward_shapes
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Supervised:
         train = self._settings(config)
         model = nets.start()
         class_weight = nets.class_weight(self.side, train.class_weight_power)
-        net = nets.lean(model, shapes(config, train, self.feeds(config)))
+        net = nets.lean(model, forward_shapes(config, train, self.feeds(config)))
         step = supervised_step(net, train, class_weight, config.loop.accumulate)
         return Trainee(step, net, {"model": model}, {"model": nets.optimizer(model, train)})
 

@@ -18,12 +18,10 @@ from ..data.classes import CITYSCAPES_16, CITYSCAPES_19, THIRTEEN_OF_SIXTEEN, Cl
 from ..data.files import find_images, inside, read_image
 from ..data.palette import overlay, write_label_png
 from ..errors import CheckpointError, ConfigError, DataError
+from ..runs import layout
 
 if TYPE_CHECKING:
     from ..models import SegmentationModel
-
-# which stage's net is a run's result; what was trained on target labels only by name
-FINAL_FIRST = tuple(row.name for row in reversed(catalog.trained()) if row.role != "bound")
 
 
 @dataclass(frozen=True)
@@ -39,9 +37,14 @@ class Trained:
 def run_of(path: Path) -> Path | None:
     """The run folder that `path` is or lies in, if any."""
     for folder in (path, *path.resolve().parents):
-        if (folder / "config.yaml").is_file():
+        if (folder / layout.CONFIG).is_file():
             return folder
     return None
+
+
+def final_first() -> tuple[str, ...]:
+    """Which stage's net is a run's result, the last adapted one first; an oracle is taken only by name."""
+    return tuple(row.name for row in reversed(catalog.trained()) if row.role != "bound")
 
 
 def find_weights(path: Path, stage: str | None = None, *, selected: bool = False) -> Path:
@@ -51,22 +54,23 @@ def find_weights(path: Path, stage: str | None = None, *, selected: bool = False
     """
     if not path.exists():
         raise ConfigError(f"{path}: there is no such run folder, checkpoint folder or weights file.")
-    if path.is_file() or (any(path.glob("*.safetensors")) and not (path / "config.yaml").is_file()):
+    if path.is_file() or (any(path.glob("*.safetensors")) and not (path / layout.CONFIG).is_file()):
         return path
     from ..runs.checkpoint import CheckpointStore
 
+    results = final_first()
     stage = stage and stage.replace("-", "_")  # its command's name
-    for name in (stage,) if stage else FINAL_FIRST:
-        if not stage and not (path / name / "done.json").is_file():
+    for name in (stage,) if stage else results:
+        if not stage and not (path / name / layout.DONE).is_file():
             continue
-        if selected and (path / name / "selected.safetensors").is_file():
-            return path / name / "selected.safetensors"
-        checkpoint = CheckpointStore(path / name / "checkpoints").latest()
+        if selected and (path / name / layout.SELECTED_WEIGHTS).is_file():
+            return path / name / layout.SELECTED_WEIGHTS
+        checkpoint = CheckpointStore(path / name / layout.CHECKPOINTS).latest()
         if checkpoint is not None:
             return checkpoint.path
     raise CheckpointError(
-        f"{path} holds no net of {stage or 'a finished ' + ', '.join(FINAL_FIRST)}. "
-        f"Expected {path}/{stage or FINAL_FIRST[0]}/checkpoints/step_*; train that stage first, or name a weights file."
+        f"{path} holds no net of {stage or 'a finished ' + ', '.join(results)}. "
+        f"Expected {path / (stage or results[0]) / layout.CHECKPOINTS}/step_*; train that stage first, or name a weights file."
     )
 
 
@@ -96,8 +100,8 @@ def load_trained(path: Path, config: Config, stage: str | None = None) -> Traine
 def _classes(path: Path, config: Config) -> ClassSet:
     """The names and colours that the run kept, so that a net works where its training data is not; else those of the target's data set."""
     run = run_of(path)
-    if run is not None and (run / "classes.json").is_file():
-        return read_classes(run / "classes.json")[0]
+    if run is not None and (run / layout.CLASSES).is_file():
+        return read_classes(run / layout.CLASSES)[0]
     if config.target.classes is not None:
         return read_classes(Path(config.target.classes))[0]
     known = catalog.find(catalog.DATA_SETS, config.target.dataset).num_classes
@@ -211,7 +215,7 @@ def predict_folder(
         "ignore_index": trained.classes.ignore_index,
     }
     if done:
-        (output / "classes.json").write_text(json.dumps(names, indent=1), encoding="utf-8")
+        (output / layout.CLASSES).write_text(json.dumps(names, indent=1), encoding="utf-8")
     return done
 
 

@@ -84,7 +84,7 @@ def batches_of(context: Context, stage: str, train: TrainConfig, feeds: tuple[Fe
     """start -> what the stage's step takes, from that iteration on: a batch, or a tuple with one of each feed."""
     pin = context.device.type == "cuda"
     streams = [
-        context.domains.batches(stage, feed.side, dataset_of(context, feed), train, feed.augment, pin_memory=pin)
+        context.domains.batches(stage, feed.side, fed_dataset(context, feed), train, feed.augment, pin_memory=pin)
         for feed in feeds
     ]
     if len(streams) == 1:
@@ -92,7 +92,7 @@ def batches_of(context: Context, stage: str, train: TrainConfig, feeds: tuple[Fe
     return lambda start: zip(*(stream(start) for stream in streams), strict=False)
 
 
-def dataset_of(context: Context, feed: Feed) -> Dataset:
+def fed_dataset(context: Context, feed: Feed) -> Dataset:
     """The images of a feed with its labels."""
     domains = context.domains
     if feed.labels == OWN:

@@ -14,7 +14,7 @@ from ..train import memory
 from ..train.lean import LeanModel
 from .nets import Nets
 from .parts import Look, Shown, Step, backward, never, parts_of, share_into, shares, total
-from .stage import NONE, OWN, Feed, Trainee, shapes
+from .stage import NONE, OWN, Feed, Trainee, forward_shapes
 
 
 class Warmup:
@@ -30,7 +30,7 @@ class Warmup:
         torch.manual_seed(config.seed)
         discriminator = nets.place(Discriminator(nets.num_classes))
         class_weight = nets.class_weight("source", train.class_weight_power)
-        net = nets.lean(model, shapes(config, train, self.feeds(config)))
+        net = nets.lean(model, forward_shapes(config, train, self.feeds(config)))
         step = warmup_step(net, discriminator, train, class_weight, config.loop.accumulate, nets.shown(train))
         adam = torch.optim.Adam(discriminator.parameters(), lr=train.discriminator_lr, betas=(0.9, 0.99))
         return Trainee(

@@ -80,7 +80,7 @@ def test_what_autograd_keeps_is_alive_until_its_backward():
 def test_the_prediction_is_the_counted_peak_of_a_real_step(stage, loop):
     config = config_of(**loop)
     theirs = stage == "released"
-    predicted = released.peak_memory(config, 19) if theirs else peak_memory(config, stage)
+    predicted = released.released_peak(config, 19) if theirs else peak_memory(config, stage)
     torch.manual_seed(0)
     work = released.counted_step(config, 19) if theirs else step_of(config, stage, 19)
     for domain in work.batch if isinstance(work.batch, tuple) else (work.batch,):

@@ -12,64 +12,21 @@ import signal
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
+from tiny_run import STAGES, TRAINED, tiny_config
 
 from spcl_fast.compat.spcl import load_semantic_prototype, load_thres_const
-from spcl_fast.config import Config
-from spcl_fast.config.load import load_config
 from spcl_fast.data import build_dataset, read_label_png
 from spcl_fast.errors import CheckpointError, DataError, Interrupted, NumericError
 from spcl_fast.memory_plan.peak import forecast
-from spcl_fast.method.adapt import STAGE as ADAPT
 from spcl_fast.method.context import Context
 from spcl_fast.method.domains import Domains, class_weight
 from spcl_fast.method.prototypes import read_prototypes
 from spcl_fast.method.run import run_stages
-from spcl_fast.method.training import batches_of, warn_of_collapse
-from spcl_fast.models import build_model
+from spcl_fast.method.training import warn_of_collapse
 from spcl_fast.runs.folder import Run
 from spcl_fast.runs.tensorfile import replace_tensors
-from spcl_fast.train.evaluate import Scores, evaluate_model
 from spcl_fast.train.signals import StopRequest
-
-TINY = {
-    "source.size": "[48, 32]",
-    "source.eval_size": "[48, 32]",
-    "source.train_images": "6",
-    "target.size": "[48, 32]",
-    "target.eval_size": "[48, 32]",
-    "target.train_images": "6",
-    "evaluate.images": "4",
-    "evaluate.overlays": "2",
-    "loop.workers": "0",
-    "loop.log_every": "1",
-}
-TRAINED = ("source_only", "control", "warmup", "adapt", "distill", "oracle")
-STAGES = (
-    "source_only",
-    "control",
-    "warmup",
-    "prototypes",
-    "pseudo_labels",
-    "adapt",
-    "pseudo_labels_2",
-    "distill",
-    "oracle",
-)
-
-
-def tiny_config(tmp_path, name="run", preset="demo", sets=(), **changes) -> Config:
-    iterations = {f"{stage}.iterations": "2" for stage in TRAINED} | {f"{stage}.batch_size": "2" for stage in TRAINED}
-    given = {**TINY, **iterations, "runs_dir": str(tmp_path), "name": name, **changes}
-    return load_config(preset, (), sets, list(given.items()))
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Context:
-    config = tiny_config(tmp_path_factory.mktemp("runs"))
-    run_stages(config, STAGES)
-    return Context(config)
 
 
 def test_every_stage_leaves_its_files_and_the_summary_its_figures(finished):
@@ -211,12 +168,6 @@ def test_a_net_that_is_not_finite_gives_no_pseudo_labels_and_no_prototypes(tmp_p
             assert context.run.done(stage) is None
 
 
-def test_a_net_picked_by_labels_is_never_called_the_last(tmp_path):
-    run_stages(tiny_config(tmp_path, **{"evaluate.selection": "target_val"}), ("source_only",))
-    with pytest.raises(CheckpointError, match="evaluate.selection: 'target_val' -> 'last'"):
-        run_stages(tiny_config(tmp_path), ("source_only",))
-
-
 def test_labels_without_a_known_class_are_refused_in_words(finished):
     data = finished.domains.dataset("source", "train")
     assert torch.isfinite(class_weight(data, 0.5)).all()
@@ -343,121 +294,3 @@ def first_line(folder, stage: str) -> dict:
     return next(
         line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if line["stage"] == stage
     )
-
-
-def test_selection_on_source_keeps_the_best_checkpoint(tmp_path):
-    config = tiny_config(
-        tmp_path, **{"evaluate.selection": "source_val", "loop.checkpoint_every": "1", "source_only.iterations": "4"}
-    )
-    run_stages(config, ("source_only",))
-    context = Context(config)
-    picked = json.loads(context.run.path("source_only", "selected.json").read_text())
-    scores = evaluate_model(
-        context.model_of("source_only"), context.domains.dataset("source", "val"), config.source.eval_size
-    )
-    assert picked["by"] == "source_val" and scores.miou == pytest.approx(picked["miou"])
-
-
-def test_scores_are_those_of_a_hand_count():
-    classes = dataclasses.make_dataclass("Classes", ["names"])(("a", "b", "c"))
-    scores = Scores(classes, np.array([[5, 1, 0], [3, 1, 0], [0, 0, 0]]))
-    assert scores.iou == {"a": pytest.approx(500 / 9), "b": pytest.approx(20.0), "c": None}
-    assert scores.miou == pytest.approx((500 / 9 + 20) / 2)
-    assert scores.as_json()["predicted_share"] == {"a": 0.8, "b": 0.2, "c": 0.0}
-
-
-def test_scores_agree_with_torchmetrics(finished):
-    from torchmetrics.functional.classification import multiclass_jaccard_index
-    from torchmetrics.functional.segmentation import mean_iou  # noqa: F401  the import itself fails where torchvision is broken
-
-    model, dataset = finished.model_of("source_only"), finished.domains.dataset("target", "val").select(range(3))
-    kept = {}
-    scores = evaluate_model(
-        model, dataset, (48, 32), keep=lambda i, name, labels: kept.update({i: torch.from_numpy(labels.copy())})
-    )
-    truth = torch.cat([torch.from_numpy(np.array(dataset.label(i))).flatten() for i in range(3)]).long()
-    predicted = torch.cat([kept[i].flatten() for i in range(3)]).long()
-    expected = multiclass_jaccard_index(predicted, truth, len(dataset.classes), average="none", ignore_index=255)
-    ours = torch.tensor([0.0 if value is None else value / 100 for value in scores.iou.values()])
-    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
-
-
-# ---- parity with the release -------------------------------------------------------------------------------------------
-
-
-def released_adapt_step(model, prototypes, source, target, pseudo, lr):
-    """One iteration as `train_ours.py` does it, both graphs alive and the source graph gone through twice. prototypes [D, K]."""
-    optimizer = torch.optim.SGD(
-        [{"params": model.feature_extractor.parameters()}, {"params": model.classifier.parameters(), "lr": 10 * lr}],
-        lr=lr,
-        momentum=0.9,
-        weight_decay=5e-4,
-    )
-    src_feat = model.features(source.images)
-    src_seg = model.classify(src_feat)
-    pred = F.interpolate(src_seg, source.images.shape[2:], mode="bilinear", align_corners=True)
-    loss_seg = F.cross_entropy(pred / 1.8, source.labels.long(), ignore_index=255)
-    loss_seg.backward(retain_graph=True)
-    tgt_feat = model.features(target.images)
-    tgt_mask = F.interpolate(pseudo[None].float(), tgt_feat.shape[2:], mode="nearest")[0].long()
-    src_mask = F.interpolate(source.labels[None].float(), src_feat.shape[2:], mode="nearest")[0].long()
-    src_mask[src_mask != src_seg.detach().argmax(1)] = 255
-    unit = F.normalize(src_feat.detach(), dim=1).permute(0, 2, 3, 1)
-    current = torch.zeros_like(prototypes)
-    for k in src_mask.unique().tolist():
-        if k != 255:
-            current[:, k] = unit[src_mask == k].mean(0)
-    prototypes = 0.1 * prototypes + 0.9 * current
-    loss_cl = 0
-    for feat, mask in ((src_feat, src_mask), (tgt_feat, tgt_mask)):
-        rows = F.normalize(feat, dim=1).permute(0, 2, 3, 1).reshape(-1, feat.shape[1])
-        loss_cl = loss_cl + F.cross_entropy(rows @ prototypes / 100, mask.flatten(), ignore_index=255)
-    loss_cl.backward()
-    optimizer.step()
-    return prototypes
-
-
-def test_one_adapt_step_under_released_settings_is_the_released_step(tmp_path):
-    config = tiny_config(
-        tmp_path,
-        preset="gta5_cityscapes",
-        sets=("released",),
-        **{
-            "source.dataset": "generated_source",
-            "target.dataset": "generated_target",
-            "model.name": "deeplab_v2_resnet18",
-            "model.weights": "null",
-            "warmup.iterations": "3",
-            "adapt.iterations": "1",
-            "pseudo_label.estimate_size": "[48, 32]",
-        },
-    )
-    assert (config.adapt.contrast_temperature, config.adapt.absent, config.adapt.keep, config.model.frozen_bn_eps) == (
-        100,
-        "decay",
-        0.1,
-        0,
-    )
-    run_stages(config, ("warmup", "prototypes", "pseudo_labels", "adapt"))
-    context = Context(config)
-    source, target = next(batches_of(context, "adapt", config.adapt, ADAPT.feeds(config))(0))
-    assert (target.labels != 255).any() and (source.labels != 255).any()
-
-    model = context.model_of("warmup")
-    start = {key: value.clone() for key, value in model.state_dict().items()}
-    prototypes = released_adapt_step(
-        model, read_prototypes(context.run).T.clone(), source, target, target.labels, config.adapt.lr
-    )
-    ours = context.checkpoint("adapt")
-    moved = 0
-    for key, value in model.state_dict().items():
-        step = (value - start[key]).abs().max()
-        moved += bool(step > 0)
-        torch.testing.assert_close(ours.group("model")[key], value, rtol=1e-5, atol=max(1e-8, 1e-3 * step.item()))
-    assert moved > 20
-    torch.testing.assert_close(ours.group("bank")["prototypes"], prototypes.T, rtol=1e-5, atol=1e-6)
-
-
-def test_released_batch_norm_has_no_eps():
-    model = build_model("deeplab_v2_resnet18", 4, frozen_bn_eps=0.0)
-    assert all(module.eps == 0 for module in model.modules() if type(module).__name__ == "FrozenBatchNorm2d")

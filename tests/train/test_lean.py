@@ -15,7 +15,7 @@ from spcl_fast.config import AdaptConfig, DistillConfig, LoopConfig, SourceConfi
 from spcl_fast.data import Batch
 from spcl_fast.errors import ConfigError
 from spcl_fast.losses import spcl
-from spcl_fast.method.adapt import adapt_step
+from spcl_fast.method.adapt import AdaptStep
 from spcl_fast.method.distill import distill_step
 from spcl_fast.method.supervised import supervised_step
 from spcl_fast.method.warmup import warmup_step
@@ -59,7 +59,7 @@ def adapted(name: str, absorb: bool = False, steps: int = 1, size=(32, 48), **lo
     bank = bank_of(net.model)
     make = AbsorbingSGD if absorb else torch.optim.SGD
     optimizer = make(net.model.parameter_groups(0.01, 2.0), lr=0.01, momentum=0.9, weight_decay=0.1)
-    step = adapt_step(
+    step = AdaptStep(
         net, bank, TRAIN, torch.tensor([1.0, 2.0, 0.5, 1.0]), loop.get("accumulate", 1), lambda it: it == 0
     )
     values = {}
@@ -168,7 +168,7 @@ def test_the_lean_step_is_the_released_one(checkpoint, absorb, accumulate):
     prototypes = bank.prototypes.T.clone()
     step_of_theirs = released_step(theirs, prototypes, train)
     net = lean_model(ours, LoopConfig(checkpoint=checkpoint), Precision(CPU), [(2 // accumulate, 3, 32, 48)])
-    step_of_ours = adapt_step(net, bank, train, None, accumulate)
+    step_of_ours = AdaptStep(net, bank, train, None, accumulate)
     optimizers = [
         torch.optim.SGD(theirs.parameter_groups(0.01, 2.0), lr=0.01, momentum=0.9, weight_decay=0.1),
         (AbsorbingSGD if absorb else torch.optim.SGD)(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -14,10 +13,7 @@ from faults import (
     QUIET,
     STEPS,
     Begun,
-    Crash,
-    FaultyDisk,
     TinyStage,
-    metrics_without_times,
     same_bits,
     start_process,
     tiny_batches,
@@ -25,28 +21,12 @@ from faults import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spcl_fast.config import LoopConfig, SourceConfig
-from spcl_fast.errors import CheckpointError, ConfigError, DataError, Interrupted, NumericError, OutOfMemory
+from spcl_fast.config import SourceConfig
+from spcl_fast.errors import CheckpointError, ConfigError, DataError, Interrupted, NumericError
 from spcl_fast.runs.folder import Run
-from spcl_fast.train import memory
-from spcl_fast.train.absorb import AbsorbingSGD
 from spcl_fast.train.device import Precision, choose_device
 from spcl_fast.train.resume import load_modules
 from spcl_fast.train.schedule import poly_schedule
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
-    stage = TinyStage()
-    stage.fit(folder)
-    return stage.state(), metrics_without_times(Run(folder))
-
-
-@pytest.fixture
-def instant_fsync(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
 
 # --- results ---
 
@@ -219,146 +199,6 @@ def test_weights_that_became_nan_are_never_written(tmp_path):
     assert Run(tmp_path).checkpoints("tiny").steps() == [3]
 
 
-# --- resume ---
-
-
-@pytest.mark.parametrize("stop_at", [1, 3, 7, 29])
-def test_a_stopped_run_ends_with_the_bits_of_an_undisturbed_one(tmp_path, undisturbed, stop_at):
-    stage = TinyStage()
-    stage.after_step = lambda it: os.kill(os.getpid(), signal.SIGTERM) if it == stop_at - 1 else None
-    with pytest.raises(Interrupted) as caught:
-        stage.fit(tmp_path)
-    assert caught.value.exit_code == 75 and f"Stopped by SIGTERM at step {stop_at} of tiny; its state is in" in str(
-        caught.value
-    )
-    again = TinyStage()
-    torch.rand(100)  # the generator's past does not matter
-    assert again.fit(tmp_path).resumed_from == stop_at
-    assert again.calls == list(range(stop_at, STEPS))
-    assert same_bits(again.state(), undisturbed[0])
-    assert metrics_without_times(Run(tmp_path)) == undisturbed[1]
-
-
-def test_seconds_add_up_over_a_restart(tmp_path):
-    stage = TinyStage(pause=0.02)
-    stage.after_step = lambda it: os.kill(os.getpid(), signal.SIGUSR1) if it == 9 else None
-    with pytest.raises(Interrupted, match="SIGUSR1"):
-        stage.fit(tmp_path, iterations=12)
-    assert TinyStage().fit(tmp_path, iterations=12).seconds >= 10 * 0.02
-
-
-def test_signal_handlers_are_put_back(tmp_path):
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
-    TinyStage().fit(tmp_path, iterations=1)
-    assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
-
-
-def test_a_second_interrupt_from_the_keyboard_stops_at_once(tmp_path):
-    stage = TinyStage()
-
-    def twice(it):
-        if it == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
-
-    stage.after_step = twice
-    with pytest.raises(KeyboardInterrupt):
-        stage.fit(tmp_path)
-    assert Run(tmp_path).checkpoints("tiny").steps() == [3]
-
-
-def test_a_stop_in_the_last_step_finishes_the_stage_and_still_stops_the_run(tmp_path):
-    stage = TinyStage()
-    stage.after_step = lambda it: os.kill(os.getpid(), signal.SIGTERM) if it == 4 else None
-    with pytest.raises(Interrupted):
-        stage.fit(tmp_path, iterations=5)
-    assert TinyStage().fit(tmp_path, iterations=5).skipped
-
-
-def test_other_settings_are_refused_and_the_differing_keys_named(tmp_path):
-    stage = TinyStage()
-    stage.after_step = lambda it: os.kill(os.getpid(), signal.SIGTERM) if it == 4 else None
-    with pytest.raises(Interrupted):
-        stage.fit(tmp_path)
-    differ = r"\(tiny.lr: 0.05 -> 0.1; tiny.new: '\(absent\)' -> 1\)"
-    with pytest.raises(CheckpointError, match=f"belongs to other settings {differ}.*Set them back") as caught:
-        TinyStage().fit(tmp_path, identity={"tiny": {"lr": 0.1, "new": 1}})
-    assert caught.value.exit_code == 5
-    TinyStage().fit(tmp_path)
-    with pytest.raises(CheckpointError, match=r"was finished with other settings \(seed: 3 -> 4\)"):
-        TinyStage().fit(tmp_path, seed=4)
-
-
-def test_how_it_is_logged_and_saved_may_change_between_starts(tmp_path, undisturbed):
-    stage = TinyStage()
-    stage.after_step = lambda it: os.kill(os.getpid(), signal.SIGTERM) if it == 4 else None
-    with pytest.raises(Interrupted):
-        stage.fit(tmp_path)
-    again = TinyStage()
-    again.fit(tmp_path, dataclasses.replace(QUIET, log_every=7, checkpoint_every=5, workers=3))
-    assert same_bits(again.state(), undisturbed[0])
-
-
-def test_resume_never_refuses_a_folder_with_checkpoints_and_a_path_starts_from_it(tmp_path, undisturbed):
-    stage = TinyStage()
-    stage.after_step = lambda it: os.kill(os.getpid(), signal.SIGTERM) if it == 16 else None
-    with pytest.raises(Interrupted):
-        stage.fit(tmp_path / "a")
-    with pytest.raises(CheckpointError, match="loop.resume is 'never'"):
-        TinyStage().fit(tmp_path / "a", dataclasses.replace(QUIET, resume="never"))
-    again = TinyStage()
-    path = tmp_path / "a" / "tiny" / "checkpoints" / "step_00000015"
-    assert again.fit(tmp_path / "b", dataclasses.replace(QUIET, resume=str(path))).resumed_from == 15
-    assert same_bits(again.state(), undisturbed[0])
-    with pytest.raises(CheckpointError, match="not a checkpoint folder"):
-        TinyStage().fit(tmp_path / "c", dataclasses.replace(QUIET, resume=str(tmp_path)))
-
-
-def test_a_checkpoint_of_another_net_is_an_error_in_words(tmp_path):
-    stage = TinyStage()
-    stage.after_step = lambda it: os.kill(os.getpid(), signal.SIGTERM) if it == 4 else None
-    with pytest.raises(Interrupted):
-        stage.fit(tmp_path)
-    other = TinyStage()
-    other.model.body[4] = torch.nn.Conv2d(4, 3, 1)
-    with pytest.raises(CheckpointError, match="does not fit this stage's modules and optimisers(.|\n)*body.4.weight"):
-        other.fit(tmp_path)
-
-
-def test_every_file_operation_of_a_run_may_be_its_last(tmp_path, undisturbed, instant_fsync):
-    """Checkpoints, metrics and done.json together: killed (or cut off) at operation n, started again, the end is the same."""
-    short = dataclasses.replace(QUIET, log_every=2, checkpoint_every=2)
-    clean = TinyStage()
-    clean.fit(tmp_path / "clean", short, iterations=4)
-    expected = clean.state(), metrics_without_times(Run(tmp_path / "clean"))
-    for at in range(1, 400):
-        folder = tmp_path / str(at)
-        with FaultyDisk(folder, ("crash", "power cut")[at % 2], at) as disk, contextlib.suppress(Crash):
-            TinyStage().fit(folder, short, iterations=4)
-        if not disk.fails:
-            break
-        again = TinyStage()
-        again.fit(folder, short, iterations=4)
-        assert same_bits(again.state(), expected[0]), at
-        assert metrics_without_times(Run(folder)) == expected[1], at
-        assert Run(folder).done("tiny") is not None
-    assert 80 < at < 399
-
-
-def test_a_full_disk_stops_the_run_in_words_and_the_older_checkpoint_is_whole(tmp_path, undisturbed, instant_fsync):
-    """The disk fills at many different moments; once there is room again, the run goes on to the same bits."""
-    for at in range(10, 140, 13):
-        folder = tmp_path / str(at)
-        text = "No space left on device.* start the same command again"
-        with FaultyDisk(folder, "ENOSPC", at) as disk, pytest.raises(CheckpointError, match=text):
-            TinyStage().fit(folder)
-        assert disk.fails
-        again = TinyStage()
-        again.fit(folder)
-        assert same_bits(again.state(), undisturbed[0])
-        assert metrics_without_times(Run(folder)) == undisturbed[1]
-
-
 # --- what it is given ---
 
 
@@ -428,121 +268,3 @@ def test_devices_are_named_in_words():
         assert choose_device("auto") == torch.device("cpu")
         with pytest.raises(ConfigError, match="sees no GPU. Use auto or cpu"):
             choose_device("cuda")
-
-
-# --- out of memory ---
-
-
-class Full(RuntimeError):
-    """What torch raises where malloc fails."""
-
-    def __init__(self):
-        super().__init__(
-            "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
-        )
-
-
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), Full()], ids=lambda e: type(e).__name__
-)
-def test_out_of_memory_saves_the_step_before_and_names_the_setting(tmp_path, undisturbed, error):
-    """Statistics had moved, gradients were formed: both are taken back, and the run ends with the bits of an undisturbed one."""
-    stage = TinyStage()
-
-    def burst(it):
-        if it == 7:
-            raise error
-
-    stage.after_step = burst
-    with pytest.raises(OutOfMemory) as caught:
-        stage.fit(tmp_path)
-    text = str(caught.value)
-    assert caught.value.exit_code == 2 and "Out of memory at step 7 of tiny on cpu" in text and "step_00000007" in text
-    assert "Start the same command with --loop.checkpoint auto to go on; `spcl-fast plan tiny --fit 4GiB`" in text
-    again = TinyStage()
-    assert again.fit(tmp_path).resumed_from == 7
-    assert same_bits(again.state(), undisturbed[0])
-
-
-def test_out_of_memory_in_the_first_step_saves_nothing(tmp_path):
-    stage = TinyStage()
-
-    def burst(it):
-        raise MemoryError
-
-    stage.after_step = burst
-    with pytest.raises(OutOfMemory, match="There was no step to save yet"):
-        stage.fit(tmp_path)
-    assert not Run(tmp_path).checkpoints("tiny").steps()
-
-
-def test_out_of_memory_amid_absorbed_gradients_falls_back_to_the_last_checkpoint(tmp_path):
-    """The momenta hold a part of the step that failed: they must not be saved."""
-    stage = TinyStage()
-    stage.optimizers["main"] = AbsorbingSGD(stage.optimizers["main"].param_groups, lr=0.05, momentum=0.9)
-
-    def burst(it):
-        if it == 7:
-            raise MemoryError
-
-    stage.after_step = burst
-    with pytest.raises(OutOfMemory, match="The newest state is in .*step_00000006"):
-        stage.fit(tmp_path)
-    assert Run(tmp_path).checkpoints("tiny").steps()[0] == 6
-
-
-def test_any_other_error_is_no_lack_of_memory(tmp_path):
-    stage = TinyStage()
-
-    def burst(it):
-        raise RuntimeError("shapes differ")
-
-    stage.after_step = burst
-    with pytest.raises(RuntimeError, match="shapes differ"):
-        stage.fit(tmp_path)
-
-
-def test_the_remedy_is_the_next_setting_that_is_not_taken_yet():
-    settings, told = LoopConfig(), []
-    for change in (
-        {"checkpoint": "auto"},
-        {"offload": True},
-        {"precision": "bf16"},
-        {"absorb_gradients": True},
-        {"accumulate": 4},
-        {},
-    ):
-        told.append(memory.remedy(settings, "adapt", torch.device("cuda")).split(";")[0])
-        settings = dataclasses.replace(settings, **change)
-    wanted = (
-        "checkpoint auto",
-        "offload",
-        "precision bf16",
-        "absorb_gradients",
-        "accumulate N, with N a divisor of adapt.batch_size",
-    )
-    assert all(f"with --loop.{flag}" in text for flag, text in zip(wanted, told, strict=False))
-    assert ["same command" in text for text in told] == [True, True, False, False, False, False]
-    assert told[5] == "Start a run of another name with a smaller --source.size and --target.size"
-    on_cpu = memory.remedy(LoopConfig(checkpoint="auto"), "adapt", torch.device("cpu"))
-    assert "offload" not in on_cpu and "--loop.precision bf16" in on_cpu
-
-
-# --- memory in the log ---
-
-
-def test_the_log_has_the_predicted_peak_and_the_measured_one_of_each_phase(tmp_path):
-    stage = TinyStage()
-    real = stage.step
-
-    def step(batch, it):
-        with memory.phase("forward"):
-            return real(batch, it)
-
-    stage.fit(tmp_path, iterations=8, step=step, predicted_peak=lambda: 12345)
-    first, second = Run(tmp_path).metrics("tiny")
-    assert first["predicted_peak_bytes"] == second["predicted_peak_bytes"] == 12345
-    assert first["phase_peak_bytes"].keys() == {"forward", "step"} and all(
-        value > 0 for value in first["phase_peak_bytes"].values()
-    )
-    assert first["peak_memory_bytes"] >= max(first["phase_peak_bytes"].values())

@@ -1,0 +1,59 @@
+"""What a net is worth, and which of its checkpoints is picked."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from tiny_run import tiny_config
+
+from spcl_fast.errors import CheckpointError
+from spcl_fast.method.context import Context
+from spcl_fast.method.run import run_stages
+from spcl_fast.train.evaluate import Scores, evaluate_model
+
+
+def test_a_net_picked_by_labels_is_never_called_the_last(tmp_path):
+    run_stages(tiny_config(tmp_path, **{"evaluate.selection": "target_val"}), ("source_only",))
+    with pytest.raises(CheckpointError, match="evaluate.selection: 'target_val' -> 'last'"):
+        run_stages(tiny_config(tmp_path), ("source_only",))
+
+
+def test_selection_on_source_keeps_the_best_checkpoint(tmp_path):
+    config = tiny_config(
+        tmp_path, **{"evaluate.selection": "source_val", "loop.checkpoint_every": "1", "source_only.iterations": "4"}
+    )
+    run_stages(config, ("source_only",))
+    context = Context(config)
+    picked = json.loads(context.run.path("source_only", "selected.json").read_text())
+    scores = evaluate_model(
+        context.model_of("source_only"), context.domains.dataset("source", "val"), config.source.eval_size
+    )
+    assert picked["by"] == "source_val" and scores.miou == pytest.approx(picked["miou"])
+
+
+def test_scores_are_those_of_a_hand_count():
+    classes = dataclasses.make_dataclass("Classes", ["names"])(("a", "b", "c"))
+    scores = Scores(classes, np.array([[5, 1, 0], [3, 1, 0], [0, 0, 0]]))
+    assert scores.iou == {"a": pytest.approx(500 / 9), "b": pytest.approx(20.0), "c": None}
+    assert scores.miou == pytest.approx((500 / 9 + 20) / 2)
+    assert scores.as_json()["predicted_share"] == {"a": 0.8, "b": 0.2, "c": 0.0}
+
+
+def test_scores_agree_with_torchmetrics(finished):
+    from torchmetrics.functional.classification import multiclass_jaccard_index
+    from torchmetrics.functional.segmentation import mean_iou  # noqa: F401  the import itself fails where torchvision is broken
+
+    model, dataset = finished.model_of("source_only"), finished.domains.dataset("target", "val").select(range(3))
+    kept = {}
+    scores = evaluate_model(
+        model, dataset, (48, 32), keep=lambda i, name, labels: kept.update({i: torch.from_numpy(labels.copy())})
+    )
+    truth = torch.cat([torch.from_numpy(np.array(dataset.label(i))).flatten() for i in range(3)]).long()
+    predicted = torch.cat([kept[i].flatten() for i in range(3)]).long()
+    expected = multiclass_jaccard_index(predicted, truth, len(dataset.classes), average="none", ignore_index=255)
+    ours = torch.tensor([0.0 if value is None else value / 100 for value in scores.iou.values()])
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
