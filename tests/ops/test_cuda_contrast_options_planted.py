@@ -58,7 +58,7 @@ BUGS = {
     "a block's temperature lost": (BACKWARD, "i < {}; i += kSumThreads) sum", "count", "count - 1"),
     "temperature of the wrong sign": (BACKWARD, "static_cast<float>({} / a.temperature())", "-sums[0]", "sums[0]"),
     "images mixed": (SUMS, "contrast_tile({} + t, a.pixels)", "image * tiles", "0"),
-    "a group too long": (SUMS, "end = min({}, tiles)", "begin + a.plan.groups.tiles_per_group", "begin + a.plan.groups.tiles_per_group + 1"),
+    "a group too long": (SUMS, "end = min(begin + {}, tiles)", "a.plan.groups.tiles_per_group", "a.plan.groups.tiles_per_group + 1"),
     "bias of four lanes": (SUMS, "lanes = {}; lanes < 32", "4", "8"),
     "bias of a warp lost": (SUMS, "warp < {}; ++warp) sum", "kWarps", "kWarps - 1"),
     "bias of the last class lost": (SUMS, "static_cast<int>(threadIdx.x) >= {}) return;", "classes", "classes - 1"),
