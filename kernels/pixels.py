@@ -72,6 +72,14 @@ def read_weights(weights, cls, pixel):
 
 
 @triton.jit
+def softplus(z):
+    """log(1 + exp(z)), small values with all their digits: log(1 + e) = log(u) e / (u - 1) with u = 1 + e rounded."""
+    e = tl.exp(-tl.abs(z))
+    u = 1.0 + e
+    return tl.maximum(z, 0.0) + tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
 def pixel_offset(place, n, w):
     """Element offset of pixel n of an image of a Map."""
     if place.stride_h is None:

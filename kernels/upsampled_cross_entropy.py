@@ -154,10 +154,12 @@ def upsampled_loss_kernel(
     logits_ptr = logits.ptr + b * logits.stride_b
     label_ptr = None
     soft_ptr = None
+    any_ptr = None
     if target.labels is not None:
         label_ptr = target.labels.ptr + b * target.labels.stride_b
     if target.soft is not None:
         soft_ptr = target.soft.map.ptr + b * target.soft.map.stride_b
+        any_ptr = target.soft.any.ptr + b * target.soft.any.stride_b
     pixel_weight_ptr = weights.pixel_ptr
     if pixel_weight_ptr is not None:
         pixel_weight_ptr += b * grid.H * grid.W
@@ -166,7 +168,7 @@ def upsampled_loss_kernel(
         loss_ptr += b * grid.H * grid.W
     if dlogits_ptr is not None:
         dlogits_ptr += b * K * grid.h * grid.w
-    image = Image(logits_ptr, label_ptr, soft_ptr, pixel_weight_ptr, loss_ptr, dlogits_ptr)
+    image = Image(logits_ptr, label_ptr, soft_ptr, any_ptr, pixel_weight_ptr, loss_ptr, dlogits_ptr)
     gradient_scale = scaling.inv_temperature
     if scaling.denominator is not None:
         denominator = tl.load(scaling.denominator)
@@ -285,7 +287,9 @@ def _target_of(problem, flag: Tensor, binary: bool) -> UpsampledTarget:
     if labels.is_floating_point():
         grid = labels.shape[2:]
         scales = (axis_scale(*pair, problem.align_corners) for pair in zip(grid, (height, width), strict=True))
-        return UpsampledTarget(None, Soft(Map(labels, *labels.stride()), *grid, *scales), *terms, None, *kind[1:])
+        there = (labels != 0).any(1, keepdim=True).float()
+        soft = Soft(Map(labels, *labels.stride()), Map(there, *there.stride()), *grid, *scales)
+        return UpsampledTarget(None, soft, *terms, None, *kind[1:])
     if (height - 1) * labels.stride(1) + (width - 1) * labels.stride(2) >= 2**31:
         labels = labels.contiguous()  # a view so wide that an image's offsets pass 32 bits
     return UpsampledTarget(labels_at(labels, flag, height, width, problem.ignore_index), None, *terms, *kind)
@@ -296,9 +300,10 @@ def _denominator_of(problem, target: UpsampledTarget) -> Tensor:
     if target.labels is not None:
         weights = weights_of(None if target.binary is not None else problem.class_weight, None)
         return _denominator(target.labels, weights, problem.logits.shape[1])
-    total = problem.labels.sum(1, keepdim=True, dtype=torch.float32)
-    align = {"align_corners": problem.align_corners}
-    return (F.interpolate(total, problem.output_size, mode="bilinear", **align) != 0).sum(dtype=torch.float32)
+    there = F.interpolate(
+        target.soft.any.ptr, problem.output_size, mode="bilinear", align_corners=problem.align_corners
+    )
+    return (there > 0).sum(dtype=torch.float32)
 
 
 def _bad_probabilities(labels: Tensor, flag: Tensor, bad_probability: int) -> Tensor | None:

@@ -73,7 +73,9 @@ def prediction_kernel(
                 confidence = 1.0 / total
                 confidence, label = flat(confidence), flat(label)
                 if threshold_ptr is not None:
-                    label = tl.where(confidence < tl.load(threshold_ptr + label), ignore_index, label)
+                    label = tl.where(
+                        confidence >= tl.load(threshold_ptr + label), label, ignore_index
+                    )  # NaN is not enough
                 mask = flat(in_cell(i, j, row_end, columns))
                 pixel = image * grid.H * grid.W + flat(i * grid.W + j)
                 tl.store(label_ptr + pixel, label.to(label_ptr.dtype.element_ty), mask=mask)

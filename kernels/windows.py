@@ -16,6 +16,7 @@ class Soft(NamedTuple):
     """Probabilities [B, K, g, f] on a grid of their own, up-sampled by the logits' rule; nodes per pixel."""
 
     map: Map
+    any: Map  # [B, 1, g, f]: 1 where a node has any probability; where none reaches a pixel, the pixel is unlabelled
     height: int
     width: int
     scale_h: float
@@ -30,7 +31,7 @@ class UpsampledTarget(NamedTuple):
     keep: float
     share: float
     plain: int | None  # labels, softmax and no smoothing
-    binary: int | None  # a sigmoid for each class
+    binary: int | None  # a sigmoid for each class; of labels without smoothing
     gamma: float | None  # of the focal loss
 
 
@@ -49,6 +50,7 @@ class Image(NamedTuple):
     logits: tl.tensor
     labels: tl.tensor | None
     soft: tl.tensor | None
+    any: tl.tensor | None
     pixel_weight: tl.tensor | None
     loss: tl.tensor | None
     dlogits: tl.tensor | None

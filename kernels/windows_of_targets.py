@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .cells import flat, in_cell, interpolate, load_corners, source, window_of
 from .operands import Weights
-from .pixels import classify, read_weights
+from .pixels import classify, read_weights, softplus
 from .windows import add_to_nodes, largest_of
 
 _SAFE_BITS = tl.constexpr(64.0)
@@ -29,15 +29,14 @@ def _axis(pixel, size, scale, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def _soft_target(ptr, soft, k, rows, cols, mask, ROWS: tl.constexpr, COLS: tl.constexpr, CELLS: tl.constexpr):
-    """t [ROWS, COLS, CELLS] of class k."""
+def _soft_target(ptr, map, rows, cols, mask, ROWS: tl.constexpr, COLS: tl.constexpr, CELLS: tl.constexpr):
+    """[ROWS, COLS, CELLS] of one class of a map with a grid of its own."""
     i0, i1, y = rows
     j0, j1, x = cols
-    ptr += k.to(tl.int64) * soft.map.stride_d
-    a = tl.load(ptr + flat(i0 * soft.map.stride_h + j0 * soft.map.stride_w), mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(ptr + flat(i0 * soft.map.stride_h + j1 * soft.map.stride_w), mask=mask, other=0.0).to(tl.float32)
-    c = tl.load(ptr + flat(i1 * soft.map.stride_h + j0 * soft.map.stride_w), mask=mask, other=0.0).to(tl.float32)
-    d = tl.load(ptr + flat(i1 * soft.map.stride_h + j1 * soft.map.stride_w), mask=mask, other=0.0).to(tl.float32)
+    a = tl.load(ptr + flat(i0 * map.stride_h + j0 * map.stride_w), mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(ptr + flat(i0 * map.stride_h + j1 * map.stride_w), mask=mask, other=0.0).to(tl.float32)
+    c = tl.load(ptr + flat(i1 * map.stride_h + j0 * map.stride_w), mask=mask, other=0.0).to(tl.float32)
+    d = tl.load(ptr + flat(i1 * map.stride_h + j1 * map.stride_w), mask=mask, other=0.0).to(tl.float32)
     a, b = tl.reshape(a, [ROWS, COLS, CELLS]), tl.reshape(b, [ROWS, COLS, CELLS])
     c, d = tl.reshape(c, [ROWS, COLS, CELLS]), tl.reshape(d, [ROWS, COLS, CELLS])
     top = a + x * (b - a)
@@ -47,7 +46,8 @@ def _soft_target(ptr, soft, k, rows, cols, mask, ROWS: tl.constexpr, COLS: tl.co
 @triton.jit
 def _target(image, target, cls, k, rows, cols, mask, ROWS: tl.constexpr, COLS: tl.constexpr, CELLS: tl.constexpr):
     if target.soft is not None:
-        t = _soft_target(image.soft, target.soft, k, rows, cols, mask, ROWS, COLS, CELLS)
+        ptr = image.soft + (tl.full((), 0, tl.int64) + k) * target.soft.map.stride_d
+        t = _soft_target(ptr, target.soft.map, rows, cols, mask, ROWS, COLS, CELLS)
     else:
         t = (cls == k).to(tl.float32)
     return t
@@ -62,33 +62,29 @@ def _class_weight(weights, k):
 
 
 @triton.jit
-def _binary(z, t, w, target):
-    """Of one class -> loss, dz. z in natural units."""
-    if target.gamma is not None:
-        s = tl.where(t > 0, -z, z)
-        softplus = tl.maximum(s, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(s)))
-        wrong = tl.sigmoid(s)
-        modulation = tl.exp(-target.gamma * (softplus - s))  # sigmoid(s)^gamma
-        loss = w * modulation * softplus
-        slope = w * modulation * (target.gamma * (1.0 - wrong) * softplus + wrong)
-        dz = tl.where(t > 0, -slope, slope)
-    else:
-        q = w * (target.keep * t + target.share)
-        loss = w * (tl.maximum(z, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(z)))) - q * z
-        dz = w * tl.sigmoid(z) - q
-    return loss, dz
+def _binary(z, own, w, gamma):
+    """Of one class -> loss, dz. z in natural units; own: where it is the label's."""
+    s = tl.where(own, -z, z)
+    cost = softplus(s)
+    wrong = tl.sigmoid(s)
+    modulation = w
+    if gamma is not None:
+        modulation *= tl.exp(-gamma * softplus(-s))  # sigmoid(s)^gamma
+    slope = modulation * wrong
+    if gamma is not None:
+        slope += modulation * (gamma * (1.0 - wrong) * cost)
+    return modulation * cost, tl.where(own, -slope, slope)
 
 
 @triton.jit
 def _softmax_walk(
     image, terms, bound, at, cls, rows, cols, mask, y, x, ROWS: tl.constexpr, COLS: tl.constexpr, CELLS: tl.constexpr
 ):
-    """-> sum of 2**((z - bound) factor), sum of q, sum of q (z - bound), sum of t."""
+    """-> sum of 2**((z - bound) factor), sum of q, sum of q (z - bound)."""
     target = terms.target
     total = tl.zeros([ROWS, COLS, CELLS], tl.float32)
     mass = tl.zeros([ROWS, COLS, CELLS], tl.float32)
     dot = tl.zeros([ROWS, COLS, CELLS], tl.float32)
-    seen = tl.zeros([ROWS, COLS, CELLS], tl.float32)
     ptr = image.logits
     for k in range(0, terms.K):
         a, b, c, d = load_corners(ptr, at)
@@ -97,11 +93,9 @@ def _softmax_walk(
         q = _class_weight(terms.weights, k) * (target.keep * t + target.share)
         total += tl.exp2(z * terms.scaling.factor)
         mass += q
-        dot += q * z
-        if target.soft is not None:
-            seen += t
+        dot += tl.where(q == 0, 0.0, q * z)
         ptr += terms.stride_k
-    return total, mass, dot, seen
+    return total, mass, dot
 
 
 @triton.jit
@@ -124,9 +118,10 @@ def target_window(
         )
         cls, bad = classify(value, target.labels, mask, terms.K)
     else:
-        cls = tl.where(mask, 0, -1)
         rows = _axis(i, target.soft.height, target.soft.scale_h, ALIGN)
         cols = _axis(j, target.soft.width, target.soft.scale_w, ALIGN)
+        there = _soft_target(image.any, target.soft.any, rows, cols, mask, ROWS, COLS, CELLS)
+        cls = tl.where(mask & (flat(there) > 0), 0, -1)
     wide = tl.reshape(cls, [ROWS, COLS, CELLS])
     column = tl.sum(x, 0)  # x itself: its first dimension is 1
     class_weight, pixel_weight = read_weights(Weights(terms.weights.class_ptr, image.pixel_weight), cls, pixel)
@@ -138,8 +133,7 @@ def target_window(
         for k in range(0, terms.K):
             a, b, c, d = load_corners(ptr, at)
             z = interpolate(a, b, c, d, y, x) * terms.scaling.inv_temperature
-            t = _target(image, target, wide, k, rows, cols, mask, ROWS, COLS, CELLS)
-            loss, dz = _binary(z, t, _class_weight(terms.weights, k), target)
+            loss, dz = _binary(z, wide == k, _class_weight(terms.weights, k), target.gamma)
             value += loss
             if image.dlogits is not None:
                 add_to_nodes(
@@ -150,12 +144,9 @@ def target_window(
         bound = tl.zeros([ROWS, COLS, CELLS], tl.float32) + top[None, None, :]
         if gap * terms.scaling.factor > _SAFE_BITS:
             bound = largest_of(image.logits, at, terms.K, terms.stride_k, y, x, ROWS, COLS, CELLS)
-        total, mass, dot, seen = _softmax_walk(image, terms, bound, at, wide, rows, cols, mask, y, x, ROWS, COLS, CELLS)
+        total, mass, dot = _softmax_walk(image, terms, bound, at, wide, rows, cols, mask, y, x, ROWS, COLS, CELLS)
         value = mass * (tl.log2(total) * _LN2) - dot * terms.scaling.inv_temperature
-        if target.soft is not None:
-            wide = tl.where((wide >= 0) & (seen != 0), 0, -1)
-            counted = flat((wide >= 0).to(tl.float32))
-        else:
+        if target.labels is not None:
             counted = class_weight
         if image.dlogits is not None:
             lse = bound + tl.log2(total) * terms.scaling.inv_factor

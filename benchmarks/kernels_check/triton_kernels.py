@@ -9,206 +9,24 @@ matrix instruction, and on an aligned feature map that is not loaded 16 bytes at
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import create_function_from_signature
 
-from spcl_fast.backends.contract import Contrast, Moments, Saved, UpsampledClasses, UpsampledLoss, Wanted
-from spcl_fast.kernels import class_moments as moments
 from spcl_fast.kernels import pixels
-from spcl_fast.kernels import upsampled_cross_entropy as upsample
-from spcl_fast.kernels import upsampled_prediction as prediction
 from spcl_fast.kernels.operands import Map, Size
-from spcl_fast.kernels.prototype_contrastive_loss import contrast, pool, prototypes
 
-_MODULES = (pixels, contrast, pool, prototypes, moments, upsample, prediction)
+from .launches import Launch, cases, recorded
+
 SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
-_OPTIONS = ("num_warps", "num_stages", "maxnreg")
-
-
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """One kernel with the specialisation that a launch would give it; a path is where a value lies among the arguments and operands."""
-
-    name: str
-    kernel: object
-    signature: tuple[tuple[str, object], ...]
-    constants: tuple[tuple[tuple[int, ...], object], ...]
-    attributes: tuple[tuple[tuple[int, ...], str], ...]  # paths of what is divisible by 16
-    options: tuple[tuple[str, int], ...]
-    grid: tuple[int, ...] = dataclasses.field(compare=False)
-
-    @property
-    def dtype(self) -> str:
-        names = dict(self.signature)
-        for operand in ("features", "logits", "labels", "partial_ptr"):
-            kind = names.get(operand, "")
-            kind = kind[0] if isinstance(kind, tuple) else kind
-            if kind.startswith("*"):
-                return kind.lstrip("*")
-        return ""
-
-    def constant(self, name: str) -> object:
-        """Value of a constexpr parameter; None where the kernel has none of this name."""
-        names = [key for key, _ in self.signature]
-        return dict(self.constants).get((names.index(name),)) if name in names else None
-
-
-class _Recorder:
-    def __init__(self, kernel, launches: list[Launch]):
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid):
-        return lambda *args, **kwargs: self.launches.append(describe(self.kernel, grid, args, kwargs))
-
-
-def describe(kernel, grid, args, kwargs) -> Launch:
-    """The specialisation that Triton's launcher chooses for these arguments: its own binder is asked. Meta tensors count as aligned."""
-    options = tuple((k, v) for k, v in kwargs.items() if k in _OPTIONS)
-    backend = make_backend(GPUTarget("cuda", 90, 32))
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    values, specialization, _ = binder(*args, **{k: v for k, v in kwargs.items() if k not in _OPTIONS})
-    kinds = [kind for kind, _ in specialization]
-    constants = {path: _at(list(values.values()), path) for path, kind in _leaves(kinds) if kind == "constexpr"}
-    attributes = [None if kind == "constexpr" else attribute for kind, attribute in specialization]
-    name = kernel.__name__.removesuffix("_kernel")
-    return Launch(
-        name, kernel, tuple(zip(values, kinds, strict=True)), tuple(constants.items()),
-        tuple((path, text) for path, text in _leaves(attributes) if isinstance(text, str) and text), options, tuple(grid),
-    )  # fmt: skip
-
-
-def _leaves(values, path=()) -> Iterator[tuple[tuple[int, ...], object]]:
-    for index, value in enumerate(values):
-        if isinstance(value, tuple):
-            yield from _leaves(value, (*path, index))
-        else:
-            yield (*path, index), value
-
-
-def _at(values, path: tuple[int, ...]):
-    for index in path:
-        values = values[index]
-    return values
-
-
-@contextlib.contextmanager
-def recorded(arch: str) -> Iterator[list[Launch]]:
-    """Launches within the context are recorded instead of done, with the settings of `arch`."""
-    launches: list[Launch] = []
-    saved = []
-    for module in _MODULES:
-        for name, value in list(vars(module).items()):
-            if name.endswith("_kernel") and isinstance(value, triton.JITFunction):
-                saved.append((module, name, value))
-                setattr(module, name, _Recorder(value, launches))
-            elif name == "architecture":
-                saved.append((module, name, value))
-                setattr(module, name, lambda tensor: arch)
-    try:
-        yield launches
-    finally:
-        for module, name, value in saved:
-            setattr(module, name, value)
-
-
-# ---- what is launched ---------------------------------------------------------------------------------------------
-
-SHAPES = {
-    "A": (1, 2048, 91, 161, 19),
-    "B": (2, 256, 256, 512, 19),
-    "C": (1, 512, 512, 1024, 150),
-    "D": (8, 256, 128, 256, 1900),
-}
-UPSAMPLED = {
-    "U1": ((1, 19, 91, 161), (720, 1280)), "U2": ((2, 19, 128, 256), (512, 1024)), "U3": ((16, 150, 128, 128), (512, 512)),
-}  # fmt: skip
-
-
-def _meta(*shape, dtype=torch.float32) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _features(shape, dtype, channels_last: bool) -> torch.Tensor:
-    features = _meta(*shape[:4], dtype=dtype)
-    return features.to(memory_format=torch.channels_last) if channels_last else features
-
-
-def _contrast(
-    shape, dtype, *, channels_last=False, labels=torch.uint8, weights=False, reduction="mean", normalize=True, prototypes=True
-) -> None:  # fmt: skip
-    batch, dim, height, width, num_classes = shape
-    problem = Contrast(
-        _features(shape, dtype, channels_last), _meta(batch, 2 * height, 2 * width, dtype=labels), _meta(num_classes, dim),
-        _meta(num_classes) if weights else None, _meta(batch, height, width) if weights else None, None, 0.1, normalize, 255, reduction,
-    )  # fmt: skip
-    _forward_and_backward(problem, Wanted(features=True, prototypes=prototypes))
-
-
-def _forward_and_backward(problem: Contrast, wanted: Wanted) -> None:
-    flag = _meta(dtype=torch.int64)
-    loss, *saved = contrast.contrast_forward(problem, wanted, flag, 0)
-    contrast.contrast_backward(
-        _meta(*loss.shape), problem, Saved(*saved, problem.features.new_empty(0)), wanted, flag, 0
-    )
-
-
-def _moments(shape, dtype, *, channels_last=False, squares=False) -> None:
-    labels = _meta(shape[0], *shape[2:4], dtype=torch.uint8)
-    problem = Moments(_features(shape, dtype, channels_last), labels, shape[4], True, 255, squares)
-    moments.class_moments(problem, _meta(dtype=torch.int64))
-
-
-def _upsampled(case, dtype, *, align_corners=True, reduction="mean", gradient=True, weights=False) -> None:
-    (batch, num_classes, h, w), size = case
-    logits = _meta(batch, num_classes, h, w, dtype=dtype)
-    weight = (_meta(num_classes), _meta(batch, *size)) if weights else (None, None)
-    loss = UpsampledLoss(logits, _meta(batch, *size, dtype=torch.uint8), *weight, 1.8, align_corners, 255, reduction)
-    upsample.upsampled_cross_entropy(loss, gradient, _meta(dtype=torch.int64), 0)
-    prediction.upsampled_prediction(UpsampledClasses(logits, size, align_corners, 255, 1.8, _meta(num_classes)))
-
-
-def cases(quick: bool) -> Iterator[Callable[[], None]]:
-    """Every op on the quoted shapes, in the dtypes and layouts the table knows; quick leaves out what compiles to much the same."""
-    dtypes = (torch.float32, torch.bfloat16) if quick else (torch.float32, torch.bfloat16, torch.float16)
-    for dtype in dtypes:
-        for shape in SHAPES.values():
-            yield lambda s=shape, d=dtype: _contrast(s, d)
-            yield lambda s=shape, d=dtype: _moments(s, d)
-        for case in (UPSAMPLED["U1"],) if quick else UPSAMPLED.values():
-            yield lambda c=case, d=dtype: _upsampled(c, d)
-        yield lambda d=dtype: _contrast((1, 2048, 64, 64, 1900), d, prototypes=not quick)  # both D and K in steps
-        if quick:
-            continue
-        for shape in SHAPES.values():
-            yield lambda s=shape, d=dtype: _contrast(s, d, channels_last=True)
-            yield lambda s=shape, d=dtype: _moments(s, d, channels_last=True)
-        yield lambda d=dtype: _contrast(
-            SHAPES["B"], d, labels=torch.int64, weights=True, reduction="none", normalize=False
-        )
-        yield lambda d=dtype: _contrast((2, 48, 33, 65, 100_000), d)
-        yield lambda d=dtype: _contrast((2, 64, 64, 64, 64), d)
-        yield lambda d=dtype: _moments((2, 48, 33, 65, 100_000), d)
-        yield lambda d=dtype: _moments(SHAPES["B"], d, squares=True)
-        for case in UPSAMPLED.values():
-            yield lambda c=case, d=dtype: _upsampled(c, d, align_corners=False, weights=True)
-            yield lambda c=case, d=dtype: _upsampled(c, d, gradient=False, reduction="none")
-        yield lambda d=dtype: _upsampled(((2, 19, 128, 128), (64, 48)), d)
-
-
-# ---- compile and read ---------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,6 +84,8 @@ def faults(launch: Launch, usage: Usage, capability: int) -> list[str]:
 
 def _wide_rows(launch: Launch, names: list[str]) -> bool:
     """Whether the feature map's rows follow each other and every stride and the number of pixels is a multiple of 16, or 1."""
+    if "features" not in names:
+        return False
     features, size = names.index("features"), names.index("size")
     known = {path for path, _ in (*launch.constants, *launch.attributes)}
     strides = [(features, Map._fields.index(field)) for field in ("stride_b", "stride_d", "stride_w")]

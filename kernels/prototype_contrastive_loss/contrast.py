@@ -166,6 +166,8 @@ def _feature_gradient(problem, operands, wanted):
     elif form == "tile":
         backward_tile_kernel[(tiles,)](*inputs, size, problem.normalize, precision(features.dtype), **settings)
     else:
+        if prototypes.variances is not None:
+            settings = settings | {"BLOCK_O": max(16, settings["BLOCK_O"] // 2)}  # two accumulators
         blocks = triton.cdiv(size.D, settings["BLOCK_O"]) if wanted.features else 1
         partial = features.new_empty(tiles, dtype=torch.float32) if wanted.temperature else None
         backward_split_kernel[(tiles, blocks)](

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..pixels import pixel_offset, read_weights, tile_of
+from ..pixels import pixel_offset, read_weights, softplus, tile_of
 from .forward import finish_pixels, save_logits
 from .logits import dots, inverse_norm, inverse_temperature, logits_of
 from .targets import class_weights, find_bad, raise_bad, read_target, smoothed, target_tile, with_margin
@@ -21,9 +21,8 @@ def _include_targets(z, q, w, target, offs_k, K, top, total, mass, value):
     Sigmoid: value is the loss itself."""
     mask_k = (offs_k < K)[None, :]
     if target.sigmoid is not None:
-        value += tl.sum(
-            tl.where(mask_k, w[None, :] * (tl.maximum(z, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(z)))) - q * z, 0.0), 1
-        )
+        terms = w[None, :] * softplus(z) - tl.where(q == 0, 0.0, q * z)
+        value += tl.sum(tl.where(mask_k, terms, 0.0), 1)
     else:
         z = tl.where(mask_k, z, -float("inf"))
         new_top = tl.maximum(top, tl.max(z, 1))

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..kernels import balance
 from ..kernels import class_moments as moments
 from ..kernels import prototype_logits as logits
+from ..kernels import upsampled_confusion as confusion
 from ..kernels import upsampled_cross_entropy as cross_entropy
 from ..kernels import upsampled_prediction as prediction
 from ..kernels.prototype_contrastive_loss import contrast as contrasts
@@ -15,6 +17,7 @@ from . import reference
 from .contract import (
     Ask,
     Average,
+    Balance,
     Contrast,
     Gradients,
     Logits,
@@ -30,9 +33,12 @@ from .labels import BAD_PROBABILITY, label_flag
 _OPS = (
     "prototype_contrastive_loss",
     "prototype_logits",
+    "balance_",
     "class_moments",
     "upsampled_cross_entropy",
+    "upsampled_binary_cross_entropy",
     "upsampled_prediction",
+    "upsampled_confusion",
 )
 _LOGITS = {
     "variances",
@@ -51,7 +57,8 @@ _NEEDS = {  # the options that each op has
     ),
     "prototype_logits": frozenset(_LOGITS),
     "class_moments": frozenset({"pixel_weight"}),
-    "upsampled_cross_entropy": frozenset({"denominator"}),
+    "upsampled_cross_entropy": frozenset({"denominator", "label_smoothing", "probabilities"}),
+    "upsampled_binary_cross_entropy": frozenset({"denominator", "focal"}),
     "upsampled_prediction": frozenset({"int32_labels"}),
 }  # fmt: skip
 _NOT_TOGETHER = (  # no kernel for both
@@ -61,7 +68,7 @@ _NOT_TOGETHER = (  # no kernel for both
     {"margin", "prototype_class"},
     {"teacher", "prototype_class"},
 )
-_MAX_CLASSES = {"upsampled_cross_entropy": 4096, "upsampled_prediction": 1 << 20}
+_MAX_CLASSES = {"upsampled_cross_entropy": 4096, "upsampled_binary_cross_entropy": 4096}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -146,3 +153,18 @@ def upsampled_binary_cross_entropy(problem: UpsampledLoss, needs_dlogits: bool) 
 
 def upsampled_prediction(problem: UpsampledClasses) -> tuple[Tensor, Tensor]:
     return prediction.upsampled_prediction(problem)
+
+
+def upsampled_confusion(problem: UpsampledClasses) -> Tensor:
+    return confusion.upsampled_confusion(problem, label_flag(problem.logits.device))
+
+
+# ---- balance_ -----------------------------------------------------------------------------------------------------
+
+
+def balance_rows(problem: Balance, v: Tensor) -> Tensor:
+    return balance.balance_rows(problem, v)
+
+
+def balance_columns(problem: Balance, u: Tensor) -> Tensor:
+    return balance.balance_columns(problem, u)
