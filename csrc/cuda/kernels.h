@@ -171,16 +171,19 @@ struct UpsampledCrossEntropy : Upsampling {
   const float* class_weight;  // [K] or nullptr
   PixelMap pixel_weight;
   bool mean;
-  float* loss_map;    // [B, height, width], or nullptr: then the loss is formed
-  float* loss;        // []
-  float* dlogits;     // [B, K, h, w], for an incoming gradient of 1, or nullptr: not wanted
-  double* workspace;  // of upsampled_cross_entropy_workspace doubles
+  const float* denominator;  // [] what the mean divides by, or nullptr: the labelled pixels' class weights
+  float* loss_map;           // [B, height, width], or nullptr: then the loss is formed
+  float* loss;               // []
+  float* dlogits;            // [B, K, h, w], for an incoming gradient of 1, or nullptr: not wanted
+  double* workspace;         // of upsampled_cross_entropy_workspace doubles
 };
+
+constexpr int64_t kMaxByteClasses = 255;
 
 struct UpsampledPrediction : Upsampling {
   const float* thresholds;  // [K] or nullptr
   int ignore_index;
-  uint8_t* labels;    // [B, height, width]
+  void* labels;       // [B, height, width] uint8, or int32 beyond kMaxByteClasses classes
   float* confidence;  // the same
 };
 

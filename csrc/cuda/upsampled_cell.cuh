@@ -8,6 +8,8 @@
 // factor leaves float32: `narrow` cells, those whose logits all lie within kMostBits of each other. The others take
 // every pixel's own maximum and own exponentials.
 #pragma once
+#include <algorithm>
+
 #include "pixels.cuh"
 #include "upsampled.h"
 
@@ -38,6 +40,7 @@ struct UpsamplingTask {
   int64_t stride_b, stride_k;
   int stride_h, stride_w;  // within an image and class 32 bits do
   float factor;            // log2(e) / temperature
+  float lowest;            // the lowest logit whose sums and products are floats: see load_any_corners
 };
 
 // Upper left, upper right, lower left, lower right: offsets of a cell's nodes in elements, or their logits.
@@ -60,6 +63,16 @@ template <class T> __device__ __forceinline__ Corners load_corners(const T* plan
   return {to_float(plane[at.a]), to_float(plane[at.b]), to_float(plane[at.c]), to_float(plane[at.d])};
 }
 
+// The same for cells that are not narrow, where a class may be masked by -inf or by a very low logit: by the lowest of
+// which the slopes along a cell are floats, so that its probability is 0. NaN stays.
+template <class T>
+__device__ __forceinline__ Corners load_any_corners(const UpsamplingTask& task, const T* plane,
+                                                    const CornerOffsets& at) {
+  const Corners v = load_corners(plane, at);
+  const auto raised = [&](float x) { return x < task.lowest ? task.lowest : x; };
+  return {raised(v.a), raised(v.b), raised(v.c), raised(v.d)};
+}
+
 // The largest and the smallest corner of all classes bound every logit of the cell. In units of log2.
 struct Bounds {
   float top;
@@ -76,7 +89,7 @@ __device__ __forceinline__ Bounds bounds_of(const UpsamplingTask& task, const T*
     low = fminf(low, fminf(fminf(v.a, v.b), fminf(v.c, v.d)));
     sum += (v.a + v.b) + (v.c + v.d);  // maxima pass over NaN, a sum does not
   }
-  return {top * task.factor, (top - low) * task.factor <= kMostBits && sum == sum};
+  return {top * task.factor, (top - low) * task.factor <= kMostBits && sum == sum && top > task.lowest};
 }
 
 struct Window {
@@ -196,6 +209,7 @@ inline UpsamplingTask make_task(const Upsampling& a, int rows, int columns, bool
   task.stride_b = a.logits.stride_b, task.stride_k = a.logits.stride_d;
   task.stride_h = static_cast<int>(a.logits.stride_h), task.stride_w = static_cast<int>(a.logits.stride_w);
   task.factor = static_cast<float>(1.4426950408889634 / a.temperature);
+  task.lowest = -6e37f / std::max(task.factor, 1.0f);
   return task;
 }
 

@@ -33,15 +33,16 @@ from .labels import label_flag
 OPS = ("prototype_contrastive_loss", "class_moments", "upsampled_cross_entropy", "upsampled_prediction")
 _MAX_CLASSES = {
     "prototype_contrastive_loss": 65536,  # tried up to there
-    "upsampled_cross_entropy": 32767,
-    "upsampled_prediction": 256,
-}  # a class is an int16 in shared memory, a uint8 when written
+    "upsampled_cross_entropy": 32767,  # a class is an int16 in shared memory
+}
 # The options that each op has.
 _NEEDS = {
     "prototype_contrastive_loss": frozenset(
         {"per_image_prototypes", "bias", "tensor_temperature", "probabilities", "label_smoothing", "margin", "denominator", "sigmoid",
          "dbias", "dtemperature"}
     ),
+    "upsampled_cross_entropy": frozenset({"denominator"}),
+    "upsampled_prediction": frozenset({"int32_labels"}),
 }  # fmt: skip
 _CACHED_BYTES = 1024
 _ONE_PASS_CLASSES, _ONE_PASS_DIM = 32, 4096  # what a cluster holds of a tile: csrc/cuda/contrast_plan.h
@@ -246,6 +247,7 @@ def upsampled_cross_entropy(problem: UpsampledLoss, needs_dlogits: bool) -> tupl
     return _ops.upsampled_cross_entropy(
         _within_32_bits(p.logits), p.labels, _plain(p.class_weight), None if p.pixel_weight is None else p.pixel_weight.float(),
         label_flag(device), p.temperature, p.align_corners, p.ignore_index, p.reduction == "mean", p.reduction == "none", needs_dlogits,
+        p.denominator,
     )  # fmt: skip
 
 
@@ -253,7 +255,8 @@ def upsampled_prediction(problem: UpsampledClasses) -> tuple[Tensor, Tensor]:
     p = problem
     if p.logits.numel() == 0:
         shape = (p.logits.shape[0], *p.size)
-        return p.logits.new_empty(shape, dtype=torch.uint8), p.logits.new_empty(shape, dtype=torch.float32)
+        kind = torch.uint8 if p.logits.shape[1] <= 255 else torch.int32
+        return p.logits.new_empty(shape, dtype=kind), p.logits.new_empty(shape, dtype=torch.float32)
     return _ops.upsampled_prediction(
         _within_32_bits(p.logits), *p.size, _plain(p.thresholds), p.temperature, p.align_corners, p.ignore_index
     )

@@ -89,6 +89,7 @@ def settings_within(config: Config, stages: list[str], limit_bytes: int) -> Fitt
                     return Fitted(flags, changed, found)
         if least is not None and least.floor_bytes > limit_bytes:
             break
+    assert least is not None  # every size tried has a group
     raise ConfigError(
         f"nothing fits into {limit_bytes / GIB:.2f} GiB: the least that {hungry} takes at any size tried is {least.peak_bytes / GIB:.2f} "
         f"GiB, of which weights, gradients and optimiser are {least.floor_bytes / GIB:.2f} GiB. Give more memory, or a smaller net "

@@ -14,7 +14,7 @@ from .. import catalog
 from . import layout
 
 # Stage of a trained net -> its name in summary.json and its name for the reader, in the order of the method.
-NETS = {row.name: (row.net, row.title) for row in catalog.trained()}
+NETS = {row.name: (row.net, row.title) for row in catalog.STAGES if row.net is not None}
 # Colour-blind-safe (Okabe and Ito); classes that come without a palette get these in turn.
 SAFE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#000000", "#8A6D00")
 
@@ -182,14 +182,14 @@ def _read_classes(run: RunFolder) -> None:
     if not isinstance(names, list) or not names:
         names = next((list(evaluation.iou) for evaluation in run.evaluations.values()), [])
     run.classes = [str(name) for name in names]
-    palette = record.get("palette")
     try:
-        run.palette = [tuple(int(np.clip(part, 0, 255)) for part in colour) for colour in palette]
-        whole = len(run.palette) == len(run.classes) and all(len(colour) == 3 for colour in run.palette)
+        colours = [[int(np.clip(part, 0, 255)) for part in colour] for colour in record.get("palette") or ()]
+        run.palette = [(red, green, blue) for red, green, blue in colours]
+        whole = len(run.palette) == len(run.classes)
     except (TypeError, ValueError):
         whole = False
     if not whole:
-        spare = [tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5)) for colour in SAFE_COLOURS]
+        spare = [(int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)) for colour in SAFE_COLOURS]
         run.palette = [spare[i % len(spare)] for i in range(len(run.classes))]
 
 

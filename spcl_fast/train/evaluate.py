@@ -83,7 +83,10 @@ def evaluate_model(
     model.eval()
     try:
         for index, (image, label, name) in enumerate(eval_batches(dataset, size, workers=workers)):
-            predicted = upsampled_prediction(predict_logits(model, image.to(device), tta), label.shape).labels[0].cpu()
+            assert label is not None  # of a labelled data set
+            height, width = label.shape
+            at_size = upsampled_prediction(predict_logits(model, image.to(device), tta), (height, width))
+            predicted = at_size.labels[0].cpu()
             if keep is not None:
                 keep(index, name, predicted.numpy())
             truth = torch.from_numpy(np.asarray(label)).long()

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..config import LoopConfig
 from ..errors import ConfigError
 from ..models import SegmentationModel
-from ..models.chain import run_blocks, statistics_kept
+from ..models.chain import Chain, run_blocks, statistics_kept
 from . import memory
 from .device import Precision
 
@@ -29,7 +29,7 @@ class LeanModel:
 
     def __init__(self, model: SegmentationModel, precision: Precision, *, offload: bool = False) -> None:
         self.model, self.precision, self.offload = model, precision, offload
-        self._grids: dict[tuple[int, ...], tuple[int, ...]] = {}
+        self._grids: dict[tuple[int, ...], tuple[int, int]] = {}
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """-> features [B, D, h, w], logits [B, K, h, w]."""
@@ -50,7 +50,8 @@ class LeanModel:
         size = tuple(images.shape[2:])
         if size not in self._grids:
             with torch.no_grad(), statistics_kept(self.model):
-                self._grids[size] = tuple(self.features(images[:1]).shape[2:])
+                height, width = self.features(images[:1]).shape[2:]
+            self._grids[size] = height, width
         return self._grids[size]
 
     @contextlib.contextmanager
@@ -67,12 +68,13 @@ def lean_model(
     model: SegmentationModel, settings: LoopConfig, precision: Precision, shapes: Sequence[tuple[int, ...]]
 ) -> LeanModel:
     """`model` with the loop's settings; `shapes`: of the images that it will see, for `checkpoint: auto`. Raises ConfigError."""
-    if settings.checkpoint != "none" and model.chain is None:
+    chain = model.chain
+    if settings.checkpoint != "none" and chain is None:
         raise ConfigError(
             f"loop.checkpoint: {model.name} is not made of blocks (models/chain.py), so nothing can be recomputed: use none."
         )
-    if model.chain is not None:
-        model.chain.cuts = _cuts(model, settings.checkpoint, precision, shapes)
+    if chain is not None:
+        chain.cuts = _cuts(model, chain, settings.checkpoint, precision, shapes)
     if settings.compile:
         model.feature_extractor.compile()
     if settings.offload and precision.device.type != "cuda":
@@ -83,14 +85,14 @@ def lean_model(
 
 
 def _cuts(
-    model: SegmentationModel, checkpoint: str, precision: Precision, shapes: Sequence[tuple[int, ...]]
+    model: SegmentationModel, chain: Chain, checkpoint: str, precision: Precision, shapes: Sequence[tuple[int, ...]]
 ) -> tuple[int, ...]:
     if checkpoint == "none":
         return ()
     if checkpoint == "stage":
-        return model.chain.stages()
+        return chain.stages()
     if checkpoint == "block":
-        return tuple(range(1, len(model.chain.blocks())))
+        return tuple(range(1, len(chain.blocks())))
     return best_cuts(block_bytes(model, precision, max(shapes, key=lambda shape: shape[0] * shape[-1] * shape[-2])))
 
 
@@ -101,11 +103,13 @@ def block_bytes(model: SegmentationModel, precision: Precision, shape: tuple[int
     """(bytes of its input, bytes that it keeps for the backward) of every block, from fake tensors: nothing is computed or allocated."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    chain = model.chain
+    assert chain is not None  # lean_model has asked
     own = {id(tensor) for tensor in itertools.chain(model.parameters(), model.buffers())}
     result: list[tuple[int, int]] = []
     with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad(), precision.autocast(), statistics_kept(model):
         state: tuple[Tensor, ...] = (torch.empty(shape, device=model.mean.device),)
-        for block in model.chain.blocks():
+        for block in chain.blocks():
             seen = {_storage(tensor) for tensor in state}
             kept: dict[int, int] = {}
 

@@ -260,11 +260,8 @@ class _Loop:
         values = self._checked_values()
         self.meter.reset()
         before = LogLine(stage=self.stage, step=self.done, seconds=round(self._seconds(), 3), lr=self.state.rate())
-        after = LogLine(
-            **pace.read(),
-            peak_memory_bytes=self._peak(),
-            predicted_peak_bytes=self.predicted,
-            phase_peak_bytes=self.phases,
+        after = pace.read() | LogLine(
+            peak_memory_bytes=self._peak(), predicted_peak_bytes=self.predicted, phase_peak_bytes=self.phases
         )
         record = {key: value for key, value in {**before, **values, **after}.items() if value is not None}
         if not values.keys().isdisjoint(COLUMNS):

@@ -9,6 +9,7 @@ import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -123,6 +124,9 @@ class PhaseRecorder:
         self.phase = name
 
 
+Recorder = TypeVar("Recorder", bound=PhaseRecorder)
+
+
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
     """Tell the recorder, if there is one, that a step is in this phase now. Nested: the inner one counts."""
@@ -139,7 +143,7 @@ def phase(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def recording(recorder: PhaseRecorder) -> Iterator[PhaseRecorder]:
+def recording(recorder: Recorder) -> Iterator[Recorder]:
     """Inside, phases are told to `recorder`."""
     global _recorder
     before, _recorder = _recorder, recorder

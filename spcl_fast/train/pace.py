@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .. import distributed
+from ..runs.layout import LogLine
 
 
 class Pace:
@@ -18,11 +19,11 @@ class Pace:
         self._since = self._start = time.monotonic()
         self._first = done
 
-    def read(self) -> dict[str, float]:
+    def read(self) -> LogLine:
         now = time.monotonic()
         elapsed = max(now - self._since, 1e-9)
         images = sum(distributed.gather_objects(self.images))
-        result = {"images_per_s": round(images / elapsed, 3), "data_wait": round(min(1.0, self.waited / elapsed), 4)}
+        result = LogLine(images_per_s=round(images / elapsed, 3), data_wait=round(min(1.0, self.waited / elapsed), 4))
         self.images, self.waited, self._since = 0, 0.0, now
         return result
 

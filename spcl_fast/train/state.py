@@ -6,7 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import (
+    Tensor,
+    _foreach_copy_,  # pyright: ignore[reportPrivateImportUsage] # torch.optim's own, and there is no public one
+    nn,
+)
 from torch.optim import Optimizer
 
 from .. import distributed
@@ -130,7 +134,7 @@ class TrainingState:
         if not self._kept:
             self._kept = [torch.empty_like(buffer) for buffer in self._buffers]
         if self._buffers:
-            torch._foreach_copy_(self._kept, self._buffers)
+            _foreach_copy_(self._kept, self._buffers)
 
     def forget_step(self) -> bool:
         """After a step that failed before its update: drop its gradients, put the buffers back. -> whether the state is that before it.
@@ -139,7 +143,7 @@ class TrainingState:
         """
         self._clear_gradients()
         if self._buffers:
-            torch._foreach_copy_(self._buffers, self._kept)
+            _foreach_copy_(self._buffers, self._kept)
         return not any(isinstance(optimizer, AbsorbingSGD) for optimizer in self.optimizers.values())
 
     def _clear_gradients(self) -> None:

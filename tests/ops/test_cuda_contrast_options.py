@@ -181,6 +181,20 @@ def test_options_with_every_reduction(cuda, name, reduction):
     check(cuda, c, torch.rand(2, 5, 9) if reduction == "none" else torch.tensor(3.0))
 
 
+def error_at_large_logits(cuda) -> float:
+    """Of the prototypes' gradient, relative; the logits are 65536 + k exactly, and float32 cannot hold their logsumexp."""
+    k = torch.arange(5)
+    features, labels = torch.full((1, 1, 1, 5), 65536.0), k.view(1, 1, 5)
+    prototypes = (1 + k / 65536)[:, None]
+    c = Contrast(features, labels, prototypes, None, None, None, 1.0, False, -100, "sum", bias=torch.zeros(5))
+    got, truth = run(cuda, c)[2].double(), transcribed(c, torch.float64)[2]
+    return ((got - truth).abs().max() / truth.abs().max()).item()
+
+
+def test_logsumexp_of_large_logits_costs_the_gradient_no_accuracy(cuda):
+    assert error_at_large_logits(cuda) < 1e-5
+
+
 # ---- more classes than a block holds --------------------------------------------------------------------------------
 
 MANY = [  # shape, classes: one block and a bit, whole blocks, several; channels in one slice and in two; logits saved

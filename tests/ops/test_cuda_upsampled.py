@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from cuda_emulator import build, emulated
 
 import spcl_fast as sf
+from spcl_fast import backends
+from spcl_fast.backends.contract import UpsampledLoss
 from spcl_fast.backends.labels import label_flag
 
 pytestmark = pytest.mark.skipif(build.COMPILER is None, reason="needs a C++ compiler")
@@ -241,6 +243,82 @@ def test_prediction_of_half_floats_and_with_thresholds(cuda, dtype):
     )
 
 
+# ---- masked classes, many classes, denominators ---------------------------------------------------------------------
+
+MASKS = [-torch.inf, -torch.finfo(torch.float32).max, -2.4e38, -1e30, -1e4]
+
+
+@pytest.mark.parametrize("temperature", [0.05, 1.0, 100.0])
+@pytest.mark.parametrize("low", MASKS)
+@pytest.mark.parametrize("high", [(8, 12), (3, 2), (2, 3)])
+def test_a_masked_class_has_no_probability_and_the_others_are_as_without_it(cuda, low, high, temperature):
+    logits, labels = problem((2, 3), high, num_classes=4)
+    labels[labels == 1] = 2
+    masked = logits.index_fill(1, torch.tensor([1]), low)
+    others = torch.tensor([0, 2, 3])
+    loss, gradient = run(masked, labels, temperature=temperature)
+    rest = run(
+        logits[:, others], torch.where((labels > 1) & (labels != 255), labels - 1, labels), temperature=temperature
+    )
+    torch.testing.assert_close(loss, rest[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient[:, others], rest[1], rtol=1e-4, atol=1e-7)
+    assert torch.all(gradient[:, 1] == 0)
+    predicted = sf.upsampled_prediction(masked, high, temperature=temperature, backend="cuda")
+    without = sf.upsampled_prediction(logits[:, others], high, temperature=temperature, backend="cuda")
+    assert torch.equal(predicted.labels.long(), others[without.labels.long()])
+    torch.testing.assert_close(predicted.confidence, without.confidence, rtol=1e-5, atol=1e-6)
+
+
+def test_a_class_masked_in_some_cells_costs_the_others_nothing(cuda):
+    logits, labels = problem((5, 3), (20, 12), num_classes=4)
+    logits[:, 2, :2] = -torch.inf
+    labels[:, :9] = labels[:, :9].where(labels[:, :9] != 2, 0)
+    loss, gradient = run(logits, labels)
+    assert loss.isfinite() and gradient.isfinite().all() and torch.all(gradient[:, 2, 0] == 0)
+
+
+def test_a_label_whose_class_is_masked_costs_infinity(cuda):
+    logits, labels = problem((2, 3), (8, 12), num_classes=4, ignored=0)
+    logits[:, 1] = -torch.inf
+    labels[0, 0, 0], labels[0, 0, 1] = 1, 0
+    loss = sf.upsampled_cross_entropy(logits, labels, reduction="none", backend="cuda")
+    assert torch.equal(loss.isinf(), labels == 1)
+
+
+def test_a_confidence_that_is_nan_is_below_every_threshold(cuda):
+    logits, _ = problem((3, 4), (13, 17))
+    logits[0, 1, 0, 0] = torch.nan
+    got = sf.upsampled_prediction(logits, (13, 17), thresholds=torch.zeros(3), ignore_index=200, backend="cuda")
+    assert got.confidence.isnan().any() and torch.equal(got.labels == 200, got.confidence.isnan())
+
+
+@pytest.mark.parametrize("high", [(4, 5), (13, 17), (40, 61)])
+@pytest.mark.parametrize(("num_classes", "kind"), [(255, torch.uint8), (256, torch.int32), (847, torch.int32)])
+def test_more_classes_than_a_byte_can_say(cuda, num_classes, kind, high):
+    logits, _ = problem((4, 5), high, num_classes=num_classes, batch=2)
+    thresholds = torch.linspace(0, 0.9, num_classes)
+    settings = {"thresholds": thresholds, "ignore_index": 255 if kind == torch.uint8 else 100_000}
+    got = sf.upsampled_prediction(logits, high, **settings, backend="cuda")
+    expected = sf.upsampled_prediction(logits, high, **settings, backend="reference")
+    assert got.labels.dtype == kind and got.labels.max() > (254 if kind == torch.int32 else 0)
+    assert (got.labels != expected.labels).float().mean() < 0.005  # two logits that are as good as equal
+    torch.testing.assert_close(got.confidence, expected.confidence)
+
+
+@pytest.mark.parametrize("low", [(3, 5), (2, 40)])
+def test_a_given_denominator_divides_value_and_gradient(cuda, low):
+    logits, labels = problem(low, (24, 80), batch=2)
+    ask = UpsampledLoss(logits, labels, torch.tensor([0.2, 1.0, 1.5]), None, 1.0, True, 255, "mean")
+    module, one = backends.module("cuda"), ask._replace(reduction="sum")
+    summed = module.upsampled_cross_entropy(one, True)
+    for number in (4000.0, 1.0, 0.0):
+        got = module.upsampled_cross_entropy(ask._replace(denominator=torch.tensor(number)), True)
+        for g, s in zip(got, summed, strict=True):
+            torch.testing.assert_close(g, s / number if number else torch.zeros_like(s), rtol=1e-5, atol=1e-7)
+    labels[0, 0, 0] = 7
+    assert module.upsampled_cross_entropy(ask._replace(denominator=torch.tensor(9.0)), False)[0].isnan()
+
+
 # ---- planted bugs: float32 and one window shape only, which builds in a ninth of the time -------------------------------------------
 
 QUICK = (
@@ -260,6 +338,7 @@ BUGS = {
         "code == k ? -place.value(n)",
         "code == k ? place.value(n)",
     ),
+    "a mask is not raised": ("upsampled_cell.cuh", "x < task.lowest ? task.lowest : x", "x"),
     "second window overwrites the first": ("upsampled_cross_entropy.cu", "again || (i == 0", "(i == 0"),
 }
 
@@ -268,6 +347,7 @@ BUGS = {
 def test_a_planted_bug_is_caught(bug):
     with emulated.Backend(*OPS, replace=(*QUICK, BUGS[bug])).taken(), pytest.raises(AssertionError):
         check(*problem((4, 35), (50, 74), batch=2))
+        test_a_masked_class_has_no_probability_and_the_others_are_as_without_it(None, -torch.inf, (8, 12), 1.0)
 
 
 def test_a_missing_barrier_shows_in_another_order():

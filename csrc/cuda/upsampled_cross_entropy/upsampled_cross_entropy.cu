@@ -54,6 +54,7 @@ __global__ __launch_bounds__(kUpThreads) void label_weight_kernel(const Labels l
 
 // 1 / the denominator, 0 where nothing is labelled. Every block adds the same numbers in the same order.
 __device__ float inverse_denominator(const CrossEntropyTask& task, double* scratch) {
+  if (task.denominator) return *task.denominator == 0.0f ? 0.0f : 1.0f / *task.denominator;
   if (!task.partial_denominator) return 1.0f;
   const int t = threadIdx.x;
   const double sum = block_sum(t < task.denominators ? task.partial_denominator[t] : 0.0, scratch);
@@ -150,7 +151,7 @@ __device__ __forceinline__ void gradient(const CrossEntropyTask& task, const Lan
       float2 nodes{0.0f, 0.0f};
       if (live && k < task.num_classes) {  // the same for all lanes of a warp
         const bool labelled = k == next;
-        const Exponents e = exponents(load_corners(plane, at.corners), window, task.factor, bound);
+        const Exponents e = exponents(Pixels::load(task, plane, at.corners), window, task.factor, bound);
         const Moments2 sum = pixels.moments(e, window, place, k, labelled);
         if (labelled) next = next_code<Pixels::kRows * Pixels::kColumns>(place, k);
         nodes = node_sums(to_corners(sum, window), task.plan.lanes_per_cell);
@@ -228,11 +229,12 @@ __global__ __launch_bounds__(kUpThreads, 2) void cross_entropy_kernel(const Cros
 
 // One block: the sums over all blocks, in a fixed order -> loss.
 __global__ __launch_bounds__(kUpThreads) void finish_kernel(const double* partial, int64_t blocks, bool mean,
-                                                            float* loss) {
+                                                            const float* denominator, float* loss) {
   Shared& shared = *shared_memory<Shared>();
   double loss_sum = 0.0, weight_sum = 0.0;
   for (int64_t n = threadIdx.x; n < blocks; n += kUpThreads) loss_sum += partial[n], weight_sum += partial[blocks + n];
   loss_sum = block_sum(loss_sum, shared.scratch), weight_sum = block_sum(weight_sum, shared.scratch);
+  if (denominator && !isnan(weight_sum)) weight_sum = *denominator;
   if (threadIdx.x == 0) *loss = static_cast<float>(!mean ? loss_sum : weight_sum == 0.0 ? 0.0 : loss_sum / weight_sum);
 }
 
@@ -256,7 +258,8 @@ CrossEntropyTask make_cross_entropy_task(const UpsampledCrossEntropy& a, const S
   task.loss_map = a.loss_map, task.dlogits = a.dlogits;
   task.inv_temperature = static_cast<float>(1.0 / a.temperature);
   const int64_t label_blocks = std::min<int64_t>(ceil_div(a.logits.batch * a.height, kUpWarps), kLabelBlocks);
-  task.denominators = a.dlogits && a.mean ? static_cast<int>(label_blocks) : 0;
+  task.denominator = a.mean ? a.denominator : nullptr;
+  task.denominators = a.dlogits && a.mean && !a.denominator ? static_cast<int>(label_blocks) : 0;
   task.partial = a.workspace,
   task.partial_denominator = task.denominators ? a.workspace + 2 * blocks_of(task, a.logits.batch) : nullptr;
   return task;
@@ -293,7 +296,7 @@ Status upsampled_cross_entropy(const UpsampledCrossEntropy& a, Stream stream) {
   });
   if (status || a.loss_map) return status;
   return launch(finish_kernel, Grid{1, kUpThreads, sizeof(Shared)}, stream, a.workspace,
-                blocks_of(task, a.logits.batch), a.mean, a.loss);
+                blocks_of(task, a.logits.batch), a.mean, a.denominator, a.loss);
 }
 
 }  // namespace spcl::gpu

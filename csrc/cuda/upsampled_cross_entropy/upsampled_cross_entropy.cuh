@@ -15,6 +15,7 @@ struct CrossEntropyTask : UpsamplingTask {
   float* dlogits;   // [B, K, h, w]
   float inv_temperature;
   const double* partial_denominator;  // its sum is what the gradient is divided by; nullptr: nothing
+  const float* denominator;           // [] instead of it, or nullptr
   int denominators;
   double* partial;  // [2][blocks]: losses, class weights
 };
@@ -67,6 +68,10 @@ __device__ __forceinline__ float weight_of(const CrossEntropyTask& task, const P
 // Pixels of a narrow cell: one bound for all of them, geometric sequences.
 template <int kRows_, int kColumns_> struct NarrowWindow {
   static constexpr int kRows = kRows_, kColumns = kColumns_;
+  template <class T>
+  static __device__ __forceinline__ Corners load(const UpsamplingTask&, const T* plane, const CornerOffsets& at) {
+    return load_corners(plane, at);
+  }
   float scale[kRows][kColumns];  // the sum of exponentials; after `losses` what an exponential is multiplied by for the
                                  // gradient
 
@@ -147,6 +152,15 @@ template <int kRows_, int kColumns_> struct NarrowWindow {
 // Pixels of any cell: each has its own maximum and its own exponentials. One row at a time.
 template <int kColumns_> struct WideWindow {
   static constexpr int kRows = 1, kColumns = kColumns_;
+  template <class T>
+  static __device__ __forceinline__ Corners load(const UpsamplingTask& task, const T* plane, const CornerOffsets& at) {
+    return load_any_corners(task, plane, at);
+  }
+  // A label whose class is -inf at every corner: its loss is infinite.
+  template <class T> static __device__ __forceinline__ bool is_masked(const T* plane, const CornerOffsets& at) {
+    const Corners v = load_corners(plane, at);
+    return fmaxf(fmaxf(v.a, v.b), fmaxf(v.c, v.d)) == -INFINITY;
+  }
   float scale[kColumns], lse[kColumns];
 
   template <class T>
@@ -159,19 +173,19 @@ template <int kColumns_> struct WideWindow {
     const T* plane = image;
 #pragma unroll 1
     for (int k = 0; k < num_classes; ++k, plane += task.stride_k) {
-      const Exponents e = exponents(load_corners(plane, at), window, task.factor, 0.0f);
+      const Exponents e = exponents(load(task, plane, at), window, task.factor, 0.0f);
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) largest[j] = fmaxf(largest[j], exponent_at(e, j));
     }
     plane = image;
 #pragma unroll 1
     for (int k = 0; k < num_classes; ++k, plane += task.stride_k) {
-      const Exponents e = exponents(load_corners(plane, at), window, task.factor, 0.0f);
+      const Exponents e = exponents(load(task, plane, at), window, task.factor, 0.0f);
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
         const float z = exponent_at(e, j) - largest[j];
         scale[j] += exp2_fast(z);
-        if (place.code(j) == k) of_label[j] = z;
+        if (place.code(j) == k) of_label[j] = is_masked(plane, at) ? -INFINITY : z;
       }
     }
     float sum = 0.0f;

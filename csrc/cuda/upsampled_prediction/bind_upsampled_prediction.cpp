@@ -12,9 +12,11 @@ std::tuple<Tensor, Tensor> prediction(Tensor logits, int64_t height, int64_t wid
   UpsampledPrediction a{};
   set_upsampling(a, logits, height, width, temperature, align_corners);
   a.thresholds = as_floats(thresholds), a.ignore_index = static_cast<int>(ignore_index);
-  const Tensor labels = empty(logits, {a.logits.batch, height, width}, ScalarType::Byte);
+  const bool fits_a_byte = a.logits.dim <= kMaxByteClasses;
+  const Tensor labels =
+      empty(logits, {a.logits.batch, height, width}, fits_a_byte ? ScalarType::Byte : ScalarType::Int);
   const Tensor confidence = empty_floats(logits, {a.logits.batch, height, width});
-  a.labels = data_of<uint8_t>(labels), a.confidence = data_of<float>(confidence);
+  a.labels = labels.numel() ? labels.data_ptr() : nullptr, a.confidence = data_of<float>(confidence);
   check(upsampled_prediction(a, device.stream()), "upsampled_prediction");
   return {labels, confidence};
 }

@@ -3,7 +3,7 @@
 // Warps are independent: each has a piece of one row of cells, and a window of these cells' pixels. In narrow cells the
 // classes are walked once: the largest exponential and the sum of all give class and confidence together. The results
 // of a warp are consecutive pixels of a few rows; they pass through shared memory, so that they leave 16 bytes at a
-// time. 5 bytes a pixel written; no extra memory.
+// time. 5 bytes per pixel written, 8 beyond 255 classes; no extra memory.
 #include "../upsampled_cell.cuh"
 
 namespace spcl::gpu {
@@ -12,18 +12,18 @@ namespace {
 struct PredictionTask : UpsamplingTask {
   const float* thresholds;
   int ignore_index;
-  uint8_t* labels;
+  void* labels;
   float* confidence;
   int64_t warps;
 };
 
 // What a warp needs when its window is done, kept here rather than in every lane's registers; and a row of its results
 // on the way out. What is bound for an address of a 16-byte boundary lies on one here.
-template <int kColumns> struct StagedRow {
+template <int kColumns, class Label> struct StagedRow {
   int64_t image;
   Range across;  // the columns of all the warp's lanes
   __align__(16) float confidence[32 * kColumns + 4];
-  __align__(16) uint8_t labels[32 * kColumns + 16];
+  __align__(16) Label labels[32 * kColumns + 16 / sizeof(Label)];
 };
 
 // Elements between `to` and the 16-byte boundary before it.
@@ -101,7 +101,7 @@ template <int kColumns_> struct WidePixels {
     const T* plane = image;
 #pragma unroll 1
     for (int k = 0; k < task.num_classes; ++k, plane += task.stride_k) {
-      const Exponents e = exponents(load_corners(plane, at), window, task.factor, 0.0f);
+      const Exponents e = exponents(load_any_corners(task, plane, at), window, task.factor, 0.0f);
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
         const float z = exponent_at(e, j);
@@ -112,7 +112,7 @@ template <int kColumns_> struct WidePixels {
     plane = image;
 #pragma unroll 1
     for (int k = 0; k < task.num_classes; ++k, plane += task.stride_k) {
-      const Exponents e = exponents(load_corners(plane, at), window, task.factor, 0.0f);
+      const Exponents e = exponents(load_any_corners(task, plane, at), window, task.factor, 0.0f);
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) total[j] += exp2_fast(exponent_at(e, j) - best[0][j]);
     }
@@ -122,9 +122,11 @@ template <int kColumns_> struct WidePixels {
 };
 
 // One window: predicts it and writes it.
-template <class Pixels, class T>
+template <class Label, class Pixels, class T>
 __device__ __forceinline__ void predict_window(const PredictionTask& task, const T* logits, const CornerOffsets& at,
-                                               const Window& window, float bound, StagedRow<Pixels::kColumns>& staged) {
+                                               const Window& window, float bound,
+                                               StagedRow<Pixels::kColumns, Label>& staged) {
+  Label* labels = static_cast<Label*>(task.labels);
   Pixels pixels;
   pixels.predict(task, logits, at, window, bound);
   const int lane = threadIdx.x % 32;
@@ -134,22 +136,22 @@ __device__ __forceinline__ void predict_window(const PredictionTask& task, const
     const Range across = staged.across;
     const int64_t to = (staged.image * task.y.out + window.row + i) * task.x.out + across.begin;
     const int column = window.column - across.begin;
-    const int shift_confidence = beyond_boundary(task.confidence + to), shift_label = beyond_boundary(task.labels + to);
+    const int shift_confidence = beyond_boundary(task.confidence + to), shift_label = beyond_boundary(labels + to);
     __syncwarp();  // the row before has left
 #pragma unroll
     for (int j = 0; j < Pixels::kColumns; ++j) {
       if (j >= window.columns) continue;
-      const bool kept = !task.thresholds || !(pixels.best[i][j] < __ldg(task.thresholds + pixels.label[i][j]));
+      const bool kept = !task.thresholds || pixels.best[i][j] >= __ldg(task.thresholds + pixels.label[i][j]);
       staged.confidence[shift_confidence + column + j] = pixels.best[i][j];
-      staged.labels[shift_label + column + j] = static_cast<uint8_t>(kept ? pixels.label[i][j] : task.ignore_index);
+      staged.labels[shift_label + column + j] = static_cast<Label>(kept ? pixels.label[i][j] : task.ignore_index);
     }
     __syncwarp();
     store_row(task.confidence + to, staged.confidence, across.count(), lane);
-    store_row(task.labels + to, staged.labels, across.count(), lane);
+    store_row(labels + to, staged.labels, across.count(), lane);
   }
 }
 
-template <class T, int kRows, int kColumns>
+template <class T, class Label, int kRows, int kColumns>
 __global__ __launch_bounds__(kUpThreads, 2) void prediction_kernel(const PredictionTask task) {
   const CellPlan& plan = task.plan;
   const int lane = threadIdx.x % 32, cell = lane / plan.lanes_per_cell, part = lane % plan.lanes_per_cell;
@@ -164,7 +166,8 @@ __global__ __launch_bounds__(kUpThreads, 2) void prediction_kernel(const Predict
   const T* logits = static_cast<const T*>(task.logits) + image * task.stride_b;
   const CornerOffsets at = corner_offsets(task, row, cell_column);
   const Bounds bounds = bounds_of(task, logits, at);
-  StagedRow<kColumns>& staged = shared_memory<StagedRow<kColumns>>()[threadIdx.x / 32];
+  using Staged = StagedRow<kColumns, Label>;
+  Staged& staged = shared_memory<Staged>()[threadIdx.x / 32];
   const bool narrow = __all_sync(kAllLanes, bounds.narrow);
   const int height = narrow ? kRows : 1;
   for (int step = 0; step < plan.column_steps; ++step) {
@@ -176,25 +179,25 @@ __global__ __launch_bounds__(kUpThreads, 2) void prediction_kernel(const Predict
     for (int w = 0; w * height < rows.count(); ++w) {
       const Window window = window_at(task, row, cell_column, window_of(rows, w, height), mine);
       if (narrow) {
-        predict_window<NarrowPixels<kRows, kColumns>>(task, logits, at, window, bounds.top, staged);
+        predict_window<Label, NarrowPixels<kRows, kColumns>>(task, logits, at, window, bounds.top, staged);
       } else {
-        predict_window<WidePixels<kColumns>>(task, logits, at, window, 0.0f, staged);
+        predict_window<Label, WidePixels<kColumns>>(task, logits, at, window, 0.0f, staged);
       }
     }
   }
 }
 
 // Lanes share a cell until the pixels of a warp are consecutive.
-template <int kRows, int kColumns> Status launch_shape(const UpsampledPrediction& a, Stream stream) {
+template <class Label, int kRows, int kColumns> Status launch_shape(const UpsampledPrediction& a, Stream stream) {
   PredictionTask task{};
   static_cast<UpsamplingTask&>(task) = make_task(a, kRows, kColumns, false, 32);
   task.thresholds = a.thresholds, task.ignore_index = a.ignore_index, task.labels = a.labels,
   task.confidence = a.confidence;
   task.warps = a.logits.batch * (a.logits.height + 1) * task.plan.tiles;
   const Grid grid{static_cast<unsigned>(ceil_div(task.warps, kUpWarps)), kUpThreads,
-                  kUpWarps * sizeof(StagedRow<kColumns>)};
+                  kUpWarps * sizeof(StagedRow<kColumns, Label>)};
   return with_float_type(a.logits.type, [&](auto type) {
-    return launch(prediction_kernel<decltype(type), kRows, kColumns>, grid, stream, task);
+    return launch(prediction_kernel<decltype(type), Label, kRows, kColumns>, grid, stream, task);
   });
 }
 
@@ -203,8 +206,9 @@ template <int kRows, int kColumns> Status launch_shape(const UpsampledPrediction
 Status upsampled_prediction(const UpsampledPrediction& a, Stream stream) {
   const int64_t pixels =
       most_pixels(make_axis(static_cast<int>(a.logits.width), static_cast<int>(a.width), a.align_corners));
-  if (pixels <= 3) return launch_shape<3, 3>(a, stream);
-  return pixels <= 5 ? launch_shape<4, 5>(a, stream) : launch_shape<2, 9>(a, stream);
+  if (a.logits.dim > kMaxByteClasses) return launch_shape<int32_t, 4, 5>(a, stream);  // one window for all sizes
+  if (pixels <= 3) return launch_shape<uint8_t, 3, 3>(a, stream);
+  return pixels <= 5 ? launch_shape<uint8_t, 4, 5>(a, stream) : launch_shape<uint8_t, 2, 9>(a, stream);
 }
 
 }  // namespace spcl::gpu

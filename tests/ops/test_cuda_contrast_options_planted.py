@@ -1,0 +1,137 @@
+"""prototype_contrastive_loss with options in CUDA C++: bugs planted in the kernels' source are seen by the emulator or by the values."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+from cuda_emulator import build, emulated
+from test_cuda_contrast_options import NO_BAD_LABEL, OP, OPTIONS, error_at_large_logits, problem, run, transcribed
+
+from spcl_fast import backends
+from spcl_fast.backends.labels import label_flag
+
+pytestmark = pytest.mark.skipif(build.COMPILER is None, reason="needs a C++ compiler")
+FORWARD, BACKWARD, SUMS = (f"prototype_contrastive_general{part}.cu" for part in ("", "_backward", "_prototypes"))
+PIXELS, PLAIN = "contrast_general.cuh", "prototype_contrastive_prototypes.cu"
+# Bugs, all built into one library and taken one at a time: (file, where, what stands there, what stands there wrongly).
+BUGS = {
+    "prototypes of the first image": (PIXELS, "{} * a.options.prototypes_stride_b", "tile.image", "0"),
+    "bias of the first image": (PIXELS, "a.options.bias + {} * a.options", "tile.image", "0"),
+    "bias of another block": (PIXELS, "a.options.bias_stride_b + {} : nullptr", "k0", "0"),
+    "temperature of the host": (PIXELS, "return {} ? *options.temperature", "options.temperature", "(const float*)nullptr"),
+    "smoothed by one class less": (PIXELS, "t.floor = o.label_smoothing / {};", "classes", "(classes - 1)"),
+    "smoothing keeps the label whole": (PIXELS, "cls, {}, 0.0f, 1.0f}", "1.0f - o.label_smoothing", "1.0f"),
+    "weights forgotten where smoothed": (PIXELS, "t.floor * ({} ?", "a.class_weight", "(const float*)nullptr"),
+    "probabilities of the first image": (PIXELS, "offset = {} * o.targets", "tile.image", "0"),
+    "probabilities of another row": (PIXELS, "{} * o.targets.stride_h", "at.i", "at.j"),
+    "half probabilities read as another kind": (PIXELS, "switch ({}) {", "type", "type == kFloat16 ? kBFloat16 : type"),
+    "an unlabelled pixel counts": (PIXELS, "p >= tile.count || {} ?", "sum == kNoTarget", "false"),
+    "margin of every class": (PIXELS, "plain(k) - ({} ? margin", "k == own", "true"),
+    "margin of the label of another block": (PIXELS, "labelled ? static_cast<int>({}) : -1", "cls - k0", "cls"),
+    "a larger logit does not rescale": (PIXELS, "total = total == 0 ? 0.0f : {};", "total * expf(top - to)", "total"),
+    "a larger logit does not raise the loss": (PIXELS, "mass == 0 ? below : {};", "below + mass * (to - top)", "below"),
+    "a lane's sum lost": (PIXELS, "{seen.top, {}, quad_sum(seen.below)", "quad_sum(seen.total)", "seen.total"),
+    "softmax where sigmoid": (PIXELS, "if ({}) return weight *", "sigmoid", "false"),
+    "sigmoid upside down": (PIXELS, "(1.0f + {}) - wanted", "expf(-z)", "expf(z)"),
+    "low part of logsumexp added": ("contrast_pixels.cuh", "(z - high) - {};", "low", "(-low)"),
+    "own part not subtracted": (PIXELS, "expm1f(d) + {} :", "(1.0f - share)", "0.0f"),
+    "pixel weight forgotten": (PIXELS, "return {} * pixel_weight_at(grad", "pixel_weight_at(a.pixel_weight, tile, p, a.x.width)", "1.0f"),
+    "last class of a block not seen": (FORWARD, "min({}, a.num_classes - k0)", "int64_t{a.block_classes}", "int64_t{a.block_classes} - 1"),
+    "a class counted twice": (FORWARD, "k0 += {}) {", "a.block_classes", "a.block_classes - 1"),
+    "no barrier between blocks": (FORWARD, "k0, p, part); });\n    {};", "__syncthreads()", "(void)0"),
+    "weight of probabilities": (FORWARD, "!a.options.sigmoid && {} ? a.class_weight[cls]", "!a.options.targets.data", "true"),
+    "bad probability not seen": (FORWARD, "a.options.target_sums[n] = {} ? NAN", "bad", "false"),
+    "divided twice": (FORWARD, "blocks, {}, from.loss", "from.mean && !divides", "from.mean"),
+    "denominator not kept": (FORWARD, "? NAN : {};\n}", "*given", "1.0f"),
+    "target of another block": (BACKWARD, "weight_of(z[k], t.wanted({}), t.weight", "k0 + k", "k"),
+    "dots of the bias, too": (BACKWARD, "along += w * {}, all", "z.dot(k)", "z.plain(k)"),
+    "margin not in the temperature": (BACKWARD, "{} ? z.margin : 0.0f", "k == z.own", "false"),
+    "weights beyond K": (BACKWARD, "if ({} && cls >= 0)", "k < count", "k < count + 1"),
+    "sums of the last block alone": (BACKWARD, "table->loss[p] += {}, table", "along", "along - table->loss[p]"),
+    "a slice of the first": (BACKWARD, "first = {} * a.slice_chunks", "blockIdx.y", "0"),
+    "a chunk of a slice lost": (BACKWARD, "min(a.slice_chunks, {})", "all.chunks - first", "all.chunks - first - 1"),
+    "sums not cleared": (BACKWARD, "sums[i] = {};", "0", "sums[i]"),
+    "prototypes of the first block": (BACKWARD, "a.x.dim, {} + piece * kPiece", "k0", "0"),
+    "no barrier before the products": (BACKWARD, "wait_for_stage(a.shared.stages);\n    {};", "__syncthreads()", "(void)0"),
+    "a block's temperature lost": (BACKWARD, "i < {}; i += kSumThreads) sum", "count", "count - 1"),
+    "temperature of the wrong sign": (BACKWARD, "static_cast<float>({} / a.temperature())", "-sums[0]", "sums[0]"),
+    "images mixed": (SUMS, "contrast_tile({} + t, a.pixels)", "image * tiles", "0"),
+    "a group too long": (SUMS, "end = min(begin + {}, tiles)", "a.plan.groups.tiles_per_group", "a.plan.groups.tiles_per_group + 1"),
+    "bias of four lanes": (SUMS, "lanes = {}; lanes < 32", "4", "8"),
+    "bias of a warp lost": (SUMS, "warp < {}; ++warp) sum", "kWarps", "kWarps - 1"),
+    "bias of the last class lost": (SUMS, "static_cast<int>(threadIdx.x) >= {}) return;", "classes", "classes - 1"),
+    "gradient of one image alone": (PLAIN, "partial += {} * groups * size", "blockIdx.y", "0"),
+}  # fmt: skip
+SWITCH = 'extern "C" __attribute__((visibility("default"))) inline int planted_option_bug = 0;\n\n'
+
+
+@pytest.fixture(scope="module")
+def planted():
+    """-> (backend, the number of the bug that is taken; 0: none)."""
+    replace = [("contrast_plan.h", "namespace spcl::gpu {", SWITCH + "namespace spcl::gpu {")]
+    for number, (file, where, right, wrong) in enumerate(BUGS.values(), 1):
+        switched = f"(planted_option_bug == {number} ? ({wrong}) : ({right}))"
+        replace.append((file, where.replace("{}", right), where.replace("{}", switched)))
+    backend = emulated.Backend(OP, replace=tuple(replace))
+    return backend, ctypes.c_int.in_dll(backend.handle, "planted_option_bug")
+
+
+# Shape, classes, dtype, options: every option; classes in one block and in several, channels in one slice and in two.
+PROBES = [
+    ((2, 37, 5, 13), 23, torch.float32, OPTIONS["all with labels"]),
+    ((2, 37, 3, 9), 330, torch.float32, OPTIONS["all with labels"]),
+    ((2, 70, 5, 13), 300, torch.bfloat16, OPTIONS["probabilities, smoothing and weights"]),
+    (
+        (2, 20, 5, 13),
+        5,
+        torch.float32,
+        OPTIONS["sigmoid of probabilities with weights"] | {"dtype of labels": torch.float16},
+    ),
+    ((1, 300, 5, 9), 260, torch.float32, {"temperature": torch.tensor(0.05)}),
+]
+
+
+def is_right(backend, probe, order: str) -> bool:
+    """Whether value and gradients are what the formula says, and a bad probability is seen."""
+    shape, num_classes, dtype, options = probe
+    options, kind = dict(options), options.get("dtype of labels")
+    options.pop("dtype of labels", None)
+    c, module = problem(shape, num_classes, dtype, **options), backends.module("cuda")
+    c = c._replace(labels=c.labels.to(kind)) if kind else c
+    truth = transcribed(c, torch.float64)
+    try:
+        with backend.taken(order):
+            got = run(module, c)
+            seen = error_at_large_logits(module) < 1e-5
+            if c.labels.is_floating_point():
+                c.labels[0, 1, 2, 2] = -1
+                seen &= bool(run(module, c)[0].isnan())
+    except (RuntimeError, AssertionError):  # the emulator saw it
+        return False
+    finally:
+        label_flag(torch.device("cpu")).fill_(NO_BAD_LABEL)
+    slack = 1e-4 if dtype == torch.float32 else 3e-2
+    wanted = [True, True, True, c.bias is not None, True]
+    return bool(seen) and all(
+        (g.double() - t).abs().max() <= slack * t.abs().max() for g, t, w in zip(got, truth, wanted, strict=True) if w
+    )
+
+
+@pytest.mark.parametrize("probe", PROBES)
+@pytest.mark.parametrize("order", ["forward", "random"])
+def test_without_a_planted_bug_the_probes_are_right(planted, probe, order):
+    backend, bug = planted
+    bug.value = 0
+    assert is_right(backend, probe, order)
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_planted_bug_is_seen(planted, name):
+    backend, bug = planted
+    bug.value = list(BUGS).index(name) + 1
+    try:
+        assert not all(is_right(backend, probe, order) for order in ("forward", "random") for probe in PROBES)
+    finally:
+        bug.value = 0
