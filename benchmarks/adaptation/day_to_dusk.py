@@ -1,7 +1,7 @@
 """CamVid by day -> CamVid at dusk, a labelled real pair to tune on. Its sequence 0001TP was filmed at dusk, all others by day.
 
 Source: the day frames of the training split; its validation split (all by day) validates. Target: the dusk frames in the order they were
-filmed, the first two thirds to train, the last quarter to judge; what is between is left out, as neighbours are nearly the same picture.
+filmed, the first two thirds to train, the last quarter to evaluate; what is between is left out, as neighbours are nearly the same picture.
 """
 
 from __future__ import annotations

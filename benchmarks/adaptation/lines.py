@@ -1,4 +1,4 @@
-"""Result lines, results/<pair>.jsonl: only ever added to, the last one of a setting and seed counts. And what can be said of several."""
+"""Result lines, results/<pair>.jsonl: only ever added to, the last one of a setting and seed counts. What several say together."""
 
 from __future__ import annotations
 

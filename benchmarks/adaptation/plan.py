@@ -21,7 +21,7 @@ import yaml
 
 from spcl_fast import catalog
 from spcl_fast.config import Config
-from spcl_fast.config.load import all_settings, flatten, load_config
+from spcl_fast.config.load import all_settings, dotted, load_config
 from spcl_fast.config.rules import check_config
 from spcl_fast.errors import ConfigError
 from spcl_fast.runs.identity import flat_settings, settings_sha256
@@ -49,7 +49,7 @@ class Plan:
 
     def config(self, pair: str, setting: str, seed: int, runs: Path = RUNS) -> Config:
         """The checked Config; its run folder is named after setting, recipe and seed, so that a changed recipe never meets old stages."""
-        values = {**flatten(self.pairs[pair]), **flatten(self.settings[setting])}
+        values = {**dotted(self.pairs[pair]), **dotted(self.settings[setting])}
         preset = values.pop("preset", None)
         config = load_config(preset, overrides=list({**values, "seed": seed, "runs_dir": str(runs / pair)}.items()))
         config = dataclasses.replace(config, name=f"{setting}-{recipe_sha256(config)[:8]}-{seed}")

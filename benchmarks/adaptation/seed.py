@@ -35,7 +35,7 @@ def run_seed(plan: Plan, pair: str, seed: int, results: Path, runs: Path = RUNS)
 
 
 def run_setting(config: Config) -> None:
-    """All stages of one run, or what is left of them; the signals of each net beside it."""
+    """All stages of one run, or what is left of them; the signals of each net next to it."""
     for stage in in_order(config):
         donor = take_over(stage, config)
         if donor is not None:

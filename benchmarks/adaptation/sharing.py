@@ -49,7 +49,7 @@ def depends_on(stage: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def take_over(stage: str, config: Config) -> Path | None:
-    """Copy a finished `stage` of the same settings from a run beside this one, whole or not at all. -> the run it came from."""
+    """Copy a finished `stage` of the same settings from a run next to this one, whole or not at all. -> the run it came from."""
     run = Run(Path(config.runs_dir) / config.name)
     if run.path(stage).exists():  # done, or under way: the product goes on with it
         return None

@@ -28,7 +28,7 @@ def _resolve(args: argparse.Namespace, *, preset: str | None = None) -> Config |
     return config
 
 
-def run_stages(args: argparse.Namespace) -> int:
+def on_stages(args: argparse.Namespace) -> int:
     """`run`, `demo`, and every command that is one stage."""
     config = _resolve(args, preset="demo" if args.command == "demo" else None)
     if config is None:
@@ -37,15 +37,15 @@ def run_stages(args: argparse.Namespace) -> int:
     stages = (rounds[getattr(args, "round", 1) - 1].name,) if rounds else config.stages
     check_config(config, stages)
     from ..memory_plan.peak import forecast
-    from ..method.run import run_stages as run
+    from ..method.run import run_stages
 
-    run(config, stages, forecast=forecast)
+    run_stages(config, stages, forecast=forecast)
     if not rounds and os.environ.get("RANK", "0") == "0":
-        show(Path(config.runs_dir) / config.name)
+        show_end(Path(config.runs_dir) / config.name)
     return 0
 
 
-def show(run: Path) -> None:
+def show_end(run: Path) -> None:
     """The end of a whole run: table, summary, report."""
     from ..report import write_report
     from ..report.tables import iou_table
@@ -55,13 +55,13 @@ def show(run: Path) -> None:
     print(f"summary: {run / 'summary.json'}\nreport:  {report}")
 
 
-def doctor(args: argparse.Namespace) -> int:
+def on_doctor(args: argparse.Namespace) -> int:
     from .doctor import examine
 
     return examine()
 
 
-def report(args: argparse.Namespace) -> None:
+def on_report(args: argparse.Namespace) -> None:
     if not args.folder.is_dir():
         raise ConfigError(f"{args.folder}: there is no such run folder. Expected one such as runs/demo.")
     from ..report import write_report
@@ -69,7 +69,7 @@ def report(args: argparse.Namespace) -> None:
     print(f"report: {write_report(args.folder)}")
 
 
-def plan(args: argparse.Namespace) -> None:
+def on_plan(args: argparse.Namespace) -> None:
     """Needs no data on the disk but, for `folders`, the list of classes."""
     config = _resolve(args)
     if config is None:
@@ -98,8 +98,8 @@ def _rooted(domain: DataConfig) -> DataConfig:
     return domain if domain.root else dataclasses.replace(domain, root=".")
 
 
-def bench(args: argparse.Namespace) -> int:
-    """Benchmarks live beside the package, not in it: they compare with code that users need not have."""
+def on_bench(args: argparse.Namespace) -> int:
+    """Benchmarks are next to the package, not in it: they compare with code that users need not have."""
     folder = Path(__file__).resolve().parents[2] / "benchmarks"
     if not folder.is_dir():
         raise ConfigError(
@@ -115,7 +115,7 @@ def bench(args: argparse.Namespace) -> int:
     ).returncode
 
 
-def tune(args: argparse.Namespace) -> int:
+def on_tune(args: argparse.Namespace) -> int:
     import torch
 
     if not torch.cuda.is_available():
@@ -142,7 +142,7 @@ def _of_trained_net(args: argparse.Namespace) -> Config | None:
     return _resolve(args)
 
 
-def evaluate(args: argparse.Namespace) -> None:
+def on_evaluate(args: argparse.Namespace) -> None:
     config = _of_trained_net(args)
     if config is None:
         return
@@ -154,7 +154,7 @@ def evaluate(args: argparse.Namespace) -> None:
         print(f"figures: {args.output}")
 
 
-def predict(args: argparse.Namespace) -> None:
+def on_predict(args: argparse.Namespace) -> None:
     config = _of_trained_net(args)
     if config is None:
         return
@@ -168,7 +168,7 @@ def predict(args: argparse.Namespace) -> None:
     print(f"{count} images: masks and overlays are in {args.output} (weights: {trained.weights})")
 
 
-def check_data(args: argparse.Namespace) -> int:
+def on_check_data(args: argparse.Namespace) -> int:
     """Both splits of both domains, or of the one named; exit 3 if anything is wrong."""
     config = _resolve(args)
     if config is None:

@@ -95,7 +95,7 @@ def _stage_commands() -> dict[str, Command]:
             commands[stage.command] = Command(
                 stage.summary,
                 f"spcl-fast {stage.command} {stage.example}",
-                actions.run_stages,
+                actions.on_stages,
                 (*_RECIPE, stage.section, "evaluate"),
                 _round if len(catalog.rounds(stage.command)) > 1 else None,
             )
@@ -115,57 +115,57 @@ COMMANDS: dict[str, Command] = {
     "doctor": Command(
         "versions, devices, backends with reasons, and a self-test; exit 1 if something is broken",
         "spcl-fast doctor",
-        actions.doctor,
+        actions.on_doctor,
     ),
     "demo": Command(
         "the whole of SPCL on the generated pair of domains, with table and report",
         "spcl-fast demo --seed 1 --name demo_1",
-        actions.run_stages,
+        actions.on_stages,
         _ALL,
     ),
     "run": Command(
         "all stages of a run, skipping those that are complete",
         f"spcl-fast run {_FOLDERS} --name first",
-        actions.run_stages,
+        actions.on_stages,
         _ALL,
     ),
     **_stage_commands(),
     "evaluate": Command(
         "IoU by class of a trained net",
         "spcl-fast evaluate runs/demo --stage adapt",
-        actions.evaluate,
+        actions.on_evaluate,
         _RECIPE + ("evaluate",),
         _evaluate_arguments,
     ),
     "predict": Command(
         "colour masks and overlays for a folder of images",
         "spcl-fast predict runs/demo path/to/images out",
-        actions.predict,
+        actions.on_predict,
         _RECIPE,
         _predict_arguments,
     ),
     "check-data": Command(
         "missing pairs, broken files, unknown ids, class shares",
         f"spcl-fast check-data {_FOLDERS}",
-        actions.check_data,
+        actions.on_check_data,
         ("source", "target"),
         _side,
     ),
     "plan": Command(
         "peak memory of a stage, predicted without a GPU; settings that fit",
         "spcl-fast plan adapt --preset gta5_cityscapes --adapt.batch_size 1 --fit 4GiB",
-        actions.plan,
+        actions.on_plan,
         _RECIPE,
         _plan_arguments,
     ),
     "report": Command(
-        "write report.html of a run again", "spcl-fast report runs/demo", actions.report, None, _run_folder
+        "write report.html of a run again", "spcl-fast report runs/demo", actions.on_report, None, _run_folder
     ),
-    "bench": Command("the benchmarks of a checkout", "spcl-fast bench contrast", actions.bench, None, _keyword),
+    "bench": Command("the benchmarks of a checkout", "spcl-fast bench contrast", actions.on_bench, None, _keyword),
     "tune": Command(
         "launch settings of the Triton kernels, measured for your sizes",
         "spcl-fast tune --dim 256 --classes 19",
-        actions.tune,
+        actions.on_tune,
         None,
         _tune_arguments,
     ),

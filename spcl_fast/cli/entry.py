@@ -97,7 +97,7 @@ def _split(words: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
         ):
             others.append(words[i])
             continue
-        settings.check_name(key, "command line")
+        settings.check_setting(key, "command line")
         following = words[i + 1] if i + 1 < len(words) else None
         if equals:
             given.append((key, value))

@@ -37,7 +37,7 @@ ALIASES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Given:
+class GivenValue:
     """A value somebody gave, and where."""
 
     value: Any
@@ -94,7 +94,7 @@ def suggestion(name: str, among: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
-def check_name(key: str, origin: str) -> None:
+def check_setting(key: str, origin: str) -> None:
     """Raise ConfigError unless `key` is a setting."""
     if key in all_settings():
         return
@@ -120,7 +120,7 @@ def load_config(
     overrides: Iterable[tuple[str, Any]] = (),
 ) -> Config:
     """One Config from all places; raises ConfigError that names key, value, place and what was expected. Reads no dataset."""
-    given: dict[str, Given] = {}
+    given: dict[str, GivenValue] = {}
     if preset is not None:
         given |= read_settings(_named(preset, PRESETS, "preset"), f"preset {preset}")
     for file in files:
@@ -129,8 +129,8 @@ def load_config(
         given |= read_settings(_named(name, PRESETS / "sets", "set"), f"--set {name}")
     for name, value in overrides:
         key = canonical(name)
-        check_name(key, "command line")
-        given[key] = Given(value, "command line")
+        check_setting(key, "command line")
+        given[key] = GivenValue(value, "command line")
     return build_config(given)
 
 
@@ -149,7 +149,7 @@ def _named(name: str, folder: Path, kind: str) -> Path:
     return folder / f"{name}.yaml"
 
 
-def read_settings(path: Path, origin: str) -> dict[str, Given]:
+def read_settings(path: Path, origin: str) -> dict[str, GivenValue]:
     """The settings of a YAML file under their canonical names."""
     import yaml
 
@@ -166,12 +166,12 @@ def read_settings(path: Path, origin: str) -> dict[str, Given]:
     if not isinstance(content, Mapping):
         raise ConfigError(f"{origin}: expected settings as `key: value` lines, got {type(content).__name__}")
     given = {}
-    for name, value in flatten(content).items():
+    for name, value in dotted(content).items():
         key = canonical(name)
         if key in sections() and value is None:  # `adapt:` with every line below it commented out
             continue
-        check_name(key, origin)
-        given[key] = Given(value, origin)
+        check_setting(key, origin)
+        given[key] = GivenValue(value, origin)
     return given
 
 
@@ -202,12 +202,12 @@ def _loader() -> type:
     return Loader
 
 
-def flatten(content: Mapping, prefix: str = "") -> dict[str, Any]:
+def dotted(content: Mapping, prefix: str = "") -> dict[str, Any]:
     """{'adapt': {'lr': 1}} -> {'adapt.lr': 1}."""
     flat = {}
     for name, value in content.items():
         if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{name}.")
+            flat |= dotted(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value
     return flat
@@ -216,7 +216,7 @@ def flatten(content: Mapping, prefix: str = "") -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------- types
 
 
-def build_config(given: Mapping[str, Given]) -> Config:
+def build_config(given: Mapping[str, GivenValue]) -> Config:
     """Every value as the type of its setting, the others at their defaults. Raises ConfigError that names all that do not fit."""
     values, problems = {}, []
     for key, item in given.items():

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from .. import catalog
 from ..errors import ConfigError
-from .load import all_settings, flatten
+from .load import all_settings, dotted
 from .schema import Config, DataConfig, DistillConfig, LoopConfig, TrainConfig
 from .values import as_text
 
@@ -40,14 +40,14 @@ def _refuse(problems: list[str]) -> None:
 
 def _values(config: Config) -> Iterator[str]:
     """Choices and ranges, for a Config made in Python too."""
-    values = flatten(dataclasses.asdict(config))
+    values = dotted(dataclasses.asdict(config))
     for key, setting in all_settings().items():
         if (problem := setting.problem(values[key])) is not None:
             yield f"{key}: {problem}"
 
 
 def _scales(config: Config) -> Iterator[str]:
-    for key, value in flatten(dataclasses.asdict(config)).items():
+    for key, value in dotted(dataclasses.asdict(config)).items():
         if key.endswith("augment.scale") and value[0] > value[1]:
             yield f"{key}: got {as_text(value)}, expected the smallest and the largest factor, such as 0.5,1.5"
 

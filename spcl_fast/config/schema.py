@@ -143,7 +143,7 @@ class AdaptConfig(TrainConfig):
     contrast_temperature: float = setting(100.0, "divides the similarities of the contrastive loss", above=0)
     normalize: bool = setting(True, "features of unit length in the contrastive loss")
     keep: float = setting(0.1, "share of the old prototype in each update", least=0, most=1)
-    absent: Literal["keep", "decay"] = setting("keep", "what a class does that is not in the batch")
+    absent: Literal["keep", "decay"] = setting("keep", "the prototype of a class that the batch lacks")
     min_pixels: int = setting(1, "fewer pixels of a class in the batch leave its prototype as it is", least=1)
     target_augment: AugmentConfig = field(default_factory=AugmentConfig)
 

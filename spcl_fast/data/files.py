@@ -38,7 +38,7 @@ def _decode(path: Path, what: str, prepare=None) -> Image.Image:
     """The decoded picture. `prepare` may look at the header and change how it is decoded."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # judged by our own, lower limit
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
             if not stat.S_ISREG(os.stat(path).st_mode):
                 raise DataError(f"{what} {path} is no ordinary file. {_REMEDY}")  # opening a pipe would wait for ever
             with Image.open(path, formats=("PNG", "JPEG")) as image:
@@ -158,7 +158,7 @@ def find_images(folder: Path) -> dict[str, Path]:
     """Every PNG and JPEG below `folder` by its name: the relative path without suffix, '/' as separator, sorted. Hidden files and folders
     and __MACOSX are passed over.
 
-    Raises DataError if two files share a name (a.png beside a.jpg), for then a label could belong to either.
+    Raises DataError if two files share a name (a.png next to a.jpg), for then a label could belong to either.
     """
     found: dict[str, Path] = {}
     for where, folders, files in os.walk(folder):

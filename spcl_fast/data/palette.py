@@ -51,5 +51,5 @@ def read_label_png(path: str | os.PathLike) -> np.ndarray:
     """Train ids uint8 [H, W] of a palette or grey PNG; DataError names a file that is broken or has more than 8 bits."""
     ids = read_ids(Path(path))
     if ids.dtype != np.uint8:
-        raise DataError(f"label {path} has 16 bits a pixel; expected train ids in an 8-bit palette or grey PNG.")
+        raise DataError(f"label {path} has 16 bits per pixel; expected train ids in an 8-bit palette or grey PNG.")
     return ids

@@ -40,7 +40,7 @@ def class_counts(dataset: Dataset, max_images: int | None = None) -> np.ndarray:
 
 
 def class_presence(dataset: Dataset) -> np.ndarray:
-    """Which image holds which class, bool [n, K]: from the `*_label_info.p` beside the data if it fits, else by reading every label."""
+    """Which image holds which class, bool [n, K]: from the `*_label_info.p` next to the data if it fits, else by reading every label."""
     info = getattr(dataset, "label_info", None)
     if info is not None:
         presence = presence_from_info(info, dataset.names, len(dataset.classes))

@@ -27,7 +27,7 @@ class SegmentationModel(nn.Module):
 
     `stride`: pixels of the image per pixel of the features, `channels`: D, `num_classes`: K.
     The state dict has two parts, `feature_extractor.*` and `classifier.*`, named like the two dictionaries of a released SPCL checkpoint.
-    `head`: which part of the extractor learns at the head's rate beside the classifier (a name of a submodule), if any.
+    `head`: which part of the extractor learns at the head's rate, like the classifier (a name of a submodule), if any.
     """
 
     mean: Tensor

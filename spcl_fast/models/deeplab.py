@@ -69,4 +69,4 @@ def resnet18(num_classes: int, settings: NetSettings) -> SegmentationModel:
 
 
 def vgg16(num_classes: int, settings: NetSettings) -> SegmentationModel:
-    return _deeplab_v2("vgg16", vgg.vgg16(), vgg.CHANNELS, num_classes)
+    return _deeplab_v2("vgg16", vgg.vgg16_body(), vgg.CHANNELS, num_classes)

@@ -60,7 +60,7 @@ class TinyFeatures(Chain):
         return super().forward(x)
 
     def blocks(self) -> list[Block]:
-        def beside(block: nn.Module) -> Block:
+        def with_skip(block: nn.Module) -> Block:
             return lambda deep, skip: (block(deep), skip)
 
         def split(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,7 +70,7 @@ class TinyFeatures(Chain):
             lambda x: F.relu(self.stem(x), inplace=True),
             lambda x: self.block4(F.relu(self.down4(x), inplace=True)),
             split,
-            *(beside(block) for block in self.blocks8),
+            *(with_skip(block) for block in self.blocks8),
             lambda deep, skip: self.head(skip, deep),
         ]
 

@@ -31,7 +31,7 @@ class VGG16(nn.Sequential, Chain):
         return (2, 4, 7)  # after each pooling
 
 
-def vgg16() -> VGG16:
+def vgg16_body() -> VGG16:
     layers: list[nn.Module] = []
     inputs = 3
     for entry in LAYERS:

@@ -30,7 +30,7 @@ READABLE = (
 class LoadedWeights:
     """What `load_weights` did."""
 
-    format: str  # in words
+    format: str  # for the reader
     loaded: tuple[str, ...]  # keys of the model that were read
     fresh: tuple[str, ...]  # keys of the model the format does not hold; they keep their values
     unused: tuple[str, ...]  # keys of the file this net has no place for, by design (ImageNet classifiers)
@@ -148,7 +148,7 @@ def _recognise(content: dict[str, Any], path: Path) -> _Found:
     state = _plain({key: value for key, value in content.items() if isinstance(value, Tensor)})
     if any(
         key.startswith("model.feature_extractor.") for key in state
-    ):  # the net of a training checkpoint, beside optimiser and bank
+    ):  # the net of a training checkpoint, next to optimiser and bank
         state = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
     if any(key.startswith("feature_extractor.") for key in state):
         return _Found("weights of spcl_fast", state)

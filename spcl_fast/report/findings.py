@@ -27,7 +27,7 @@ class Finding:
     text: str
 
 
-def find(run: RunFolder) -> list[Finding]:
+def findings_of(run: RunFolder) -> list[Finding]:
     """The findings of a run, the worst first."""
     found = [*_collapse(run), *_selection(run), *_gains(run), *_classes(run), *_training(run)]
     if run.final and not any(finding.level == "bad" for finding in found):

@@ -1,4 +1,4 @@
-"""The memory ledger: measured peak of each phase of a step beside what was planned, and which settings of the loop were on."""
+"""The memory ledger: measured peak of each phase of a step next to what was planned, and which settings of the loop were on."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from ..errors import CheckpointError
 from ..runs.reading import RunFolder, number, read_run
 from . import memory_rows as memory
 from . import pictures, plots
-from .findings import find
+from .findings import findings_of
 
 SELECTION = {
     "last": "Every net is the last one of its stage. No label was used to choose it.",
@@ -80,7 +80,7 @@ def render(run: RunFolder) -> str:
         title=str(run.setting("name", default=run.folder.resolve().name)),
         subtitle=_subtitle(run),
         cards=_cards(run),
-        findings=find(run),
+        findings=findings_of(run),
         table=_table(run),
         legend=list(zip(run.classes, (f"rgb{colour}" for colour in run.palette), strict=True)),
         samples=samples,

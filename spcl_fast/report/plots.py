@@ -1,7 +1,7 @@
 """The report's plots as PNG bytes. One function a plot; None where the run has nothing to show.
 
 Colours of curves and nets are safe for colour-blind readers; the classes keep the colours of their data set, always with their names
-beside them.
+next to them.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def stages(monkeypatch):
     module = types.ModuleType("spcl_fast.method.run")
     module.run_stages = lambda config, names, **_: calls.append((config, tuple(names)))
     monkeypatch.setitem(sys.modules, "spcl_fast.method.run", module)
-    monkeypatch.setattr(actions, "show", lambda run: calls.append(run))
+    monkeypatch.setattr(actions, "show_end", lambda run: calls.append(run))
     return calls
 
 
@@ -263,7 +263,7 @@ def test_a_whole_run_ends_with_the_table_the_summary_and_the_report(monkeypatch,
     monkeypatch.setitem(sys.modules, "spcl_fast.report", report)
     monkeypatch.setitem(sys.modules, "spcl_fast.report.tables", tables)
     (tmp_path / "summary.json").write_text(json.dumps({"adapted": {"miou": 41.5}}))
-    actions.show(tmp_path)
+    actions.show_end(tmp_path)
     out = capsys.readouterr().out
     assert "mIoU 41.5" in out and str(tmp_path / "summary.json") in out and str(tmp_path / "report.html") in out
 

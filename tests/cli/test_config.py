@@ -249,7 +249,7 @@ def test_what_a_file_cannot_mean_is_refused_as_on_the_command_line(content, told
 
 def test_a_null_is_refused_for_every_setting_that_has_none(tmp_path):
     for key, setting in settings.all_settings().items():
-        given = {key: settings.Given(None, "x.yaml")}
+        given = {key: settings.GivenValue(None, "x.yaml")}
         if setting.default is None or "null" in setting.expected():
             assert settings.build_config(given)
         else:
@@ -344,7 +344,7 @@ def test_choices_come_from_the_catalog():
         *(row.name for row in catalog.DATA_SETS),
         *(f"{name}+generated_driver" for name in with_files),
     }
-    assert all(settings.check_name(target, "") is None for target in settings.ALIASES.values())
+    assert all(settings.check_setting(target, "") is None for target in settings.ALIASES.values())
 
 
 def test_a_class_that_changes_a_default_keeps_help_and_range():

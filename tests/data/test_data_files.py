@@ -165,7 +165,7 @@ def test_16_bit_grey_label_keeps_its_ids(tmp_path):
     ids = np.array([[3, 256 + 3, 65535]], np.uint16)
     Image.fromarray(ids).save(tmp_path / "l.png")
     assert read_ids(tmp_path / "l.png").tolist() == ids.tolist()
-    with pytest.raises(DataError, match="has 16 bits a pixel"):
+    with pytest.raises(DataError, match="has 16 bits per pixel"):
         read_label_png(tmp_path / "l.png")
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from spcl_fast.data.palette import write_label_png
-from spcl_fast.report.findings import find
+from spcl_fast.report.findings import findings_of
 from spcl_fast.runs.reading import read_run
 
 CLASSES = ["road", "sidewalk", "building", "fence", "pole", "vegetation", "sky", "car"]
@@ -150,7 +150,7 @@ def edited(tmp_path, edit):
     """The findings, by title, of a healthy run after `edit(folder)`."""
     folder = make_run(tmp_path / "run")
     edit(folder)
-    return {finding.title: finding for finding in find(read_run(folder))}
+    return {finding.title: finding for finding in findings_of(read_run(folder))}
 
 
 def write_confusion(folder, stage, matrix):

@@ -11,7 +11,7 @@ from made_run import CLASSES, make_run
 
 from spcl_fast.errors import CheckpointError
 from spcl_fast.report import write_report
-from spcl_fast.report.findings import find
+from spcl_fast.report.findings import findings_of
 from spcl_fast.report.pictures import label_overlay
 from spcl_fast.report.tables import iou_table
 from spcl_fast.runs.reading import read_run
@@ -87,7 +87,7 @@ def test_report_shows_every_figure_of_the_summary(whole):
 
 
 def test_a_healthy_run_is_not_called_bad(whole):
-    findings = find(read_run(whole[0]))
+    findings = findings_of(read_run(whole[0]))
     assert [finding.title for finding in findings] == ["Classes out of reach", "No sign of a collapse"]
 
 
@@ -177,7 +177,9 @@ def test_names_are_text_and_never_markup(tmp_path):
     path = write_report(folder)
     page = Page(path.read_text(encoding="utf-8"))
     assert_asks_for_nothing(path, page)
-    assert page.tags.count("b") == len(find(read_run(folder))) + 1  # the findings' titles and "Not in this report"
+    assert (
+        page.tags.count("b") == len(findings_of(read_run(folder))) + 1
+    )  # the findings' titles and "Not in this report"
     assert evil in page.text and "<b>'\"&" in page.text and "could not be drawn" not in page.text
 
 
