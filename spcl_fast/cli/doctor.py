@@ -207,7 +207,8 @@ def _inputs(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, T
 
 def _contrast(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
     features, labels, prototypes = _inputs(device, dtype)
-    features.requires_grad_(), prototypes.requires_grad_()
+    features.requires_grad_()
+    prototypes.requires_grad_()
     loss = ops.prototype_contrastive_loss(features, labels, prototypes, temperature=0.5, backend=backend)
     return (loss, *torch.autograd.grad(loss, (features, prototypes)))
 
@@ -233,7 +234,8 @@ def _prediction(backend: str, device: torch.device, dtype: torch.dtype) -> tuple
 
 def _logits(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
     features, _, prototypes = _inputs(device, dtype)
-    features.requires_grad_(), prototypes.requires_grad_()
+    features.requires_grad_()
+    prototypes.requires_grad_()
     logits = ops.prototype_logits(features, prototypes, temperature=0.5, backend=backend)
     return (logits, *torch.autograd.grad(logits.square().sum(), (features, prototypes)))
 

@@ -206,9 +206,10 @@ def plan_nets(config: Config, num_classes: int) -> PlanNets:
 def step_of(config: Config, stage: str, num_classes: int) -> CountedStep:
     """One step of a stage as it is declared; of a stage that trains nothing the forward of one image and its prediction."""
     row, nets = catalog.find(catalog.STAGES, stage), plan_nets(config, num_classes)
-    declared: TrainedStage | UntrainedStage = catalog.load(row.home)
     if row.net is None:
-        return _prediction_step(nets, *declared.sees(config))
+        untrained: UntrainedStage = catalog.load(row.home)
+        return _prediction_step(nets, *untrained.sees(config))
+    declared: TrainedStage = catalog.load(row.home)
     train: TrainConfig = getattr(config, row.section)
     trainee = declared.build(nets.config, nets)
     trainee.net.model.train()
@@ -217,7 +218,7 @@ def step_of(config: Config, stage: str, num_classes: int) -> CountedStep:
     return CountedStep(
         trainee.net.model,
         trainee.step,
-        batches if len(batches) > 1 else batches[0],
+        batches[0] if len(batches) == 1 else batches,
         [*trainee.modules.values()],
         [*trainee.optimizers.values()],
     )

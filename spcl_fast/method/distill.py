@@ -4,11 +4,13 @@ of them stand on target images, too.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from .. import distributed
 from ..config import Config, DistillConfig
-from ..data import Batch, with_class_mix
+from ..data import with_class_mix
 from ..runs.identity import step_seed
 from ..train.lean import LeanModel
 from .nets import Nets
@@ -51,7 +53,8 @@ def distill_step(
 ) -> Step:
     """Cross-entropy on target against its pseudo-labels; with `source_weight` on source, too."""
 
-    def step(batch: Batch | tuple[Batch, Batch], it: int) -> dict[str, Tensor]:
+    def step(batch: Any, it: int) -> dict[str, Tensor]:
+        # what `feeds` declares: target alone, or source and target
         source, target = batch if train.source_weight else (None, batch)
         values: dict[str, Tensor] = {}
         common = {"accumulate": accumulate, "temperature": train.temperature}

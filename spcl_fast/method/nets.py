@@ -64,7 +64,8 @@ class Nets:
         return module.to(self.device)
 
     def channels_last(self, net: SegmentationModel) -> SegmentationModel:
-        return net.to(memory_format=torch.channels_last)
+        # documented, but in no overload of the stub
+        return net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def lean(self, model: SegmentationModel, shapes: Sequence[tuple[int, ...]]) -> LeanModel:
         """The net as a step calls it. shapes: [B, 3, H, W] of what its forwards see."""

@@ -42,11 +42,14 @@ def parts_of(batch: Batch, count: int) -> list[Batch]:
     ]
 
 
-def shares(labels: Sequence[Tensor], class_weight: Tensor | None = None) -> list[Tensor | float]:
-    """What each part's mean counts for in the mean over all: its share of the labelled pixels, or of their summed class weights."""
+def shares(labels: Sequence[Tensor | None], class_weight: Tensor | None = None) -> list[Tensor | float]:
+    """What each part's mean counts for in the mean over all: its share of the labelled pixels, or of their summed class weights.
+
+    Labels are needed of several parts only.
+    """
     if len(labels) == 1:
         return [1.0]
-    counts = [_weight_of(part, class_weight) for part in labels]
+    counts = [_weight_of(part, class_weight) for part in labels if part is not None]
     whole = sum(counts[1:], counts[0]).clamp_min(torch.finfo(torch.float32).tiny)
     return [count / whole for count in counts]
 

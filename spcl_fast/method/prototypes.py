@@ -31,6 +31,7 @@ class MeanPrototypes:
 
     def write(self, context: Context, start: str | None) -> Mapping[str, Any]:
         settings = context.config.prototypes
+        assert start is not None  # the catalog says from which stage
         model = context.model_of(start).eval()
         if settings.file is not None:
             found = _given(Path(settings.file), len(context.classes), model.channels)

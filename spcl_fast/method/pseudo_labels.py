@@ -48,6 +48,7 @@ class PseudoLabels:
             labelled = with_pseudo_labels(context.domains.unlabelled_target(), self.folder(context.config))
             run.say(f"{self.name}: {len(labelled)} labels from {settings.folder}")
             return {}
+        assert start is not None  # the catalog says from which stage
         model = context.model_of(start).eval()
         if distributed.is_main():
             self._label(context, model, start)
@@ -75,7 +76,7 @@ class PseudoLabels:
         self, thresholds: PseudoLabelThresholds, estimate: LogitsByName, size: tuple[int, int], start: str | None
     ) -> None:
         for name, logits in estimate():
-            prediction = upsampled_prediction(logits, size[::-1])
+            prediction = upsampled_prediction(logits, (size[1], size[0]))
             if prediction.confidence.isnan().any():
                 raise NumericError(
                     f"{self.name}: the logits of the net of {start} are not finite on {name}. {TRAIN_AGAIN}"
@@ -86,7 +87,11 @@ class PseudoLabels:
         """-> kept pixels of each class [K]."""
         kept = torch.zeros(len(context.classes), dtype=torch.int64)
         for name, logits in apply():
-            labels = upsampled_prediction(logits, size[::-1], thresholds=thresholds.to(logits.device)).labels[0].cpu()
+            labels = (
+                upsampled_prediction(logits, (size[1], size[0]), thresholds=thresholds.to(logits.device))
+                .labels[0]
+                .cpu()
+            )
             kept += torch.bincount(labels.flatten(), minlength=256)[: len(kept)]
             write_label_png(context.run.path(self.name, f"{name}.png"), labels.numpy(), context.classes.palette)
         return kept

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from .. import catalog, distributed
 from ..config import Config
 from ..config.load import dump_config
@@ -12,7 +14,7 @@ from ..train import memory
 from ..train.signals import stop_requests
 from .context import Context
 from .samples import keep_samples
-from .stage import BANK, TrainedStage, UntrainedStage
+from .stage import BANK, UntrainedStage
 from .summary import write_summary
 from .training import Forecast, train_stage
 
@@ -38,12 +40,13 @@ def run_stages(config: Config, names: Sequence[str] | None = None, *, forecast: 
 
 
 def _do(context: Context, row: catalog.Stage, forecast: Forecast | None) -> None:
-    stage: TrainedStage | UntrainedStage = catalog.load(row.home)
+    stage = catalog.load(row.home)
     if row.net is None:
         return _write(context, row, stage)
     trainee = train_stage(context, row, stage, forecast)
     bank = trainee.modules.get(BANK)
     if bank is not None:
+        assert isinstance(bank.prototypes, Tensor)
         keep_samples(context, trainee.net.model, bank.prototypes)
 
 

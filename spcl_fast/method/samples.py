@@ -61,6 +61,7 @@ def _keep_pictures(context: Context) -> None:
             if not dataset.skip_bad_files:
                 raise
             continue  # the evaluation has no prediction of it either
+        assert label is not None  # evaluation_data has labels
         path = run.path(layout.SAMPLES, name + layout.IMAGE_SUFFIX)
         path.parent.mkdir(parents=True, exist_ok=True)
         (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(path)

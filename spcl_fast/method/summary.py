@@ -15,9 +15,11 @@ from .context import Context
 
 def write_summary(context: Context) -> dict[str, Any]:
     """summary.json from what the stages wrote so far; a net that was not trained or not evaluated is null."""
-    run, summary = context.run, {"classes": list(context.classes.names)}
+    run = context.run
+    summary: dict[str, Any] = {"classes": list(context.classes.names)}
     trained = catalog.trained()
     for stage in trained:
+        assert stage.net is not None  # these train one
         evaluation = run.read_json(layout.of_stage(stage.name, layout.EVALUATION))
         summary[stage.net] = (
             None if evaluation is None else {key: evaluation[key] for key in ("miou", "iou", "predicted_share")}
