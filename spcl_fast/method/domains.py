@@ -47,6 +47,13 @@ class Domains:
         dataset, images = self.dataset("target", "train", labels=False), self.config.pseudo_label.images
         return dataset if images is None or images >= len(dataset) else dataset.select(range(images))
 
+    @functools.cache  # noqa: B019  lives as long as its run
+    def source_shares(self) -> dict[str, float]:
+        """Share of each class in the source labels; reads them on its first call."""
+        return dict(
+            zip(self.classes.names, class_frequency(self.dataset("source", "train"), _COUNTED_IMAGES), strict=True)
+        )
+
     def pictured(self, dataset: Dataset) -> Dataset:
         """Of the target's validation images those whose predictions the report shows."""
         return dataset.spread(self.config.evaluate.images).spread(self.config.evaluate.overlays)

@@ -6,10 +6,11 @@ import numpy as np
 
 from .. import distributed
 from ..data import write_label_png
+from ..errors import DataError
 from ..models import SegmentationModel
 from ..runs import layout
 from ..runs.tensorfile import replace_tensors
-from ..train.evaluate import evaluate_model
+from ..train.evaluate import evaluate_model, mean_text
 from .context import Context
 
 
@@ -30,7 +31,8 @@ def evaluate_stage(context: Context, stage: str, model: SegmentationModel) -> No
             model, dataset, size, device=context.device, tta=evaluate.tta, images=evaluate.images, keep=keep
         )
         run.write_json(layout.of_stage(stage, layout.EVALUATION), scores.as_json())
-        run.say(f"{stage}: {scores.miou:.1f} mIoU on {len(dataset.spread(evaluate.images))} target validation images")
+        count = len(dataset.spread(evaluate.images))
+        run.say(f"{stage}: {mean_text(scores.miou)} on {count} target validation images")
     distributed.barrier()
 
 
@@ -45,6 +47,11 @@ def keep_best(context: Context, stage: str, model: SegmentationModel, done: int)
         if best is None or best["step"] != done:
             size = getattr(context.config, side).eval_size
             scores = evaluate_model(model, context.domains.dataset(side, "val"), size, device=context.device)
+            if scores.miou is None:
+                raise DataError(
+                    f"evaluate.selection is {selection}, and no pixel of {side}.val_split "
+                    f"({getattr(context.config, side).val_split!r}) is labelled. Give labels, or choose last."
+                )
             if best is None or best["step"] > done or scores.miou > best["miou"]:
                 replace_tensors(context.run.path(stage, layout.SELECTED_WEIGHTS), model.state_dict())
                 context.run.write_json(record, {"step": done, "miou": scores.miou, "by": selection})

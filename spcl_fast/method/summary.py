@@ -45,7 +45,9 @@ def gap_closed(nets: Mapping[str, Any]) -> float | None:
         return next((net for net in reversed(found) if net), None)
 
     final, source, oracle = last("result"), last("baseline"), last("bound")
-    if not (final and source and oracle) or oracle["miou"] == source["miou"]:
+    if not (final and source and oracle) or None in (final["miou"], source["miou"], oracle["miou"]):
+        return None
+    if oracle["miou"] == source["miou"]:
         return None
     return (final["miou"] - source["miou"]) / (oracle["miou"] - source["miou"])
 

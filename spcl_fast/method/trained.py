@@ -124,7 +124,7 @@ def evaluate_trained(
     With the 16 classes of SYNTHIA also `miou_13`, the literature's mean without wall, fence and pole.
     """
     from ..data import dataset_of
-    from ..train.evaluate import evaluate_model
+    from ..train.evaluate import evaluate_model, mean_iou
 
     trained = load_trained(path, config, stage)
     dataset = dataset_of(config.target, config.target.val_split, skip_bad_files=config.loop.skip_bad_files)
@@ -146,9 +146,13 @@ def evaluate_trained(
     result = {"weights": str(trained.weights), "images": len(dataset.spread(settings.images)), **scores.as_json()}
     if dataset.classes == CITYSCAPES_16:
         known = [result["iou"][dataset.classes.names[k]] for k in THIRTEEN_OF_SIXTEEN]
-        result["miou_13"] = float(np.mean([value for value in known if value is not None] or [0.0]))
+        result["miou_13"] = mean_iou(known)
     say(_score_table(result))
     return result
+
+
+def _cell(percent: float | None) -> str:
+    return "-".rjust(7) if percent is None else f"{percent:>7.1f}"
 
 
 def _score_table(result: dict[str, Any]) -> str:
@@ -158,10 +162,12 @@ def _score_table(result: dict[str, Any]) -> str:
     ]
     for name, iou in result["iou"].items():
         predicted, true = result["predicted_share"][name], result["true_share"][name]
-        lines.append(f"{name:<16}{'-' if iou is None else format(iou, '.1f'):>7}{predicted:>12.1%}{true:>9.1%}")
-    lines.append(f"{'mIoU':<16}{result['miou']:>7.1f}")
-    if "miou_13" in result:
-        lines.append(f"{'mIoU, 13 classes':<16}{result['miou_13']:>7.1f}")
+        lines.append(f"{name:<16}{_cell(iou)}{predicted:>12.1%}{true:>9.1%}")
+    for key, title in (("miou", "mIoU"), ("miou_13", "mIoU, 13 classes")):
+        if key in result:
+            lines.append(f"{title:<16}{_cell(result[key])}")
+    if result["miou"] is None:
+        lines.append("no pixel of these images is labelled: check the labels, or --target.val_split")
     return "\n".join(lines)
 
 
@@ -201,7 +207,7 @@ def predict_folder(
         raise DataError(f"{images} holds no PNG or JPEG image. Expected at least one, in it or below it.")
     done = 0
     for name, image in _readable(files, root, skip_bad_files, say):
-        labels = predict_image(trained, image, size, tta)
+        labels = predict_image(trained, image, size, tta, name)
         write_label_png(output / "masks" / f"{name}.png", labels, trained.classes.palette)
         target = output / "overlays" / f"{name}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -236,12 +242,14 @@ def _readable(
 
 
 @torch.inference_mode()
-def predict_image(trained: Trained, image: Image.Image, size: tuple[int, int] | None, tta: str = "none") -> np.ndarray:
-    """Class of every pixel of an RGB image, uint8 [H, W]."""
+def predict_image(
+    trained: Trained, image: Image.Image, size: tuple[int, int] | None, tta: str = "none", name: str = "it"
+) -> np.ndarray:
+    """Class of every pixel of an RGB image, uint8 [H, W]. Raises NumericError that names it where the net's output is not finite."""
     from ..ops import upsampled_prediction
-    from ..train.evaluate import predict_logits
+    from ..train.evaluate import finite_labels, predict_logits
 
     seen = image if size is None or size == image.size else image.resize(size, Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(seen, dtype=np.uint8)).permute(2, 0, 1)[None].to(trained.device)
     logits = predict_logits(trained.model, pixels.float().div(255), tta)
-    return upsampled_prediction(logits, (image.height, image.width)).labels[0].cpu().numpy()
+    return finite_labels(upsampled_prediction(logits, (image.height, image.width)), name).numpy()

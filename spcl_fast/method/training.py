@@ -107,7 +107,7 @@ def warn_of_collapse(context: Context) -> Callable[[Mapping[str, Any]], None]:
     said: set[str] = set()
 
     def watch(record: Mapping[str, Any]) -> None:
-        for sign in signs(record, context.classes.names):
+        for sign in signs(record, context.classes.names, context.domains.source_shares):
             if sign.title not in said:
                 context.run.say(f"warning: {sign.title}. {sign.text}")
             said.add(sign.title)

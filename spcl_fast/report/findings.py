@@ -51,11 +51,12 @@ def _collapse(run: RunFolder) -> list[Finding]:
         else:
             advice = "Lower the weight of the contrastive loss or the learning rate, and look at the pseudo-labels that it started from."
         found.append(Finding("bad", "Collapsed to one class", f"Of the target's pixels {_list(nets)}. {advice}"))
+    true_share = next((one.true_share for one in run.evaluations.values() if one.true_share), {})
     for records in run.metrics.values():
         last = next(
             (record for record in reversed(records) if "predicted_share" in record or "prototype_nearest" in record), {}
         )
-        found += [Finding("bad", sign.title, sign.text) for sign in signs(last, run.classes)]
+        found += [Finding("bad", sign.title, sign.text) for sign in signs(last, run.classes, lambda: true_share)]
     for stage, record in run.thresholds.items():
         predicted, kept = (
             sum(value for value in map(number, record[key].values()) if value)

@@ -148,7 +148,9 @@ def _evaluation(value: Any, run: RunFolder, name: str) -> Evaluation | None:
         return None
     miou = number(value.get("miou")) if isinstance(value, dict) else None
     if miou is None or not isinstance(value.get("iou"), dict):
-        run.missing.append(f"{name} holds no mIoU or no IoU by class; it was left out")
+        unlabelled = isinstance(value, dict) and value.get("miou", 0) is None
+        why = "no mIoU, as no evaluated pixel is labelled" if unlabelled else "no mIoU or no IoU by class"
+        run.missing.append(f"{name} holds {why}; it was left out")
         return None
     confusion = None
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,17 @@ class Sign:
     text: str
 
 
-def signs(record: Mapping[str, Any], classes: Sequence[str]) -> list[Sign]:
-    """What a logged line of a stage shows; values of the wrong kind say nothing."""
+def signs(
+    record: Mapping[str, Any], classes: Sequence[str], expected: Callable[[], Mapping[str, float]] = dict
+) -> list[Sign]:
+    """What a logged line of a stage shows; values of the wrong kind say nothing.
+
+    expected: share of each class in the labels, asked for only where one class takes most of the pixels: where most are background, a
+    net that says so is right.
+    """
     stage = str(record.get("stage"))
     share, nearest = (_by_class(record.get(name), classes) for name in ("predicted_share", "prototype_nearest"))
-    return [sign for sign in (_one_class(stage, share), _alike(nearest)) if sign is not None]
+    return [sign for sign in (_one_class(stage, share, expected), _alike(nearest)) if sign is not None]
 
 
 def nearly_all_kept(stage: str, predicted: float, kept: float) -> Sign | None:
@@ -43,9 +49,12 @@ def _by_class(values: Any, classes: Sequence[str]) -> dict[str, float]:
     return dict(zip(classes, values, strict=False))
 
 
-def _one_class(stage: str, share: Mapping[str, float]) -> Sign | None:
+def _one_class(stage: str, share: Mapping[str, float], expected: Callable[[], Mapping[str, float]]) -> Sign | None:
     most = max(share, key=share.__getitem__, default=None)
     if most is None or not share[most] > COLLAPSED:
+        return None
+    true = expected().get(most, 0.0)
+    if share[most] <= (1 + true) / 2:  # halfway from the labels' share to all pixels
         return None
     text = f"{share[most]:.0%} of the target batch was predicted {most} in {stage}. A falling loss means nothing then. "
     remedy = next((row.remedy for row in catalog.STAGES if row.name == stage), "Lower the learning rate")

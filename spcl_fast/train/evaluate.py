@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..data import ClassSet, Dataset, eval_batches
+from ..errors import NumericError
 from ..models import SegmentationModel
-from ..ops import upsampled_prediction
+from ..ops import Prediction, upsampled_prediction
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,9 @@ class Scores:
         }
 
     @property
-    def miou(self) -> float:
-        """Mean IoU in percent over the classes that occur or are predicted."""
-        known = [value for value in self.iou.values() if value is not None]
-        return float(np.mean(known)) if known else 0.0
+    def miou(self) -> float | None:
+        """Mean IoU in percent over the classes that occur or are predicted; None where no pixel is labelled."""
+        return mean_iou([*self.iou.values()])
 
     def as_json(self) -> dict[str, Any]:
         total = max(int(self.confusion.sum()), 1)
@@ -48,6 +48,27 @@ class Scores:
             "predicted_share": {n: float(v) / total for n, v in zip(names, self.confusion.sum(0), strict=True)},
             "true_share": {n: float(v) / total for n, v in zip(names, self.confusion.sum(1), strict=True)},
         }
+
+
+def mean_iou(values: Sequence[float | None]) -> float | None:
+    """Mean of the known ones; None where there are none."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def mean_text(miou: float | None) -> str:
+    """For a line of text."""
+    return "no mIoU (no pixel is labelled)" if miou is None else f"{miou:.1f} mIoU"
+
+
+def finite_labels(prediction: Prediction, name: str) -> Tensor:
+    """The labels of one image. Raises NumericError where a confidence is NaN: such a net predicts class 0 everywhere."""
+    if prediction.confidence.isnan().any():
+        raise NumericError(
+            f"The logits of the net are not finite on {name}, so it predicts nothing. "
+            "Look at the image; if it is sound, the weights are not: train them again with a lower learning rate, or take others."
+        )
+    return prediction.labels[0].cpu()
 
 
 @torch.no_grad()
@@ -75,6 +96,7 @@ def evaluate_model(
     """Predict every labelled image of `dataset`, seen at `size` (width, height), at its label's own size, and count.
 
     images: only so many, spread evenly. keep(index, name, labels uint8 [H, W]) gets every prediction. The model's mode is put back.
+    Raises NumericError that names the image where the net's output is not finite.
     """
     dataset = dataset.spread(images)
     num_classes = len(dataset.classes)
@@ -85,8 +107,8 @@ def evaluate_model(
         for index, (image, label, name) in enumerate(eval_batches(dataset, size, workers=workers)):
             assert label is not None  # of a labelled data set
             height, width = label.shape
-            at_size = upsampled_prediction(predict_logits(model, image.to(device), tta), (height, width))
-            predicted = at_size.labels[0].cpu()
+            logits = predict_logits(model, image.to(device), tta)
+            predicted = finite_labels(upsampled_prediction(logits, (height, width)), name)
             if keep is not None:
                 keep(index, name, predicted.numpy())
             truth = torch.from_numpy(np.asarray(label)).long()

@@ -8,11 +8,16 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_run import tiny_config
 
-from spcl_fast.errors import CheckpointError
+from spcl_fast.cli import main
+from spcl_fast.errors import CheckpointError, NumericError
 from spcl_fast.method.context import Context
 from spcl_fast.method.run import run_stages
+from spcl_fast.method.summary import gap_closed
+from spcl_fast.runs.signs import signs
+from spcl_fast.runs.tensorfile import replace_tensors
 from spcl_fast.train.evaluate import Scores, evaluate_model
 
 
@@ -57,3 +62,35 @@ def test_scores_agree_with_torchmetrics(finished):
     expected = multiclass_jaccard_index(predicted, truth, len(dataset.classes), average="none", ignore_index=255)
     ours = torch.tensor([0.0 if value is None else value / 100 for value in scores.iou.values()])
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_where_nothing_is_labelled_there_is_no_figure():
+    classes = dataclasses.make_dataclass("Classes", ["names"])(("a", "b"))
+    scores = Scores(classes, np.zeros((2, 2), int))
+    assert scores.miou is None and scores.as_json()["miou"] is None and set(scores.iou.values()) == {None}
+    assert gap_closed({"source_only": {"miou": None}, "adapted": {"miou": 1.0}, "oracle": {"miou": 2.0}}) is None
+
+
+def test_a_net_that_is_not_finite_is_neither_evaluated_nor_does_it_predict(finished, tmp_path, capsys):
+    weights = tmp_path / "nan.safetensors"
+    state = finished.model_of("source_only").state_dict()
+    replace_tensors(
+        weights, {k: torch.full_like(v, torch.nan) if v.is_floating_point() else v for k, v in state.items()}
+    )
+    settings = ("--config", str(finished.run.path("config.yaml")))
+    assert main(["evaluate", str(weights), *settings]) == NumericError.exit_code == 4
+    assert "not finite on" in capsys.readouterr().err
+    image = tmp_path / "images" / "street.png"
+    image.parent.mkdir()
+    Image.new("RGB", (48, 32), (90, 120, 200)).save(image)
+    assert main(["predict", str(weights), str(image.parent), str(tmp_path / "out"), *settings]) == 4
+    assert "not finite on street" in capsys.readouterr().err
+    assert not list((tmp_path / "out").rglob("*.png"))
+
+
+def test_most_of_the_pixels_may_be_of_one_class_where_the_labels_say_so():
+    names, record = ["background", "car"], {"stage": "distill", "predicted_share": [0.94, 0.06]}
+    assert [sign.title for sign in signs(record, names)] == ["One class takes over during training"]
+    assert not signs(record, names, lambda: {"background": 0.93, "car": 0.07})
+    everything = record | {"predicted_share": [0.995, 0.005]}
+    assert signs(everything, names, lambda: {"background": 0.93, "car": 0.07}), "a car is called background everywhere"
