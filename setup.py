@@ -39,9 +39,8 @@ X86_LEVELS = {
     "avx2": AVX2,
     "avx512": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
 }
-OPS = ("prototype_contrastive_loss", "class_moments", "upsampled_cross_entropy", "upsampled_prediction")
-KERNELS = [f"csrc/cpu/{op}.cpp" for op in OPS]
-MODULE = [f"csrc/cpu/bind_{part}.cpp" for part in (*OPS, "levels", "pages", "module")]
+MODULE = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cpu/bind_*.cpp"))
+KERNELS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cpu/*.cpp") if not p.name.startswith("bind_"))
 
 # Where no GPU is seen the kernels are compiled for each of these, and as PTX of the last for what comes later; where one is, for it alone.
 # SPCL_FAST_CUDA_ARCHS="90a" decides otherwise.

@@ -57,22 +57,36 @@ struct LabelMap {
   }
 };
 
+// The same of probabilities: 1 if one is negative or not finite, its class, and its place (b, i, j).
+inline Tensor report_probability(const Features& targets, int64_t first_bad) {
+  Tensor out = torch::stable::empty({5}, ScalarType::Long);
+  int64_t* to = static_cast<int64_t*>(out.data_ptr());
+  std::fill(to, to + 5, 0);
+  if (first_bad == std::numeric_limits<int64_t>::max()) return out;
+  const int64_t pixels = targets.height * targets.width;
+  to[0] = 1, to[1] = -1, to[2] = first_bad / pixels, to[3] = first_bad % pixels / targets.width, to[4] = first_bad % targets.width;
+  return out;
+}
+
 inline Tensor empty_floats(std::vector<int64_t> shape) { return torch::stable::empty(shape, ScalarType::Float); }
 inline float* floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
 
-// A matrix in blocks of equal height, at most 6 rows: 19 rows make 4 blocks of 5. Without `from` only the shape.
+// A matrix in blocks of equal height, at most 6 rows: 19 rows make 4 blocks of 5. One for each image where they differ. Without `from` only
+// the shape.
 struct PanelBuffer {
   std::vector<float> data;
   Panels view;
 
-  PanelBuffer(const float* from, int64_t count, int64_t length, int64_t stride_row, int64_t stride_column) {
-    const int64_t blocks = (count + 5) / 6, rows = (count + blocks - 1) / blocks;
-    if (from) data.resize(blocks * rows * length);
+  PanelBuffer(const float* from, int64_t count, int64_t length, int64_t stride_row, int64_t stride_column, int64_t images = 1,
+              int64_t stride_image = 0) {
+    const int64_t blocks = (count + 5) / 6, rows = (count + blocks - 1) / blocks, size = blocks * rows * length;
+    if (from) data.resize(images * size);
     float* to = data.data();
-    for (int64_t block = 0; from && block < blocks; ++block)
-      for (int64_t j = 0; j < length; ++j)
-        for (int64_t i = block * rows; i < (block + 1) * rows; ++i) *to++ = i < count ? from[i * stride_row + j * stride_column] : 0.0f;
-    view = {data.data(), count, length, blocks, rows};
+    for (int64_t image = 0; from && image < images; ++image, from += stride_image)
+      for (int64_t block = 0; block < blocks; ++block)
+        for (int64_t j = 0; j < length; ++j)
+          for (int64_t i = block * rows; i < (block + 1) * rows; ++i) *to++ = i < count ? from[i * stride_row + j * stride_column] : 0.0f;
+    view = {data.data(), count, length, blocks, rows, stride_image ? size : 0};
   }
 };
 

@@ -24,6 +24,7 @@ struct Labels {
 struct Panels {
   const float* data;
   int64_t count, length, blocks, rows;
+  int64_t stride_image;  // floats between the matrices of two images; 0: all images share one
 };
 
 // How the pixels are cut: tile t is `panels` panels of image t / tiles_per_image. Depends on shapes only, never on threads.
@@ -31,24 +32,51 @@ struct Tiles {
   int64_t panels, tiles_per_image, count;
 };
 
+enum ContrastLoss : int {
+  kSoftmax,
+  kSigmoid,
+  kLogits,  // no loss: the logits themselves, and their incoming gradient in `targets`
+};
+
+// What a loss beyond the plain one is made of. M rows of prototypes, K classes. With target t and label_smoothing e, all of
+// (1 - e) t_k + e / K stands in two arrays: share_k t_k + background_k (softmax: both times the class weight).
+struct ContrastOptions {
+  ContrastLoss loss;
+  int64_t num_classes;
+  const float* bias;         // [M], zeros where there is none
+  int64_t bias_stride;       // floats between two images' biases; 0: shared
+  const float* share;        // [K]
+  const float* background;   // [K]
+  double background_sum;
+  const float* class_scale;  // [K]: class weights of the sigmoid loss
+  Features targets;          // [B, K, h, w] probabilities, or the incoming gradient of logits; no data: labels
+  const int64_t* first_row;  // [K + 1]: class k pools the rows [first_row[k], first_row[k + 1]); nullptr: a row is a class
+  bool pool_max;
+  float margin;              // over the temperature
+  Panels variances_by_class, variances_by_channel;  // no data: none
+  bool positive_variance;
+};
+
 struct Contrast {
   Features x;
   Labels labels;
-  const float* class_weight;  // [K] or nullptr
+  const float* class_weight;  // [K] or nullptr: what a labelled pixel adds to the denominator, and, without options, its loss's factor
   PixelMap pixel_weight;
-  Panels by_class;    // prototypes, blocks of classes: [kb][D][rows]
-  Panels by_channel;  // prototypes transposed, blocks of channels: [db][K][rows]
+  Panels by_class;    // prototypes, blocks of rows: [kb][D][rows]
+  Panels by_channel;  // prototypes transposed, blocks of channels: [db][M][rows]
   Tiles tiles;
-  int64_t num_classes;
+  int64_t num_rows;   // M; K without options
   float temperature;
   bool normalize;
+  const ContrastOptions* options;  // nullptr: the plain loss, whose code knows nothing of them
 };
 
 struct ContrastForward : Contrast {
   float* loss_map;       // [B, P] or nullptr
   float* lse;            // [B, P] or nullptr
   float* inv_norm;       // [B, P] or nullptr
-  float* logits;         // [B, K, P] or nullptr
+  float* logits;         // [B, M, P] or nullptr: without bias and variance term
+  float* class_logits;   // [B, K, P], kLogits alone
   double* partial_loss;    // [tiles]
   double* partial_weight;  // [tiles]
   int64_t* first_bad;      // smallest b * P + p with a label out of range; INT64_MAX if none
@@ -59,11 +87,13 @@ struct ContrastBackward : Contrast {
   float denominator;
   const float* lse;       // [B, P]
   const float* inv_norm;  // [B, P]
-  const float* logits;    // [B, K, P] or nullptr: computed again
+  const float* logits;    // [B, M, P] or nullptr: computed again
   bool past_cache;        // dx is too large to be found in a cache by who reads it: write it to memory directly
   Features dx;            // same shape as x; data == nullptr: not wanted
   float* dproto;          // [groups][D][dproto_stride], zeroed; nullptr: not wanted
-  int64_t dproto_stride;  // K rounded up to a multiple of 32
+  int64_t dproto_stride;  // M rounded up to a multiple of 32
+  double* dbias;          // [groups][M], zeroed; nullptr: not wanted
+  double* dtemperature;   // [groups], zeroed; nullptr: not wanted
 };
 
 struct Moments {
