@@ -14,7 +14,8 @@ namespace {
             &ISA::contrast_backward_scratch, &ISA::contrast_backward,                                       \
             &ISA::class_moments_scratch, &ISA::class_moments,                                               \
             &ISA::upsampled_cross_entropy_scratch, &ISA::upsampled_cross_entropy,                           \
-            &ISA::upsampled_prediction_scratch, &ISA::upsampled_prediction }
+            &ISA::upsampled_prediction_scratch, &ISA::upsampled_prediction,                                 \
+            &ISA::upsampled_confusion_scratch, &ISA::upsampled_confusion }
 
 const Kernels kLevels[] = {
     SPCL_KERNELS(baseline),

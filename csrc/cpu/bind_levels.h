@@ -19,6 +19,8 @@ struct Kernels {
   decltype(&baseline::upsampled_cross_entropy) upsampled_cross_entropy;
   decltype(&baseline::upsampled_prediction_scratch) upsampled_prediction_scratch;
   decltype(&baseline::upsampled_prediction) upsampled_prediction;
+  decltype(&baseline::upsampled_confusion_scratch) upsampled_confusion_scratch;
+  decltype(&baseline::upsampled_confusion) upsampled_confusion;
 };
 
 // The best level of this processor, or the lower one that SPCL_FAST_CPU_CAPABILITY names.

@@ -18,11 +18,6 @@ using Choices = std::vector<int64_t>;
 constexpr int64_t kPastCacheBytes = 16 << 20;
 enum Reduction : int64_t { kMean, kSum, kNone };
 
-bool is_floating(const Tensor& t) {
-  const ScalarType type = t.scalar_type();
-  return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
-}
-
 // The part of a label's role that hard labels and probabilities differ in.
 struct Targets {
   std::optional<LabelMap> map;

@@ -68,6 +68,11 @@ inline Tensor report_probability(const Features& targets, int64_t first_bad) {
   return out;
 }
 
+inline bool is_floating(const Tensor& t) {
+  const ScalarType type = t.scalar_type();
+  return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
+}
+
 inline Tensor empty_floats(std::vector<int64_t> shape) { return torch::stable::empty(shape, ScalarType::Float); }
 inline float* floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
 

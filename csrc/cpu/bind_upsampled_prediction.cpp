@@ -13,14 +13,14 @@ namespace {
 
 std::tuple<Tensor, Tensor> upsampled_prediction(Tensor logits, int64_t height, int64_t width, std::optional<Tensor> thresholds,
                                                 double temperature, bool align_corners, int64_t ignore_index) {
-  STD_TORCH_CHECK(logits.size(1) <= 256, "spcl_fast_cpu: at most 256 classes fit a uint8 label");
   const Upsampling up(logits, height, width, temperature, align_corners);
   UpsampledPrediction a{up.view};
-  Tensor labels = torch::stable::empty({logits.size(0), height, width}, ScalarType::Byte);
+  a.wide_labels = logits.size(1) > 255;
+  Tensor labels = torch::stable::empty({logits.size(0), height, width}, a.wide_labels ? ScalarType::Int : ScalarType::Byte);
   Tensor confidence = empty_floats({logits.size(0), height, width});
   a.thresholds = as_floats(thresholds);
-  a.ignore_index = static_cast<uint8_t>(ignore_index);
-  a.labels = static_cast<uint8_t*>(labels.data_ptr()), a.confidence = floats(confidence);
+  a.ignore_index = ignore_index;
+  a.labels = labels.data_ptr(), a.confidence = floats(confidence);
   const Kernels& isa = kernels();
   for_each_group(logits.size(0) * a.bands, isa.upsampled_prediction_scratch(a),
                  [&](int64_t band, float* scratch) { isa.upsampled_prediction(a, band, scratch); });

@@ -197,13 +197,6 @@ SPCL_LOCAL void softmax_loss(const ContrastOptions& o, const float* z, const Aim
   }
 }
 
-SPCL_INLINE vf log1p(vf x) {  // of 0 to 1
-  vf sum = 1.0f + x;
-  return select(sum == 1.0f, x, log(sum) * (x / (sum - 1.0f)));
-}
-
-SPCL_INLINE vf magnitude(vf x) { return (vf)((vi)x & 0x7fffffff); }
-
 SPCL_INLINE vf target_of(const ContrastOptions& o, const Aims& aims, vi label, int64_t k, int v) {
   if (aims.targets) return load(aims.targets + k * kPanel + v);
   return select(label == (int32_t)k, load(aims.own + v), vf{}) + o.background[k];

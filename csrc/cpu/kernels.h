@@ -128,11 +128,23 @@ struct Upsampled {
   float factor;              // log2(e) / temperature
 };
 
+// What an up-sampled loss beyond the plain cross-entropy is made of; share, background and class_scale as in ContrastOptions.
+struct UpsampledOptions {
+  bool binary;               // the sum of each class's binary cross-entropy, focal with gamma > 0
+  float gamma;
+  const float* share;        // [K]
+  const float* background;   // [K]
+  double background_sum;
+  const float* class_scale;  // [K]
+  Upsampled targets;         // probabilities [B, K, g, f] and where the pixels lie between their nodes; no data: labels
+};
+
 struct UpsampledCrossEntropy : Upsampled {
   Features pixels;            // no data: the sizes of the labels' grid [B, H, W]
   Labels labels;
-  const float* class_weight;  // [K] or nullptr
+  const float* class_weight;  // [K] or nullptr: as in Contrast
   PixelMap pixel_weight;
+  const UpsampledOptions* options;  // nullptr: the plain cross-entropy
   float* loss_map;            // [B, H, W] or nullptr
   float* dlogits;             // [B, K, h, w], of the sum of the losses by logits * factor; nullptr: not wanted
   float* overlap;             // [B * bands][K][w]: what a band gives to the first row of nodes of the next one
@@ -143,9 +155,17 @@ struct UpsampledCrossEntropy : Upsampled {
 
 struct UpsampledPrediction : Upsampled {
   const float* thresholds;  // [K] or nullptr
-  uint8_t ignore_index;
-  uint8_t* labels;          // [B, H, W]
+  int64_t ignore_index;
+  bool wide_labels;         // int32, else uint8
+  void* labels;             // [B, H, W]
   float* confidence;        // [B, H, W]
+};
+
+struct UpsampledConfusion : Upsampled {
+  Features pixels;      // no data: the sizes of the labels' grid [B, H, W]
+  Labels labels;
+  int64_t* counts;      // [K][K], row = label, column = prediction; added to
+  int64_t* first_bad;
 };
 
 // The kernels of one instruction set, each for one tile or band. `scratch` (its size in floats from the function before it) is 64-byte
@@ -162,6 +182,8 @@ struct UpsampledPrediction : Upsampled {
   void upsampled_cross_entropy(const UpsampledCrossEntropy&, int64_t band, float* scratch);         \
   int64_t upsampled_prediction_scratch(const UpsampledPrediction&);                                 \
   void upsampled_prediction(const UpsampledPrediction&, int64_t band, float* scratch);              \
+  int64_t upsampled_confusion_scratch(const UpsampledConfusion&);                                   \
+  void upsampled_confusion(const UpsampledConfusion&, int64_t band, float* scratch);                \
   }
 
 SPCL_DECLARE_KERNELS(avx512)

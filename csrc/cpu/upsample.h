@@ -40,41 +40,57 @@ SPCL_INLINE int64_t node_stride(const Upsampled& a) { return (a.panel_nodes + V 
 
 // ---- nodes in ---------------------------------------------------------------------------------------------------
 
+// Beyond this a logit times log2(e) / temperature, or a difference of two such, may not be finite. Where one is met, the band is computed
+// once more with logits as they are (kLow): the factor comes after the maximum is taken off, and a node of weight 0 gives nothing, so that
+// masked classes (-inf, or the lowest float) have probability 0 and all else is as F.cross_entropy has it.
+constexpr float kExtreme = 1e37f;
+
 template <class T>
-SPCL_LOCAL void pack_nodes(const Upsampled& a, const Window& window, int64_t row, float* out) {
+SPCL_LOCAL bool pack_nodes(const Upsampled& a, const Window& window, int64_t row, float factor, float* out) {
   const Features& x = a.logits;
   const T* from = (const T*)x.data + window.image * x.stride_b + row * x.stride_h + window.first * x.stride_w;
   const int64_t stride = node_stride(a);
+  vi extreme = {};
   for (int64_t k = 0; k < x.dim; ++k, from += x.stride_d, out += stride) {
     int64_t n = 0;
     if (x.stride_w == 1) {
-      for (; n + V <= window.nodes; n += V) store(out + n, load(from + n) * a.factor);
-      if (n < window.nodes) store(out + n, load_first(from + n, window.nodes - n) * a.factor);
-      continue;
+      for (; n + V <= window.nodes; n += V) store(out + n, load(from + n) * factor);
+      if (n < window.nodes) store(out + n, load_first(from + n, window.nodes - n) * factor);
+    } else {
+      for (; n < window.nodes; ++n) out[n] = load_one(from + n * x.stride_w) * factor;
+      for (; n % V; ++n) out[n] = 0;
     }
-    for (; n < window.nodes; ++n) out[n] = load_one(from + n * x.stride_w) * a.factor;
-    for (; n % V; ++n) out[n] = 0;
+    for (n = 0; n < window.nodes; n += V) extreme |= magnitude(load(out + n)) > kExtreme;
+  }
+  return any(extreme);
+}
+
+// The window's nodes of one row -> out [K][node_stride], times the factor, zero up to a whole vector. Whether one is extreme.
+SPCL_LOCAL bool pack_nodes(const Upsampled& a, const Window& window, int64_t row, float factor, float* out) {
+  switch (a.logits.type) {
+    case kFloat32: return pack_nodes<float>(a, window, row, factor, out);
+    case kBFloat16: return pack_nodes<bfloat16>(a, window, row, factor, out);
+    default: return pack_nodes<float16>(a, window, row, factor, out);
   }
 }
 
-// The window's nodes of one row -> out [K][node_stride], times the factor, zero up to a whole vector.
-SPCL_LOCAL void pack_nodes(const Upsampled& a, const Window& window, int64_t row, float* out) {
-  switch (a.logits.type) {
-    case kFloat32: return pack_nodes<float>(a, window, row, out);
-    case kBFloat16: return pack_nodes<bfloat16>(a, window, row, out);
-    default: return pack_nodes<float16>(a, window, row, out);
-  }
+// Two values by their weights; kLow: one of weight 0 gives nothing, even where it is infinite.
+template <bool kLow>
+SPCL_INLINE vf mix(vf lower, vf upper, vf of_lower, vf of_upper) {
+  if constexpr (!kLow) return fused(upper, of_upper, lower * of_lower);
+  return select(of_lower == 0.0f, vf{}, lower * of_lower) + select(of_upper == 0.0f, vf{}, upper * of_upper);
 }
 
 // Two rows of nodes -> the row between them, [K + 1][node_stride]: the last holds each node's largest logit. Interpolated as the logits
 // are, these are an upper bound of a pixel's logits.
+template <bool kLow>
 SPCL_LOCAL void blend(const Upsampled& a, const Window& window, const float* lower, const float* upper, float weight, float* out) {
   const int64_t stride = node_stride(a), num_classes = a.logits.dim;
   const vf of_upper = splat(weight), of_lower = splat(1.0f - weight);
   for (int64_t n = 0; n < window.nodes; n += V) {
     vf top = splat(-__builtin_inff());
     for (int64_t k = 0; k < num_classes; ++k) {
-      vf value = load(lower + k * stride + n) * of_lower + load(upper + k * stride + n) * of_upper;
+      vf value = mix<kLow>(load(upper + k * stride + n), load(lower + k * stride + n), of_upper, of_lower);
       store(out + k * stride + n, value);
       top = larger(value, top);
     }
@@ -100,21 +116,28 @@ SPCL_INLINE Taps taps_of(const Upsampled& a, const Window& window, int64_t pixel
   return {first - window.first, load(a.x.lower + at) - first, load(a.x.upper + at) - first, 1.0f - weight, weight, near};
 }
 
-template <bool kNear>
+template <bool kNear, bool kLow>
 SPCL_INLINE vf interpolate(const float* row, const Taps& t) {
   if constexpr (kNear) {
     vf nodes = load(row + t.first);
-    return permute(nodes, t.lower) * t.of_lower + permute(nodes, t.upper) * t.of_upper;
+    return mix<kLow>(permute(nodes, t.lower), permute(nodes, t.upper), t.of_lower, t.of_upper);
   } else {
-    return gather(row + t.first, t.lower) * t.of_lower + gather(row + t.first, t.upper) * t.of_upper;
+    return mix<kLow>(gather(row + t.first, t.lower), gather(row + t.first, t.upper), t.of_lower, t.of_upper);
   }
 }
 
+// 2^(logit - top), of logits that have their factor already, or (kLow) times it.
+template <bool kLow>
+SPCL_INLINE vf power(vf logit, vf top, float factor) {
+  if constexpr (!kLow) return exp2(logit - top);
+  return select(logit == -__builtin_inff(), vf{}, exp2((logit - top) * factor));
+}
+
 // The true largest logit of each pixel.
-template <bool kNear>
+template <bool kNear, bool kLow>
 SPCL_LOCAL vf largest(const float* rows, int64_t stride, int64_t num_classes, const Taps& t) {
   vf most = splat(-__builtin_inff());
-  for (int64_t k = 0; k < num_classes; ++k) most = larger(interpolate<kNear>(rows + k * stride, t), most);
+  for (int64_t k = 0; k < num_classes; ++k) most = larger(interpolate<kNear, kLow>(rows + k * stride, t), most);
   return most;
 }
 

@@ -54,6 +54,14 @@ SPCL_INLINE void finish_stores() {
 SPCL_INLINE vf splat(float s) { return s - vf{}; }
 SPCL_INLINE vi splat(int32_t s) { return s - vi{}; }
 SPCL_INLINE vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+// a * b + c, fused where the level can: for a sum of two products, where the compiler may fuse either.
+#if defined(__AVX512F__)
+SPCL_INLINE vf fused(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+#elif defined(__AVX2__)
+SPCL_INLINE vf fused(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#else
+SPCL_INLINE vf fused(vf a, vf b, vf c) { return a * b + c; }
+#endif
 SPCL_INLINE vf larger(vf a, vf b) { return select(a > b, a, b); }  // b where a is NaN
 
 // ---- 16-bit floats ----------------------------------------------------------------------------------------------
@@ -236,6 +244,14 @@ SPCL_INLINE vf log(vf x) {
   q = q * r + 3.3333331174e-1f;
   vf y = q * r * z + n * -2.12194440e-4f - 0.5f * z;
   return (r + y) + n * 0.693359375f + (x - x);
+}
+
+SPCL_INLINE vf magnitude(vf x) { return (vf)((vi)x & 0x7fffffff); }
+
+// log(1 + x) of 0 to 1, without losing a small x.
+SPCL_INLINE vf log1p(vf x) {
+  vf sum = 1.0f + x;
+  return select(sum == 1.0f, x, log(sum) * (x / (sum - 1.0f)));
 }
 
 // ---- transposition ----------------------------------------------------------------------------------------------
