@@ -20,8 +20,18 @@ void sum_partials(const std::vector<float>& partial, int64_t groups, float* out,
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> class_moments(Tensor features, Tensor labels, int64_t num_classes, bool normalize, bool squares,
-                                                         int64_t ignore_index) {
+// Of the groups' partial sums, in their order: int64 numbers of pixels, or float32 sums of their weights.
+template <class T, class Partial>
+Tensor total_of(const std::vector<Partial>& partial, int64_t num_classes, ScalarType type) {
+  std::vector<Partial> total(num_classes);
+  for (size_t i = 0; i < partial.size(); ++i) total[i % num_classes] += partial[i];
+  Tensor out = torch::stable::empty({num_classes}, type);
+  std::copy(total.begin(), total.end(), static_cast<T*>(out.data_ptr()));
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> class_moments(Tensor features, Tensor labels, std::optional<Tensor> pixel_weight, int64_t num_classes,
+                                                         bool normalize, bool squares, int64_t ignore_index) {
   Moments a{};
   a.x = as_features(features);
   const int64_t K = num_classes, D = a.x.dim;
@@ -30,6 +40,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> class_moments(Tensor features, Tensor
   const int64_t groups = partial_groups(a.x, K, a.tiles.count);
   std::vector<float> sums(groups * K * D), square_sums(squares ? groups * K * D : 0);
   std::vector<int64_t> counts(groups * K);
+  std::vector<double> weights(pixel_weight ? groups * K : 0);
+  a.pixel_weight = as_pixel_map(pixel_weight), a.weights = weights.data();
   int64_t first_bad = std::numeric_limits<int64_t>::max();
   a.sums = sums.data(), a.squares = squares ? square_sums.data() : nullptr, a.counts = counts.data(), a.first_bad = &first_bad;
 
@@ -39,13 +51,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> class_moments(Tensor features, Tensor
       isa.class_moments(a, tile, group, scratch);
   });
   Tensor out = empty_floats({K, D}), out_squares = squares ? empty_floats({K, D}) : empty_floats({0});
-  Tensor out_counts = torch::stable::empty({K}, ScalarType::Long);
+  Tensor out_counts = pixel_weight ? total_of<float>(weights, K, ScalarType::Float) : total_of<int64_t>(counts, K, ScalarType::Long);
   sum_partials(sums, groups, floats(out), K * D);
   if (squares) sum_partials(square_sums, groups, floats(out_squares), K * D);
-  int64_t* total = static_cast<int64_t*>(out_counts.data_ptr());
-  std::fill(total, total + K, 0);
-  for (int64_t g = 0; g < groups; ++g)
-    for (int64_t k = 0; k < K; ++k) total[k] += counts[g * K + k];
   return {out, out_counts, out_squares, map.report(first_bad, a.x)};
 }
 
@@ -54,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> class_moments(Tensor features, Tensor
 
 STABLE_TORCH_LIBRARY_FRAGMENT(spcl_fast_cpu, m) {
   m.def(
-      "class_moments(Tensor features, Tensor labels, int num_classes, bool normalize, bool squares, int ignore_index) "
+      "class_moments(Tensor features, Tensor labels, Tensor? pixel_weight, int num_classes, bool normalize, bool squares, int ignore_index) "
       "-> (Tensor sums, Tensor counts, Tensor squares, Tensor report)");
 }
 

@@ -13,6 +13,12 @@ struct Kernels {
   decltype(&baseline::contrast_forward) contrast_forward;
   decltype(&baseline::contrast_backward_scratch) contrast_backward_scratch;
   decltype(&baseline::contrast_backward) contrast_backward;
+  decltype(&baseline::streamed_forward_scratch) streamed_forward_scratch;
+  decltype(&baseline::streamed_forward) streamed_forward;
+  decltype(&baseline::streamed_backward_scratch) streamed_backward_scratch;
+  decltype(&baseline::streamed_take) streamed_take;
+  decltype(&baseline::streamed_backward) streamed_backward;
+  decltype(&baseline::streamed_give) streamed_give;
   decltype(&baseline::class_moments_scratch) class_moments_scratch;
   decltype(&baseline::class_moments) class_moments;
   decltype(&baseline::upsampled_cross_entropy_scratch) upsampled_cross_entropy_scratch;

@@ -34,18 +34,29 @@ void flush(vf (&acc)[kWalk], float* to, int64_t channels) {
   }
 }
 
-// One block of channels through the labelled pixels of a panel.
-template <bool kSquare>
-void walk(const float* rows, int64_t stride, const int* pixel, const int32_t* label, const float* inv_norm, int count, int64_t channels, int64_t dim,
-          float* sums) {
+// One block of channels through the labelled pixels of a panel. weight: of a pixel, where the moments are weighted.
+template <bool kSquare, bool kWeighted>
+void walk(const float* rows, int64_t stride, const int* pixel, const int32_t* label, const float* inv_norm, const float* weight, int count,
+          int64_t channels, int64_t dim, float* sums) {
   vf acc[kWalk] = {};
   for (int j = 0; j < count; ++j) {
     const float* row = rows + pixel[j] * stride;
     for (int v = 0; v < kWalk; ++v) {
       vf unit = load(row + v * V) * inv_norm[pixel[j]];
-      acc[v] += kSquare ? unit * unit : unit;
+      if constexpr (kWeighted) acc[v] += kSquare ? unit * unit * weight[pixel[j]] : unit * weight[pixel[j]];
+      else acc[v] += kSquare ? unit * unit : unit;
     }
     if (j + 1 == count || label[pixel[j + 1]] != label[pixel[j]]) flush(acc, sums + label[pixel[j]] * dim, channels);
+  }
+}
+
+template <bool kWeighted>
+void walk_channels(const Moments& a, const float* rows, const int* pixel, const int32_t* label, const float* inv_norm, const float* weight, int count,
+                   int64_t group) {
+  const int64_t stride = row_stride(a), dim = a.x.dim, at = group * a.num_classes * dim;
+  for (int64_t d = 0; d < dim; d += kWalk * V) {
+    walk<false, kWeighted>(rows + d, stride, pixel, label, inv_norm, weight, count, dim - d, dim, a.sums + at + d);
+    if (a.squares) walk<true, kWeighted>(rows + d, stride, pixel, label, inv_norm, weight, count, dim - d, dim, a.squares + at + d);
   }
 }
 
@@ -59,6 +70,7 @@ void class_moments(const Moments& a, int64_t tile, int64_t group, float* scratch
   float *packed = scratch, *rows = scratch + kChunk * kPanel;
   alignas(64) int32_t label[kPanel];
   alignas(64) float inv_norm[kPanel];
+  float weight[kPanel];
   int pixel[kPanel];
   for (int64_t m = 0; m < t.panels; ++m) {
     const Span span = make_span(a.x, t.image, t.first + m * kPanel, t.pixels - m * kPanel);
@@ -76,10 +88,14 @@ void class_moments(const Moments& a, int64_t tile, int64_t group, float* scratch
     }
     if (a.normalize) invert_norms(inv_norm);
     else for (int p = 0; p < kPanel; ++p) inv_norm[p] = 1;
-    for (int64_t d = 0; d < dim; d += kWalk * V) {
-      walk<false>(rows + d, stride, pixel, label, inv_norm, count, dim - d, dim, a.sums + partial * dim + d);
-      if (a.squares) walk<true>(rows + d, stride, pixel, label, inv_norm, count, dim - d, dim, a.squares + partial * dim + d);
+    if (!a.pixel_weight.data) {
+      walk_channels<false>(a, rows, pixel, label, inv_norm, nullptr, count, group);
+      continue;
     }
+    for (int p = 0; p < kPanel; ++p) weight[p] = 1;
+    scale_by(a.pixel_weight, a.x, span, label, weight);
+    for (int j = 0; j < count; ++j) a.weights[partial + label[pixel[j]]] += weight[pixel[j]];
+    walk_channels<true>(a, rows, pixel, label, inv_norm, weight, count, group);
   }
 }
 

@@ -96,15 +96,81 @@ struct ContrastBackward : Contrast {
   double* dtemperature;   // [groups], zeroed; nullptr: not wanted
 };
 
+// The softmax loss with its classes streamed: prototypes are read as they lie, a block of rows at a time, and neither logits nor packed
+// prototypes of all classes are held. Of labels, or of a teacher whose targets are exp(<f, Q_k> / temperature + u + v_k).
+struct Streamed {
+  Features x;
+  Labels labels;
+  PixelMap pixel_weight;
+  const float* class_weight;     // [K] or nullptr: what a labelled pixel adds to the denominator
+  const float* prototypes;       // [K][D], or one such matrix for each image
+  int64_t prototypes_stride;     // floats between two images'; 0: shared
+  int64_t num_classes;
+  float temperature;
+  bool normalize;
+  const float* bias;             // [K], zeros where there is none
+  int64_t bias_stride;
+  const float* share;            // [K], as in ContrastOptions; nullptr: no loss, only the logsumexp
+  const float* background;       // [K] or nullptr
+  float background_sum;
+  float margin;                  // over the temperature
+  Features teacher;              // [B, E, h, w]; no data: labels
+  const float* teacher_prototypes;  // [K][E]
+  float teacher_temperature;
+  const float* teacher_u;        // [B, P]
+  const float* teacher_v;        // [K]
+  Tiles tiles;
+};
+
+struct StreamedForward : Streamed {
+  float* loss_map;         // [B, P] or nullptr
+  double* lse;             // [B, P] or nullptr: logsumexp less the log of the targets' sum
+  float* inv_norm;         // [B, P] or nullptr
+  double* partial_loss;    // [tiles]
+  double* partial_weight;  // [tiles]
+  int64_t* first_bad;
+};
+
+// Tile after tile; within a tile each group of classes [g * K / groups, (g + 1) * K / groups) is one piece of work.
+struct StreamedBackward : Streamed {
+  PixelMap grad;
+  float denominator;
+  const double* lse;
+  const float* inv_norm;
+  int64_t groups;
+  Features dx;             // data == nullptr: not wanted
+  float* dproto;           // of the prototypes' shape, zeroed; nullptr: not wanted
+  double* dbias;           // of the bias's shape, zeroed; nullptr: not wanted
+  double* dtemperature;    // [groups], zeroed; nullptr: not wanted
+  // A tile's pixels, which all groups read
+  float* packed;           // [panels][D][kPanel]
+  float* packed_teacher;   // [panels][E][kPanel]
+  float* turned;           // [panels][chunks of kPanel channels][kPanel pixels][kPanel]: unit features / temperature
+  float* gradient;         // [groups][panels][D][kPanel]: each group's sum_k w_k P_k
+  struct StreamedPixels* pixels;  // [panels]
+};
+
+struct StreamedPixels {
+  int32_t label[kPanel];   // -1: none
+  float inv_norm[kPanel];
+  float factor[kPanel];    // inv_norm / temperature
+  float scale[kPanel];     // of the loss's slope
+  float high[kPanel], low[kPanel];  // their sum is lse
+  float u[kPanel];
+  int labelled;
+};
+
 struct Moments {
   Features x;
   Labels labels;
+  PixelMap pixel_weight;  // no data: none
   Tiles tiles;
   int64_t num_classes;
   bool normalize;
   float* sums;         // [groups][K][D], zeroed
   float* squares;      // the same, or nullptr
   int64_t* counts;     // [groups][K], zeroed
+  double* weights;     // the same of pixel_weight's sums
   int64_t* first_bad;
 };
 
@@ -176,6 +242,12 @@ struct UpsampledConfusion : Upsampled {
   void contrast_forward(const ContrastForward&, int64_t tile, float* scratch);                      \
   int64_t contrast_backward_scratch(const ContrastBackward&);                                       \
   void contrast_backward(const ContrastBackward&, int64_t tile, int64_t group, float* scratch);     \
+  int64_t streamed_forward_scratch(const StreamedForward&);                                         \
+  void streamed_forward(const StreamedForward&, int64_t tile, float* scratch);                      \
+  int64_t streamed_backward_scratch(const StreamedBackward&);                                       \
+  void streamed_take(const StreamedBackward&, int64_t tile, int64_t panel);                         \
+  void streamed_backward(const StreamedBackward&, int64_t tile, int64_t group, float* scratch);     \
+  void streamed_give(const StreamedBackward&, int64_t tile, int64_t panel);                         \
   int64_t class_moments_scratch(const Moments&);                                                    \
   void class_moments(const Moments&, int64_t tile, int64_t group, float* scratch);                  \
   int64_t upsampled_cross_entropy_scratch(const UpsampledCrossEntropy&);                            \

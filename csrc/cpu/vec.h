@@ -318,6 +318,36 @@ SPCL_INLINE void product_block(const float* __restrict a, int64_t n, const float
   }
 }
 
+// The same of an operand that lies anywhere, a[i * stride_i + j * stride_j], and rows of c that are stride_c apart.
+template <int M>
+SPCL_INLINE void strided_block(const float* __restrict a, int64_t stride_i, int64_t stride_j, int64_t n, const float* __restrict b,
+                               float* __restrict c, int64_t stride_c, bool add) {
+  for (int s = 0; s < kPanel; s += kStep * V) {
+    vf acc[M][kStep];
+    for (int i = 0; i < M; ++i)
+      for (int v = 0; v < kStep; ++v) acc[i][v] = vf{};
+    const float* at = a;
+    for (int64_t j = 0; j < n; ++j, at += stride_j) {
+      vf row[kStep];
+      for (int v = 0; v < kStep; ++v) row[v] = load(b + j * kPanel + s + v * V);
+      for (int i = 0; i < M; ++i)
+        for (int v = 0; v < kStep; ++v) acc[i][v] += at[i * stride_i] * row[v];
+    }
+    for (int i = 0; i < M; ++i)
+      for (int v = 0; v < kStep; ++v) {
+        float* to = c + i * stride_c + s + v * V;
+        store(to, add ? load(to) + acc[i][v] : acc[i][v]);
+      }
+  }
+}
+
+SPCL_LOCAL void strided_product(const float* a, int64_t rows, int64_t stride_i, int64_t stride_j, int64_t n, const float* b, float* c, int64_t stride_c,
+                                bool add) {
+  int64_t i = 0;
+  for (; i + 6 <= rows; i += 6) strided_block<6>(a + i * stride_i, stride_i, stride_j, n, b, c + i * stride_c, stride_c, add);
+  for (; i < rows; ++i) strided_block<1>(a + i * stride_i, stride_i, stride_j, n, b, c + i * stride_c, stride_c, add);
+}
+
 // Memory that is wanted soon: rows of `lines` cache lines. Asked for a few lines at a time between blocks of arithmetic, because a burst
 // of prefetches stalls where the same ones spread out are hidden.
 struct Ahead {
