@@ -52,6 +52,7 @@ struct StreamedProblem {
       const double weight = a->class_weight ? a->class_weight[k] : 1.0;
       share.push_back(static_cast<float>((1 - s.label_smoothing) * weight));
       if (s.label_smoothing != 0) background.push_back(static_cast<float>(s.label_smoothing / K * weight));
+      a->background_sum += s.label_smoothing / K * weight;
     }
     a->share = share.data(), a->background = background.empty() ? nullptr : background.data();
   }

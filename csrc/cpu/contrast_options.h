@@ -279,7 +279,7 @@ SPCL_LOCAL void spread_weights(const Contrast& a, const OptionBuffers& b, float*
       const int64_t first = o.first_row ? o.first_row[k] : k, last = o.first_row ? o.first_row[k + 1] : k + 1;
       vf part = {};
       for (int64_t m = first; m < last; ++m) {
-        vf w = o.first_row ? of_class * load(b.shares + m * kPanel + v) : of_class;
+        vf w = o.first_row ? select(of_class == 0.0f, vf{}, of_class * load(b.shares + m * kPanel + v)) : of_class;  // an ignored NaN goes nowhere
         part += w * (load(dots + m * kPanel + v) - zero_point);
         store(dots + m * kPanel + v, w);
       }

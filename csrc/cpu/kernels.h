@@ -112,7 +112,7 @@ struct Streamed {
   int64_t bias_stride;
   const float* share;            // [K], as in ContrastOptions; nullptr: no loss, only the logsumexp
   const float* background;       // [K] or nullptr
-  float background_sum;
+  double background_sum;
   float margin;                  // over the temperature
   Features teacher;              // [B, E, h, w]; no data: labels
   const float* teacher_prototypes;  // [K][E]

@@ -6,6 +6,7 @@ namespace SPCL_ISA {
 namespace {
 
 constexpr int kVectors = kPanel / V;
+constexpr int64_t kTerms = 8;  // of a sum before it is added to the total: many small equal ones lose more than others
 
 // What a pixel has gathered from the classes so far.
 struct Gathered {
@@ -62,7 +63,7 @@ void gather_block(const StreamedForward& a, StreamedPanel& panel, int64_t first,
     const vf factor = load(panel.inv_norm + v) / a.temperature, before = g.top[i];
     const vi own = load(panel.label + v) - (int32_t)first;
     const vf margin = splat(a.teacher.data || !a.share ? 0.0f : a.margin);
-    vf top = before, part = {};
+    vf top = before;
     for (int64_t k = 0; k < count; ++k) {
       vf z = load(block + k * kPanel + v) * factor + bias[k];
       z -= select(own == (int32_t)k, margin, vf{});
@@ -70,12 +71,15 @@ void gather_block(const StreamedForward& a, StreamedPanel& panel, int64_t first,
       top = larger(z, top);
     }
     const vf shrink = select(before == -__builtin_inff(), vf{}, exp(before - top));
-    for (int64_t k = 0; k < count; ++k) {
-      vf z = load(block + k * kPanel + v);
-      part += select(z == -__builtin_inff(), vf{}, exp(z - top));
-    }
     g.sum[i].total *= shrink, g.sum[i].lost *= shrink;
-    g.sum[i].add(part);
+    for (int64_t k = 0; k < count; k += kTerms) {
+      vf part = {};
+      for (int64_t j = k; j < smaller(k + kTerms, count); ++j) {
+        vf z = load(block + j * kPanel + v);
+        part += select(z == -__builtin_inff(), vf{}, exp(z - top));
+      }
+      g.sum[i].add(part);
+    }
     g.top[i] = top;
   }
 }
@@ -92,17 +96,18 @@ void gather_targets(const StreamedForward& a, StreamedPanel& panel, int64_t firs
     }
     return;
   }
-  for (int v = 0; v < kPanel; v += V) {
-    vf part = {}, aimed = {};
-    for (int64_t k = 0; k < count; ++k) {
-      vf t = targets ? load(targets + k * kPanel + v)
-                     : select(load(panel.label + v) == (int32_t)(first + k), splat(a.share[first + k]), vf{}) + a.background[first + k];
-      part += t;
-      aimed += select(t == 0.0f, vf{}, t * load(block + k * kPanel + v));
+  for (int v = 0; v < kPanel; v += V)
+    for (int64_t k = 0; k < count; k += kTerms) {
+      vf part = {}, aimed = {};
+      for (int64_t j = k; j < smaller(k + kTerms, count); ++j) {
+        vf t = targets ? load(targets + j * kPanel + v)
+                       : select(load(panel.label + v) == (int32_t)(first + j), splat(a.share[first + j]), vf{}) + a.background[first + j];
+        part += t;
+        aimed += select(t == 0.0f, vf{}, t * load(block + j * kPanel + v));
+      }
+      g.target[v / V].add(part);
+      g.aimed[v / V].add(aimed);
     }
-    g.target[v / V].add(part);
-    g.aimed[v / V].add(aimed);
-  }
 }
 
 void finish_panel(const StreamedForward& a, const StreamedPanel& panel, double* loss, double* weight) {
@@ -118,7 +123,9 @@ void finish_panel(const StreamedForward& a, const StreamedPanel& panel, double* 
   }
   scale_by(a.pixel_weight, a.x, s, label, scale);
   for (int p = 0; p < s.count; ++p) {
-    const double lse = (double)g.top[p / V][p % V] + log_sum[p], target = g.target[p / V].total[p % V];
+    const double lse = (double)g.top[p / V][p % V] + log_sum[p];
+    double target = g.target[p / V].total[p % V];
+    if (a.share && !a.teacher.data && label[p] >= 0) target = a.share[label[p]] + a.background_sum;
     const double nll = label[p] < 0 || !a.share ? 0.0 : (target * lse - g.aimed[p / V].total[p % V]) * scale[p];
     if (label[p] >= 0) *weight += a.class_weight ? a.class_weight[label[p]] : 1.0f;
     *loss += nll;

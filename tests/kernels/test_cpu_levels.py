@@ -66,7 +66,8 @@ def test_a_lower_instruction_set_passes_the_same_tests(level):
         pytest.skip(f"this processor has only {_cpu.cpu_capability()}")
     code = (
         "import sys, pytest; from spcl_fast import _cpu; print('level', _cpu.cpu_capability());"
-        "sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', 'tests/ops/test_cpu_ops.py']))"
+        "sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', 'tests/ops/test_cpu_ops.py', "
+        "'tests/kernels/test_cpu_contrast_options.py', 'tests/kernels/test_cpu_upsampled_options.py', 'tests/kernels/test_cpu_streamed.py']))"
     )
     out = run_python(code, SPCL_FAST_CPU_CAPABILITY=level, SPCL_FAST_TEST_EXAMPLES="60", OMP_NUM_THREADS="1")
     assert f"level {level}" in out
