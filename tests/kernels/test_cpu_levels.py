@@ -16,6 +16,7 @@ from spcl_fast.backends import cpu
 REASON = cpu.why_not(asked("class_moments"))
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 ORDER = ["baseline", "avx2", "avx512"]
+OPTIONS = ("contrast_options", "upsampled_options", "streamed")  # tests in files of their own
 
 
 def run_python(code: str, **environment: str) -> str:
@@ -64,10 +65,10 @@ def test_a_lower_instruction_set_passes_the_same_tests(level):
 
     if ORDER.index(_cpu.cpu_capability()) < ORDER.index(level):
         pytest.skip(f"this processor has only {_cpu.cpu_capability()}")
+    files = ["tests/ops/test_cpu_ops.py", *(f"tests/kernels/test_cpu_{part}.py" for part in OPTIONS)]
     code = (
         "import sys, pytest; from spcl_fast import _cpu; print('level', _cpu.cpu_capability());"
-        "sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', 'tests/ops/test_cpu_ops.py', "
-        "'tests/kernels/test_cpu_contrast_options.py', 'tests/kernels/test_cpu_upsampled_options.py', 'tests/kernels/test_cpu_streamed.py']))"
+        f"sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', *{files}]))"
     )
     out = run_python(code, SPCL_FAST_CPU_CAPABILITY=level, SPCL_FAST_TEST_EXAMPLES="60", OMP_NUM_THREADS="1")
     assert f"level {level}" in out
