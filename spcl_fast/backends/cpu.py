@@ -98,20 +98,20 @@ def saved_like(contrast: Contrast, wanted: Wanted) -> SavedLike:
 
 
 def contrast_forward(contrast: Contrast, wanted: Wanted) -> tuple[Tensor, Saved]:
-    c, nothing = contrast, contrast.features.new_empty(0)
+    c, no_gradient = contrast, contrast.features.new_empty(0)
     reduction, save = _REDUCTIONS.index(c.reduction), any(wanted)
     if _streams(c):
         operands = _streamed_operands(c)
         loss, denominator, lse, inv_norm, report = _ops.streamed_forward(
             *operands[:6], _floats(c.denominator), *operands[6:], reduction, save
         )
-        saved = Saved(denominator, lse, inv_norm, nothing, nothing)
+        saved = Saved(denominator, lse, inv_norm, denominator.new_empty(0), no_gradient)
     else:
         loss, denominator, lse, inv_norm, logits, report = _ops.prototype_contrastive_forward(
             c.features, _labels(c), *_contrast_operands(c), _floats(c.denominator), *_settings(c), reduction, save,
             saves_logits(*c.prototypes.shape[-2:]),
         )  # fmt: skip
-        saved = Saved(denominator, lse, inv_norm, logits, nothing)
+        saved = Saved(denominator, lse, inv_norm, logits, no_gradient)
     _raise_for(report, c)
     return loss, saved
 
