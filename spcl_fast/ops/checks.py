@@ -73,7 +73,7 @@ def wide(values: Tensor) -> torch.dtype:
 def check_temperature(op: str, temperature: float) -> None:
     if isinstance(temperature, (Tensor, bool)) or not isinstance(temperature, (int, float)):
         raise TypeError(f"{op}: temperature must be a number, got {type(temperature).__name__}")
-    if not (temperature > 0 and math.isfinite(temperature)):
+    if not 0 < temperature < math.inf:  # not isfinite, which a compiled step with a number of its own breaks at
         raise ValueError(f"{op}: temperature must be finite and above 0, got {temperature}")
 
 
@@ -87,7 +87,7 @@ def check_share(op: str, name: str, value: float) -> None:
 def check_finite(op: str, name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{op}: {name} must be finite, got {value}")
 
 
@@ -162,7 +162,9 @@ def check_constant(op: str, name: str, tensor: Tensor | None, shapes: tuple[tupl
         raise TypeError(
             f"{op}: {name} must be a floating-point tensor, got {getattr(tensor, 'dtype', type(tensor).__name__)}"
         )
-    if tuple(tensor.shape) not in shapes:
+    if not any(
+        tuple(tensor.shape) == shape for shape in shapes
+    ):  # not `in`, which knows no size that a compiled step varies
         raise ValueError(
             f"{op}: {name} must have {what}, got shape {list(tensor.shape)}, expected {' or '.join(str(list(s)) for s in shapes)}"
         )

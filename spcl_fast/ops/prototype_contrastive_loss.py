@@ -73,7 +73,7 @@ def prototype_contrastive_loss(
     Raises ValueError or TypeError for shapes, dtypes, devices and settings that do not fit, and for options that mean nothing together,
     before any kernel runs; on the CPU ValueError for a label outside [0, K) that is not ignore_index and for a probability that is
     negative, NaN or infinite (on a GPU the loss is NaN and `check_labels` reports the label).
-    Memory: the forward reads the features once and keeps 8 bytes per pixel, Triton 12 (+ 4 K where K <= D/4, if the backend finds that
+    Memory: the forward reads the features once and keeps 8 bytes per pixel, on a GPU 12 (+ 4 K where K <= D/4, if the backend finds that
     cheaper than computing them again); the backward reads them once more and writes the gradient, the only feature-sized allocation.
     In one pass (CUDA, only where asked for) the forward writes the gradient, too, and keeps it instead of the features.
     Source: Xie et al., arXiv 2111.12358, L_cl; `core/utils/loss.py` of the released code (temperature 100). docs/losses.md lists which

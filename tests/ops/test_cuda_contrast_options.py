@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from cuda_emulator import build, emulated
 from torch import Tensor
 
+import spcl_fast as sf
 from spcl_fast import backends
 from spcl_fast.backends.contract import Contrast, Wanted
-from spcl_fast.backends.labels import label_flag
+from spcl_fast.backends.labels import BAD_PROBABILITY, label_flag
 
 pytestmark = pytest.mark.skipif(build.COMPILER is None, reason="needs a C++ compiler")
 OP = "prototype_contrastive_loss"
@@ -303,7 +304,7 @@ def test_a_bad_probability_makes_the_loss_nan_and_raises_the_flag(cuda, num_clas
     assert run(cuda, c)[0].isfinite() and flag == NO_BAD_LABEL
     c.labels[1, 3, 2, 3] = bad
     loss, dfeatures, *_ = run(cuda, c)
-    assert loss.isnan() and dfeatures[1, :, 2, 3].isnan().all() and flag == torch.iinfo(torch.int64).max
+    assert loss.isnan() and dfeatures[1, :, 2, 3].isnan().all() and flag == BAD_PROBABILITY
 
 
 def test_a_denominator_of_zero_is_loss_zero_and_gradient_zero(cuda):
@@ -347,3 +348,48 @@ def test_a_gradient_alone_is_the_same_as_with_the_others(cuda, alone, num_classe
     got = run(cuda, c, Wanted(**{alone: True}))
     assert torch.equal(got[index], run(cuda, c)[index])
     assert all(t.numel() == 0 for i, t in enumerate(got) if i not in (0, index))
+
+
+# ---- through the public op ------------------------------------------------------------------------------------------
+
+
+def public(c: Contrast, compiled: bool = False) -> list[Tensor]:
+    leaves = [c.features, c.prototypes, c.bias, c.temperature]
+    leaves = [t.detach().requires_grad_() if isinstance(t, Tensor) else t for t in leaves]
+    names = (
+        "class_weight",
+        "pixel_weight",
+        "normalize",
+        "ignore_index",
+        "reduction",
+        "label_smoothing",
+        "margin",
+        "loss",
+    )
+    settings = {name: getattr(c, name) for name in names} | {"backend": "cuda"}
+    denominator = "labelled" if c.denominator is None else c.denominator
+
+    def loss(features, prototypes, bias, temperature):
+        return sf.prototype_contrastive_loss(
+            features, c.labels, prototypes, bias=bias, temperature=temperature, denominator=denominator, **settings
+        )
+
+    loss = torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss
+    value = loss(*leaves)
+    given = [t for t in leaves if isinstance(t, Tensor)]
+    return [value.detach(), *torch.autograd.grad(value, given)]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_public_op_gives_what_the_kernels_give(cuda, name):
+    c = problem(**OPTIONS[name])
+    given = [True, True, True, c.bias is not None, isinstance(c.temperature, Tensor)]
+    expected = [t for t, wanted in zip(run(cuda, c), given, strict=True) if wanted]
+    torch.testing.assert_close(public(c), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["all with labels", "probabilities, smoothing and weights"])
+@pytest.mark.parametrize("num_classes", [5, 330])
+def test_compiled_whole_and_the_same_bits(cuda, name, num_classes):
+    c = problem((1, 20, 3, 5), num_classes, **OPTIONS[name])
+    assert all(torch.equal(a, b) for a, b in zip(public(c), public(c, compiled=True), strict=True))
