@@ -21,10 +21,9 @@ class SPCLObjective(PrototypeBank):
 
     @torch.no_grad()
     def update_in_parts_(self, parts: Iterable[tuple[Tensor, Tensor]]) -> SPCLObjective:
-        sums, counts = 0, 0
-        for features, labels in parts:
-            own = self.moments(features, labels)
-            sums, counts = sums + own[0], counts + own[1]
+        (sums, counts), *others = (self.moments(features, labels) for features, labels in parts)
+        for more_sums, more_counts in others:
+            sums, counts = sums + more_sums, counts + more_counts
         self.move_(sums, counts)
         return self
 
