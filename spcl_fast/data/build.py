@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 from .. import catalog
 from ..config import DataConfig
 from ..errors import ConfigError, DataError
-from .classes import CITYSCAPES_19, ClassSet, LabelTable, read_classes
+from .classes import CITYSCAPES_19, ClassSet, LabelTable, read_classes, read_label_colours
+from .colours import Colour
 from .dataset import Dataset, FileDataset, Joined, Problem
-from .files import inside
-from .layouts import Layout
+from .files import inside, read_ids
+from .layouts import Layout, ids_reader
 
 log = logging.getLogger("spcl_fast.data")
 
@@ -52,10 +54,13 @@ def build_dataset(
         )
     layout: Layout = catalog.load(row.home)(root, split, 19 if num_classes is None else num_classes)
     if classes is not None:
+        own_colours = bool(layout.classes.names)  # the ids are the set's own, and so are its colours
         shared = _shared_classes(
             layout.classes, layout.table, layout.to_nineteen, root.resolve().name, Path(classes), classes_key
         )
-        layout = Layout(layout.images, layout.label_of, shared[1], shared[0], layout.read_ids)
+        layout = dataclasses.replace(layout, classes=shared[0], table=shared[1], label_info=None)
+        if not own_colours and layout.read_ids is read_ids:
+            layout = dataclasses.replace(layout, read_ids=ids_reader(_colours_as_ids(Path(classes), layout.table)))
     if not layout.classes.names:
         raise DataError(
             f"folders {root}: there is no {root / 'classes.json'} and no `classes` file was given. "
@@ -165,6 +170,12 @@ def _generated(kind: str, split: str, path: Path | None, key: str | None, labels
     ids = {k: k for k in range(len(own))}
     classes, table = _shared_classes(own, LabelTable.of(ids), ids if own == CITYSCAPES_19 else None, kind, path, key)
     return GeneratedDataset(kind, split, has_labels=labels, classes=classes, table=table, **scenes)
+
+
+def _colours_as_ids(path: Path, table: LabelTable) -> tuple[tuple[Colour, int], ...]:
+    """The colours of a classes file as ids of a set without classes of its own: one that its table takes to the colour's class."""
+    classes = table.lookup.tolist()
+    return tuple((colour, classes.index(k)) for colour, k in read_label_colours(path) if k in classes)
 
 
 def _known(table: LabelTable) -> list[int]:

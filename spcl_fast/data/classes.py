@@ -8,15 +8,17 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ..errors import DataError
 
 IGNORE = 255
+Parsed = TypeVar("Parsed")
 
 
 @dataclass(frozen=True)
@@ -113,21 +115,32 @@ class LabelTable:
 def read_classes(path: Path) -> tuple[ClassSet, dict[str, dict[int, int]]]:
     """A classes JSON {"names", "palette", "ignore_index", "from": {key: {id: new}}} -> the classes and the tables of "from" (may be empty).
 
-    "names" and "palette" are lists, or objects by id without a gap. Other keys describe the data set and are not read; one that looks like
-    a misspelt key is refused. Raises DataError where the file is missing, is no JSON, says something twice or contradicts itself.
+    "names" and "palette" are lists, or objects by id without a gap; "void" is for `read_label_colours`. Other keys describe the data set
+    and are not read; one that looks like a misspelt key is refused. Raises DataError where the file is missing, is no JSON, says something
+    twice or contradicts itself.
     """
     if not path.is_file():
         raise DataError(
             f'classes file {path} does not exist. Expected a JSON with "names" and "palette"; see docs/data.md.'
         )
+    return _read(path, _parsed)
+
+
+def read_label_colours(path: Path) -> tuple[tuple[tuple[int, int, int], int], ...]:
+    """(colour, class) of a classes JSON that has a "palette" of its own, and (colour, 255) for those in its list "void"; empty without one.
+
+    Raises DataError as `read_classes` does.
+    """
+    return _read(path, _label_colours)
+
+
+def _read(path: Path, parse: Callable[[Any], Parsed]) -> Parsed:
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
-        classes, tables = _parsed(content)
+        return parse(json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once))
     except (OSError, ValueError, RecursionError) as error:  # a JSON or UTF-8 error is a ValueError, too
         raise DataError(
             f'classes file {path} cannot be used: {error}. Expected {{"names": [..], "palette": [[r, g, b], ..]}}; see docs/data.md.'
         ) from error
-    return classes, tables
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -162,7 +175,7 @@ def _parsed(content: Any) -> tuple[ClassSet, dict[str, dict[int, int]]]:
     return ClassSet(names, palette), {key: _table(key, table, len(names)) for key, table in tables.items()}
 
 
-_KEYS = ("names", "palette", "ignore_index", "from")
+_KEYS = ("names", "palette", "ignore_index", "from", "void")
 _OTHERS_WORDS = {"colors": "palette", "colours": "palette", "ignore_label": "ignore_index", "labels": "names"}
 
 
@@ -221,6 +234,17 @@ def _table(key: str, table: dict[str, Any], count: int) -> dict[int, int]:
             )
         found[old] = new
     return found
+
+
+def _label_colours(content: Any) -> tuple[tuple[tuple[int, int, int], int], ...]:
+    classes, _ = _parsed(content)
+    if not content.get("palette"):
+        return ()
+    void = content.get("void", [])
+    if not isinstance(void, list):
+        raise ValueError('"void" is no list of colours [r, g, b]')
+    named = ((colour, k) for k, colour in enumerate(classes.palette))
+    return (*named, *((colour, IGNORE) for colour in _palette(void, len(void))))
 
 
 def spread_palette(count: int) -> tuple[tuple[int, int, int], ...]:

@@ -5,19 +5,25 @@ Only headers are trusted before a picture is decoded, only PNG and JPEG are open
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
 import stat
 import unicodedata
 import warnings
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ..errors import DataError
+from .colours import LabelColours, ids_of_colours
+from .orientation import upright
 
+Prepare = Callable[[Image.Image], None]
 log = logging.getLogger("spcl_fast.data")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 _NOT_IN_NAMES = {
@@ -31,26 +37,33 @@ MAX_PIXELS = (
     1 << 26
 )  # 67 M pixels: twice the largest driving picture; above it a small file may be a decompression bomb
 _COLOUR_MODES = ("RGB", "RGBA", "P", "L")  # what becomes RGB without guessing
+_GREY_16 = ("I;16", "I;16B", "I")
+_LABEL_MODES = ("1", "L", "P", "RGB", "RGBA", *_GREY_16)
+_LOW_BITS = {"L;2": 3, "L;4": 15}  # grey samples that Pillow stretches to 0..255; it leaves palette indices as they are
 _REMEDY = "Replace the file, take it out of the data set, or pass --skip-bad-files to leave such files out."
 
 
-def _decode(path: Path, what: str, prepare=None) -> Image.Image:
-    """The decoded picture. `prepare` may look at the header and change how it is decoded."""
+def _decode(path: Path, what: str, prepare: Prepare | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The decoded picture, upright. `prepare` may look at the header and change how it is decoded."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit decides
+            warnings.filterwarnings("ignore", "Corrupt EXIF data")
             if not stat.S_ISREG(os.stat(path).st_mode):
                 raise DataError(f"{what} {path} is no ordinary file. {_REMEDY}")  # opening a pipe would wait for ever
+            if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+                Image.MAX_IMAGE_PIXELS = max_pixels  # who raises our limit means Pillow's, too
             with Image.open(path, formats=("PNG", "JPEG")) as image:
-                if image.width * image.height > MAX_PIXELS:
+                if image.width * image.height > max_pixels:
                     raise DataError(
-                        f"{what} {path} says it has {image.width}x{image.height} pixels; more than {MAX_PIXELS} are not decoded "
-                        f"(a small file can ask for all memory). {_REMEDY}"
+                        f"{what} {path} says it has {image.width}x{image.height} pixels; more than {max_pixels} are not decoded "
+                        f"(a small file can ask for all memory). If it is a large picture that you trust, pass "
+                        f"--loop.max_pixels {image.width * image.height}. {_REMEDY}"
                     )
                 if prepare is not None:
                     prepare(image)
                 image.load()
-                return image
+                return upright(image)
     except DataError:
         raise
     except FileNotFoundError as error:
@@ -59,12 +72,13 @@ def _decode(path: Path, what: str, prepare=None) -> Image.Image:
         ) from error
     except Image.DecompressionBombError as error:
         raise DataError(
-            f"{what} {path} is larger than {MAX_PIXELS} pixels and is not decoded: {error}. {_REMEDY}"
+            f"{what} {path} is larger than {max_pixels} pixels and is not decoded: {error}. If it is a large picture that you trust, "
+            f"raise --loop.max_pixels. {_REMEDY}"
         ) from error
     except UnidentifiedImageError as error:
         size = path.stat().st_size if path.exists() else 0
-        state = "is empty (0 bytes)" if size == 0 else "is neither a PNG nor a JPEG"
-        raise DataError(f"{what} {path} {state}. {_REMEDY}") from error
+        wanted = "is no PNG" if what == "label" else "is neither a PNG nor a JPEG"
+        raise DataError(f"{what} {path} {'is empty (0 bytes)' if size == 0 else wanted}. {_REMEDY}") from error
     except MemoryError:
         raise
     except (
@@ -73,34 +87,64 @@ def _decode(path: Path, what: str, prepare=None) -> Image.Image:
         raise DataError(f"{what} {path} cannot be decoded: {error}. It may be truncated. {_REMEDY}") from error
 
 
-def read_image(path: Path) -> Image.Image:
-    """A colour picture as PIL RGB. Grey, palette and RGBA pictures are converted; 16-bit and other modes raise DataError."""
+def _raw_mode(image: Image.Image) -> str:
+    """How the samples lie in a file that is open and not decoded yet: "L;2", "RGB;16B", ...; empty where Pillow does not say."""
+    tiles = getattr(image, "tile", None)  # what a decoder of Pillow's ImageFile is about to read
+    args = tiles[0][3] if tiles else ""
+    return str(args[0] if isinstance(args, tuple) and args else args)
+
+
+def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """A colour picture as PIL RGB, upright: an orientation in its EXIF block is applied, mirrored ones too.
+
+    Grey, palette and RGBA pictures are converted; 16-bit and other modes raise DataError.
+    """
 
     def check(image: Image.Image) -> None:
-        if image.mode not in _COLOUR_MODES:
+        raw = _raw_mode(image)
+        if image.mode not in _COLOUR_MODES or raw.endswith(";16B"):  # of 16 bits Pillow would keep the high byte: black
+            mode = raw if image.mode in _COLOUR_MODES else image.mode
             raise DataError(
-                f"image {path} has mode {image.mode}; expected 8-bit RGB, grey, palette or RGBA. Save it as 8-bit RGB. {_REMEDY}"
+                f"image {path} has mode {mode}; expected 8-bit RGB, grey, palette or RGBA. Save it as 8-bit RGB. {_REMEDY}"
             )
 
-    image = _decode(path, "image", check)
+    image = _decode(path, "image", check, max_pixels)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def read_ids(path: Path) -> np.ndarray:
-    """A label picture with one id per pixel (8-bit grey or palette index, or 16-bit grey) as uint8 or uint16 [H, W]."""
+def read_ids(path: Path, colours: LabelColours | None = None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """A label picture with one id per pixel as uint8 or uint16 [H, W]: the samples of a grey or palette PNG of 1 to 16 bits as they are,
+    one channel of an RGB PNG whose channels are equal, or the ids of `colours`, which must name every colour in the picture exactly.
+
+    An orientation is applied as it is to images. A JPEG raises DataError whatever its name ends in, and so does every other mode.
+    """
+    largest = 0  # what Pillow makes of the largest sample of a grey PNG with fewer than 8 bits
 
     def check(image: Image.Image) -> None:
-        if image.mode not in ("L", "P", "I;16", "I;16B", "I"):
-            hint = (
-                "It looks like a coloured rendering of a label: give the folder with class ids."
-                if image.mode.startswith("RGB")
-                else ""
-            )
+        nonlocal largest
+        if image.format != "PNG":
             raise DataError(
-                f"label {path} has mode {image.mode}; expected one class id per pixel (8-bit grey or palette PNG). {hint} {_REMEDY}"
+                f"label {path} is a JPEG, whatever its name ends in: near edges it holds ids that nobody drew. "
+                f"Export the labels again as PNG; a converted JPEG keeps the wrong ids. {_REMEDY}"
             )
+        raw = _raw_mode(image)
+        if image.mode not in _LABEL_MODES or (raw.endswith(";16B") and image.mode not in _GREY_16):
+            raise DataError(
+                f"label {path} has mode {raw if raw.endswith(';16B') else image.mode}; expected one class id per pixel: a grey or "
+                f"palette PNG. {_REMEDY}"
+            )
+        largest = _LOW_BITS.get(raw, 0)
 
-    ids = np.asarray(_decode(path, "label", check))
+    image = _decode(path, "label", check, max_pixels)
+    if image.mode in ("RGB", "RGBA"):
+        return ids_of_colours(np.asarray(image), colours, f"label {path}")
+    if image.mode == "P" and colours is not None:
+        colours.check_indices(image, f"label {path}")
+    ids = np.asarray(image)
+    if image.mode == "1":
+        return ids.astype(np.uint8)
+    if largest:
+        return ids // np.uint8(255 // largest)
     if ids.dtype != np.uint8:
         if ids.min() < 0 or ids.max() > 65535:
             raise DataError(f"label {path} holds ids from {ids.min()} to {ids.max()}; expected 0 to 65535. {_REMEDY}")
@@ -108,25 +152,26 @@ def read_ids(path: Path) -> np.ndarray:
     return ids
 
 
-def read_ids_first_channel_16bit(path: Path) -> np.ndarray:
+def read_ids_first_channel_16bit(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """A SYNTHIA label: 16-bit RGB PNG with the class in the first channel -> uint16 [H, W].
 
     Pillow decodes such a file to 8 bits and keeps the high byte, which is 0 for every class. It is decoded twice here, once for each
     byte: "RGB;16L" takes the second byte of a sample, which is the low one because PNG is big-endian.
     """
-    low = np.asarray(_decode(path, "label", lambda image: _take_byte(image, path, "L")))[..., 0]
-    high = np.asarray(_decode(path, "label", lambda image: _take_byte(image, path, "B")))[..., 0]
+    low, high = (
+        np.asarray(_decode(path, "label", functools.partial(_take_byte, path=path, order=order), max_pixels))[..., 0]
+        for order in ("L", "B")
+    )
     return high.astype(np.uint16) << 8 | low
 
 
 def _take_byte(image: Image.Image, path: Path, order: str) -> None:
-    tiles = getattr(image, "tile", None)  # what a decoder of Pillow's ImageFile is about to read
-    tile = tiles[0] if tiles else None
-    if image.mode not in ("RGB", "RGBA") or tile is None or not str(tile[3]).endswith(";16B"):
+    if image.mode not in ("RGB", "RGBA") or not _raw_mode(image).endswith(";16B"):
         raise DataError(
             f"label {path} is no 16-bit RGB PNG (mode {image.mode}); SYNTHIA keeps the class in the "
             f"first of three 16-bit channels. {_REMEDY}"
         )
+    tile: Any = image.tile[0]  # type: ignore[attr-defined]  # there, or _raw_mode would have been empty
     kind, box, offset, args = tile
     changed = args[:-1] + order
     changed_tile = tile._replace(args=changed) if hasattr(tile, "_replace") else (kind, box, offset, changed)

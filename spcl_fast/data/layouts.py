@@ -6,6 +6,7 @@ checks and maps them. A new data set is one such function in a file of its own, 
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +23,9 @@ from .classes import (
     ClassSet,
     LabelTable,
     read_classes,
+    read_label_colours,
 )
+from .colours import Colour, LabelColours
 from .dataset import ReadIds
 from .files import find_images, read_ids, read_ids_first_channel_16bit, read_list
 
@@ -118,10 +121,16 @@ def folders(root: Path, split: str, num_classes: int) -> Layout:
     classes = read_classes(own)[0] if own.is_file() else None
     if classes is None:
         return Layout(images, label_of, LabelTable.of({}), _NO_CLASSES)
-    return Layout(images, label_of, LabelTable.of({k: k for k in range(len(classes))}), classes)
+    table = LabelTable.of({k: k for k in range(len(classes))})
+    return Layout(images, label_of, table, classes, read_ids=ids_reader(read_label_colours(own), names_indices=True))
 
 
 _NO_CLASSES = ClassSet((), ())
+
+
+def ids_reader(colours: tuple[tuple[Colour, int], ...], *, names_indices: bool = False) -> ReadIds:
+    """`read_ids`, for labels in these colours, too."""
+    return functools.partial(read_ids, colours=LabelColours(colours, names_indices)) if colours else read_ids
 
 
 def _cityscapes_classes(num_classes: int, known: range) -> tuple[ClassSet, LabelTable, dict[int, int]]:

@@ -150,8 +150,7 @@ def test_label_of_another_size_is_named_with_both_sizes(root):
 @pytest.mark.parametrize(
     ("pixels", "told"),
     [
-        (np.zeros((H, W, 3), np.uint8), "has mode RGB; expected one class id per pixel.*coloured rendering"),
-        (np.zeros((H, W), bool), "has mode 1;"),
+        (np.arange(H * W * 3, dtype=np.uint8).reshape(H, W, 3), r"colours that the palette lacks: \(0, 1, 2\)"),
         (np.zeros((H, W, 2), np.uint8), "has mode LA;"),
     ],
 )
