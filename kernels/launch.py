@@ -61,6 +61,13 @@ _DEFAULT: list[Row] = [
     # Backward, both K and D in steps: any size.
     _row("contrast_backward_split", dtype="fp32", BLOCK_N=64, BLOCK_K=32, BLOCK_D=16, BLOCK_O=128, stages=2, warps=8),
     _row("contrast_backward_split", BLOCK_N=64, BLOCK_K=64, BLOCK_D=64, BLOCK_O=128, stages=2, warps=8),
+    # With an option that needs more of a pixel in registers (any target but a plain label; variances): less of everything else.
+    _row("contrast_forward_target", dtype="fp32", BLOCK_N=64, BLOCK_K=32, BLOCK_D=16, warps=8),
+    _row("contrast_forward_variances", dtype="fp32", BLOCK_N=32, BLOCK_K=32, BLOCK_D=16, stages=2),
+    _row("contrast_forward_variances", BLOCK_N=64, BLOCK_K=32, BLOCK_D=64, stages=2),
+    _row("contrast_forward_target", BLOCK_N=64, BLOCK_K=32, BLOCK_D=64, stages=2),
+    _row("contrast_backward_target", dtype="fp32", BLOCK_N=32, BLOCK_K=32, BLOCK_D=16, BLOCK_O=32, stages=2, warps=8),
+    _row("contrast_backward_target", BLOCK_N=32, BLOCK_K=32, BLOCK_D=32, BLOCK_O=64, stages=2, warps=8),
     _row("contrast_prototypes", dtype="fp32", BLOCK_N=32, BLOCK_K=32, BLOCK_D=32, BLOCK_O=64, stages=1, warps=8),
     _row("contrast_prototypes", BLOCK_N=64, BLOCK_K=32, BLOCK_D=64, BLOCK_O=128, stages=1, warps=8),
     _row("norms", BLOCK_N=128, BLOCK_D=32, stages=1),
@@ -93,9 +100,12 @@ TABLES: dict[str, list[Row]] = {
         # the contrast's tiles of one size: numpy rounds a product by it, and the backward must meet the logits of the forward
         *(
             _small(f"contrast_{k}", BLOCK_N=32, BLOCK_K=32, BLOCK_D=16, BLOCK_O=16)
-            for k in ("backward_split", "prototypes")
+            for k in ("backward_split", "backward_target", "prototypes")
         ),
-        _small("contrast_forward", BLOCK_N=32, BLOCK_K=32, BLOCK_D=16),
+        *(
+            _small(f"contrast_{k}", BLOCK_N=32, BLOCK_K=32, BLOCK_D=16)
+            for k in ("forward", "forward_target", "forward_variances")
+        ),
         *(_small(f"contrast_{k}_resident", BLOCK_N=32, BLOCK_K=32) for k in ("forward", "backward")),
         _small("contrast_backward_tile", max_classes=32, BLOCK_N=32, BLOCK_K=32, BLOCK_D=16, BLOCK_O=16),
         _small("norms", BLOCK_N=32, BLOCK_D=16),

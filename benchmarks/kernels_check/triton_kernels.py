@@ -73,7 +73,7 @@ def faults(launch: Launch, usage: Usage, capability: int) -> list[str]:
     if usage.shared_bytes > SHARED_BYTES[capability]:
         found.append(f"{usage.shared_bytes} bytes of shared memory, the architecture has {SHARED_BYTES[capability]}")
     names = [name for name, _ in launch.signature]
-    if "PRECISION" in names or "resident" in launch.name:  # kernels with a dot
+    if _has_a_dot(launch, names):
         half = launch.dtype in ("bf16", "fp16") or launch.constant("PRECISION") == "tf32"
         if half and usage.matrix == "fma":
             found.append("no matrix instruction")
@@ -82,10 +82,13 @@ def faults(launch: Launch, usage: Usage, capability: int) -> list[str]:
     return found
 
 
+def _has_a_dot(launch: Launch, names: list[str]) -> bool:
+    from_features = "features" in names and dict(launch.signature).get("logits_ptr", "constexpr") == "constexpr"
+    return from_features and ("PRECISION" in names or "resident" in launch.name)
+
+
 def _wide_rows(launch: Launch, names: list[str]) -> bool:
     """Whether the feature map's rows follow each other and every stride and the number of pixels is a multiple of 16, or 1."""
-    if "features" not in names:
-        return False
     features, size = names.index("features"), names.index("size")
     known = {path for path, _ in (*launch.constants, *launch.attributes)}
     strides = [(features, Map._fields.index(field)) for field in ("stride_b", "stride_d", "stride_w")]

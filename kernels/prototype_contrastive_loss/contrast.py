@@ -57,7 +57,8 @@ def _launch(contrast, flag, bad_probability: int, loss_map, saved: Saved, class_
         and not variances
         and holds_tile(features)
     )
-    name = "contrast_forward_resident" if resident else "contrast_forward"
+    kind = "_target" if target.plain is None or class_logits is not None else "_resident" if resident else ""
+    name = "contrast_forward" + ("_variances" if variances and class_logits is None else kind)
     settings = launch.find(architecture(features), name, features.dtype, size.D, size.K, layout(features))
     programs = features.shape[0] * triton.cdiv(size.P, settings["BLOCK_N"])
     partial = None if loss_map is not None else features.new_empty(2, programs, dtype=torch.float32)
@@ -101,7 +102,9 @@ def _with_pixels(grad: Incoming, contrast, target: Target, weights) -> Target:
     size = size_of(features, contrast.num_classes)
     scale = features.new_empty(features.shape[0], size.P, dtype=torch.float32)
     mass = torch.empty_like(scale)
-    settings = launch.find(architecture(features), "contrast_forward", features.dtype, size.D, size.K, layout(features))
+    settings = launch.find(
+        architecture(features), "contrast_forward_target", features.dtype, size.D, size.K, layout(features)
+    )
     programs = features.shape[0] * triton.cdiv(size.P, settings["BLOCK_N"])
     with on_device_of(features):
         target_pixels_kernel[(programs,)](
@@ -148,7 +151,8 @@ def form_of(features: Tensor, num_classes: int, simple: bool, has_logits: bool) 
     settings = launch.find(arch, "contrast_backward_tile", dtype, dim, num_classes, layout(features))
     if simple and settings is not None and num_classes <= settings["BLOCK_K"]:
         return "tile", settings
-    return "split", launch.find(arch, "contrast_backward_split", dtype, dim, num_classes, layout(features))
+    row = "contrast_backward_split" if simple else "contrast_backward_target"
+    return "split", launch.find(arch, row, dtype, dim, num_classes, layout(features))
 
 
 def _feature_gradient(problem, operands, wanted):
@@ -166,8 +170,6 @@ def _feature_gradient(problem, operands, wanted):
     elif form == "tile":
         backward_tile_kernel[(tiles,)](*inputs, size, problem.normalize, precision(features.dtype), **settings)
     else:
-        if prototypes.variances is not None:
-            settings = settings | {"BLOCK_O": max(16, settings["BLOCK_O"] // 2)}  # two accumulators
         blocks = triton.cdiv(size.D, settings["BLOCK_O"]) if wanted.features else 1
         partial = features.new_empty(tiles, dtype=torch.float32) if wanted.temperature else None
         backward_split_kernel[(tiles, blocks)](

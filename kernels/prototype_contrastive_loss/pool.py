@@ -129,7 +129,8 @@ def row_logits(problem, out, inv_norm) -> None:
     """Writes the rows' logits [B, M, P] and, unless None, inv_norm [B, P]."""
     features = problem.features
     size = size_of(features, problem.prototypes.shape[-2])
-    settings = launch.find(architecture(features), "contrast_forward", features.dtype, size.D, size.K, layout(features))
+    row = "contrast_forward_target" if problem.variances is None else "contrast_forward_variances"
+    settings = launch.find(architecture(features), row, features.dtype, size.D, size.K, layout(features))
     programs = features.shape[0] * triton.cdiv(size.P, settings["BLOCK_N"])
     logits_kernel[(programs,)](
         feature_map(features),
@@ -181,7 +182,9 @@ def given_rows(contrast, target: Target, weights, saved: Saved) -> Target:
     size = size_of(features, contrast.num_classes)
     pooled, walk = pool(contrast, saved.logits)
     dpooled = torch.empty_like(pooled)
-    settings = launch.find(architecture(features), "contrast_forward", features.dtype, size.D, size.K, layout(features))
+    settings = launch.find(
+        architecture(features), "contrast_forward_target", features.dtype, size.D, size.K, layout(features)
+    )
     programs = features.shape[0] * triton.cdiv(size.P, settings["BLOCK_N"])
     class_gradient_kernel[(programs,)](
         target, weights, saved, pooled, dpooled, size, precision(features.dtype), **settings

@@ -15,6 +15,7 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
+import torch.nn.functional as F
 
 kernels = pytest.importorskip("spcl_fast.kernels", reason="Triton is not installed")
 from spcl_fast.backends.contract import Contrast, Moments, Saved, UpsampledLoss, Wanted  # noqa: E402
@@ -92,6 +93,62 @@ def upsampling_is_right(module) -> bool:
     return close(loss, truth.detach()) and close(dlogits, exact.grad)
 
 
+def options_are_right(module) -> bool:
+    """Own prototypes per image with a bias and smoothing; rows with variances that are pooled by their maximum."""
+    generator = torch.Generator().manual_seed(0)
+    contrast = launcher(module, "prototype_contrastive_loss.contrast")
+    flag, wanted = torch.zeros((), dtype=torch.int64, device=DEVICE), Wanted(True, True, True, True)
+    features = torch.randn(2, 160, 3, 5, generator=generator)  # logits are saved
+    labels = torch.randint(0, 3, (2, 3, 5), generator=generator)
+    owner = torch.arange(40) % 3
+    for case in (
+        {"prototypes": torch.randn(2, 40, 160, generator=generator), "bias": torch.randn(2, 40, generator=generator), "label_smoothing": 0.3},
+        {"prototypes": torch.randn(40, 160, generator=generator), "variances": torch.rand(40, 160, generator=generator),
+         "prototype_class": owner, "classes": 3, "pool": "max"},
+    ):  # fmt: skip
+        c = Contrast(features, labels, None, None, None, None, torch.tensor(3.0), True, 255, "mean")._replace(**case)
+        leaves = [t.double().requires_grad_() for t in (features, c.prototypes, c.temperature)]
+        leaves += [] if c.bias is None else [c.bias.double().requires_grad_()]
+        rows = F.normalize(leaves[0].flatten(2).mT, dim=2)
+        z = rows @ leaves[1].mT / leaves[2] + (0 if c.bias is None else leaves[3][:, None])
+        if c.variances is not None:
+            z = z + 0.5 * rows.square() @ c.variances.double().mT / leaves[2] ** 2
+            z = torch.stack([z[..., owner == k].amax(2) for k in range(3)], 2)
+        truth = F.cross_entropy(z.flatten(0, 1), labels.flatten(), label_smoothing=c.label_smoothing)
+        truth.backward()
+        c = Contrast(*(t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in c))
+        asked = wanted._replace(bias=c.bias is not None)
+        loss, *saved = contrast.contrast_forward(c, asked, flag, 0)
+        saved = Saved(*saved, features.new_empty(0))
+        got = contrast.contrast_backward(torch.ones((), device=DEVICE), c, saved, asked, flag, 0)
+        got = [got[0], got[1], got[3], *([got[2]] if c.bias is not None else [])]
+        if not (
+            close(loss, truth.detach()) and all(close(g, leaf.grad, 1e-3) for g, leaf in zip(got, leaves, strict=True))
+        ):
+            return False
+    return True
+
+
+def upsampled_targets_are_right(module) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    cross_entropy = launcher(module, "upsampled_cross_entropy")
+    logits, soft = torch.randn(2, 3, 3, 5, generator=generator), torch.rand(2, 3, 2, 4, generator=generator)
+    labels = torch.randint(0, 3, (2, 7, 9), generator=generator)
+    flag = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    exact = logits.double().requires_grad_()
+    z, t = (F.interpolate(part, (7, 9), mode="bilinear") for part in (exact, soft.double()))
+    truth = F.cross_entropy(z, t)
+    truth.backward()
+    plain = UpsampledLoss(logits.to(DEVICE), soft.to(DEVICE), None, None, 1.0, False, 255, "mean", size=(7, 9))
+    loss, dlogits = cross_entropy.upsampled_cross_entropy(plain, True, flag, 0)
+    own = z.detach() * (2 * F.one_hot(labels, 3).permute(0, 3, 1, 2) - 1)
+    focal = -((-own).sigmoid() ** 2 * F.logsigmoid(own)).sum(1).mean()
+    binary, _ = cross_entropy.upsampled_binary_cross_entropy(
+        plain._replace(labels=labels.to(DEVICE), size=None, gamma=2.0), False, flag, 0
+    )
+    return close(loss, truth.detach()) and close(dlogits, exact.grad) and close(binary, focal)
+
+
 # what is broken, in which file, which text becomes which, and the check that must see it
 PLANTED = [
     ("radial term of the wrong sign", "prototype_contrastive_loss/backward", "out = out - radial", "out = out + radial", contrast_is_right),
@@ -117,6 +174,17 @@ PLANTED = [
     ("lower row of nodes overwritten by the neighbour's", "upsampled_cross_entropy", "(index + 1 <= first + tiling.bands)", "(index <= first + tiling.bands)", upsampling_is_right),
     ("tail of a cell forgotten", "upsampled_cross_entropy", "if full < widest:", "if full + 1 < widest:", upsampling_is_right),
     ("batch offset of the logits forgotten", "upsampled_cross_entropy", "logits.ptr + b * logits.stride_b\n", "logits.ptr\n", upsampling_is_right),
+    ("bias kept in the linear part", "prototype_contrastive_loss/logits", "z - read_bias(prototypes, b, offs_k, size.K)[None, :])", "z)", options_are_right),
+    ("variance left out of the logit", "prototype_contrastive_loss/logits", "z = z + variance", "z = z", options_are_right),
+    ("share of smoothing forgotten", "prototype_contrastive_loss/targets", "(target.keep * t + target.share)", "(target.keep * t)", options_are_right),
+    ("sum so far not moved to the new maximum", "prototype_contrastive_loss/forward_targets", "mass * (top - base)", "0.0 * (top - base)", options_are_right),
+    ("variance once in the radial part", "prototype_contrastive_loss/backward", "c += 2 * tl.sum(exact * variance, 1)", "c += tl.sum(exact * variance, 1)", options_are_right),
+    ("every image's prototypes the first one's", "prototype_contrastive_loss/logits", "offset = b * prototypes.stride_b", "offset = 0 * prototypes.stride_b", options_are_right),
+    ("images' gradients written over each other", "prototype_contrastive_loss/prototypes", "group = group * tl.num_programs(2) + tl.program_id(2)", "group = group * tl.num_programs(2)", options_are_right),
+    ("last row instead of the largest", "prototype_contrastive_loss/pool", "new_top = tl.maximum(top, z)", "new_top = z", options_are_right),
+    ("gradient of an unnormalised target", "windows_of_targets", "(mass * p - q) * scale", "(p - q) * scale", upsampled_targets_are_right),
+    ("soft target's upper row forgotten", "windows_of_targets", "top + y * (c + x * (d - c) - top)", "top", upsampled_targets_are_right),
+    ("focal modulation of the wrong side", "windows_of_targets", "tl.exp(-gamma * softplus(-s))", "tl.exp(-gamma * softplus(s))", upsampled_targets_are_right),
 ]  # fmt: skip
 
 
@@ -141,7 +209,8 @@ def mutant(folder: Path, file: str, old: str, new: str):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_unbroken_copies_are_right(tmp_path):
     module = mutant(tmp_path, "pixels", "import torch", "import torch")
-    assert contrast_is_right(module) and moments_are_right(module) and upsampling_is_right(module)
+    checks = (contrast_is_right, moments_are_right, upsampling_is_right, options_are_right, upsampled_targets_are_right)
+    assert all(is_right(module) for is_right in checks)
 
 
 @runs_kernels
