@@ -6,6 +6,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # what the compiled part and the package's metadata are made of
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 ARGS ?=
+# processes of `make test`, one thread each
+WORKERS ?= 2
 # `make gpu` runs where there is no index: with .venv if it is there, else with the machine's own Python and its torch
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
@@ -19,7 +21,7 @@ demo: install ## the whole of SPCL on the generated pair of domains: a table and
 	@$(BIN)/spcl-fast demo $(ARGS)
 
 test: install lint ## lint and the whole test suite (ARGS="-k contrast")
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: install ## ruff (rules and format); types and clang-format follow
 	@$(BIN)/python -m ruff check .

@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 
+if (
+    int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1
+):  # threads of several processes on few cores wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Triton decides at import whether it interprets kernels on the CPU, so this comes before anything that may import it.
 # torch itself imports triton only when something is compiled.
 import torch
