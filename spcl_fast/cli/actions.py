@@ -162,8 +162,16 @@ def on_predict(args: argparse.Namespace) -> None:
 
     size = parse_size(args.size) if args.size else config.target.eval_size
     trained = load_trained(args.weights, config, args.stage)
+    loop = config.loop
     count = predict_folder(
-        trained, args.images, args.output, size=size, tta=config.evaluate.tta, skip_bad_files=config.loop.skip_bad_files
+        trained,
+        args.images,
+        args.output,
+        size=size,
+        tta=config.evaluate.tta,
+        skip_bad_files=loop.skip_bad_files,
+        follow_links=loop.follow_links,
+        max_pixels=loop.max_pixels,
     )
     print(f"{count} images: masks and overlays are in {args.output} (weights: {trained.weights})")
 
@@ -181,9 +189,8 @@ def on_check_data(args: argparse.Namespace) -> int:
     for side in sides:
         domain: DataConfig = getattr(config, side)
         for split, labels in ((domain.train_split, side == "source" or args.labels), (domain.val_split, True)):
-            dataset = dataset_of(
-                domain, split, labels=labels, skip_bad_files=True
-            )  # missing pairs belong into the report
+            reading = dataclasses.replace(config.loop, skip_bad_files=True)  # missing pairs belong into the report
+            dataset = dataset_of(domain, split, labels=labels, reading=reading)
             report = check_data(dataset, args.samples)
             print(f"--- {side}: {report.text()}\n")
             whole &= report.ok

@@ -30,6 +30,7 @@ ALIASES = {
     "precision": "loop.precision",
     "workers": "loop.workers",
     "skip_bad_files": "loop.skip_bad_files",
+    "follow_links": "loop.follow_links",
     "tta": "evaluate.tta",
     "selection": "evaluate.selection",
     "weights": "model.weights",

@@ -64,6 +64,7 @@ class DataConfig:
     eval_size: tuple[int, int] = setting((1024, 512), "for evaluation and pseudo-labels", least=1)
     classes: str | None = setting(None, "JSON file: the shared classes, and a table from each set's ids", path=True)
     classes_key: str | None = setting(None, "which table of that file; null: that of the root folder's name")
+    label_ending: str | None = setting(None, "of a label's name after its image's, such as _mask.png; null: .png")
     num_classes: int = setting(19, "19 or, with SYNTHIA, 16", least=1)
     train_images: int | None = setting(None, "only the first N images of the training split; null: all", least=1)
 
@@ -183,6 +184,8 @@ class LoopConfig:
     checkpoints_kept: int = setting(2, "older ones are removed", least=1)
     resume: str = setting("auto", "auto: from the newest whole checkpoint | never: refuse one | a path", path=True)
     skip_bad_files: bool = setting(False, "leave out files that cannot be read, and list them")
+    follow_links: bool = setting(False, "read links that lead out of a data set's root, and links to folders")
+    max_pixels: int = setting(1 << 26, "larger pictures are not decoded: a small file can ask for all memory", least=1)
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from pathlib import Path
 from typing import Any
 
 from .. import catalog
-from ..config import DataConfig
+from ..config import DataConfig, LoopConfig
 from ..errors import ConfigError, DataError
 from .classes import CITYSCAPES_19, ClassSet, LabelTable, read_classes, read_label_colours
 from .colours import Colour
 from .dataset import Dataset, FileDataset, Joined, Problem
-from .files import inside, read_ids
+from .files import MAX_PIXELS, Search, inside, read_ids, searching
+from .label_names import LabelBelow, missing_label
 from .layouts import Layout, ids_reader
+from .left_out import labels_without_image, left_out_images
 
 log = logging.getLogger("spcl_fast.data")
 
@@ -29,7 +32,10 @@ def build_dataset(
     num_classes: int | None = None,
     labels: bool = True,
     limit: int | None = None,
+    label_ending: str | None = None,
     skip_bad_files: bool = False,
+    follow_links: bool = False,
+    max_pixels: int = MAX_PIXELS,
 ) -> Dataset:
     """A data set by name. Only names and paths are read here; pictures when they are asked for.
 
@@ -39,7 +45,9 @@ def build_dataset(
     num_classes: 16 gives Cityscapes, GTA5 and Synscapes the classes of SYNTHIA. labels=False needs no label files at all.
     limit: the first N images only (how many scenes there are, for a generated training split).
     Raises DataError where files are missing or lie outside of `root`, ConfigError for an unknown kind.
-    With skip_bad_files an image without label is left out and listed in `.problems`.
+    label_ending: what follows an image's name in its label's, such as "_mask.png"; None: what the layout says (".png").
+    With skip_bad_files an image without label is left out and listed in `.problems`. What lies in the folders and is no image or label of
+    this set is logged and listed in `.left_out`. follow_links: read links that lead out of `root`. max_pixels: larger pictures are refused.
     """
     known = catalog.names(catalog.DATA_SETS)
     if kind not in known:
@@ -52,7 +60,13 @@ def build_dataset(
         raise DataError(
             f"{kind}: the root folder {root} does not exist. Set `root` to the folder that holds the data set."
         )
-    layout: Layout = catalog.load(row.home)(root, split, 19 if num_classes is None else num_classes)
+    search = Search(follow_links, skip_odd_names=skip_bad_files)
+    with searching(search):
+        layout: Layout = catalog.load(row.home)(root, split, 19 if num_classes is None else num_classes)
+    if label_ending is not None:
+        if not isinstance(layout.label_of, LabelBelow):
+            raise ConfigError(f"label_ending: {kind} has labels that are not found by name. Leave label_ending out.")
+        layout = dataclasses.replace(layout, label_of=dataclasses.replace(layout.label_of, ending=label_ending))
     if classes is not None:
         own_colours = bool(layout.classes.names)  # the ids are the set's own, and so are its colours
         shared = _shared_classes(
@@ -66,14 +80,33 @@ def build_dataset(
             f"folders {root}: there is no {root / 'classes.json'} and no `classes` file was given. "
             f'Add one: {{"names": [..], "palette": [..]}}.'
         )
-    return _pair(kind, root, split, layout, labels, limit, skip_bad_files)
+    if max_pixels != MAX_PIXELS:
+        layout = dataclasses.replace(layout, read_ids=functools.partial(layout.read_ids, max_pixels=max_pixels))
+    with searching(search):
+        dataset = _pair(kind, root, split, layout, labels, limit, skip_bad_files)
+        dataset.left_out = _left_out(layout, labels)
+    for problem in dataset.left_out:
+        log.warning("%s, split %r: %s: %s", kind, split, problem.name, problem.what)
+    dataset.follow_links, dataset.max_pixels = follow_links, max_pixels
+    return dataset
 
 
-def dataset_of(config: DataConfig, split: str, *, labels: bool = True, skip_bad_files: bool = False) -> Dataset:
-    """The data set that the settings of a domain describe; `train_images` bounds the training split alone.
+def _left_out(layout: Layout, labels: bool) -> list[Problem]:
+    if layout.searched is None:
+        return []
+    problems = left_out_images(layout.searched.folder)
+    if labels and isinstance(layout.label_of, LabelBelow):
+        problems += labels_without_image(layout.label_of, layout.searched.names)
+    return problems
+
+
+def dataset_of(config: DataConfig, split: str, *, labels: bool = True, reading: LoopConfig | None = None) -> Dataset:
+    """The data set that the settings of a domain describe; `train_images` bounds the training split alone. `reading`: of the settings
+    `loop`, what says how files are read (skip_bad_files, follow_links, max_pixels).
 
     "folders+generated_driver" is both, the generated scenes with `size` pixels and not bounded.
     """
+    reading = LoopConfig() if reading is None else reading
     kind, _, generated = config.dataset.partition("+")
     dataset = build_dataset(
         kind,
@@ -84,7 +117,10 @@ def dataset_of(config: DataConfig, split: str, *, labels: bool = True, skip_bad_
         num_classes=config.num_classes,
         labels=labels,
         limit=config.train_images if split == config.train_split else None,
-        skip_bad_files=skip_bad_files,
+        label_ending=config.label_ending,
+        skip_bad_files=reading.skip_bad_files,
+        follow_links=reading.follow_links,
+        max_pixels=reading.max_pixels,
     )
     if not generated:
         return dataset
@@ -101,6 +137,7 @@ def _pair(
     images: dict[str, Path] = {}
     label_files: list[Path] = []
     problems: list[Problem] = []
+    without = 0
     for name, path in layout.images.items():
         if limit is not None and len(images) == limit:
             break
@@ -109,7 +146,8 @@ def _pair(
             if labels:
                 label = layout.label_of(name)
                 if not label.is_file():
-                    raise DataError(f"image {path} has no label: expected {label}.")
+                    without += 1
+                    raise DataError(missing_label(path, label))
                 label_files.append(inside(root, label))
         except DataError as error:
             problems.append(Problem(name, str(error)))
@@ -117,11 +155,16 @@ def _pair(
         images[name] = path
     if problems and (not skip_bad_files or not images):
         more = f" ({len(problems)} files of {len(layout.images)} have such a problem.)" if len(problems) > 1 else ""
-        advice = " Give every image a label, or pass --skip-bad-files to leave those images out." if labels else ""
+        advice = (
+            " Give every image a label, or pass --skip-bad-files to leave those images out."
+            if without and images
+            else ""
+        )
         raise DataError(f"{kind} {root}, split {split!r}: {problems[0].what}{more}{advice}")
     if not images:
         raise DataError(
             f"{kind} {root}, split {split!r}: no images found. Expected PNG or JPEG files; see docs/data.md for the layout."
+            + "".join(f" {problem.what}" for problem in _left_out(layout, labels=False))
         )
     for problem in problems:
         log.warning("left out %s: %s", problem.name, problem.what)

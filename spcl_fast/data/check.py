@@ -83,7 +83,7 @@ def check_data(dataset: Dataset, num_samples: int | None = None) -> DataReport:
         len(read),
         dataset.has_labels,
         dataset.classes.names,
-        problems=list(dataset.problems),
+        problems=[*dataset.problems, *dataset.left_out],
     )
     pixels = np.zeros(256, np.int64)
     images_with = np.zeros(256, np.int64)

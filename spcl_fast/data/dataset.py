@@ -13,7 +13,7 @@ from PIL import Image
 from ..errors import DataError
 from .cache import CACHE, file_key
 from .classes import ClassSet, LabelTable
-from .files import read_image
+from .files import MAX_PIXELS, read_image
 
 ReadIds = Callable[[Path], np.ndarray]
 
@@ -29,8 +29,12 @@ class Problem:
 class Dataset:
     """Images by index. `names` are relative, unique and safe to use as file names below any folder.
 
-    `problems` holds what was left out when the set was built with skip_bad_files.
+    `problems` holds what was left out when the set was built with skip_bad_files, `left_out` what its folders hold besides.
     """
+
+    left_out: Sequence[Problem] = ()
+    follow_links = False
+    max_pixels = MAX_PIXELS
 
     def __init__(
         self,
@@ -121,7 +125,7 @@ class FileDataset(Dataset):
         return None if self._label_files is None else self._label_files[index]
 
     def image(self, index: int) -> Image.Image:
-        return cached_image(self._image_files[index])
+        return cached_image(self._image_files[index], self.max_pixels)
 
     def label(self, index: int) -> np.ndarray | None:
         if self._label_files is None:
@@ -166,6 +170,7 @@ class Joined(Dataset):
             kind, first.split, first.classes, names, has_labels=first.has_labels, skip_bad_files=first.skip_bad_files
         )
         self.problems = [*first.problems, *second.problems]
+        self.left_out = [*first.left_out, *second.left_out]
         self._places = [(part, index) for part in (first, second) for index in range(len(part))]
 
     def image_path(self, index: int) -> Path | None:
@@ -189,8 +194,8 @@ class Joined(Dataset):
         return part.unknown_ids(own)
 
 
-def cached_image(path: Path) -> Image.Image:
-    return CACHE.get(("image", path_key(path)), lambda: read_image(path))
+def cached_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    return CACHE.get(("image", path_key(path)), lambda: read_image(path, max_pixels))
 
 
 def path_key(path: Path) -> object:

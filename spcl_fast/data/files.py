@@ -5,6 +5,7 @@ Only headers are trusted before a picture is decoded, only PNG and JPEG are open
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -12,9 +13,10 @@ import re
 import stat
 import unicodedata
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -25,7 +27,7 @@ from .orientation import upright
 
 Prepare = Callable[[Image.Image], None]
 log = logging.getLogger("spcl_fast.data")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".jpe")
 _NOT_IN_NAMES = {
     "Cc",
     "Cs",
@@ -189,12 +191,35 @@ def check_name(name: str, where: str) -> str:
     return str(path)
 
 
+class Search(NamedTuple):
+    """How folders are searched, whoever reads their layout: set by `searching`."""
+
+    follow_links: bool = False  # out of the root, and links to folders
+    skip_odd_names: bool = False
+
+
+_SEARCH: ContextVar[Search] = ContextVar("search", default=Search())  # noqa: B039  a NamedTuple does not change
+
+
+@contextlib.contextmanager
+def searching(search: Search) -> Iterator[None]:
+    """Within it `find_images` and `inside` follow `search`."""
+    token = _SEARCH.set(search)
+    try:
+        yield
+    finally:
+        _SEARCH.reset(token)
+
+
 def inside(root: Path, path: Path) -> Path:
-    """`path` unless a link leads out of `root`; `root` itself may be a link."""
+    """`path` unless a link leads out of `root` and links are not to be followed; `root` itself may be a link."""
+    if _SEARCH.get().follow_links:
+        return path
     real, top = os.path.realpath(path), os.path.realpath(root)
     if real != top and not real.startswith(top.rstrip(os.sep) + os.sep):
         raise DataError(
-            f"{path} leads out of the data set's root {root}, to {real}. Copy the file into the root, or give the folder it is in as root."
+            f"{path} leads out of the data set's root {root}, to {real}. If the links are yours, pass --follow-links; "
+            "else copy the files into the root, or give the folder they are in as root."
         )
     return path
 
@@ -205,20 +230,53 @@ def find_images(folder: Path) -> dict[str, Path]:
 
     Raises DataError if two files share a name (a.png next to a.jpg), for then a label could belong to either.
     """
+    skip = _SEARCH.get().skip_odd_names
+    for link in linked_folders(folder):
+        log.warning("%s is a link to a folder and is not followed: its images are left out (--follow-links)", link)
     found: dict[str, Path] = {}
-    for where, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != _NOT_OURS)
-        for link in (Path(where, name) for name in folders if Path(where, name).is_symlink()):
-            log.warning("%s is a link to a folder and is not followed: its images are left out", link)
-        for file in sorted(files):
-            path = Path(where, file)
-            if path.suffix.lower() not in IMAGE_SUFFIXES or file.startswith("."):
-                continue
+    for path in visible_files(folder):
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
+            continue
+        try:
             name = check_name(path.relative_to(folder).with_suffix("").as_posix(), f"the folder {folder}")
-            if name in found:
-                raise DataError(f"{found[name]} and {path} have the same name {name!r}. Keep one of them.")
-            found[name] = path
+        except DataError as error:
+            if not skip:
+                raise
+            log.warning("left out: %s", error)
+            continue
+        if name in found:
+            raise DataError(f"{found[name]} and {path} have the same name {name!r}. Keep one of them.")
+        found[name] = path
     return dict(sorted(found.items()))
+
+
+def visible_files(folder: Path) -> Iterator[Path]:
+    """The files below `folder` that are not hidden and in no hidden folder or __MACOSX, sorted within theirs."""
+    follow = _SEARCH.get().follow_links
+    for where, folders, files in os.walk(folder, followlinks=follow):
+        folders[:] = sorted(name for name in folders if _is_ours(name) and not (follow and _is_loop(where, name)))
+        yield from (Path(where, file) for file in sorted(files) if not file.startswith("."))
+
+
+def linked_folders(folder: Path) -> list[Path]:
+    """Links to folders below `folder` that `visible_files` does not follow."""
+    follow, found = _SEARCH.get().follow_links, []
+    for where, folders, _ in os.walk(folder):
+        folders[:] = sorted(name for name in folders if _is_ours(name))
+        links = (Path(where, name) for name in folders if Path(where, name).is_symlink())
+        found += [link for link in links if not follow or _is_loop(where, link.name)]
+    return found
+
+
+def _is_ours(name: str) -> bool:
+    return not name.startswith(".") and name != _NOT_OURS
+
+
+def _is_loop(where: str, name: str) -> bool:
+    """Whether the folder is a link to one that it lies in: following it would never end."""
+    path = os.path.join(where, name)
+    above, real = os.path.realpath(where), os.path.realpath(path)
+    return os.path.islink(path) and (above == real or above.startswith(real.rstrip(os.sep) + os.sep))
 
 
 def read_list(path: Path) -> list[str]:

@@ -6,11 +6,13 @@ checks and maps them. A new data set is one such function in a file of its own, 
 
 from __future__ import annotations
 
+import difflib
 import functools
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import ConfigError, DataError
 from .classes import (
@@ -28,8 +30,16 @@ from .classes import (
 from .colours import Colour, LabelColours
 from .dataset import ReadIds
 from .files import find_images, read_ids, read_ids_first_channel_16bit, read_list
+from .label_names import LabelBelow, same_name
 
 log = logging.getLogger("spcl_fast.data")
+
+
+class Searched(NamedTuple):
+    """Where images were searched, and the names of all that were found there, chosen for the split or not."""
+
+    folder: Path
+    names: Collection[str]
 
 
 @dataclass(frozen=True)
@@ -42,52 +52,71 @@ class Layout:
     classes: ClassSet
     read_ids: ReadIds = read_ids
     to_nineteen: dict[int, int] | None = None  # train ids of `table` -> the 19; None: they have no such meaning
+    searched: Searched | None = None  # so that what is left out can be said
     label_info: Path | None = None  # the released scripts' file of which image holds which class
 
 
 def gta5(root: Path, split: str, num_classes: int) -> Layout:
     """images/*.png, labels/*.png with Cityscapes label ids (34 is the licence plate, -1 there)."""
-    images = by_list(root, split, images_below(root / "images"))
+    folder = root / "images"
+    everything = images_below(folder)
     classes, table, to_nineteen = _cityscapes_classes(num_classes, known=range(36))
     info = root / "gtav_label_info.p"
     info = info if info.is_file() and num_classes == 19 else None
-    return Layout(images, LabelBelow(root / "labels"), table, classes, to_nineteen=to_nineteen, label_info=info)
+    return Layout(
+        by_list(root, split, everything),
+        LabelBelow(root / "labels"),
+        table,
+        classes,
+        to_nineteen=to_nineteen,
+        searched=Searched(folder, everything),
+        label_info=info,
+    )
 
 
 def synthia(root: Path, split: str, num_classes: int) -> Layout:
     """RAND_CITYSCAPES/{RGB,GT/LABELS}/*.png, 16-bit labels; `root` may be RAND_CITYSCAPES itself. Always the 16 classes."""
     top = root / "RAND_CITYSCAPES" if (root / "RAND_CITYSCAPES").is_dir() else root
-    images = by_list(root, split, images_below(top / "RGB"))
+    everything = images_below(top / "RGB")
     table = LabelTable.of(SYNTHIA_IDS_16, known=range(23))
     info = root / "synthia_label_info.p"
     return Layout(
-        images,
+        by_list(root, split, everything),
         LabelBelow(top / "GT" / "LABELS"),
         table,
         CITYSCAPES_16,
         read_ids=read_ids_first_channel_16bit,
         to_nineteen=SIXTEEN_TO_NINETEEN,
+        searched=Searched(top / "RGB", everything),
         label_info=info if info.is_file() else None,
     )
 
 
 def synscapes(root: Path, split: str, num_classes: int) -> Layout:
     """img/rgb-2k/*.png, img/class/*.png with Cityscapes label ids."""
-    images = by_list(root, split, images_below(root / "img" / "rgb-2k"))
+    folder = root / "img" / "rgb-2k"
+    everything = images_below(folder)
     classes, table, to_nineteen = _cityscapes_classes(num_classes, known=range(36))
-    return Layout(images, LabelBelow(root / "img" / "class"), table, classes, to_nineteen=to_nineteen)
+    return Layout(
+        by_list(root, split, everything),
+        LabelBelow(root / "img" / "class"),
+        table,
+        classes,
+        to_nineteen=to_nineteen,
+        searched=Searched(folder, everything),
+    )
 
 
 def cityscapes(root: Path, split: str, num_classes: int) -> Layout:
     """leftImg8bit/<split>/<city>/*_leftImg8bit.png, gtFine/<split>/<city>/*_gtFine_labelIds.png; names are city/city_000000_000000."""
     folder = root / "leftImg8bit" / split
     ending = "_leftImg8bit"
-    images = {name[: -len(ending)]: path for name, path in images_below(folder).items() if name.endswith(ending)}
-    if not images:
+    everything = {name[: -len(ending)]: path for name, path in images_below(folder).items() if name.endswith(ending)}
+    if not everything:
         raise DataError(
             f"cityscapes: no *{ending}.png below {folder}. Unpack leftImg8bit_trainvaltest.zip so that {folder}/<city>/ holds the images."
         )
-    images = by_list(root, split, images, ending=ending, warns=False)
+    images = by_list(root, split, everything, ending=ending, warns=False)
     classes, table, to_nineteen = _cityscapes_classes(num_classes, known=range(34))
     return Layout(
         images,
@@ -95,6 +124,7 @@ def cityscapes(root: Path, split: str, num_classes: int) -> Layout:
         table,
         classes,
         to_nineteen=to_nineteen,
+        searched=Searched(folder, everything),
     )
 
 
@@ -102,11 +132,12 @@ def folders(root: Path, split: str, num_classes: int) -> Layout:
     """images/<split>/*, labels/<split>/*.png and classes.json; <split>.txt, if there, picks and orders the names. Without split folders
     the list file splits images/*, and without a list every split is all of them."""
     top, list_file = root / "images", root / f"{split}.txt"
-    if (top / split).is_dir():
-        images = by_list(root, split, images_below(top / split), warns=False)
+    folder = top / split if (top / split).is_dir() else top
+    everything = images_below(folder)
+    if folder != top:
+        images = by_list(root, split, everything, warns=False)
         label_of = LabelBelow(root / "labels" / split)
     else:
-        everything = images_below(top)
         if list_file.is_file():
             images, paths = _listed_anywhere(list_file, everything)
             label_of = LabelBelow(root / "labels", renamed=paths)
@@ -119,10 +150,12 @@ def folders(root: Path, split: str, num_classes: int) -> Layout:
             )
     own = root / "classes.json"
     classes = read_classes(own)[0] if own.is_file() else None
+    searched = Searched(folder, everything)
     if classes is None:
-        return Layout(images, label_of, LabelTable.of({}), _NO_CLASSES)
+        return Layout(images, label_of, LabelTable.of({}), _NO_CLASSES, searched=searched)
     table = LabelTable.of({k: k for k in range(len(classes))})
-    return Layout(images, label_of, table, classes, read_ids=ids_reader(read_label_colours(own), names_indices=True))
+    reader = ids_reader(read_label_colours(own), names_indices=True)
+    return Layout(images, label_of, table, classes, read_ids=reader, searched=searched)
 
 
 _NO_CLASSES = ClassSet((), ())
@@ -168,12 +201,22 @@ def by_list(
     chosen = {}
     for name in read_list(list_file):
         name = name[: -len(ending)] if ending and name.endswith(ending) else name
-        if name not in images:
+        found = name if name in images else _composed_otherwise(name, images)
+        if found is None:
+            near = difflib.get_close_matches(name, images, n=1)
             raise DataError(
-                f"{list_file} names {name!r}, but there is no such image below {root}. Correct the list, or add the image."
+                f"{list_file} names {name!r}, but there is no such image below {root}"
+                f"{f'; the nearest name is {near[0]!r}' if near else ''}. Correct the list, or add the image."
             )
-        chosen[name] = images[name]
+        chosen[found] = images[found]
     return chosen
+
+
+def _composed_otherwise(name: str, images: Collection[str]) -> str | None:
+    """The image of this name in other Unicode: a list and a file system may write "é" as one letter or as two."""
+    if name.isascii():
+        return None
+    return next((other for other in images if same_name(other) == same_name(name)), None)
 
 
 def _listed_anywhere(list_file: Path, everything: dict[str, Path]) -> tuple[dict[str, Path], dict[str, str]]:
@@ -191,15 +234,3 @@ def _listed_anywhere(list_file: Path, everything: dict[str, Path]) -> tuple[dict
             )
         images[name], full_names[name] = everything[full[0]], full[0]
     return images, full_names
-
-
-@dataclass(frozen=True)
-class LabelBelow:
-    """The label file of a name: folder/<name><ending>, where `renamed` may know the name by another."""
-
-    folder: Path
-    ending: str = ".png"
-    renamed: dict[str, str] = field(default_factory=dict)
-
-    def __call__(self, name: str) -> Path:
-        return self.folder / (self.renamed.get(name, name) + self.ending)

@@ -29,7 +29,7 @@ def with_pseudo_labels(dataset: Dataset, folder: str | Path) -> Dataset:
         if path is None:
             problems.append(Problem(name, f"no pseudo-label: expected {candidates[0]}"))
             continue
-        found.append(inside(folder, path))
+        found.append(path if dataset.follow_links else inside(folder, path))
         keep.append(index)
     if problems and not dataset.skip_bad_files or not found:
         raise DataError(

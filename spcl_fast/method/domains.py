@@ -29,7 +29,7 @@ class Domains:
         """The data of a domain ("source" | "target"), split "train" | "val"."""
         domain = getattr(self.config, side)
         name = domain.train_split if split == "train" else domain.val_split
-        return dataset_of(domain, name, labels=labels, skip_bad_files=self.config.loop.skip_bad_files)
+        return dataset_of(domain, name, labels=labels, reading=self.config.loop)
 
     @functools.cached_property
     def classes(self) -> ClassSet:

@@ -15,7 +15,8 @@ from PIL import Image
 from .. import catalog
 from ..config import Config
 from ..data.classes import CITYSCAPES_16, CITYSCAPES_19, THIRTEEN_OF_SIXTEEN, ClassSet, read_classes
-from ..data.files import find_images, inside, read_image
+from ..data.files import MAX_PIXELS, Search, find_images, inside, read_image, searching
+from ..data.left_out import left_out_images
 from ..data.palette import overlay, write_label_png
 from ..errors import CheckpointError, ConfigError, DataError
 from ..runs import layout
@@ -127,7 +128,7 @@ def evaluate_trained(
     from ..train.evaluate import evaluate_model, mean_iou
 
     trained = load_trained(path, config, stage)
-    dataset = dataset_of(config.target, config.target.val_split, skip_bad_files=config.loop.skip_bad_files)
+    dataset = dataset_of(config.target, config.target.val_split, reading=config.loop)
     if dataset.classes.names != trained.classes.names:
         raise ConfigError(
             f"{trained.weights} predicts {len(trained.classes)} classes ({', '.join(trained.classes.names)}), and the data has "
@@ -192,13 +193,19 @@ def predict_folder(
     size: tuple[int, int] | None,  # (width, height) at which the net sees an image; None: its own
     tta: str = "none",
     skip_bad_files: bool = False,
+    follow_links: bool = False,
+    max_pixels: int = MAX_PIXELS,
     say: Callable[[str], None] = print,
 ) -> int:
     """Write output/masks/<name>.png (palette PNG: colours to look at, class ids to read) and output/overlays/<name>.png at the images' own
     sizes, and output/classes.json; returns how many. `images` is a folder or one file. Raises DataError that names a broken file."""
+    search = Search(follow_links, skip_odd_names=skip_bad_files)
     if images.is_dir():
-        files = find_images(images)
+        with searching(search):
+            files, left_out = find_images(images), left_out_images(images)
         root = images
+        for problem in left_out:
+            say(f"{problem.name}: {problem.what}")
     elif images.is_file():
         files, root = {images.stem: images}, images.parent
     else:
@@ -206,7 +213,7 @@ def predict_folder(
     if not files:
         raise DataError(f"{images} holds no PNG or JPEG image. Expected at least one, in it or below it.")
     done = 0
-    for name, image in _readable(files, root, skip_bad_files, say):
+    for name, image in _readable(files, root, skip_bad_files, search, max_pixels, say):
         labels = predict_image(trained, image, size, tta, name)
         write_label_png(output / "masks" / f"{name}.png", labels, trained.classes.palette)
         target = output / "overlays" / f"{name}.png"
@@ -226,12 +233,19 @@ def predict_folder(
 
 
 def _readable(
-    files: dict[str, Path], root: Path, skip_bad_files: bool, say: Callable[[str], None]
+    files: dict[str, Path],
+    root: Path,
+    skip_bad_files: bool,
+    search: Search,
+    max_pixels: int,
+    say: Callable[[str], None],
 ) -> Iterator[tuple[str, Image.Image]]:
     skipped = 0
     for name, path in files.items():
         try:
-            yield name, read_image(inside(root, path))
+            with searching(search):
+                file = inside(root, path)
+            yield name, read_image(file, max_pixels)
         except DataError as error:
             if not skip_bad_files:
                 raise
