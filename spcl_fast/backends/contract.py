@@ -231,7 +231,8 @@ class UpsampledLoss(NamedTuple):
 
     @property
     def output_size(self) -> tuple[int, int]:
-        return self.size or tuple(self.labels.shape[-2:])
+        height, width = self.size or self.labels.shape[-2:]
+        return height, width
 
 
 class UpsampledClasses(NamedTuple):

@@ -131,7 +131,8 @@ def saved_like(contrast: Contrast, wanted: Wanted) -> SavedLike:
 
 def _saves_logits(c: Contrast) -> bool:
     """A bias may be -inf, and what is saved could not be taken apart again."""
-    return c.bias is None and saves_logits(*c.prototypes.shape[-2:], c.features.dtype)
+    num_rows, dim = c.prototypes.shape[-2:]
+    return c.bias is None and saves_logits(num_rows, dim, c.features.dtype)
 
 
 def _in_one_pass(contrast: Contrast, wanted: Wanted) -> bool:
@@ -144,14 +145,15 @@ def contrast_forward(contrast: Contrast, wanted: Wanted) -> tuple[Tensor, Saved]
     c = contrast
     if _in_one_pass(c, wanted):
         loss, dfeatures = one_pass(c)
-        return loss, Saved(*(loss.new_empty(0) for _ in range(4)), dfeatures)
+        denominator, lse, inv_norm, logits = (loss.new_empty(0) for _ in range(4))
+        return loss, Saved(denominator, lse, inv_norm, logits, dfeatures)
     if c.features.numel() == 0:
         return reference.contrast_forward(c, wanted)
-    loss, *saved = _ops.prototype_contrastive_forward(
+    loss, denominator, lse, inv_norm, logits = _ops.prototype_contrastive_forward(
         *_problem(c), label_flag(c.features.device), *_settings(c), c.denominator, c.reduction == "mean", c.reduction == "none",
         any(wanted), _saves_logits(c),
     )  # fmt: skip
-    return loss, Saved(*saved, c.features.new_empty(0))
+    return loss, Saved(denominator, lse, inv_norm, logits, c.features.new_empty(0))
 
 
 def contrast_backward(grad_loss: Tensor, contrast: Contrast, saved: Saved, wanted: Wanted) -> Gradients:
@@ -159,33 +161,40 @@ def contrast_backward(grad_loss: Tensor, contrast: Contrast, saved: Saved, wante
     dfeatures = torch.empty_like(c.features) if wanted.features else c.features.new_empty(0)
     if c.features.numel() == 0:
         return Gradients(dfeatures, *_no_others(c, wanted))
-    others = _ops.prototype_contrastive_backward(
+    dprototypes, dbias, dtemperature = _ops.prototype_contrastive_backward(
         grad_loss.float(), *_problem(c), saved.lse.double(), saved.inv_norm, saved.logits, saved.denominator, dfeatures,
         label_flag(c.features.device), *_settings(c), *wanted,
     )  # fmt: skip
-    return Gradients(dfeatures, *others)
+    return Gradients(dfeatures, dprototypes, dbias, dtemperature)
 
 
 def _no_others(c: Contrast, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor]:
     """Of an empty batch."""
     shapes = (c.prototypes.shape, () if c.bias is None else c.bias.shape, ())
-    return tuple(
+    dprototypes, dbias, dtemperature = (
         c.features.new_zeros(shape if wants else 0, dtype=torch.float32)
         for shape, wants in zip(shapes, wanted[1:], strict=True)
     )
+    return dprototypes, dbias, dtemperature
+
+
+def _targets(c: Contrast) -> Tensor:
+    """Classes or probabilities: `why_not` refuses a teacher."""
+    assert isinstance(c.labels, Tensor)
+    return c.labels
 
 
 def _problem(c: Contrast) -> tuple[Tensor | None, ...]:
     """features, labels or probabilities, prototypes, class_weight, pixel_weight as the kernels take them."""
-    labels = c.labels if c.labels.dim() == 3 or c.labels.dtype in _DTYPES else c.labels.float()
+    labels = _targets(c)
+    labels = labels if labels.dim() == 3 or labels.dtype in _DTYPES else labels.float()
     return c.features, labels, c.prototypes.to(c.features.dtype).contiguous(), _plain(c.class_weight), c.pixel_weight
 
 
 def _settings(c: Contrast) -> tuple:
     """From the temperature to the kind of loss. A tensor of the temperature is read where it is."""
     tensor = c.temperature.float() if isinstance(c.temperature, Tensor) else None
-    smooth_weights = c.label_smoothing != 0 and c.class_weight is not None
-    weight_sum = c.class_weight.float().sum() if smooth_weights else None
+    weight_sum = None if c.label_smoothing == 0 or c.class_weight is None else c.class_weight.float().sum()
     number = 1.0 if tensor is not None else c.temperature
     return (
         number, c.normalize, c.ignore_index, _plain(c.bias), tensor, weight_sum, c.label_smoothing, c.margin, c.loss == "sigmoid",
@@ -194,7 +203,7 @@ def _settings(c: Contrast) -> tuple:
 
 def _has_options(c: Contrast) -> bool:
     return (
-        c.bias is not None or c.prototypes.dim() == 3 or c.labels.dim() == 4 or isinstance(c.temperature, Tensor)
+        c.bias is not None or c.prototypes.dim() == 3 or _targets(c).dim() == 4 or isinstance(c.temperature, Tensor)
         or c.denominator is not None or c.label_smoothing != 0 or c.margin != 0 or c.loss != "softmax"
     )  # fmt: skip
 

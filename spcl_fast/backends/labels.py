@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ def label_flag(device: torch.device) -> Tensor:
 
 
 def check_range(
-    labels: Tensor, num_classes: int, ignore_index: int, given: tuple[int, int] | None = None
+    labels: Tensor, num_classes: int, ignore_index: int, given: Sequence[int] | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Which labels count, and on a GPU whether any is bad.
 

@@ -109,7 +109,7 @@ def origin(op: str, device: torch.device, preferred: str) -> str:
     for (row_op, kind, size), backends in here.orders.items() if here else ():
         if row_op == op and backends:
             first.setdefault(backends[0], []).append(f"{kind} {size}")
-    if not first:
+    if here is None or not first:
         return f"not measured on this GPU ({arch}): {preferred} first"
     chosen = "; ".join(f"{backend} for {', '.join(sizes)}" for backend, sizes in sorted(first.items()))
     return f"measured on {arch} ({here.gpu}, {here.date}): {chosen}; {preferred} first elsewhere"

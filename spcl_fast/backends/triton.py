@@ -1,5 +1,8 @@
 """The Triton backend ("triton"): kernels/ on CUDA tensors, and on CPU tensors where TRITON_INTERPRET=1 was set before its import."""
 
+# pyright: reportMissingImports=false
+# spcl_fast.kernels lies next to this package, in kernels/, where only an installed package finds it
+
 from __future__ import annotations
 
 import torch
@@ -107,8 +110,8 @@ def saved_like(contrast: Contrast, wanted: Wanted) -> SavedLike:
 
 def contrast_forward(contrast: Contrast, wanted: Wanted) -> tuple[Tensor, Saved]:
     flag = label_flag(contrast.features.device)
-    loss, *saved = contrasts.contrast_forward(contrast, wanted, flag, BAD_PROBABILITY)
-    return loss, Saved(*saved, contrast.features.new_empty(0))
+    loss, denominator, lse, inv_norm, scores = contrasts.contrast_forward(contrast, wanted, flag, BAD_PROBABILITY)
+    return loss, Saved(denominator, lse, inv_norm, scores, contrast.features.new_empty(0))
 
 
 def contrast_backward(grad_loss: Tensor, contrast: Contrast, saved: Saved, wanted: Wanted) -> Gradients:

@@ -91,7 +91,8 @@ class PseudoLabel:
 
     def update_pseudo_label(self, input: Tensor) -> None:
         """input: logits [B, K, H, W], up-sampled already."""
-        self._thresholds.update(ops.upsampled_prediction(input.detach(), tuple(input.shape[2:])))
+        height, width = input.shape[2:]
+        self._thresholds.update(ops.upsampled_prediction(input.detach(), (height, width)))
         self.iter += 1
 
     def get_threshold_const(self, thred: float) -> np.ndarray:

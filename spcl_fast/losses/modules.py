@@ -10,6 +10,8 @@ from .. import ops
 class PrototypeContrastiveLoss(nn.Module):
     """`prototype_contrastive_loss` with its settings fixed. forward(features, labels, prototypes, pixel_weight=None, variances=None)."""
 
+    class_weight: Tensor | None
+
     def __init__(
         self,
         temperature: float,
@@ -56,6 +58,8 @@ class PrototypeContrastiveLoss(nn.Module):
 
 class UpsampledCrossEntropyLoss(nn.Module):
     """`upsampled_cross_entropy` with its settings fixed. forward(logits, labels, pixel_weight=None)."""
+
+    class_weight: Tensor | None
 
     def __init__(
         self,

@@ -91,7 +91,7 @@ def _over_ranks(columns: Tensor) -> Tensor:
 
 
 def _problem(features: Tensor, prototypes: Tensor, temperature: float, line: str):
-    ask = Ask(_OP, features.device, features.dtype, *prototypes.shape)
+    ask = Ask(_OP, features.device, features.dtype, prototypes.shape[0], prototypes.shape[1])
     return backends.choose(ask, dispatched.named_backend(line)), Balance(features, prototypes, temperature)
 
 

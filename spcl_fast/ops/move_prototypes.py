@@ -62,7 +62,9 @@ def _move_prototypes(
     prototypes: Tensor, features: Tensor, labels: Tensor, keep: float, min_pixels: int, ignore_index: int, line: str
 ) -> None:
     words = dispatched.words(line)
-    ask = Ask("class_moments", features.device, features.dtype, *prototypes.shape, "small" in words)
+    ask = Ask(
+        "class_moments", features.device, features.dtype, prototypes.shape[0], prototypes.shape[1], "small" in words
+    )
     moments = Moments(features, labels, len(prototypes), "normalize" in words, ignore_index)
     used = backends.choose(ask, dispatched.named_backend(line))
     used.move_prototypes(prototypes, moments, Average(keep, min_pixels, "decay" in words))

@@ -110,7 +110,7 @@ def _check_first(op: str, pixels: Pixels, labels: Tensor, name: str) -> None:
     checks.check_device(op, pixels.features, "features", **{name: labels})
 
 
-def pixel_weight_of(op: str, pixels: Pixels, labels: Tensor | Teacher, weight: Tensor | None) -> Tensor | None:
+def pixel_weight_of(op: str, pixels: Pixels, labels: object, weight: Tensor | None) -> Tensor | None:
     """[B, h, w] in the losses' dtype, from a weight of the features' grid or of the integer labels' shape."""
     if weight is None:
         return None

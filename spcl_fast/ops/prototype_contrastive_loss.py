@@ -87,11 +87,11 @@ def prototype_contrastive_loss(
         _OP, ignore_index=ignore_index, backend=backend, normalize=normalize, positive_variance=positive_variance
     )
     checks.check_reduction(_OP, reduction)
-    given, labels = labels, _labels(pixels, labels, classes)
+    targets = _labels(pixels, labels, classes)
     if class_weight is not None:
         class_weight = _class_weight(pixels, class_weight, classes)
     contrast = Contrast(
-        pixels.features, labels, prototypes, class_weight, pixel_weight_of(_OP, pixels, given, pixel_weight), variances, temperature,
+        pixels.features, targets, prototypes, class_weight, pixel_weight_of(_OP, pixels, labels, pixel_weight), variances, temperature,
         normalize, ignore_index, reduction,
     )  # fmt: skip
     plain = (label_smoothing, margin, pool, positive_variance, loss) == (0.0, 0.0, "logsumexp", True, "softmax")

@@ -54,17 +54,18 @@ _DIFFERENTIABLE = (0, 1, 3, 4)  # features, prototypes, bias and temperature in 
 
 def _pack(problem: Logits, wanted: Wanted, backend: str) -> tuple[list[Tensor | None], float, int, str]:
     p = problem
-    temperature = p.temperature if isinstance(p.temperature, Tensor) else None
+    temperature, number = (p.temperature, 1.0) if isinstance(p.temperature, Tensor) else (None, p.temperature)
     line = dispatched.line(
         p.pool, "normalize" if p.normalize else "", "small" if backends.is_small(p.features.numel()) else "",
         f"@{backend}" if backend else "", *(f"d{name}" for name, is_wanted in zip(Wanted._fields, wanted, strict=True) if is_wanted),
     )  # fmt: skip
     tensors = [p.features, p.prototypes, p.variances, p.bias, temperature, p.prototype_class]
-    return tensors, 1.0 if temperature is not None else p.temperature, p.classes, line
+    return tensors, number, p.classes, line
 
 
 def _unpack(tensors: Sequence[Tensor | None], temperature: float, classes: int, line: str) -> Logits:
     features, prototypes, variances, bias, scale, of_row = tensors
+    assert features is not None and prototypes is not None
     pool = dispatched.one_of(line, "logsumexp", "max")
     return Logits(
         features, prototypes, variances, bias, temperature if scale is None else scale, "normalize" in dispatched.words(line),
@@ -89,7 +90,8 @@ def _backend(problem: Logits, line: str) -> Backend:
         "dtemperature": "dtemperature" in words,
     }
     needs = frozenset(name for name, is_used in used.items() if is_used)
-    ask = Ask(_OP, p.features.device, p.features.dtype, *p.prototypes.shape[-2:], "small" in words, needs)
+    num_rows, dim = p.prototypes.shape[-2:]
+    ask = Ask(_OP, p.features.device, p.features.dtype, num_rows, dim, "small" in words, needs)
     return backends.choose(ask, dispatched.named_backend(line))
 
 
@@ -118,10 +120,11 @@ def _backward(
 def _(grad_logits, tensors, temperature, classes, line):
     problem, wanted = _unpack(tensors, temperature, classes, line), _wanted(line)
     features, prototypes, wide = problem.features, problem.prototypes, checks.wide(problem.features)
+    bias = problem.bias if wanted.bias else None
     return Gradients(
         torch.empty_like(features) if wanted.features else features.new_empty(0),
         prototypes.new_empty(prototypes.shape if wanted.prototypes else (0,), dtype=wide),
-        problem.bias.new_empty(problem.bias.shape, dtype=wide) if wanted.bias else prototypes.new_empty(0, dtype=wide),
+        prototypes.new_empty(0 if bias is None else bias.shape, dtype=wide),
         prototypes.new_empty(() if wanted.temperature else (0,), dtype=wide),
     )
 

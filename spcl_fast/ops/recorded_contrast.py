@@ -35,9 +35,10 @@ class _Packed(NamedTuple):
 def _pack(contrast: Contrast, wanted: Wanted, backend: str, small: bool) -> _Packed:
     c = contrast
     teacher = c.labels if isinstance(c.labels, Teacher) else None
-    tensors = [c.features, c.prototypes, None if teacher else c.labels, c.class_weight, c.pixel_weight, c.variances]
-    temperature = c.temperature if isinstance(c.temperature, Tensor) else None
-    numbers, integers = [1.0 if temperature is not None else c.temperature], [c.ignore_index]
+    labels = c.labels if isinstance(c.labels, Tensor) else None
+    tensors: list[Tensor | None] = [c.features, c.prototypes, labels, c.class_weight, c.pixel_weight, c.variances]
+    temperature, number = (c.temperature, 1.0) if isinstance(c.temperature, Tensor) else (None, c.temperature)
+    numbers, integers = [number], [c.ignore_index]
     options: list[str] = []
     if teacher or any(option is not None for option in (c.bias, temperature, c.prototype_class, c.denominator)):
         tensors += [c.bias, temperature, c.prototype_class, c.denominator]
@@ -60,13 +61,21 @@ def _pack(contrast: Contrast, wanted: Wanted, backend: str, small: bool) -> _Pac
 def _unpack(tensors: Sequence[Tensor | None], numbers: Sequence[float], integers: Sequence[int], line: str) -> Contrast:
     words = dispatched.words(line)
     features, prototypes, labels, class_weight, pixel_weight, variances, *options = tensors
+    assert features is not None and prototypes is not None
+    targets = _teacher(options[4:], numbers[3]) if labels is None else labels
     contrast = Contrast(
-        features, labels, prototypes, class_weight, pixel_weight, variances, numbers[0], "normalize" in words, integers[0],
+        features, targets, prototypes, class_weight, pixel_weight, variances, numbers[0], "normalize" in words, integers[0],
         dispatched.one_of(line, "mean", "sum", "none"),
     )  # fmt: skip
     if options or len(numbers) > 1 or words & {"max", "sigmoid", "no_positive_variance"}:
         return _with_options(contrast, options, numbers[1:], integers[1:], line)
     return contrast
+
+
+def _teacher(tensors: Sequence[Tensor | None], temperature: float) -> Teacher:
+    features, prototypes, u, v = tensors
+    assert features is not None and prototypes is not None and u is not None and v is not None
+    return Teacher(features, prototypes, temperature, u, v)
 
 
 def _with_options(
@@ -80,13 +89,11 @@ def _with_options(
     if numbers:
         c = c._replace(label_smoothing=numbers[0], margin=numbers[1])
     if tensors:
-        bias, temperature, classes, denominator, *teacher = tensors
+        bias, temperature, classes, denominator = tensors[:4]
         c = c._replace(
             bias=bias, prototype_class=classes, denominator=denominator, classes=integers[0],
             temperature=c.temperature if temperature is None else temperature,
         )  # fmt: skip
-        if teacher:
-            c = c._replace(labels=Teacher(*teacher[:2], numbers[2], *teacher[2:]))
     return c
 
 
@@ -121,7 +128,7 @@ def _needs(c: Contrast, wanted: Wanted) -> frozenset[str]:
     return frozenset(name for name, is_used in used.items() if is_used)
 
 
-_NO_OPTIONS = Contrast(*[None] * 10)[10:]
+_NO_OPTIONS = tuple(Contrast._field_defaults.values())
 
 
 def _is_soft(labels: Tensor | Teacher) -> bool:
@@ -131,7 +138,8 @@ def _is_soft(labels: Tensor | Teacher) -> bool:
 def _backend(contrast: Contrast, line: str) -> Backend:
     features, words = contrast.features, dispatched.words(line)
     needs = _needs(contrast, _wanted(line))
-    ask = Ask(_OP, features.device, features.dtype, *contrast.prototypes.shape[-2:], "small" in words, needs)
+    num_rows, dim = contrast.prototypes.shape[-2:]
+    ask = Ask(_OP, features.device, features.dtype, num_rows, dim, "small" in words, needs)
     return backends.choose(ask, dispatched.named_backend(line))
 
 
@@ -149,7 +157,7 @@ def _forward(
     """-> loss, and the parts of Saved."""
     contrast = _unpack(tensors, numbers, integers, line)
     loss, saved = _backend(contrast, line).contrast_forward(_resolved(contrast), _wanted(line))
-    return loss, *saved
+    return loss, saved.denominator, saved.lse, saved.inv_norm, saved.logits, saved.dfeatures
 
 
 @_forward.register_fake
@@ -188,12 +196,11 @@ def _backward(
 def _(grad_loss, saved, tensors, numbers, integers, line):
     contrast, wanted = _unpack(tensors, numbers, integers, line), _wanted(line)
     features, prototypes, wide = contrast.features, contrast.prototypes, checks.wide(contrast.features)
+    bias = contrast.bias if wanted.bias else None
     return Gradients(
         torch.empty_like(features) if wanted.features else features.new_empty(0),
         prototypes.new_empty(prototypes.shape if wanted.prototypes else (0,), dtype=wide),
-        contrast.bias.new_empty(contrast.bias.shape, dtype=wide)
-        if wanted.bias
-        else prototypes.new_empty(0, dtype=wide),
+        prototypes.new_empty(0 if bias is None else bias.shape, dtype=wide),
         prototypes.new_empty(() if wanted.temperature else (0,), dtype=wide),
     )
 
@@ -237,7 +244,7 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
-        nothing = [None] * len(ctx.needs_input_grad)
+        nothing: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         if grad_loss is None:
             return tuple(nothing)
         if ctx.one_pass:
@@ -264,7 +271,8 @@ def _formed_gradient(ctx, grad_loss: Tensor) -> Tensor:
     (dfeatures,) = ctx.saved_tensors
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _scaled(dfeatures, grad_loss)
-    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+    # the second is in no stub
+    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():  # pyright: ignore[reportAttributeAccessIssue]
         dfeatures = dfeatures.clone()
     _scale(dfeatures, grad_loss, ctx.line)
     return dfeatures

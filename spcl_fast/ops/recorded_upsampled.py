@@ -37,6 +37,7 @@ def _unpack(
     tensors: Sequence[Tensor | None], numbers: Sequence[float], integers: Sequence[int], line: str
 ) -> UpsampledLoss:
     logits, labels, class_weight, pixel_weight, *denominator = tensors
+    assert logits is not None and labels is not None
     temperature, smoothing, gamma = numbers
     ignore_index, *size = integers
     return UpsampledLoss(

@@ -25,11 +25,12 @@ def _with_margin(z: Tensor, rows: Rows, contrast: Contrast, goal: Goal, b: int) 
     if not contrast.margin:
         return z
     off = (-contrast.margin / rows.temperature) * goal.labelled[b].to(z.dtype)
-    return z.scatter_add(0, goal.index[b, None], off[None])
+    return z.scatter_add(0, goal.classes(b)[None], off[None])
 
 
 def _variance_term(x: Tensor, inv: Tensor, rows: Rows, index: Tensor) -> Tensor:
     """[P]: that of each pixel's own class."""
+    assert rows.variances is not None
     whole = matmul(rows.variances, x.square()) * (0.5 * inv.square() / rows.temperature**2)
     return whole.gather(0, index[None])[0]
 
@@ -38,9 +39,9 @@ def _pixel_losses(z: Tensor, x: Tensor, inv: Tensor, rows: Rows, contrast: Contr
     """[P], before factor and pixel weight."""
     if is_soft(contrast):
         return soft_loss(z, targets_of_image(contrast, goal, b, z.dtype), contrast.class_weight, contrast.loss)
-    own = z.gather(0, goal.index[b, None])[0]
+    own = z.gather(0, goal.classes(b)[None])[0]
     if rows.variances is not None and not contrast.positive_variance:
-        own = own - _variance_term(x, inv, rows, goal.index[b])
+        own = own - _variance_term(x, inv, rows, goal.classes(b))
     return z.logsumexp(0) - own
 
 
@@ -117,7 +118,7 @@ def contrast_backward(grad_loss: Tensor, contrast: Contrast, saved: Saved, wante
         ds_variances = ds if dz_variances is None else (dz_variances * scale[b]).where(labelled, 0)
         add_gradients(gradients, b, linear.row_gradients(x, inv, ds, ds_variances, labelled, rows, wanted))
         if wanted.temperature and c.margin:
-            own = dz.gather(0, goal.index[b, None])[0].where(labelled, 0)
+            own = dz.gather(0, goal.classes(b)[None])[0].where(labelled, 0)
             gradients.temperature.add_(fixed_sum(own) * c.margin / rows.temperature**2)
     return gradients
 
@@ -129,7 +130,7 @@ def _residuals(z: Tensor, contrast: Contrast, goal: Goal, b: int) -> tuple[Tenso
         return soft_residual(z, targets_of_image(c, goal, b, z.dtype), c.class_weight, c.loss), None
     weight = softmax(z)
     others = weight.clone() if c.variances is not None and not c.positive_variance else None
-    weight.scatter_add_(0, goal.index[b, None], weight.new_full((1, 1), -1.0).expand(1, weight.shape[1]))
+    weight.scatter_add_(0, goal.classes(b)[None], weight.new_full((1, 1), -1.0).expand(1, weight.shape[1]))
     return weight, others
 
 

@@ -19,7 +19,7 @@ def class_moments(problem: Moments) -> tuple[Tensor, Tensor, Tensor]:
     labelled, _ = check_range(labels, num_classes, ignore_index, given)
     target = labels.where(labelled, num_classes).flatten(1)  # the unlabelled go to a row that is dropped
     sums = features.new_zeros(num_classes + 1, dim, dtype=torch.float64)
-    square_sums = torch.zeros_like(sums) if squares else None
+    square_sums = torch.zeros_like(sums) if squares else sums.new_empty(0)
     for b in range(batch):
         x = features[b].flatten(1).to(dtype)
         if normalize:
@@ -29,8 +29,8 @@ def class_moments(problem: Moments) -> tuple[Tensor, Tensor, Tensor]:
         sums.index_add_(0, target[b], x if weight is None else x * weight)
         if squares:
             square_sums.index_add_(0, target[b], x.square() if weight is None else x.square() * weight)
-    square_sums = square_sums[:num_classes].float() if squares else sums.new_empty(0, dtype=torch.float32)
-    return sums[:num_classes].float(), _counts(target, num_classes, pixel_weight), square_sums
+    counts = _counts(target, num_classes, pixel_weight)
+    return sums[:num_classes].float(), counts, square_sums[:num_classes].float()
 
 
 def _counts(target: Tensor, num_classes: int, pixel_weight: Tensor | None) -> Tensor:

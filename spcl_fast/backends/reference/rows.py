@@ -27,10 +27,12 @@ class Rows(NamedTuple):
 
     def image(self, b: int) -> Rows:
         """Those of image b: prototypes [M, D], bias [M]."""
-        prototypes, variances, bias, *rest = self
+        prototypes, variances, bias = self.prototypes, self.variances, self.bias
         if prototypes.dim() == 3:
             prototypes, variances = prototypes[b], None if variances is None else variances[b]
-        return Rows(prototypes, variances, bias[b] if bias is not None and bias.dim() == 2 else bias, *rest)
+        if bias is not None and bias.dim() == 2:
+            bias = bias[b]
+        return self._replace(prototypes=prototypes, variances=variances, bias=bias)
 
 
 def rows_of(problem: Contrast | Logits, dtype: torch.dtype) -> Rows:
@@ -59,6 +61,7 @@ def row_logits(x: Tensor, inv: Tensor, rows: Rows, with_variances: bool = True) 
 
 def membership(rows: Rows) -> Tensor:
     """[K, M]: 1 where the row is the class's."""
+    assert rows.prototype_class is not None
     classes = torch.arange(rows.num_classes, device=rows.prototype_class.device)
     return (rows.prototype_class == classes[:, None]).to(rows.prototypes.dtype)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..contract import Contrast, Teacher
 from ..labels import check_probabilities, check_range, resize_nearest
-from .exact import matmul, widened
+from .exact import matmul
 
 
 class Goal(NamedTuple):
@@ -18,6 +18,11 @@ class Goal(NamedTuple):
     factor: Tensor  # [B, P]: what multiplies a pixel's loss before the pixel weight
     counted: Tensor  # [B, P]: what a pixel adds to the mean's denominator
     any_bad: Tensor | None  # [] bool on a GPU
+
+    def classes(self, b: int) -> Tensor:
+        """[P] of image b, where the labels are classes."""
+        assert self.index is not None
+        return self.index[b]
 
 
 def is_soft(contrast: Contrast) -> bool:
@@ -73,7 +78,7 @@ def soft_loss(z: Tensor, target: Tensor, class_weight: Tensor | None, kind: str)
     else:
         terms = torch.where(target == 0, 0, target * (z.logsumexp(0) - z))
     if class_weight is not None:
-        terms = terms * widened(class_weight, z.dtype)[:, None]
+        terms = terms * class_weight.to(z.dtype)[:, None]
     return terms.sum(0, dtype=torch.float64).to(z.dtype)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,7 +39,7 @@ def _axis(size: int, out: int, align_corners: bool, dtype: torch.dtype, device: 
 
 
 def _axes(
-    low: tuple[int, int], size: tuple[int, int], align_corners: bool, like: Tensor, dtype: torch.dtype
+    low: Sequence[int], size: tuple[int, int], align_corners: bool, like: Tensor, dtype: torch.dtype
 ) -> tuple[Axis, Axis]:
     height, width = (_axis(*pair, align_corners, dtype, like.device) for pair in zip(low, size, strict=True))
     return height, width
@@ -128,7 +128,7 @@ def _loss(problem: UpsampledLoss, needs_dlogits: bool, binary: bool) -> tuple[Te
     weight = goal.factor
     if p.pixel_weight is not None:
         weight = (weight * p.pixel_weight.to(dtype)).where(goal.labelled, 0)
-    y, x = _axes(tuple(low), (height, width), p.align_corners, logits, dtype)
+    y, x = _axes(low, (height, width), p.align_corners, logits, dtype)
     y_matrix, x_matrix = _matrix(y, low[0]), _matrix(x, low[1])
     dlogits = logits.new_zeros(logits.shape if needs_dlogits else 0, dtype=dtype)
     nll = torch.zeros_like(weight) if p.reduction == "none" else None
@@ -144,6 +144,7 @@ def _loss(problem: UpsampledLoss, needs_dlogits: bool, binary: bool) -> tuple[Te
             else:
                 nll[b, rows] = loss
             if needs_dlogits:
+                assert residual is not None
                 dstrip = (residual * (weight[b, rows] * (inverse / p.temperature).to(dtype))).where(labelled, 0)
                 dlogits[b] += matmul(y_matrix[rows].T, matmul(dstrip, x_matrix))
     loss = nll if nll is not None else (total * inverse).to(dtype)
@@ -155,6 +156,7 @@ def _pixels(
 ) -> tuple[Tensor, Tensor | None]:
     """strip [K, rows, W] -> loss [rows, W] before factor and pixel weight, and its gradient in the strip."""
     if not _is_soft(problem, binary):
+        assert goal.index is not None
         index = goal.index[where]
         lse = strip.logsumexp(0)
         loss = lse - strip.gather(0, index[None])[0]
@@ -211,7 +213,7 @@ def _binary(strip: Tensor, target: Tensor, problem: UpsampledLoss) -> tuple[Tens
 def upsampled_prediction(problem: UpsampledClasses) -> tuple[Tensor, Tensor]:
     p, logits = problem, problem.logits
     dtype, (batch, num_classes, *low), (height, width) = wide(logits.dtype), logits.shape, p.size
-    y, x = _axes(tuple(low), p.size, p.align_corners, logits, dtype)
+    y, x = _axes(low, p.size, p.align_corners, logits, dtype)
     labels = torch.empty(batch, height, width, dtype=label_dtype(num_classes), device=logits.device)
     confidence = torch.empty(batch, height, width, dtype=torch.float32, device=logits.device)
     for b in range(batch):
@@ -236,9 +238,10 @@ def label_dtype(num_classes: int) -> torch.dtype:
 def upsampled_confusion(problem: UpsampledClasses) -> Tensor:
     p, logits = problem, problem.logits
     dtype, (batch, num_classes, *low), (height, width) = wide(logits.dtype), logits.shape, p.size
+    assert p.labels is not None  # the confusion's rows
     labels = p.labels.long()
     labelled, _ = check_range(labels, num_classes, p.ignore_index)
-    y, x = _axes(tuple(low), p.size, p.align_corners, logits, dtype)
+    y, x = _axes(low, p.size, p.align_corners, logits, dtype)
     counts = torch.zeros(num_classes * num_classes + 1, dtype=torch.int64, device=logits.device)  # the last: unlabelled
     for b in range(batch):
         image = logits[b].to(dtype)
