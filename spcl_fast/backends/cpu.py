@@ -117,7 +117,7 @@ def contrast_forward(contrast: Contrast, wanted: Wanted) -> tuple[Tensor, Saved]
 
 
 def contrast_backward(grad_loss: Tensor, contrast: Contrast, saved: Saved, wanted: Wanted) -> Gradients:
-    c, grad_loss = contrast, _floats(grad_loss)
+    c, grad_loss = contrast, grad_loss.detach().to(torch.float32)
     dfeatures = _empty_gradient(c.features) if wanted.features else c.features.new_empty(0)
     if _streams(c):
         operands = _streamed_operands(c)
@@ -150,6 +150,7 @@ def _streams(c: Contrast) -> bool:
 
 
 def _labels(c: Contrast) -> Tensor:
+    assert isinstance(c.labels, Tensor)  # a Teacher is streamed
     labels = c.labels.detach()
     return labels if labels.dtype in _DTYPES or not labels.is_floating_point() else labels.to(torch.float32)
 

@@ -270,6 +270,10 @@ def _formed_gradient(ctx, grad_loss: Tensor) -> Tensor:
     """The gradient that the forward formed, scaled where it lies: it is the returned one, unless the graph is kept for another backward."""
     (dfeatures,) = ctx.saved_tensors
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if (
+            not dispatched.is_transformed()
+        ):  # stands for the features, which were not saved: who differentiates it again is refused
+            dfeatures = dfeatures.detach().requires_grad_()
         return _scaled(dfeatures, grad_loss)
     # the second is in no stub
     if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():  # pyright: ignore[reportAttributeAccessIssue]
