@@ -146,6 +146,7 @@ def on_evaluate(args: argparse.Namespace) -> None:
     config = _of_trained_net(args)
     if config is None:
         return
+    check_domains(config, {"target": args.command})
     from ..method.trained import evaluate_trained
 
     result = evaluate_trained(args.weights, config, args.stage)
@@ -158,6 +159,7 @@ def on_predict(args: argparse.Namespace) -> None:
     config = _of_trained_net(args)
     if config is None:
         return
+    check_domains(config, {})
     from ..method.trained import load_trained, parse_size, predict_folder
 
     size = parse_size(args.size) if args.size else config.target.eval_size
@@ -168,7 +170,7 @@ def on_predict(args: argparse.Namespace) -> None:
         args.images,
         args.output,
         size=size,
-        tta=config.evaluate.tta,
+        evaluate=config.evaluate,
         skip_bad_files=loop.skip_bad_files,
         follow_links=loop.follow_links,
         max_pixels=loop.max_pixels,

@@ -20,7 +20,7 @@ def check_config(config: Config, stages: tuple[str, ...] | None = None) -> None:
     """Raise ConfigError with every broken rule, if any; `stages` are those about to run (default: the config's own)."""
     stages = config.stages if stages is None else stages
     rows = [stage for stage in catalog.STAGES if stage.name in stages]
-    problems = [*_values(config), *_scales(config), *_run(config)]
+    problems = [*_values(config), *_scales(config), *_windows(config), *_run(config)]
     for section in dict.fromkeys(stage.section for stage in rows):
         problems += _stage(config, section, getattr(config, section))
     first = {side: [stage.name for stage in rows if side in stage.reads] for side in ("source", "target")}
@@ -30,7 +30,7 @@ def check_config(config: Config, stages: tuple[str, ...] | None = None) -> None:
 
 def check_domains(config: Config, readers: dict[str, str]) -> None:
     """The same for what reads data and is no stage: `readers` has its name by side."""
-    _refuse([*_values(config), *_domains(config, readers)])
+    _refuse([*_values(config), *_windows(config), *_domains(config, readers)])
 
 
 def _refuse(problems: list[str]) -> None:
@@ -50,6 +50,19 @@ def _scales(config: Config) -> Iterator[str]:
     for key, value in dotted(dataclasses.asdict(config)).items():
         if key.endswith("augment.scale") and value[0] > value[1]:
             yield f"{key}: got {as_text(value)}, expected the smallest and the largest factor, such as 0.5,1.5"
+
+
+def _windows(config: Config) -> Iterator[str]:
+    window, stride = config.evaluate.window, config.evaluate.window_stride
+    if stride is None:
+        return
+    if window is None:
+        yield f"evaluate.window_stride: got {as_text(stride)} without evaluate.window, expected the size of a window with it"
+    elif stride[0] > window[0] or stride[1] > window[1]:
+        yield (
+            f"evaluate.window_stride: got {as_text(stride)}, expected at most evaluate.window ({as_text(window)}): "
+            "pixels between two windows would be in none"
+        )
 
 
 def _run(config: Config) -> Iterator[str]:

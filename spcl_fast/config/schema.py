@@ -196,6 +196,8 @@ class EvaluateConfig:
 
     selection: Literal["last", "source_val", "target_val"] = setting("last", "which net of a stage is its result")
     tta: Literal["none", "flip"] = setting("none", "test-time augmentation")
+    window: tuple[int, int] | None = setting(None, "size of the windows that a net sees; null: whole images", least=1)
+    window_stride: tuple[int, int] | None = setting(None, "from window to window; null: two thirds of one", least=1)
     images: int | None = setting(None, "how many, spread evenly; null: all", least=1)
     overlays: int = setting(6, "images whose predictions are kept for the report", least=0)
 

@@ -74,12 +74,19 @@ class Context:
             "source": config.source,
             "target": config.target,
             "model": config.model,
-            # which of its nets a stage hands on, and is evaluated by
-            "evaluate": {"selection": config.evaluate.selection},
+            "evaluate": self._picks(),
             stage.name: self.settings(stage),
             "inputs": {name: (self.run.done(name) or {}).get("settings_sha256") for name in self.inputs(stage)},
             "run_seed": config.seed,
         }
+
+    def _picks(self) -> dict[str, Any]:
+        """Which of its nets a stage hands on and is evaluated by, and the settings by which it is picked."""
+        evaluate = self.config.evaluate
+        picks: dict[str, Any] = {"selection": evaluate.selection}
+        if evaluate.selection != "last" and evaluate.window is not None:
+            picks |= {"window": evaluate.window, "window_stride": evaluate.window_stride}
+        return picks
 
     def checkpoint(self, stage: str) -> Checkpoint:
         checkpoint = self.run.checkpoints(stage).latest() if self.run.done(stage) else None

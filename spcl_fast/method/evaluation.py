@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from .. import distributed
@@ -11,6 +13,7 @@ from ..models import SegmentationModel
 from ..runs import layout
 from ..runs.tensorfile import replace_tensors
 from ..train.evaluate import evaluate_model, mean_text
+from ..train.windows import windows_of
 from .context import Context
 
 
@@ -21,14 +24,23 @@ def evaluate_stage(context: Context, stage: str, model: SegmentationModel) -> No
         evaluate = context.config.evaluate
         shown = {*context.domains.pictured(dataset).names}
 
-        def keep(index: int, name: str, labels: np.ndarray) -> None:
+        def keep(index: int, name: str, predicted: Callable[[], np.ndarray]) -> None:
             context.stop.raise_if_requested(f"evaluating {stage}")
             if name in shown:
-                write_label_png(run.path(stage, layout.PREDICTIONS, f"{name}.png"), labels, context.classes.palette)
+                write_label_png(
+                    run.path(stage, layout.PREDICTIONS, f"{name}.png"), predicted(), context.classes.palette
+                )
 
         size = context.config.target.eval_size
         scores = evaluate_model(
-            model, dataset, size, device=context.device, tta=evaluate.tta, images=evaluate.images, keep=keep
+            model,
+            dataset,
+            size,
+            device=context.device,
+            tta=evaluate.tta,
+            windows=windows_of(evaluate),
+            images=evaluate.images,
+            keep=keep,
         )
         run.write_json(layout.of_stage(stage, layout.EVALUATION), scores.as_json())
         count = len(dataset.spread(evaluate.images))
@@ -46,7 +58,8 @@ def keep_best(context: Context, stage: str, model: SegmentationModel, done: int)
         best = context.run.read_json(record)
         if best is None or best["step"] != done:
             size = getattr(context.config, side).eval_size
-            scores = evaluate_model(model, context.domains.dataset(side, "val"), size, device=context.device)
+            dataset, windows = context.domains.dataset(side, "val"), windows_of(context.config.evaluate)
+            scores = evaluate_model(model, dataset, size, device=context.device, windows=windows)
             if scores.miou is None:
                 raise DataError(
                     f"evaluate.selection is {selection}, and no pixel of {side}.val_split "

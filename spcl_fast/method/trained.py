@@ -14,6 +14,7 @@ from PIL import Image
 
 from .. import catalog
 from ..config import Config
+from ..config.schema import EvaluateConfig
 from ..data.classes import CITYSCAPES_16, CITYSCAPES_19, THIRTEEN_OF_SIXTEEN, ClassSet, read_classes
 from ..data.files import MAX_PIXELS, Search, find_images, inside, read_image, searching
 from ..data.left_out import left_out_images
@@ -126,6 +127,7 @@ def evaluate_trained(
     """
     from ..data import dataset_of
     from ..train.evaluate import evaluate_model, mean_iou
+    from ..train.windows import windows_of
 
     trained = load_trained(path, config, stage)
     dataset = dataset_of(config.target, config.target.val_split, reading=config.loop)
@@ -141,6 +143,7 @@ def evaluate_trained(
         config.target.eval_size,
         device=trained.device,
         tta=settings.tta,
+        windows=windows_of(settings),
         images=settings.images,
         workers=config.loop.workers,
     )
@@ -191,7 +194,7 @@ def predict_folder(
     output: Path,
     *,
     size: tuple[int, int] | None,  # (width, height) at which the net sees an image; None: its own
-    tta: str = "none",
+    evaluate: EvaluateConfig,
     skip_bad_files: bool = False,
     follow_links: bool = False,
     max_pixels: int = MAX_PIXELS,
@@ -214,7 +217,7 @@ def predict_folder(
         raise DataError(f"{images} holds no PNG or JPEG image. Expected at least one, in it or below it.")
     done = 0
     for name, image in _readable(files, root, skip_bad_files, search, max_pixels, say):
-        labels = predict_image(trained, image, size, tta, name)
+        labels = predict_image(trained, image, size, evaluate, name)
         write_label_png(output / "masks" / f"{name}.png", labels, trained.classes.palette)
         target = output / "overlays" / f"{name}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -257,13 +260,15 @@ def _readable(
 
 @torch.inference_mode()
 def predict_image(
-    trained: Trained, image: Image.Image, size: tuple[int, int] | None, tta: str = "none", name: str = "it"
+    trained: Trained, image: Image.Image, size: tuple[int, int] | None, evaluate: EvaluateConfig, name: str = "it"
 ) -> np.ndarray:
-    """Class of every pixel of an RGB image, uint8 [H, W]. Raises NumericError that names it where the net's output is not finite."""
-    from ..ops import upsampled_prediction
-    from ..train.evaluate import finite_labels, predict_logits
+    """Class of every pixel of an RGB image, [H, W]. Raises NumericError that names it where the net's output is not finite."""
+    from ..train.evaluate import label_map, predict_logits
+    from ..train.windows import windows_of
 
     seen = image if size is None or size == image.size else image.resize(size, Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(seen, dtype=np.uint8)).permute(2, 0, 1)[None].to(trained.device)
-    logits = predict_logits(trained.model, pixels.float().div(255), tta)
-    return finite_labels(upsampled_prediction(logits, (image.height, image.width)), name).numpy()
+    logits = predict_logits(
+        trained.model, pixels.float().div(255), name, tta=evaluate.tta, windows=windows_of(evaluate)
+    )
+    return label_map(logits, (image.height, image.width))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,10 @@ from torch import Tensor
 from ..data import ClassSet, Dataset, eval_batches
 from ..errors import NumericError
 from ..models import SegmentationModel
-from ..ops import Prediction, upsampled_prediction
+from ..ops import upsampled_confusion, upsampled_prediction
+from .windows import Windows, windowed_logits
+
+Keep = Callable[[int, str, Callable[[], np.ndarray]], None]
 
 
 @dataclass(frozen=True)
@@ -61,24 +65,34 @@ def mean_text(miou: float | None) -> str:
     return "no mIoU (no pixel is labelled)" if miou is None else f"{miou:.1f} mIoU"
 
 
-def finite_labels(prediction: Prediction, name: str) -> Tensor:
-    """The labels of one image. Raises NumericError where a confidence is NaN: such a net predicts class 0 everywhere."""
-    if prediction.confidence.isnan().any():
+@torch.no_grad()
+def predict_logits(
+    model: SegmentationModel, images: Tensor, name: str, *, tta: str = "none", windows: Windows | None = None
+) -> Tensor:
+    """Low-resolution logits [B, K, h, w]; with tta="flip" the mean of those of the image (or window) and of its mirror image.
+
+    Raises NumericError that names the image (`name`) where they are not finite: such a net predicts class 0 everywhere.
+    """
+
+    def net(seen: Tensor) -> Tensor:
+        _, logits = model(seen)
+        if tta == "flip":
+            _, mirrored = model(seen.flip(3))
+            logits = (logits + mirrored.flip(3)) / 2
+        return logits
+
+    logits = net(images) if windows is None else windowed_logits(net, images, windows, model.stride)
+    if not logits.amax(1).isfinite().all():  # a class may be masked by -inf; all of them may not
         raise NumericError(
             f"The logits of the net are not finite on {name}, so it predicts nothing. "
             "Look at the image; if it is sound, the weights are not: train them again with a lower learning rate, or take others."
         )
-    return prediction.labels[0].cpu()
-
-
-@torch.no_grad()
-def predict_logits(model: SegmentationModel, images: Tensor, tta: str = "none") -> Tensor:
-    """Low-resolution logits [B, K, h, w]; with tta="flip" the mean of those of the image and of its mirror image."""
-    _, logits = model(images)
-    if tta == "flip":
-        _, mirrored = model(images.flip(3))
-        logits = (logits + mirrored.flip(3)) / 2
     return logits
+
+
+def label_map(logits: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """Class of every pixel of one image of (height, width), from its low-resolution logits [1, K, h, w]."""
+    return upsampled_prediction(logits, size).labels[0].cpu().numpy()
 
 
 @torch.no_grad()
@@ -89,32 +103,31 @@ def evaluate_model(
     *,
     device: torch.device | str = "cpu",
     tta: str = "none",
+    windows: Windows | None = None,
     images: int | None = None,
     workers: int = 0,
-    keep: Callable[[int, str, np.ndarray], None] | None = None,
+    keep: Keep | None = None,
 ) -> Scores:
     """Predict every labelled image of `dataset`, seen at `size` (width, height), at its label's own size, and count.
 
-    images: only so many, spread evenly. keep(index, name, labels uint8 [H, W]) gets every prediction. The model's mode is put back.
+    windows: the net sees the image in windows; None: whole. images: only so many, spread evenly.
+    keep(index, name, predicted) is called for every image; predicted() makes its labels, [H, W]. The model's mode is put back.
     Raises NumericError that names the image where the net's output is not finite.
+    Memory: the net's own, and the low-resolution logits; of the labels' size is a label map alone, where `predicted` is called.
     """
     dataset = dataset.spread(images)
     num_classes = len(dataset.classes)
-    confusion = torch.zeros(num_classes**2, dtype=torch.int64)
+    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     mode = model.training
     model.eval()
     try:
         for index, (image, label, name) in enumerate(eval_batches(dataset, size, workers=workers)):
             assert label is not None  # of a labelled data set
-            height, width = label.shape
-            logits = predict_logits(model, image.to(device), tta)
-            predicted = finite_labels(upsampled_prediction(logits, (height, width)), name)
+            logits = predict_logits(model, image.to(device), name, tta=tta, windows=windows)
+            truth = torch.from_numpy(np.asarray(label))[None].to(device)
             if keep is not None:
-                keep(index, name, predicted.numpy())
-            truth = torch.from_numpy(np.asarray(label)).long()
-            labelled = truth != dataset.classes.ignore_index
-            pair = truth[labelled] * num_classes + predicted[labelled].long()
-            confusion += torch.bincount(pair, minlength=num_classes**2)
+                keep(index, name, functools.partial(label_map, logits, label.shape))
+            confusion += upsampled_confusion(logits, truth, ignore_index=dataset.classes.ignore_index).cpu()
     finally:
         model.train(mode)
-    return Scores(dataset.classes, confusion.view(num_classes, num_classes).numpy())
+    return Scores(dataset.classes, confusion.numpy())

@@ -308,6 +308,12 @@ def test_missing_files_presets_and_overlays_are_told(tmp_path):
         ({"model.name": "resnet101"}, ["model.name", "deeplab_v2_resnet101"]),
         ({"pseudo_label.cap": "90"}, ["pseudo_label.cap", "at most 1"]),
         ({"evaluate.selection": "best"}, ["source_val"]),
+        ({"evaluate.window": "0,64"}, ["evaluate.window: got 0,64"]),
+        ({"evaluate.window_stride": "32,32"}, ["evaluate.window_stride: got 32,32 without evaluate.window"]),
+        (
+            {"evaluate.window": "64,48", "evaluate.window_stride": "32,49"},
+            ["evaluate.window_stride: got 32,49, expected at most evaluate.window (64,48)"],
+        ),
     ],
 )
 def test_impossible_settings_are_refused_in_words(given, words):

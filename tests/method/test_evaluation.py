@@ -19,6 +19,7 @@ from spcl_fast.method.summary import gap_closed
 from spcl_fast.runs.signs import signs
 from spcl_fast.runs.tensorfile import replace_tensors
 from spcl_fast.train.evaluate import Scores, evaluate_model
+from spcl_fast.train.windows import Windows
 
 
 def test_a_net_picked_by_labels_is_never_called_the_last(tmp_path):
@@ -55,13 +56,63 @@ def test_scores_agree_with_torchmetrics(finished):
     model, dataset = finished.model_of("source_only"), finished.domains.dataset("target", "val").select(range(3))
     kept = {}
     scores = evaluate_model(
-        model, dataset, (48, 32), keep=lambda i, name, labels: kept.update({i: torch.from_numpy(labels.copy())})
+        model, dataset, (48, 32), keep=lambda i, name, predicted: kept.update({i: torch.from_numpy(predicted())})
     )
     truth = torch.cat([torch.from_numpy(np.array(dataset.label(i))).flatten() for i in range(3)]).long()
     predicted = torch.cat([kept[i].flatten() for i in range(3)]).long()
     expected = multiclass_jaccard_index(predicted, truth, len(dataset.classes), average="none", ignore_index=255)
     ours = torch.tensor([0.0 if value is None else value / 100 for value in scores.iou.values()])
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_run_and_the_commands_evaluate_in_the_windows_of_their_settings(finished, tmp_path, capsys):
+    def evaluated(*words):
+        path = tmp_path / "figures.json"
+        folder = finished.run.folder
+        assert main(["evaluate", str(folder), "--stage", "oracle", "--output", str(path), *words]) == 0
+        return json.loads(path.read_text())["confusion"]
+
+    whole = evaluated()
+    assert whole == json.loads(finished.run.path("oracle", "evaluation.json").read_text())["confusion"]
+    assert whole == evaluated("--evaluate.window", "48x32"), "a window as large as the image is the image"
+    parts = evaluated("--evaluate.window", "16x16", "--evaluate.window_stride", "8x8")
+    assert parts != whole and np.sum(parts) == np.sum(whole)
+
+    in_windows = {"evaluate.window": "16x16", "evaluate.window_stride": "8x8"}
+    config = tiny_config(tmp_path, **in_windows)
+    run_stages(config, ("source_only",))
+    context = Context(config)
+    scores = evaluate_model(
+        context.model_of("source_only"),
+        context.evaluation_data,
+        config.target.eval_size,
+        images=4,
+        windows=Windows((16, 16), (8, 8)),
+    )
+    written = json.loads(context.run.path("source_only", "evaluation.json").read_text())
+    assert written["confusion"] == scores.confusion.tolist()
+
+
+def test_predict_sees_an_image_in_the_windows_of_the_settings(finished, tmp_path):
+    image = tmp_path / "street.png"
+    noise = np.random.default_rng(0).integers(0, 256, (37, 53, 3), np.uint8)
+    Image.fromarray(noise).save(image)
+
+    def predicted(out, *words):
+        main(["predict", str(finished.run.folder), str(image), str(tmp_path / out), "--size", "native", *words])
+        return np.asarray(Image.open(tmp_path / out / "masks" / "street.png"))
+
+    whole = predicted("a")
+    assert np.array_equal(whole, predicted("b", "--evaluate.window", "53x37"))
+    parts = predicted("c", "--evaluate.window", "20x20", "--evaluate.window_stride", "8x8")
+    assert parts.shape == whole.shape and not np.array_equal(whole, parts)
+
+
+def test_a_net_picked_in_windows_is_never_called_one_picked_without(tmp_path):
+    picked = {"evaluate.selection": "source_val", "evaluate.window": "16x16"}
+    run_stages(tiny_config(tmp_path, **picked), ("source_only",))
+    with pytest.raises(CheckpointError, match="evaluate.window"):
+        run_stages(tiny_config(tmp_path, **{"evaluate.selection": "source_val"}), ("source_only",))
 
 
 def test_where_nothing_is_labelled_there_is_no_figure():
