@@ -290,6 +290,7 @@ def _gmmseg() -> tuple[Callable[[], object], Callable[[], object]]:
     return mine, eager
 
 
+TIES = 4  # pixels of a cell of the confusion matrix whose two best logits differ by rounding (1 measured, of 4155 at least)
 LARGE = {
     "teacher targets": ("prototype_contrastive_loss", "N 5000, D 256, K 65536", _teacher),
     "evaluation": ("upsampled_confusion", "K 19, 128x256 to 1024x2048", _confusion),
@@ -303,10 +304,19 @@ def peak_of(option: str, which: str) -> int:
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
+def _first_calls() -> None:
+    """What libraries, and the ops, import and set up at their first call is not the call's."""
+    x, labels = torch.ones(1, 64, 2, 2, requires_grad=True), torch.zeros(1, 2, 2, dtype=torch.uint8)
+    (x @ x).sum().backward()
+    sf.upsampled_confusion(x.detach(), labels, backend="cpu")
+    sf.prototype_contrastive_loss(x, labels, torch.ones(64, 64), temperature=1.0, backend="cpu").backward()
+    F.cross_entropy(F.interpolate(x, (2, 2), mode="bilinear"), labels.long()).backward()
+
+
 def _print_peak(option: str, which: str) -> None:
     mine, eager = LARGE[option][2]()
     call = mine if which == "ours" else eager
-    torch.ones(64, 64) @ torch.ones(64, 64)  # what libraries take at their first call is not the call's
+    _first_calls()
     before = memory.resident_bytes()
     memory.reset_peak()
     kept = call()
@@ -322,7 +332,10 @@ def large_rows(only: set[str]) -> list[dict]:
         mine, eager = make()
         for a, b in zip(_tensors(mine()), _tensors(eager()), strict=True):
             torch.testing.assert_close(
-                a, b, rtol=1e-3, atol=2e-2 * b.abs().max().item() if b.is_floating_point() else 50
+                a,
+                b,
+                rtol=1e-3 if b.is_floating_point() else 0,
+                atol=2e-2 * b.abs().max().item() if b.is_floating_point() else TIES,
             )
         times = in_turn({"ours": mine, "users' formula": eager})
         peaks = {which: peak_of(option, which) for which in ("ours", "eager")}
