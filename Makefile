@@ -23,9 +23,10 @@ demo: install ## the whole of SPCL on the generated pair of domains: a table and
 test: install lint ## lint and the whole test suite (ARGS="-k contrast")
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
-lint: install ## ruff (rules and format); types and clang-format follow
+lint: install ## rules, format and types of Python, format of C++
 	@$(BIN)/python -m ruff check .
 	@$(BIN)/python -m ruff format --check --quiet . || { echo "format it: make format" >&2; exit 1; }
+	@$(BIN)/python -m basedpyright --pythonpath $(BIN)/python
 
 format: install ## format Python and C++ in place
 	@$(BIN)/python -m ruff check --fix --quiet . ; $(BIN)/python -m ruff format --quiet .

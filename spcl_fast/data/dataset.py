@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -15,7 +16,11 @@ from .cache import CACHE, file_key
 from .classes import ClassSet, LabelTable
 from .files import MAX_PIXELS, read_image
 
-ReadIds = Callable[[Path], np.ndarray]
+
+class ReadIds(Protocol):
+    """A label file -> its ids [H, W]."""
+
+    def __call__(self, path: Path, /, *, max_pixels: int = MAX_PIXELS) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
