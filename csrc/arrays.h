@@ -1,4 +1,5 @@
-// What every kernel reads and writes, in C++ and in CUDA: plain structs, raw pointers, no torch and no std, no functions (see cpu/kernels.h).
+// What every kernel reads and writes, in C++ and in CUDA: plain structs, raw pointers, no torch and no std, no
+// functions (see cpu/kernels.h).
 #pragma once
 #include <stdint.h>
 

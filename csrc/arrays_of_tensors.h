@@ -45,7 +45,8 @@ inline Features as_features(const Tensor& t) {
 // [B, h, w] float32, or one number that stands for every pixel; nothing stands for ones.
 inline PixelMap as_pixel_map(const std::optional<Tensor>& t) {
   if (!t) return {nullptr, 0, 0, 0};
-  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && (t->dim() == 3 || t->numel() == 1), "spcl_fast: expected float32 [B, h, w]");
+  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && (t->dim() == 3 || t->numel() == 1),
+                  "spcl_fast: expected float32 [B, h, w]");
   const float* data = static_cast<const float*>(t->data_ptr());
   return t->dim() == 3 ? PixelMap{data, t->stride(0), t->stride(1), t->stride(2)} : PixelMap{data, 0, 0, 0};
 }

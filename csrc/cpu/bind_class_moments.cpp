@@ -30,7 +30,8 @@ Tensor total_of(const std::vector<Partial>& partial, int64_t num_classes, Scalar
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> class_moments(Tensor features, Tensor labels, std::optional<Tensor> pixel_weight, int64_t num_classes,
+std::tuple<Tensor, Tensor, Tensor, Tensor> class_moments(Tensor features, Tensor labels,
+                                                         std::optional<Tensor> pixel_weight, int64_t num_classes,
                                                          bool normalize, bool squares, int64_t ignore_index) {
   Moments a{};
   a.x = as_features(features);
@@ -43,7 +44,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> class_moments(Tensor features, Tensor
   std::vector<double> weights(pixel_weight ? groups * K : 0);
   a.pixel_weight = as_pixel_map(pixel_weight), a.weights = weights.data();
   int64_t first_bad = std::numeric_limits<int64_t>::max();
-  a.sums = sums.data(), a.squares = squares ? square_sums.data() : nullptr, a.counts = counts.data(), a.first_bad = &first_bad;
+  a.sums = sums.data(), a.squares = squares ? square_sums.data() : nullptr, a.counts = counts.data(),
+  a.first_bad = &first_bad;
 
   const Kernels& isa = kernels();
   for_each_group(groups, isa.class_moments_scratch(a), [&](int64_t group, float* scratch) {
@@ -51,7 +53,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> class_moments(Tensor features, Tensor
       isa.class_moments(a, tile, group, scratch);
   });
   Tensor out = empty_floats({K, D}), out_squares = squares ? empty_floats({K, D}) : empty_floats({0});
-  Tensor out_counts = pixel_weight ? total_of<float>(weights, K, ScalarType::Float) : total_of<int64_t>(counts, K, ScalarType::Long);
+  Tensor out_counts =
+      pixel_weight ? total_of<float>(weights, K, ScalarType::Float) : total_of<int64_t>(counts, K, ScalarType::Long);
   sum_partials(sums, groups, floats(out), K * D);
   if (squares) sum_partials(square_sums, groups, floats(out_squares), K * D);
   return {out, out_counts, out_squares, map.report(first_bad, a.x)};
@@ -62,7 +65,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> class_moments(Tensor features, Tensor
 
 STABLE_TORCH_LIBRARY_FRAGMENT(spcl_fast_cpu, m) {
   m.def(
-      "class_moments(Tensor features, Tensor labels, Tensor? pixel_weight, int num_classes, bool normalize, bool squares, int ignore_index) "
+      "class_moments(Tensor features, Tensor labels, Tensor? pixel_weight, int num_classes, bool normalize, bool "
+      "squares, int ignore_index) "
       "-> (Tensor sums, Tensor counts, Tensor squares, Tensor report)");
 }
 

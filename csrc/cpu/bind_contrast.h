@@ -1,4 +1,5 @@
-// One problem of prototype_contrastive_loss or prototype_logits: tensors and settings to the structs of kernels.h, and the arrays behind them.
+// One problem of prototype_contrastive_loss or prototype_logits: tensors and settings to the structs of kernels.h, and
+// the arrays behind them.
 #pragma once
 #include <array>
 #include <numeric>
@@ -26,7 +27,7 @@ struct ContrastSettings {
 
 struct ContrastOperands {
   const Tensor &features, &prototypes;
-  const std::optional<Tensor> &class_weight, &pixel_weight, &bias, &variances, &prototype_class;
+  const std::optional<Tensor>&class_weight, &pixel_weight, &bias, &variances, &prototype_class;
 };
 
 // Rows of prototypes in the order of their classes: row i of the kernels is row order[i] of the tensors.
@@ -68,7 +69,8 @@ struct MatrixPanels {
 
   MatrixPanels(const Tensor& matrix, const RowOrder& order, bool needs_by_class, bool needs_by_channel) {
     const bool per_image = matrix.dim() == 3;
-    const int64_t images = per_image ? matrix.size(0) : 1, rows = matrix.size(per_image), dim = matrix.size(per_image + 1);
+    const int64_t images = per_image ? matrix.size(0) : 1, rows = matrix.size(per_image),
+                  dim = matrix.size(per_image + 1);
     const float* data = order.sorted(as_floats(matrix), images, rows, dim, &sorted);
     const int64_t stride_image = per_image ? rows * dim : 0;
     by_class.emplace(needs_by_class ? data : nullptr, rows, dim, dim, 1, images, stride_image);
@@ -78,9 +80,13 @@ struct MatrixPanels {
 
 class ContrastProblem {
  public:
-  // needs_products: products with the rows (else the dots are saved); needs_gradient: of the features; options: even where none is set.
-  ContrastProblem(const ContrastOperands& t, const ContrastSettings& s, Contrast* a, bool needs_products, bool needs_gradient)
-      : settings_(s), order_(t.prototype_class, s.num_classes), prototypes_(t.prototypes, order_, needs_products, needs_gradient) {
+  // needs_products: products with the rows (else the dots are saved); needs_gradient: of the features; options: even
+  // where none is set.
+  ContrastProblem(const ContrastOperands& t, const ContrastSettings& s, Contrast* a, bool needs_products,
+                  bool needs_gradient)
+      : settings_(s),
+        order_(t.prototype_class, s.num_classes),
+        prototypes_(t.prototypes, order_, needs_products, needs_gradient) {
     a->x = as_features(t.features);
     a->num_rows = t.prototypes.size(t.prototypes.dim() - 2);
     a->by_class = prototypes_.by_class->view, a->by_channel = prototypes_.by_channel->view;
@@ -89,12 +95,14 @@ class ContrastProblem {
     per_image_ = t.prototypes.dim() == 3 || (t.bias && t.bias->dim() == 2);
     if (t.variances) variances_.emplace(*t.variances, order_, true, needs_gradient);
     if (t.bias) set_bias(*t.bias, a->num_rows);
-    STD_TORCH_CHECK(t.prototype_class || a->num_rows == s.num_classes, "spcl_fast_cpu: expected a prototype for each class");
+    STD_TORCH_CHECK(t.prototype_class || a->num_rows == s.num_classes,
+                    "spcl_fast_cpu: expected a prototype for each class");
   }
   ContrastProblem(const ContrastProblem&) = delete;
 
   bool needs_options() const {
-    return !bias_.empty() || variances_ || !order_.order.empty() || settings_.label_smoothing != 0 || settings_.margin != 0 || settings_.sigmoid;
+    return !bias_.empty() || variances_ || !order_.order.empty() || settings_.label_smoothing != 0 ||
+           settings_.margin != 0 || settings_.sigmoid;
   }
 
   bool per_image() const { return per_image_; }
@@ -115,12 +123,15 @@ class ContrastProblem {
     }
     options_.loss = loss, options_.num_classes = K;
     options_.bias = bias_.data(), options_.bias_stride = bias_stride_;
-    options_.share = share_.data(), options_.background = background_.data(), options_.class_scale = class_scale_.data();
+    options_.share = share_.data(), options_.background = background_.data(),
+    options_.class_scale = class_scale_.data();
     if (targets) options_.targets = as_features(*targets);
     options_.first_row = order_.order.empty() ? nullptr : order_.first_row.data();
     options_.pool_max = settings_.pool_max, options_.positive_variance = settings_.positive_variance;
     options_.margin = static_cast<float>(settings_.margin / settings_.temperature);
-    if (variances_) options_.variances_by_class = variances_->by_class->view, options_.variances_by_channel = variances_->by_channel->view;
+    if (variances_)
+      options_.variances_by_class = variances_->by_class->view,
+      options_.variances_by_channel = variances_->by_channel->view;
     if (targets || loss != kSoftmax) a->class_weight = nullptr;  // the denominator counts pixels
     a->options = &options_;
   }

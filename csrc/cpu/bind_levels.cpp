@@ -9,16 +9,14 @@ namespace spcl {
 namespace {
 
 #define SPCL_KERNELS(ISA)                                                                                   \
-  Kernels { #ISA,                                                                                           \
-            &ISA::contrast_forward_scratch, &ISA::contrast_forward,                                         \
-            &ISA::contrast_backward_scratch, &ISA::contrast_backward,                                       \
-            &ISA::streamed_forward_scratch, &ISA::streamed_forward,                                         \
-            &ISA::streamed_backward_scratch, &ISA::streamed_take,                                           \
-            &ISA::streamed_backward, &ISA::streamed_give,                                                   \
-            &ISA::class_moments_scratch, &ISA::class_moments,                                               \
-            &ISA::upsampled_cross_entropy_scratch, &ISA::upsampled_cross_entropy,                           \
-            &ISA::upsampled_prediction_scratch, &ISA::upsampled_prediction,                                 \
-            &ISA::upsampled_confusion_scratch, &ISA::upsampled_confusion }
+  Kernels {                                                                                                 \
+    #ISA, &ISA::contrast_forward_scratch, &ISA::contrast_forward, &ISA::contrast_backward_scratch,          \
+        &ISA::contrast_backward, &ISA::streamed_forward_scratch, &ISA::streamed_forward,                    \
+        &ISA::streamed_backward_scratch, &ISA::streamed_take, &ISA::streamed_backward, &ISA::streamed_give, \
+        &ISA::class_moments_scratch, &ISA::class_moments, &ISA::upsampled_cross_entropy_scratch,            \
+        &ISA::upsampled_cross_entropy, &ISA::upsampled_prediction_scratch, &ISA::upsampled_prediction,      \
+        &ISA::upsampled_confusion_scratch, &ISA::upsampled_confusion                                        \
+  }
 
 const Kernels kLevels[] = {
     SPCL_KERNELS(baseline),
@@ -41,8 +39,8 @@ size_t best_level() {
 #if defined(SPCL_HAS_X86_LEVELS)
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !has_f16c()) return 0;
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   return avx512 ? 2 : 1;
 #else
   return 0;

@@ -1,5 +1,5 @@
-// The module _cpu. Through libtorch's stable ABI (target 2.11), so one binary serves every torch from 2.11 on; pybind11 binds only the
-// module's own facts. Each op registers itself in its own file.
+// The module _cpu. Through libtorch's stable ABI (target 2.11), so one binary serves every torch from 2.11 on; pybind11
+// binds only the module's own facts. Each op registers itself in its own file.
 #include <Python.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -36,5 +36,6 @@ STABLE_TORCH_LIBRARY_IMPL(spcl_fast_cpu, CPU, m) { m.impl("empty_gradient", TORC
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "C++ kernels of spcl_fast for the CPU; importing this registers torch.ops.spcl_fast_cpu.";
   m.def("build_info", &build_info, "compiler, flags, cpu_levels, torch_target");
-  m.def("cpu_capability", [] { return std::string(spcl::kernels().name); }, "avx512, avx2 or baseline: the level in use");
+  m.def(
+      "cpu_capability", [] { return std::string(spcl::kernels().name); }, "avx512, avx2 or baseline: the level in use");
 }

@@ -8,9 +8,10 @@
 namespace spcl {
 namespace {
 
-// A fresh gradient costs more in page faults than in arithmetic. So large outputs live in huge pages, and when one is freed its pages are
-// kept for the next one of about that size, marked MADV_FREE: the system takes them back whenever it is short of memory, and until then the
-// next step faults nothing and clears nothing. At most kKept buffers (gradient and logits of a source and a target batch) wait like this.
+// A fresh gradient costs more in page faults than in arithmetic. So large outputs live in huge pages, and when one is
+// freed its pages are kept for the next one of about that size, marked MADV_FREE: the system takes them back whenever
+// it is short of memory, and until then the next step faults nothing and clears nothing. At most kKept buffers
+// (gradient and logits of a source and a target batch) wait like this.
 class OutputPages {
  public:
   static constexpr size_t kHugePage = size_t{1} << 21;
@@ -21,7 +22,9 @@ class OutputPages {
     const std::lock_guard<std::mutex> hold(lock_);
     auto best = waiting_.end();
     for (auto block = waiting_.begin(); block != waiting_.end(); ++block)
-      if (block->bytes >= bytes && block->bytes <= bytes + bytes / 4 && (best == waiting_.end() || block->bytes < best->bytes)) best = block;
+      if (block->bytes >= bytes && block->bytes <= bytes + bytes / 4 &&
+          (best == waiting_.end() || block->bytes < best->bytes))
+        best = block;
     Block found{nullptr, 0};
     if (best != waiting_.end()) {
       found = *best;
@@ -57,7 +60,8 @@ class OutputPages {
   static size_t round_up(size_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHugePage; }
 
   static void* map(size_t bytes) {
-    char* data = static_cast<char*>(mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    char* data = static_cast<char*>(
+        mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     if (data == MAP_FAILED) return nullptr;
     char* first = reinterpret_cast<char*>(round_up(reinterpret_cast<uintptr_t>(data)));
     if (first > data) munmap(data, first - data);
@@ -79,7 +83,8 @@ OutputPages& output_pages() {
   return *pages;
 }
 
-Tensor empty_output(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType type, size_t bytes) {
+Tensor empty_output(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType type,
+                    size_t bytes) {
   void* data = output_pages().take(bytes);
   STD_TORCH_CHECK(data != nullptr, "spcl_fast_cpu: out of memory for an output of ", bytes, " bytes");
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);

@@ -1,5 +1,5 @@
-// The softmax loss over many classes, streamed: its schemas, tensors as plain structs, the order in which tiles and groups of classes are
-// worked on. No arithmetic on features here.
+// The softmax loss over many classes, streamed: its schemas, tensors as plain structs, the order in which tiles and
+// groups of classes are worked on. No arithmetic on features here.
 #include <torch/csrc/stable/library.h>
 
 #include <numeric>
@@ -15,8 +15,10 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kGroups = 16;          // of classes: what threads share; a constant, so that sums do not depend on their number
-constexpr int64_t kRowsOfTile = 2048;    // packed rows of a backward's tile: its features are 512 KB, and so is a group's gradient
+constexpr int64_t kGroups =
+    16;  // of classes: what threads share; a constant, so that sums do not depend on their number
+constexpr int64_t kRowsOfTile =
+    2048;  // packed rows of a backward's tile: its features are 512 KB, and so is a group's gradient
 enum Reduction : int64_t { kMean, kSum, kNone };
 
 // As Python lists it: temperature, label_smoothing, margin, the teacher's temperature.
@@ -37,8 +39,8 @@ struct StreamedProblem {
   std::vector<float> bias, share, background;
   std::optional<LabelMap> map;
 
-  StreamedProblem(Streamed* a, const Tensor& features, const Tensor& prototypes, const OptionalTensor& class_weight, const OptionalTensor& bias_tensor,
-                  const StreamedSettings& s, bool normalize) {
+  StreamedProblem(Streamed* a, const Tensor& features, const Tensor& prototypes, const OptionalTensor& class_weight,
+                  const OptionalTensor& bias_tensor, const StreamedSettings& s, bool normalize) {
     a->x = as_features(features);
     const bool per_image = prototypes.dim() == 3;
     const int64_t K = prototypes.size(per_image);
@@ -46,8 +48,10 @@ struct StreamedProblem {
     a->temperature = static_cast<float>(s.temperature), a->normalize = normalize;
     a->margin = static_cast<float>(s.margin / s.temperature);
     a->class_weight = as_floats(class_weight);
-    if (bias_tensor) a->bias = as_floats(*bias_tensor), a->bias_stride = bias_tensor->dim() == 2 ? K : 0;
-    else bias.resize(K), a->bias = bias.data();
+    if (bias_tensor)
+      a->bias = as_floats(*bias_tensor), a->bias_stride = bias_tensor->dim() == 2 ? K : 0;
+    else
+      bias.resize(K), a->bias = bias.data();
     for (int64_t k = 0; k < K; ++k) {
       const double weight = a->class_weight ? a->class_weight[k] : 1.0;
       share.push_back(static_cast<float>((1 - s.label_smoothing) * weight));
@@ -58,8 +62,8 @@ struct StreamedProblem {
   }
   StreamedProblem(const StreamedProblem&) = delete;
 
-  void set_targets(Streamed* a, const OptionalTensor& labels, const Teacher& teacher, const OptionalTensor& pixel_weight, int64_t ignore_index,
-                   const StreamedSettings& s) {
+  void set_targets(Streamed* a, const OptionalTensor& labels, const Teacher& teacher,
+                   const OptionalTensor& pixel_weight, int64_t ignore_index, const StreamedSettings& s) {
     a->pixel_weight = as_pixel_map(pixel_weight);
     if (labels) {
       a->labels = map.emplace(*labels, a->x, a->num_classes, ignore_index).view;
@@ -77,19 +81,22 @@ void run_forward(StreamedForward& a, std::vector<double>& partial) {
   partial.resize(2 * a.tiles.count);
   a.partial_loss = partial.data(), a.partial_weight = partial.data() + a.tiles.count;
   const Kernels& isa = kernels();
-  for_each_group(a.tiles.count, isa.streamed_forward_scratch(a), [&](int64_t tile, float* scratch) { isa.streamed_forward(a, tile, scratch); });
+  for_each_group(a.tiles.count, isa.streamed_forward_scratch(a),
+                 [&](int64_t tile, float* scratch) { isa.streamed_forward(a, tile, scratch); });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> streamed_forward(
-    Tensor features, OptionalTensor labels, Tensor prototypes, OptionalTensor class_weight, OptionalTensor pixel_weight, OptionalTensor bias,
-    OptionalTensor given_denominator, OptionalTensor teacher_features, OptionalTensor teacher_prototypes, OptionalTensor u, OptionalTensor v,
-    std::vector<double> numbers, bool normalize, int64_t ignore_index, int64_t reduction, bool save) {
+    Tensor features, OptionalTensor labels, Tensor prototypes, OptionalTensor class_weight, OptionalTensor pixel_weight,
+    OptionalTensor bias, OptionalTensor given_denominator, OptionalTensor teacher_features,
+    OptionalTensor teacher_prototypes, OptionalTensor u, OptionalTensor v, std::vector<double> numbers, bool normalize,
+    int64_t ignore_index, int64_t reduction, bool save) {
   const StreamedSettings s(numbers);
   StreamedForward a{};
   StreamedProblem problem(&a, features, prototypes, class_weight, bias, s, normalize);
   problem.set_targets(&a, labels, {teacher_features, teacher_prototypes, u, v}, pixel_weight, ignore_index, s);
   const int64_t B = a.x.batch, P = a.x.height * a.x.width;
-  Tensor loss = reduction == kNone ? empty_floats({B, a.x.height, a.x.width}) : empty_floats({}), denominator = empty_floats({});
+  Tensor loss = reduction == kNone ? empty_floats({B, a.x.height, a.x.width}) : empty_floats({}),
+         denominator = empty_floats({});
   Tensor lse = torch::stable::empty(save ? std::vector<int64_t>{B, P} : std::vector<int64_t>{0}, ScalarType::Double);
   Tensor inv_norm = save ? empty_floats({B, P}) : empty_floats({0});
   a.loss_map = reduction == kNone ? floats(loss) : nullptr;
@@ -102,14 +109,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> streamed_forward(
   for (int64_t tile = 0; tile < a.tiles.count; ++tile) total += a.partial_loss[tile], weight += a.partial_weight[tile];
   if (given_denominator) weight = weight == 0 ? 0 : *as_floats(*given_denominator);
   *floats(denominator) = reduction == kMean ? static_cast<float>(weight) : 1.0f;
-  if (reduction != kNone) *floats(loss) = static_cast<float>(reduction == kMean ? (weight != 0 ? total / weight : 0.0) : total);
-  return {loss, denominator, lse, inv_norm, problem.map ? problem.map->report(first_bad, a.x) : report_probability(a.x, first_bad)};
+  if (reduction != kNone)
+    *floats(loss) = static_cast<float>(reduction == kMean ? (weight != 0 ? total / weight : 0.0) : total);
+  return {loss, denominator, lse, inv_norm,
+          problem.map ? problem.map->report(first_bad, a.x) : report_probability(a.x, first_bad)};
 }
 
 // logsumexp over the classes of <x, P_k> / temperature + bias_k -> [B, P] float64.
 Tensor streamed_log_sum_exp(Tensor features, Tensor prototypes, OptionalTensor bias, double temperature) {
   StreamedForward a{};
-  const StreamedProblem problem(&a, features, prototypes, std::nullopt, bias, StreamedSettings({temperature, 0, 0, 1}), false);
+  const StreamedProblem problem(&a, features, prototypes, std::nullopt, bias, StreamedSettings({temperature, 0, 0, 1}),
+                                false);
   a.share = nullptr;
   Tensor lse = torch::stable::empty({a.x.batch, a.x.height * a.x.width}, ScalarType::Double);
   a.lse = static_cast<double*>(lse.data_ptr());
@@ -140,14 +150,16 @@ struct TileBuffers {
 };
 
 void run_backward(StreamedBackward& a) {
-  const int64_t panels = std::clamp<int64_t>(kRowsOfTile / std::max<int64_t>(1, a.x.dim), 1, 16), P = a.x.height * a.x.width;
+  const int64_t panels = std::clamp<int64_t>(kRowsOfTile / std::max<int64_t>(1, a.x.dim), 1, 16),
+                P = a.x.height * a.x.width;
   const int64_t per_image = (P + panels * kPanel - 1) / (panels * kPanel);
   a.tiles = {panels, per_image, per_image * a.x.batch};
   const TileBuffers buffers(&a);
   const Kernels& isa = kernels();
   for (int64_t tile = 0; tile < a.tiles.count; ++tile) {
     for_each_group(panels, 16, [&](int64_t panel, float*) { isa.streamed_take(a, tile, panel); });
-    for_each_group(a.groups, isa.streamed_backward_scratch(a), [&](int64_t group, float* scratch) { isa.streamed_backward(a, tile, group, scratch); });
+    for_each_group(a.groups, isa.streamed_backward_scratch(a),
+                   [&](int64_t group, float* scratch) { isa.streamed_backward(a, tile, group, scratch); });
     if (a.dx.data) for_each_group(panels, 16, [&](int64_t panel, float*) { isa.streamed_give(a, tile, panel); });
   }
 }
@@ -158,17 +170,21 @@ Tensor zeros_like_large(const Tensor& t) {
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> streamed_backward(
-    Tensor grad_loss, Tensor features, OptionalTensor labels, Tensor prototypes, OptionalTensor class_weight, OptionalTensor pixel_weight,
-    OptionalTensor bias, OptionalTensor teacher_features, OptionalTensor teacher_prototypes, OptionalTensor u, OptionalTensor v, Tensor lse,
-    Tensor inv_norm, Tensor denominator, Tensor dfeatures, std::vector<double> numbers, bool normalize, int64_t ignore_index,
-    std::vector<int64_t> wanted) {
+std::tuple<Tensor, Tensor, Tensor> streamed_backward(Tensor grad_loss, Tensor features, OptionalTensor labels,
+                                                     Tensor prototypes, OptionalTensor class_weight,
+                                                     OptionalTensor pixel_weight, OptionalTensor bias,
+                                                     OptionalTensor teacher_features, OptionalTensor teacher_prototypes,
+                                                     OptionalTensor u, OptionalTensor v, Tensor lse, Tensor inv_norm,
+                                                     Tensor denominator, Tensor dfeatures, std::vector<double> numbers,
+                                                     bool normalize, int64_t ignore_index,
+                                                     std::vector<int64_t> wanted) {
   const StreamedSettings s(numbers);
   StreamedBackward a{};
   StreamedProblem problem(&a, features, prototypes, class_weight, bias, s, normalize);
   problem.set_targets(&a, labels, {teacher_features, teacher_prototypes, u, v}, pixel_weight, ignore_index, s);
   a.grad = as_pixel_map(grad_loss), a.denominator = *as_floats(denominator);
-  STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Double && lse.is_contiguous(), "spcl_fast_cpu: expected contiguous float64");
+  STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Double && lse.is_contiguous(),
+                  "spcl_fast_cpu: expected contiguous float64");
   a.lse = static_cast<const double*>(lse.data_ptr()), a.inv_norm = as_floats(inv_norm);
   a.groups = std::min(kGroups, a.num_classes);
   if (wanted[0]) a.dx = as_features(dfeatures);
@@ -178,9 +194,12 @@ std::tuple<Tensor, Tensor, Tensor> streamed_backward(
   if (wanted[2]) a.dbias = bias_sums.data();
   if (wanted[3]) a.dtemperature = temperature_sums.data();
   run_backward(a);
-  Tensor dbias = wanted[2] ? zeros_like_large(*bias) : empty_floats({0}), dtemperature = wanted[3] ? empty_floats({}) : empty_floats({0});
+  Tensor dbias = wanted[2] ? zeros_like_large(*bias) : empty_floats({0}),
+         dtemperature = wanted[3] ? empty_floats({}) : empty_floats({0});
   for (size_t k = 0; k < bias_sums.size(); ++k) floats(dbias)[k] = static_cast<float>(bias_sums[k]);
-  if (wanted[3]) *floats(dtemperature) = static_cast<float>(-std::accumulate(temperature_sums.begin(), temperature_sums.end(), 0.0) / s.temperature);
+  if (wanted[3])
+    *floats(dtemperature) =
+        static_cast<float>(-std::accumulate(temperature_sums.begin(), temperature_sums.end(), 0.0) / s.temperature);
   return {dprototypes, dbias, dtemperature};
 }
 
@@ -188,14 +207,20 @@ std::tuple<Tensor, Tensor, Tensor> streamed_backward(
 }  // namespace spcl
 
 STABLE_TORCH_LIBRARY_FRAGMENT(spcl_fast_cpu, m) {
-  // numbers: temperature, label_smoothing, margin, the teacher's temperature; either labels or the four tensors of a teacher
+  // numbers: temperature, label_smoothing, margin, the teacher's temperature; either labels or the four tensors of a
+  // teacher
   m.def(
-      "streamed_forward(Tensor features, Tensor? labels, Tensor prototypes, Tensor? class_weight, Tensor? pixel_weight, Tensor? bias, "
-      "Tensor? denominator, Tensor? teacher_features, Tensor? teacher_prototypes, Tensor? u, Tensor? v, float[] numbers, bool normalize, "
-      "int ignore_index, int reduction, bool save) -> (Tensor loss, Tensor denominator, Tensor lse, Tensor inv_norm, Tensor report)");
+      "streamed_forward(Tensor features, Tensor? labels, Tensor prototypes, Tensor? class_weight, Tensor? "
+      "pixel_weight, Tensor? bias, "
+      "Tensor? denominator, Tensor? teacher_features, Tensor? teacher_prototypes, Tensor? u, Tensor? v, float[] "
+      "numbers, bool normalize, "
+      "int ignore_index, int reduction, bool save) -> (Tensor loss, Tensor denominator, Tensor lse, Tensor inv_norm, "
+      "Tensor report)");
   m.def(
-      "streamed_backward(Tensor grad_loss, Tensor features, Tensor? labels, Tensor prototypes, Tensor? class_weight, Tensor? pixel_weight, "
-      "Tensor? bias, Tensor? teacher_features, Tensor? teacher_prototypes, Tensor? u, Tensor? v, Tensor lse, Tensor inv_norm, "
+      "streamed_backward(Tensor grad_loss, Tensor features, Tensor? labels, Tensor prototypes, Tensor? class_weight, "
+      "Tensor? pixel_weight, "
+      "Tensor? bias, Tensor? teacher_features, Tensor? teacher_prototypes, Tensor? u, Tensor? v, Tensor lse, Tensor "
+      "inv_norm, "
       "Tensor denominator, Tensor(a!) dfeatures, float[] numbers, bool normalize, int ignore_index, int[] wanted) "
       "-> (Tensor dprototypes, Tensor dbias, Tensor dtemperature)");
   m.def("streamed_log_sum_exp(Tensor features, Tensor prototypes, Tensor? bias, float temperature) -> Tensor");

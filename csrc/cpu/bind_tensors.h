@@ -24,12 +24,14 @@ struct LabelMap {
   int64_t stride_h, stride_w;
 
   LabelMap(const Tensor& t, const Features& x, int64_t num_classes, int64_t ignore_index) {
-    STD_TORCH_CHECK(t.is_cpu() && t.dim() == 3 && t.size(0) == x.batch, "spcl_fast_cpu: labels must be a CPU tensor [B, H, W]");
+    STD_TORCH_CHECK(t.is_cpu() && t.dim() == 3 && t.size(0) == x.batch,
+                    "spcl_fast_cpu: labels must be a CPU tensor [B, H, W]");
     STD_TORCH_CHECK(x.height * x.width == 0 || t.size(1) * t.size(2) > 0, "spcl_fast_cpu: labels hold no pixel");
     stride_h = t.stride(1), stride_w = t.stride(2);
     row = nearest_offsets(t.size(1), x.height, stride_h);
     col = nearest_offsets(t.size(2), x.width, stride_w);
-    view = {t.data_ptr(), label_type(t), t.stride(0), row.data(), col.data(), stride_w == 1 && t.size(2) == x.width, ignore_index, num_classes};
+    view = {t.data_ptr(), label_type(t), t.stride(0), row.data(), col.data(), stride_w == 1 && t.size(2) == x.width,
+            ignore_index, num_classes};
   }
 
   int64_t value_at(int64_t offset) const {
@@ -64,7 +66,8 @@ inline Tensor report_probability(const Features& targets, int64_t first_bad) {
   std::fill(to, to + 5, 0);
   if (first_bad == std::numeric_limits<int64_t>::max()) return out;
   const int64_t pixels = targets.height * targets.width;
-  to[0] = 1, to[1] = -1, to[2] = first_bad / pixels, to[3] = first_bad % pixels / targets.width, to[4] = first_bad % targets.width;
+  to[0] = 1, to[1] = -1, to[2] = first_bad / pixels, to[3] = first_bad % pixels / targets.width,
+  to[4] = first_bad % targets.width;
   return out;
 }
 
@@ -76,21 +79,22 @@ inline bool is_floating(const Tensor& t) {
 inline Tensor empty_floats(std::vector<int64_t> shape) { return torch::stable::empty(shape, ScalarType::Float); }
 inline float* floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
 
-// A matrix in blocks of equal height, at most 6 rows: 19 rows make 4 blocks of 5. One for each image where they differ. Without `from` only
-// the shape.
+// A matrix in blocks of equal height, at most 6 rows: 19 rows make 4 blocks of 5. One for each image where they differ.
+// Without `from` only the shape.
 struct PanelBuffer {
   std::vector<float> data;
   Panels view;
 
-  PanelBuffer(const float* from, int64_t count, int64_t length, int64_t stride_row, int64_t stride_column, int64_t images = 1,
-              int64_t stride_image = 0) {
+  PanelBuffer(const float* from, int64_t count, int64_t length, int64_t stride_row, int64_t stride_column,
+              int64_t images = 1, int64_t stride_image = 0) {
     const int64_t blocks = (count + 5) / 6, rows = (count + blocks - 1) / blocks, size = blocks * rows * length;
     if (from) data.resize(images * size);
     float* to = data.data();
     for (int64_t image = 0; from && image < images; ++image, from += stride_image)
       for (int64_t block = 0; block < blocks; ++block)
         for (int64_t j = 0; j < length; ++j)
-          for (int64_t i = block * rows; i < (block + 1) * rows; ++i) *to++ = i < count ? from[i * stride_row + j * stride_column] : 0.0f;
+          for (int64_t i = block * rows; i < (block + 1) * rows; ++i)
+            *to++ = i < count ? from[i * stride_row + j * stride_column] : 0.0f;
     view = {data.data(), count, length, blocks, rows, stride_image ? size : 0};
   }
 };

@@ -19,16 +19,16 @@ inline float* thread_scratch(int64_t size) {
   static thread_local Buffer buffer;
   if (buffer.size < size) {
     buffer.data.reset(static_cast<float*>(std::aligned_alloc(64, (size * sizeof(float) + 63) / 64 * 64)));
-    STD_TORCH_CHECK(buffer.data != nullptr, "spcl_fast_cpu: out of memory for ", size * sizeof(float), " bytes of scratch");
+    STD_TORCH_CHECK(buffer.data != nullptr, "spcl_fast_cpu: out of memory for ", size * sizeof(float),
+                    " bytes of scratch");
     buffer.size = size;
   }
   return buffer.data.get();
 }
 
-// work(group, scratch) for every group, on torch's own threads, each taking the next group that is left: a slow core delays nobody.
-// What a group computes does not depend on who computes it.
-template <class Work>
-void for_each_group(int64_t groups, int64_t scratch, const Work& work) {
+// work(group, scratch) for every group, on torch's own threads, each taking the next group that is left: a slow core
+// delays nobody. What a group computes does not depend on who computes it.
+template <class Work> void for_each_group(int64_t groups, int64_t scratch, const Work& work) {
   std::atomic<int64_t> next{0};
   const int64_t workers = std::min<int64_t>(groups, torch::stable::get_num_threads());
   torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
@@ -39,7 +39,8 @@ void for_each_group(int64_t groups, int64_t scratch, const Work& work) {
 
 // Pixels to tiles. `rows` is how many packed rows a panel needs; a tile's should stay within about half of an L2 cache.
 inline Tiles make_tiles(const Features& x, int64_t rows) {
-  const int64_t panels = std::clamp<int64_t>(2048 / std::max<int64_t>(rows, 1), 1, kMaxPanels), pixels = x.height * x.width;
+  const int64_t panels = std::clamp<int64_t>(2048 / std::max<int64_t>(rows, 1), 1, kMaxPanels),
+                pixels = x.height * x.width;
   const int64_t per_image = (pixels + panels * kPanel - 1) / (panels * kPanel);
   return {panels, per_image, per_image * x.batch};
 }

@@ -37,7 +37,8 @@ struct AxisTable {
 
   int64_t panel_nodes() const {
     int64_t most = 0;
-    for (int64_t i = 0; i < view.pixels; i += kPanel) most = std::max<int64_t>(most, upper[i + kPanel - 1] - lower[i] + 1);
+    for (int64_t i = 0; i < view.pixels; i += kPanel)
+      most = std::max<int64_t>(most, upper[i + kPanel - 1] - lower[i] + 1);
     return most;
   }
 };
@@ -51,9 +52,16 @@ struct Upsampling {
   Upsampling(const Tensor& logits, int64_t height, int64_t width, double temperature, bool align_corners)
       : y(logits.size(2), height, align_corners), x(logits.size(3), width, align_corners), first_row(y.first_pixels()) {
     const Features nodes = as_features(logits);
-    // Each band hands one row of nodes to the next: 32 in all share the work well, and a few rows each keep what is handed over small.
+    // Each band hands one row of nodes to the next: 32 in all share the work well, and a few rows each keep what is
+    // handed over small.
     const int64_t bands = std::clamp<int64_t>(32 / std::max<int64_t>(nodes.batch, 1), 1, nodes.height);
-    view = {nodes, y.view, x.view, first_row.data(), bands, x.panel_nodes(), static_cast<float>(1.4426950408889634 / temperature)};
+    view = {nodes,
+            y.view,
+            x.view,
+            first_row.data(),
+            bands,
+            x.panel_nodes(),
+            static_cast<float>(1.4426950408889634 / temperature)};
   }
   Upsampling(const Upsampling&) = delete;
 };

@@ -23,7 +23,8 @@ std::tuple<Tensor, Tensor> upsampled_confusion(Tensor logits, Tensor labels, boo
   int64_t first_bad = std::numeric_limits<int64_t>::max();
   a.first_bad = &first_bad;
   const Kernels& isa = kernels();
-  for_each_group(B * a.bands, isa.upsampled_confusion_scratch(a), [&](int64_t band, float* scratch) { isa.upsampled_confusion(a, band, scratch); });
+  for_each_group(B * a.bands, isa.upsampled_confusion_scratch(a),
+                 [&](int64_t band, float* scratch) { isa.upsampled_confusion(a, band, scratch); });
   return {counts, map.report(first_bad, a.pixels)};
 }
 
@@ -31,7 +32,11 @@ std::tuple<Tensor, Tensor> upsampled_confusion(Tensor logits, Tensor labels, boo
 }  // namespace spcl
 
 STABLE_TORCH_LIBRARY_FRAGMENT(spcl_fast_cpu, m) {
-  m.def("upsampled_confusion(Tensor logits, Tensor labels, bool align_corners, int ignore_index) -> (Tensor counts, Tensor report)");
+  m.def(
+      "upsampled_confusion(Tensor logits, Tensor labels, bool align_corners, int ignore_index) -> (Tensor counts, "
+      "Tensor report)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(spcl_fast_cpu, CPU, m) { m.impl("upsampled_confusion", TORCH_BOX(&spcl::upsampled_confusion)); }
+STABLE_TORCH_LIBRARY_IMPL(spcl_fast_cpu, CPU, m) {
+  m.impl("upsampled_confusion", TORCH_BOX(&spcl::upsampled_confusion));
+}

@@ -18,7 +18,8 @@ void finish_gradient(const UpsampledCrossEntropy& a, float scale) {
     for (int64_t plane = begin; plane < end; ++plane) {
       float* nodes = a.dlogits + plane * height * width;
       for (int64_t band = 1; band < a.bands; ++band) {
-        const float* from = a.overlap + (((plane / num_classes) * a.bands + band - 1) * num_classes + plane % num_classes) * width;
+        const float* from =
+            a.overlap + (((plane / num_classes) * a.bands + band - 1) * num_classes + plane % num_classes) * width;
         float* to = nodes + band * height / a.bands * width;
         for (int64_t j = 0; j < width; ++j) to[j] += from[j];
       }
@@ -49,9 +50,9 @@ struct LossOptions {
 };
 
 std::tuple<Tensor, Tensor, Tensor> upsampled_loss_forward(
-    Tensor logits, Tensor labels, std::optional<Tensor> class_weight, std::optional<Tensor> pixel_weight, std::optional<Tensor> denominator,
-    int64_t H, int64_t W, std::vector<double> settings, bool align_corners, int64_t ignore_index, bool mean, bool per_pixel, bool binary,
-    bool needs_dlogits) {
+    Tensor logits, Tensor labels, std::optional<Tensor> class_weight, std::optional<Tensor> pixel_weight,
+    std::optional<Tensor> denominator, int64_t H, int64_t W, std::vector<double> settings, bool align_corners,
+    int64_t ignore_index, bool mean, bool per_pixel, bool binary, bool needs_dlogits) {
   const int64_t B = logits.size(0), K = logits.size(1), h = logits.size(2), w = logits.size(3);
   const double temperature = settings[0];
   const Upsampling up(logits, H, W, temperature, align_corners);
@@ -61,8 +62,10 @@ std::tuple<Tensor, Tensor, Tensor> upsampled_loss_forward(
   a.pixel_weight = as_pixel_map(pixel_weight);
   LossOptions options(settings, binary, K, a.class_weight);
   std::optional<LabelMap> map;
-  if (is_floating(labels)) options.view.targets = options.targets.emplace(labels, H, W, 1.0, align_corners).view;
-  else a.labels = map.emplace(labels, a.pixels, K, ignore_index).view;
+  if (is_floating(labels))
+    options.view.targets = options.targets.emplace(labels, H, W, 1.0, align_corners).view;
+  else
+    a.labels = map.emplace(labels, a.pixels, K, ignore_index).view;
   if (!map || binary || settings[1] != 0) a.options = &options.view;
   if (!map || binary) a.class_weight = nullptr;  // the denominator counts pixels
 
@@ -93,11 +96,16 @@ std::tuple<Tensor, Tensor, Tensor> upsampled_loss_forward(
 }  // namespace spcl
 
 STABLE_TORCH_LIBRARY_FRAGMENT(spcl_fast_cpu, m) {
-  // of upsampled_cross_entropy and (binary) upsampled_binary_cross_entropy; settings: temperature, label_smoothing, gamma
+  // of upsampled_cross_entropy and (binary) upsampled_binary_cross_entropy; settings: temperature, label_smoothing,
+  // gamma
   m.def(
-      "upsampled_loss_forward(Tensor logits, Tensor labels, Tensor? class_weight, Tensor? pixel_weight, Tensor? denominator, int height, "
-      "int width, float[] settings, bool align_corners, int ignore_index, bool mean, bool per_pixel, bool binary, bool needs_dlogits) "
+      "upsampled_loss_forward(Tensor logits, Tensor labels, Tensor? class_weight, Tensor? pixel_weight, Tensor? "
+      "denominator, int height, "
+      "int width, float[] settings, bool align_corners, int ignore_index, bool mean, bool per_pixel, bool binary, bool "
+      "needs_dlogits) "
       "-> (Tensor loss, Tensor dlogits, Tensor report)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(spcl_fast_cpu, CPU, m) { m.impl("upsampled_loss_forward", TORCH_BOX(&spcl::upsampled_loss_forward)); }
+STABLE_TORCH_LIBRARY_IMPL(spcl_fast_cpu, CPU, m) {
+  m.impl("upsampled_loss_forward", TORCH_BOX(&spcl::upsampled_loss_forward));
+}

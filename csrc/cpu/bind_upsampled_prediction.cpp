@@ -11,12 +11,14 @@
 namespace spcl {
 namespace {
 
-std::tuple<Tensor, Tensor> upsampled_prediction(Tensor logits, int64_t height, int64_t width, std::optional<Tensor> thresholds,
-                                                double temperature, bool align_corners, int64_t ignore_index) {
+std::tuple<Tensor, Tensor> upsampled_prediction(Tensor logits, int64_t height, int64_t width,
+                                                std::optional<Tensor> thresholds, double temperature,
+                                                bool align_corners, int64_t ignore_index) {
   const Upsampling up(logits, height, width, temperature, align_corners);
   UpsampledPrediction a{up.view};
   a.wide_labels = logits.size(1) > 255;
-  Tensor labels = torch::stable::empty({logits.size(0), height, width}, a.wide_labels ? ScalarType::Int : ScalarType::Byte);
+  Tensor labels =
+      torch::stable::empty({logits.size(0), height, width}, a.wide_labels ? ScalarType::Int : ScalarType::Byte);
   Tensor confidence = empty_floats({logits.size(0), height, width});
   a.thresholds = as_floats(thresholds);
   a.ignore_index = ignore_index;
@@ -32,8 +34,11 @@ std::tuple<Tensor, Tensor> upsampled_prediction(Tensor logits, int64_t height, i
 
 STABLE_TORCH_LIBRARY_FRAGMENT(spcl_fast_cpu, m) {
   m.def(
-      "upsampled_prediction(Tensor logits, int height, int width, Tensor? thresholds, float temperature, bool align_corners, "
+      "upsampled_prediction(Tensor logits, int height, int width, Tensor? thresholds, float temperature, bool "
+      "align_corners, "
       "int ignore_index) -> (Tensor labels, Tensor confidence)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(spcl_fast_cpu, CPU, m) { m.impl("upsampled_prediction", TORCH_BOX(&spcl::upsampled_prediction)); }
+STABLE_TORCH_LIBRARY_IMPL(spcl_fast_cpu, CPU, m) {
+  m.impl("upsampled_prediction", TORCH_BOX(&spcl::upsampled_prediction));
+}

@@ -1,7 +1,9 @@
-// The losses beyond the plain one, a panel at a time: bias, probabilities, smoothing, margin, variances, pooled rows, sigmoid, and logits
-// alone. All of it works on the dot products of one panel, in L1 or L2: no option costs a pass over the features.
+// The losses beyond the plain one, a panel at a time: bias, probabilities, smoothing, margin, variances, pooled rows,
+// sigmoid, and logits alone. All of it works on the dot products of one panel, in L1 or L2: no option costs a pass over
+// the features.
 //
-// "Dots" are <x̂, P_m> / temperature; a row's logit adds its bias and its variance term; a class's logit z pools its rows.
+// "Dots" are <x̂, P_m> / temperature; a row's logit adds its bias and its variance term; a class's logit z pools its
+// rows.
 #pragma once
 #include "contrast_panel.h"
 
@@ -17,29 +19,36 @@ struct OptionBuffers {
 };
 
 // Where there are no options nothing is placed. Returns the floats in use.
-SPCL_LOCAL int64_t place_options(const Contrast& a, float* scratch, OptionBuffers* to) {
+SPCL_LOCAL
+int64_t place_options(const Contrast& a, float* scratch, OptionBuffers* to) {
   if (!a.options) return 0;
   const ContrastOptions& o = *a.options;
   const int64_t variance_rows = o.variances_by_class.data ? a.tiles.panels * padded(a.by_class) : 0;
-  const int64_t rows[] = {o.num_classes, o.first_row ? a.num_rows : 0, variance_rows, o.targets.data ? a.tiles.panels * o.num_classes : 0,
-                          variance_rows ? kChunk : 0};
+  const int64_t rows[] = {o.num_classes, o.first_row ? a.num_rows : 0, variance_rows,
+                          o.targets.data ? a.tiles.panels * o.num_classes : 0, variance_rows ? kChunk : 0};
   float** parts[] = {&to->z, &to->shares, &to->variance, &to->targets, &to->squared};
   int64_t used = 0;
   for (int i = 0; i < 5; ++i) *parts[i] = scratch + used, used += rows[i] * kPanel;
   return used;
 }
 
-SPCL_INLINE const float* bias_of(const ContrastOptions& o, int64_t image) { return o.bias + image * o.bias_stride; }
+SPCL_INLINE
+const float* bias_of(const ContrastOptions& o, int64_t image) { return o.bias + image * o.bias_stride; }
 
 // ---- targets in -------------------------------------------------------------------------------------------------
 
-SPCL_LOCAL void note_bad(int64_t* first_bad, int64_t here) {
+SPCL_LOCAL
+void note_bad(int64_t* first_bad, int64_t here) {
   int64_t seen = __atomic_load_n(first_bad, __ATOMIC_RELAXED);
-  while (here < seen && !__atomic_compare_exchange_n(first_bad, &seen, here, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
+  while (here < seen &&
+         !__atomic_compare_exchange_n(first_bad, &seen, here, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
 }
 
-// Probabilities of a panel -> share_k t_k + background_k; label [kPanel]: 0 where they do not sum to 0, else -1. How many do not.
-SPCL_LOCAL int read_probabilities(const Contrast& a, const Span& at, float* out, int32_t* label, int64_t* first_bad) {
+// Probabilities of a panel -> share_k t_k + background_k; label [kPanel]: 0 where they do not sum to 0, else -1. How
+// many do not.
+SPCL_LOCAL
+int read_probabilities(const Contrast& a, const Span& at, float* out, int32_t* label, int64_t* first_bad) {
   const ContrastOptions& o = *a.options;
   pack(o.targets, make_span(o.targets, at.image, at.first, at.count), 0, o.num_classes, out);
   int labelled = 0;
@@ -64,16 +73,22 @@ SPCL_LOCAL int read_probabilities(const Contrast& a, const Span& at, float* out,
 }
 
 // What a panel is held against: label [kPanel], and `targets` where there are probabilities. How many pixels count.
-SPCL_LOCAL int read_aims(const Contrast& a, const Span& at, int32_t* label, float* targets, int64_t* first_bad) {
-  if (!a.options || (a.options->loss != kLogits && !a.options->targets.data)) return read_labels(a.labels, a.x, at, label, first_bad);
+SPCL_LOCAL
+int read_aims(const Contrast& a, const Span& at, int32_t* label, float* targets, int64_t* first_bad) {
+  if (!a.options || (a.options->loss != kLogits && !a.options->targets.data))
+    return read_labels(a.labels, a.x, at, label, first_bad);
   if (a.options->loss != kLogits) return read_probabilities(a, at, targets, label, first_bad);
-  if (a.options->targets.data) pack(a.options->targets, make_span(a.options->targets, at.image, at.first, at.count), 0, a.options->num_classes, targets);
+  if (a.options->targets.data)
+    pack(a.options->targets, make_span(a.options->targets, at.image, at.first, at.count), 0, a.options->num_classes,
+         targets);
   for (int p = 0; p < kPanel; ++p) label[p] = p < at.count ? 0 : -1;
   return at.count;
 }
 
 // Adds the product of a packed chunk's squares with the variances; `squared` is room for them.
-SPCL_LOCAL void add_variance_product(const ContrastOptions& o, int64_t image, int64_t d, int64_t n, const float* chunk, float* squared, float* out) {
+SPCL_LOCAL
+void add_variance_product(const ContrastOptions& o, int64_t image, int64_t d, int64_t n, const float* chunk,
+                          float* squared, float* out) {
   const Panels by_class = of_image(o.variances_by_class, image);
   for (int64_t i = 0; i < n * kPanel; i += V) store(squared + i, load(chunk + i) * load(chunk + i));
   product(by_class, 0, by_class.blocks, d, n, squared, out, d > 0, {});
@@ -82,7 +97,8 @@ SPCL_LOCAL void add_variance_product(const ContrastOptions& o, int64_t image, in
 // ---- class logits -----------------------------------------------------------------------------------------------
 
 // Dot products -> dots.
-SPCL_LOCAL void scale_dots(int64_t num_rows, const float* inv_norm, float temperature, float* dots) {
+SPCL_LOCAL
+void scale_dots(int64_t num_rows, const float* inv_norm, float temperature, float* dots) {
   for (int v = 0; v < kPanel; v += V) {
     const vf factor = load(inv_norm + v) / temperature;
     for (int64_t m = 0; m < num_rows; ++m) store(dots + m * kPanel + v, load(dots + m * kPanel + v) * factor);
@@ -90,10 +106,12 @@ SPCL_LOCAL void scale_dots(int64_t num_rows, const float* inv_norm, float temper
 }
 
 // Products of the variances with the features' squares -> variance terms.
-SPCL_LOCAL void scale_variance(int64_t num_rows, const float* inv_norm, float temperature, float* variance) {
+SPCL_LOCAL
+void scale_variance(int64_t num_rows, const float* inv_norm, float temperature, float* variance) {
   for (int v = 0; v < kPanel; v += V) {
     const vf factor = load(inv_norm + v) / temperature;
-    for (int64_t m = 0; m < num_rows; ++m) store(variance + m * kPanel + v, load(variance + m * kPanel + v) * (0.5f * factor * factor));
+    for (int64_t m = 0; m < num_rows; ++m)
+      store(variance + m * kPanel + v, load(variance + m * kPanel + v) * (0.5f * factor * factor));
   }
 }
 
@@ -105,10 +123,10 @@ struct RowLogits {
   }
 };
 
-// One class's rows [first, last) -> its logit, and each row's part in it: softmax within the class, or 1 for the first of the largest.
-// A class without a row has logit -inf.
-template <bool kMax>
-SPCL_INLINE vf pool(const RowLogits& s, int64_t first, int64_t last, int v, float* shares) {
+// One class's rows [first, last) -> its logit, and each row's part in it: softmax within the class, or 1 for the first
+// of the largest. A class without a row has logit -inf.
+template <bool kMax> SPCL_INLINE
+vf pool(const RowLogits& s, int64_t first, int64_t last, int v, float* shares) {
   vf top = splat(-__builtin_inff()), sum = {};
   vi found = {};
   for (int64_t m = first; m < last; ++m) {
@@ -129,12 +147,14 @@ SPCL_INLINE vf pool(const RowLogits& s, int64_t first, int64_t last, int v, floa
 }
 
 // dots [M][kPanel] (with variance terms, or nullptr) of an image -> z [K][kPanel], the label's less the margin.
-SPCL_LOCAL void class_logits(const Contrast& a, const Panel& panel, const float* dots, const float* variance, const OptionBuffers& b) {
+SPCL_LOCAL
+void class_logits(const Contrast& a, const Panel& panel, const float* dots, const float* variance,
+                  const OptionBuffers& b) {
   const ContrastOptions& o = *a.options;
   const RowLogits s = {dots, variance, bias_of(o, panel.span.image)};
   for (int v = 0; v < kPanel; v += V)
     for (int64_t k = 0; k < o.num_classes; ++k) {
-      vf z = !o.first_row   ? s.at(k, v)
+      vf z = !o.first_row ? s.at(k, v)
              : o.pool_max ? pool<true>(s, o.first_row[k], o.first_row[k + 1], v, b.shares)
                           : pool<false>(s, o.first_row[k], o.first_row[k + 1], v, b.shares);
       store(b.z + k * kPanel + v, z);
@@ -145,7 +165,8 @@ SPCL_LOCAL void class_logits(const Contrast& a, const Panel& panel, const float*
 
 // ---- losses -----------------------------------------------------------------------------------------------------
 
-// Of probabilities: everything is in `targets` [K][kPanel]; of labels (nullptr): share [label] at the label, background elsewhere, too.
+// Of probabilities: everything is in `targets` [K][kPanel]; of labels (nullptr): share [label] at the label, background
+// elsewhere, too.
 struct Aims {
   const float* targets;
   alignas(64) float own[kPanel];
@@ -153,7 +174,9 @@ struct Aims {
 };
 
 // variance: nullptr where the numerator has the variance term, too.
-SPCL_LOCAL void set_aims(const ContrastOptions& o, const Panel& panel, const float* targets, const float* z, const float* variance, Aims* aims) {
+SPCL_LOCAL
+void set_aims(const ContrastOptions& o, const Panel& panel, const float* targets, const float* z, const float* variance,
+              Aims* aims) {
   aims->targets = o.targets.data ? targets : nullptr;
   for (int p = 0; p < kPanel; ++p) {
     const int64_t label = panel.label[p], at = label * kPanel + p;
@@ -162,14 +185,16 @@ SPCL_LOCAL void set_aims(const ContrastOptions& o, const Panel& panel, const flo
   }
 }
 
-SPCL_LOCAL void log_sum_exp(const float* z, int64_t num_classes, float* top, float* log_sum) {
+SPCL_LOCAL
+void log_sum_exp(const float* z, int64_t num_classes, float* top, float* log_sum) {
   for (int v = 0; v < kPanel; v += V) {
     vf most = splat(-__builtin_inff());
     for (int64_t k = 0; k < num_classes; ++k) most = larger(load(z + k * kPanel + v), most);
     LongSum sum;
     for (int64_t first = 0; first < num_classes; first += kSumBlock) {
       vf part = {};
-      for (int64_t k = first; k < smaller(first + kSumBlock, num_classes); ++k) part += exp(load(z + k * kPanel + v) - most);
+      for (int64_t k = first; k < smaller(first + kSumBlock, num_classes); ++k)
+        part += exp(load(z + k * kPanel + v) - most);
       sum.add(part);
     }
     store(top + v, most);
@@ -178,7 +203,9 @@ SPCL_LOCAL void log_sum_exp(const float* z, int64_t num_classes, float* top, flo
 }
 
 // -sum_k t_k log softmax(z)_k -> loss [kPanel].
-SPCL_LOCAL void softmax_loss(const ContrastOptions& o, const float* z, const Aims& aims, const float* top, const float* log_sum, float* loss) {
+SPCL_LOCAL
+void softmax_loss(const ContrastOptions& o, const float* z, const Aims& aims, const float* top, const float* log_sum,
+                  float* loss) {
   for (int v = 0; v < kPanel; v += V) {
     const vf most = load(top + v), rest = load(log_sum + v);
     LongSum sum;
@@ -197,13 +224,15 @@ SPCL_LOCAL void softmax_loss(const ContrastOptions& o, const float* z, const Aim
   }
 }
 
-SPCL_INLINE vf target_of(const ContrastOptions& o, const Aims& aims, vi label, int64_t k, int v) {
+SPCL_INLINE
+vf target_of(const ContrastOptions& o, const Aims& aims, vi label, int64_t k, int v) {
   if (aims.targets) return load(aims.targets + k * kPanel + v);
   return select(label == (int32_t)k, load(aims.own + v), vf{}) + o.background[k];
 }
 
 // sum_k scale_k (log(1 + exp(z_k)) - t_k z_k) -> loss [kPanel].
-SPCL_LOCAL void sigmoid_loss(const ContrastOptions& o, const float* z, const int32_t* label, const Aims& aims, float* loss) {
+SPCL_LOCAL
+void sigmoid_loss(const ContrastOptions& o, const float* z, const int32_t* label, const Aims& aims, float* loss) {
   for (int v = 0; v < kPanel; v += V) {
     LongSum sum;
     for (int64_t k = 0; k < o.num_classes; ++k) {
@@ -218,9 +247,11 @@ SPCL_LOCAL void sigmoid_loss(const ContrastOptions& o, const float* z, const int
 
 // ---- weights: the loss's slopes by the class logits -------------------------------------------------------------
 
-// z -> w, in place: scale (T p_k - t_k), T = sum of t. The label's is minus the sum of the others; p is normalised again, so neither
-// carries the rounding of lse.
-SPCL_LOCAL void softmax_weights(const ContrastOptions& o, const int32_t* label, const Aims& aims, const float* lse, const float* scale, float* z) {
+// z -> w, in place: scale (T p_k - t_k), T = sum of t. The label's is minus the sum of the others; p is normalised
+// again, so neither carries the rounding of lse.
+SPCL_LOCAL
+void softmax_weights(const ContrastOptions& o, const int32_t* label, const Aims& aims, const float* lse,
+                     const float* scale, float* z) {
   for (int v = 0; v < kPanel; v += V) {
     const vi own = aims.targets ? splat((int32_t)-1) : load(label + v);
     const vf zero_point = load(lse + v);
@@ -231,7 +262,8 @@ SPCL_LOCAL void softmax_weights(const ContrastOptions& o, const int32_t* label, 
         vf e = select(own == (int32_t)k, vf{}, exp(load(z + k * kPanel + v) - zero_point));
         store(z + k * kPanel + v, e);
         part += e;
-        part_target += aims.targets ? load(aims.targets + k * kPanel + v) : select(own == (int32_t)k, vf{}, splat(o.background[k]));
+        part_target += aims.targets ? load(aims.targets + k * kPanel + v)
+                                    : select(own == (int32_t)k, vf{}, splat(o.background[k]));
       }
       other_sum.add(part);
       target_sum.add(part_target);
@@ -256,7 +288,8 @@ SPCL_LOCAL void softmax_weights(const ContrastOptions& o, const int32_t* label, 
 }
 
 // z -> w, in place: scale scale_k (sigmoid(z_k) - t_k), without cancellation where t_k is 0 or 1.
-SPCL_LOCAL void sigmoid_weights(const ContrastOptions& o, const int32_t* label, const Aims& aims, const float* scale, float* z) {
+SPCL_LOCAL
+void sigmoid_weights(const ContrastOptions& o, const int32_t* label, const Aims& aims, const float* scale, float* z) {
   for (int v = 0; v < kPanel; v += V)
     for (int64_t k = 0; k < o.num_classes; ++k) {
       vf value = load(z + k * kPanel + v), t = target_of(o, aims, load(label + v), k, v);
@@ -267,9 +300,10 @@ SPCL_LOCAL void sigmoid_weights(const ContrastOptions& o, const int32_t* label, 
     }
 }
 
-// Weights of classes -> weights of rows, over `dots`; radial [kPanel] = sum_m w_m dots_m. Softmax weights sum to 0, so there any one dot may
-// be taken off all of them first.
-SPCL_LOCAL void spread_weights(const Contrast& a, const OptionBuffers& b, float* dots, float* radial) {
+// Weights of classes -> weights of rows, over `dots`; radial [kPanel] = sum_m w_m dots_m. Softmax weights sum to 0, so
+// there any one dot may be taken off all of them first.
+SPCL_LOCAL
+void spread_weights(const Contrast& a, const OptionBuffers& b, float* dots, float* radial) {
   const ContrastOptions& o = *a.options;
   for (int v = 0; v < kPanel; v += V) {
     const vf zero_point = o.loss == kSoftmax ? load(dots + v) : vf{};
@@ -279,7 +313,8 @@ SPCL_LOCAL void spread_weights(const Contrast& a, const OptionBuffers& b, float*
       const int64_t first = o.first_row ? o.first_row[k] : k, last = o.first_row ? o.first_row[k + 1] : k + 1;
       vf part = {};
       for (int64_t m = first; m < last; ++m) {
-        vf w = o.first_row ? select(of_class == 0.0f, vf{}, of_class * load(b.shares + m * kPanel + v)) : of_class;  // an ignored NaN goes nowhere
+        vf w = o.first_row ? select(of_class == 0.0f, vf{}, of_class * load(b.shares + m * kPanel + v))
+                           : of_class;  // an ignored NaN goes nowhere
         part += w * (load(dots + m * kPanel + v) - zero_point);
         store(dots + m * kPanel + v, w);
       }

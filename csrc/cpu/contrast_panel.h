@@ -5,13 +5,15 @@
 namespace spcl {
 namespace SPCL_ISA {
 
-constexpr int64_t kChunk = 64;      // channels packed at a time: 16 KB a panel
-constexpr int64_t kSumBlock = 32;   // terms of a sum over classes before it is added to the total
+constexpr int64_t kChunk = 64;     // channels packed at a time: 16 KB a panel
+constexpr int64_t kSumBlock = 32;  // terms of a sum over classes before it is added to the total
 
-SPCL_INLINE int64_t padded(const Panels& p) { return p.blocks * p.rows; }
+SPCL_INLINE
+int64_t padded(const Panels& p) { return p.blocks * p.rows; }
 
 // The operand of one image.
-SPCL_INLINE Panels of_image(Panels p, int64_t image) {
+SPCL_INLINE
+Panels of_image(Panels p, int64_t image) {
   p.data += image * p.stride_image;
   return p;
 }
@@ -33,8 +35,11 @@ struct LongSum {
   }
 };
 
-// logits [K][kPanel]: dot products in, logits out (times inv_norm / temperature). Gives the maximum and the log of the sum of exponentials.
-SPCL_LOCAL void finish_logits(float* z, int64_t num_classes, const float* inv_norm, float temperature, float* top, float* log_sum) {
+// logits [K][kPanel]: dot products in, logits out (times inv_norm / temperature). Gives the maximum and the log of the
+// sum of exponentials.
+SPCL_LOCAL
+void finish_logits(float* z, int64_t num_classes, const float* inv_norm, float temperature, float* top,
+                   float* log_sum) {
   for (int v = 0; v < kPanel; v += V) {
     vf factor = load(inv_norm + v) / temperature;
     vf most = splat(-__builtin_inff());
@@ -46,7 +51,8 @@ SPCL_LOCAL void finish_logits(float* z, int64_t num_classes, const float* inv_no
     LongSum sum;
     for (int64_t first = 0; first < num_classes; first += kSumBlock) {
       vf part = {};
-      for (int64_t k = first; k < smaller(first + kSumBlock, num_classes); ++k) part += exp(load(z + k * kPanel + v) - most);
+      for (int64_t k = first; k < smaller(first + kSumBlock, num_classes); ++k)
+        part += exp(load(z + k * kPanel + v) - most);
       sum.add(part);
     }
     store(top + v, most);
@@ -56,7 +62,9 @@ SPCL_LOCAL void finish_logits(float* z, int64_t num_classes, const float* inv_no
 
 // z [K][kPanel] logits -> w, in place; radial [kPanel] = sum_k w_k z_k.
 // w_y is minus the sum of the others, and p is normalised again, so neither carries the rounding of lse.
-SPCL_LOCAL void loss_weights(float* z, int64_t num_classes, const int32_t* label, const float* lse, const float* scale, float* radial) {
+SPCL_LOCAL
+void loss_weights(float* z, int64_t num_classes, const int32_t* label, const float* lse, const float* scale,
+                  float* radial) {
   float own_z[kPanel];
   for (int p = 0; p < kPanel; ++p) own_z[p] = label[p] >= 0 ? z[label[p] * kPanel + p] : 0.0f;
   for (int v = 0; v < kPanel; v += V) {

@@ -7,8 +7,8 @@ namespace spcl {
 namespace SPCL_ISA {
 namespace {
 
-constexpr int64_t kGradientBlocks = 8; // blocks of channels whose gradient is formed together: 48 rows, 12 KB a panel
-constexpr int64_t kClassChunk = 96;    // classes contracted at a time, so that their weights stay in L1
+constexpr int64_t kGradientBlocks = 8;  // blocks of channels whose gradient is formed together: 48 rows, 12 KB a panel
+constexpr int64_t kClassChunk = 96;     // classes contracted at a time, so that their weights stay in L1
 
 struct GradientPanel : Panel {
   Span gradient_span;
@@ -33,8 +33,8 @@ struct BackwardBuffers : OptionBuffers {
 
 int64_t place(const ContrastBackward& a, float* scratch, BackwardBuffers* to) {
   const int64_t block = kGradientBlocks * a.by_channel.rows;
-  const int64_t rows[] = {a.tiles.panels * padded(a.by_class), a.tiles.panels * packed_rows(a), block, has_variances(a) ? block : 0,
-                          a.dproto_stride};
+  const int64_t rows[] = {a.tiles.panels * padded(a.by_class), a.tiles.panels * packed_rows(a), block,
+                          has_variances(a) ? block : 0, a.dproto_stride};
   float** parts[] = {&to->weights, &to->packed, &to->rows, &to->variance_rows, &to->by_pixel};
   int64_t used = 0;
   for (int i = 0; i < 5; ++i) *parts[i] = scratch + used, used += rows[i] * kPanel;
@@ -48,7 +48,8 @@ void read_panel(const ContrastBackward& a, GradientPanel& panel, float* lse, flo
     const bool use = panel.label[p] >= 0;
     lse[p] = use ? a.lse[at + p] : 0.0f;
     panel.inv_norm[p] = use ? a.inv_norm[at + p] : 0.0f;
-    scale[p] = use && a.denominator != 0 ? (a.class_weight ? a.class_weight[panel.label[p]] : 1.0f) / a.denominator : 0.0f;
+    scale[p] =
+        use && a.denominator != 0 ? (a.class_weight ? a.class_weight[panel.label[p]] : 1.0f) / a.denominator : 0.0f;
   }
   scale_by(a.pixel_weight, a.x, s, panel.label, scale);
   scale_by(a.grad, a.x, s, panel.label, scale);
@@ -63,8 +64,10 @@ void recall_logits(const ContrastBackward& a, const GradientPanel& panel, const 
     const int64_t pixels = a.x.height * a.x.width;
     const float* from = a.logits + s.image * a.num_rows * pixels + s.first;
     for (int64_t k = 0; k < a.num_rows; ++k, from += pixels, w += kPanel) {
-      if (s.count == kPanel) memcpy(w, from, kPanel * sizeof(float));
-      else for (int p = 0; p < kPanel; ++p) w[p] = p < s.count ? from[p] : 0.0f;
+      if (s.count == kPanel)
+        memcpy(w, from, kPanel * sizeof(float));
+      else
+        for (int p = 0; p < kPanel; ++p) w[p] = p < s.count ? from[p] : 0.0f;
     }
     return;
   }
@@ -87,11 +90,19 @@ void set_factors(const ContrastBackward& a, const float* radial, GradientPanel& 
   }
 }
 
-void weigh_panel(const ContrastBackward& a, GradientPanel& panel, const float* packed, float* w) {
+// The labelled pixels' parts of the temperature's gradient: radial, less what a margin took off.
+void add_temperature(const ContrastBackward& a, const GradientPanel& panel, const float* radial, const float* margin,
+                     int64_t group) {
+  for (int p = 0; a.dtemperature && p < kPanel; ++p)
+    if (panel.label[p] >= 0) a.dtemperature[group] += (double)radial[p] - (margin ? margin[p] : 0.0f);
+}
+
+void weigh_panel(const ContrastBackward& a, GradientPanel& panel, const float* packed, float* w, int64_t group) {
   alignas(64) float lse[kPanel], scale[kPanel], radial[kPanel];
   read_panel(a, panel, lse, scale);
   recall_logits(a, panel, packed, w);
   loss_weights(w, a.num_rows, panel.label, lse, scale, radial);
+  add_temperature(a, panel, radial, nullptr, group);
   set_factors(a, radial, panel);
 }
 
@@ -100,7 +111,8 @@ void weigh_panel(const ContrastBackward& a, GradientPanel& panel, const float* p
 // Their norms are known only from the features: the incoming gradient is all that the forward of logits leaves.
 void measure_norms(const ContrastBackward& a, GradientPanel& panel, const float* packed) {
   for (int p = 0; p < kPanel; ++p) panel.inv_norm[p] = a.normalize ? 0.0f : 1.0f;
-  for (int64_t d = 0; a.normalize && d < a.x.dim; d += kChunk) add_squares(packed + d * kPanel, smaller(kChunk, a.x.dim - d), panel.inv_norm);
+  for (int64_t d = 0; a.normalize && d < a.x.dim; d += kChunk)
+    add_squares(packed + d * kPanel, smaller(kChunk, a.x.dim - d), panel.inv_norm);
   if (a.normalize) invert_norms(panel.inv_norm);
 }
 
@@ -111,10 +123,10 @@ void take_gradient(const ContrastOptions& o, const GradientPanel& panel, const f
       store(z + k * kPanel + v, select(load(panel.label + v) >= 0, load(gradient + k * kPanel + v), vf{}));
 }
 
-// Adds the variance term's part to radial, and turns the terms into their weights: those of the rows, and the share of a label that the
-// numerator does without.
-void weigh_variance(const ContrastBackward& a, const GradientPanel& panel, const Aims& aims, const float* scale, const float* weights,
-                    float* variance, float* radial) {
+// Adds the variance term's part to radial, and turns the terms into their weights: those of the rows, and the share of
+// a label that the numerator does without.
+void weigh_variance(const ContrastBackward& a, const GradientPanel& panel, const Aims& aims, const float* scale,
+                    const float* weights, float* variance, float* radial) {
   const bool in_numerator = a.options->positive_variance;
   for (int v = 0; v < kPanel; v += V) {
     const vi label = load(panel.label + v);
@@ -130,50 +142,56 @@ void weigh_variance(const ContrastBackward& a, const GradientPanel& panel, const
   }
 }
 
-void add_sums(const ContrastBackward& a, const GradientPanel& panel, const float* weights, const float* radial, const float* off_margin, int64_t group) {
+void add_bias(const ContrastBackward& a, const float* weights, int64_t group) {
   for (int64_t m = 0; a.dbias && m < a.num_rows; ++m) {
     vf sum = {};
     for (int v = 0; v < kPanel; v += V) sum += load(weights + m * kPanel + v);
     for (int i = 0; i < V; ++i) a.dbias[group * a.num_rows + m] += sum[i];
   }
-  for (int p = 0; a.dtemperature && p < kPanel; ++p)
-    if (panel.label[p] >= 0) a.dtemperature[group] += (double)radial[p] - off_margin[p];
 }
 
 // dots of a panel -> weights of its rows.
-void weigh_panel_with_options(const ContrastBackward& a, GradientPanel& panel, const float* packed, int64_t m, const BackwardBuffers& b, int64_t group) {
+void weigh_panel_with_options(const ContrastBackward& a, GradientPanel& panel, const float* packed, int64_t m,
+                              const BackwardBuffers& b, int64_t group) {
   const ContrastOptions& o = *a.options;
   float* dots = b.weights + m * padded(a.by_class) * kPanel;
   float* variance = has_variances(a) ? b.variance + m * padded(a.by_class) * kPanel : nullptr;
   const float* targets = b.targets + m * o.num_classes * kPanel;
   alignas(64) float lse[kPanel], scale[kPanel] = {}, radial[kPanel], off_margin[kPanel] = {};
-  if (o.loss == kLogits) measure_norms(a, panel, packed);
-  else read_panel(a, panel, lse, scale);
+  if (o.loss == kLogits)
+    measure_norms(a, panel, packed);
+  else
+    read_panel(a, panel, lse, scale);
   recall_logits(a, panel, packed, dots);
   if (variance) {
     for (int64_t d = 0; d < a.x.dim; d += kChunk)
-      add_variance_product(o, panel.span.image, d, smaller(kChunk, a.x.dim - d), packed + d * kPanel, b.squared, variance);
+      add_variance_product(o, panel.span.image, d, smaller(kChunk, a.x.dim - d), packed + d * kPanel, b.squared,
+                           variance);
     scale_variance(a.num_rows, panel.inv_norm, a.temperature, variance);
   }
   if (o.loss != kLogits || o.first_row) class_logits(a, panel, dots, variance, b);
   Aims aims;
   set_aims(o, panel, targets, b.z, nullptr, &aims);
-  if (o.loss == kLogits) take_gradient(o, panel, targets, b.z);
-  else if (o.loss == kSoftmax) softmax_weights(o, panel.label, aims, lse, scale, b.z);
-  else sigmoid_weights(o, panel.label, aims, scale, b.z);
+  if (o.loss == kLogits)
+    take_gradient(o, panel, targets, b.z);
+  else if (o.loss == kSoftmax)
+    softmax_weights(o, panel.label, aims, lse, scale, b.z);
+  else
+    sigmoid_weights(o, panel.label, aims, scale, b.z);
   for (int p = 0; o.margin != 0 && p < kPanel; ++p)
     if (panel.label[p] >= 0) off_margin[p] = o.margin * b.z[panel.label[p] * kPanel + p];
   spread_weights(a, b, dots, radial);
   if (variance) weigh_variance(a, panel, aims, scale, dots, variance, radial);
-  add_sums(a, panel, dots, radial, off_margin, group);
+  add_bias(a, dots, group);
+  add_temperature(a, panel, radial, off_margin, group);
   set_factors(a, radial, panel);
 }
 
 // ---- gradients --------------------------------------------------------------------------------------------------
 
 // dproto [D][stride] += unit features x weights, over the labelled pixels only: an ignored NaN goes nowhere.
-template <int M, int N>
-SPCL_INLINE void outer_block(const float* x, const int* pixel, int count, const float* weight, int64_t stride, float* out) {
+template <int M, int N> SPCL_INLINE
+void outer_block(const float* x, const int* pixel, int count, const float* weight, int64_t stride, float* out) {
   vf acc[M][N];
   for (int i = 0; i < M; ++i)
     for (int v = 0; v < N; ++v) acc[i][v] = vf{};
@@ -187,7 +205,8 @@ SPCL_INLINE void outer_block(const float* x, const int* pixel, int count, const 
     for (int v = 0; v < N; ++v) store(out + i * stride + v * V, load(out + i * stride + v * V) + acc[i][v]);
 }
 
-void add_prototype_gradient(const ContrastBackward& a, const GradientPanel& panel, const float* packed, const float* w, float* weight, float* out) {
+void add_prototype_gradient(const ContrastBackward& a, const GradientPanel& panel, const float* packed, const float* w,
+                            float* weight, float* out) {
   int pixel[kPanel], count = 0;
   for (int p = 0; p < kPanel; ++p)
     if (panel.label[p] >= 0) {
@@ -199,14 +218,15 @@ void add_prototype_gradient(const ContrastBackward& a, const GradientPanel& pane
   constexpr int N = 32 / V < 2 ? 2 : 32 / V > kStep ? kStep : 32 / V;
   for (int64_t k = 0; k < a.dproto_stride; k += N * V) {
     int64_t d = 0;
-    for (; d + 6 <= a.x.dim; d += 6) outer_block<6, N>(packed + d * kPanel, pixel, count, weight + k, a.dproto_stride, out + d * a.dproto_stride + k);
-    for (; d < a.x.dim; ++d) outer_block<1, N>(packed + d * kPanel, pixel, count, weight + k, a.dproto_stride, out + d * a.dproto_stride + k);
+    for (; d + 6 <= a.x.dim; d += 6)
+      outer_block<6, N>(packed + d * kPanel, pixel, count, weight + k, a.dproto_stride, out + d * a.dproto_stride + k);
+    for (; d < a.x.dim; ++d)
+      outer_block<1, N>(packed + d * kPanel, pixel, count, weight + k, a.dproto_stride, out + d * a.dproto_stride + k);
   }
 }
 
 // Rows of pixels that stay where they are: stride between rows of channels.
-template <class T>
-struct Rows {
+template <class T> struct Rows {
   T* data;
   int64_t stride;
 };
@@ -219,30 +239,37 @@ void combine(const GradientPanel& panel, int64_t channels, const float* rows, Ro
       vf value = load(rows + v) * load(panel.along + v);
       if (x.data) value -= load(x.data + d * x.stride + v) * load(panel.inward + v);
       value = select(load(panel.label + v) >= 0, value, vf{});
-      if constexpr (kPastCache) store_past_cache(to.data + d * to.stride + v, value);
-      else store(to.data + d * to.stride + v, value);
+      if constexpr (kPastCache)
+        store_past_cache(to.data + d * to.stride + v, value);
+      else
+        store(to.data + d * to.stride + v, value);
     }
 }
 
 template <class X, class T>
-void combine_into(const ContrastBackward& a, const GradientPanel& panel, int64_t channels, const float* rows, Rows<const X> x, Rows<T> to) {
+void combine_into(const ContrastBackward& a, const GradientPanel& panel, int64_t channels, const float* rows,
+                  Rows<const X> x, Rows<T> to) {
   if constexpr (sizeof(T) == 4) {
-    if (a.past_cache && (uintptr_t)to.data % 64 == 0 && to.stride % 16 == 0) return combine<true, X, T>(panel, channels, rows, x, to);
+    if (a.past_cache && (uintptr_t)to.data % 64 == 0 && to.stride % 16 == 0)
+      return combine<true, X, T>(panel, channels, rows, x, to);
   }
   combine<false, X, T>(panel, channels, rows, x, to);
 }
 
 template <class T>
-void write_rows_of_pixels(const ContrastBackward& a, const GradientPanel& panel, int64_t d, int64_t channels, const float* rows, const float* packed) {
+void write_rows_of_pixels(const ContrastBackward& a, const GradientPanel& panel, int64_t d, int64_t channels,
+                          const float* rows, const float* packed) {
   const Rows<T> to = {(T*)a.dx.data + panel.gradient_span.offset[0] + d * a.dx.stride_d, a.dx.stride_d};
-  if (packed || !a.normalize) return combine_into<float, T>(a, panel, channels, rows, {a.normalize ? packed : nullptr, kPanel}, to);
-  combine_into<T, T>(a, panel, channels, rows, {(const T*)a.x.data + panel.span.offset[0] + d * a.x.stride_d, a.x.stride_d}, to);
+  if (packed || !a.normalize)
+    return combine_into<float, T>(a, panel, channels, rows, {a.normalize ? packed : nullptr, kPanel}, to);
+  combine_into<T, T>(a, panel, channels, rows,
+                     {(const T*)a.x.data + panel.span.offset[0] + d * a.x.stride_d, a.x.stride_d}, to);
 }
 
-// Channels [d, d + channels) of the gradient. `rows`: sum_k w_k P_k; `packed`: the features, or nullptr where they are not packed yet;
-// `spare`: room to pack them.
-void write_gradient(const ContrastBackward& a, const GradientPanel& panel, int64_t d, int64_t channels, float* rows, const float* packed,
-                    float* spare) {
+// Channels [d, d + channels) of the gradient. `rows`: sum_k w_k P_k; `packed`: the features, or nullptr where they are
+// not packed yet; `spare`: room to pack them.
+void write_gradient(const ContrastBackward& a, const GradientPanel& panel, int64_t d, int64_t channels, float* rows,
+                    const float* packed, float* spare) {
   if (panel.span.rows_of_pixels && panel.gradient_span.rows_of_pixels && panel.span.count == kPanel) {
     switch (a.x.type) {
       case kFloat32: return write_rows_of_pixels<float>(a, panel, d, channels, rows, packed);
@@ -264,21 +291,25 @@ int64_t contrast_backward_scratch(const ContrastBackward& a) {
 
 namespace {
 
-// rows += variance_rows * x * along: the variance term's slope by a unit feature is that feature times sum_m w_m V_m / temperature^2.
-void add_variance_rows(const GradientPanel& panel, int64_t channels, const float* variance_rows, const float* x, float* rows) {
+// rows += variance_rows * x * along: the variance term's slope by a unit feature is that feature times sum_m w_m V_m /
+// temperature^2.
+void add_variance_rows(const GradientPanel& panel, int64_t channels, const float* variance_rows, const float* x,
+                       float* rows) {
   for (int64_t i = 0; i < channels * kPanel; i += V)
     store(rows + i, load(rows + i) + load(variance_rows + i) * load(x + i) * load(panel.along + i % kPanel));
 }
 
 // Blocks [first, last) of `matrix`, contracted with a panel's weights over all rows, a few at a time.
-void contract(const ContrastBackward& a, const Panels& matrix, int64_t first, int64_t last, const float* weights, float* rows, Ahead ahead) {
+void contract(const ContrastBackward& a, const Panels& matrix, int64_t first, int64_t last, const float* weights,
+              float* rows, Ahead ahead) {
   const int64_t chunks = (a.num_rows + kClassChunk - 1) / kClassChunk, step = (a.num_rows + chunks - 1) / chunks;
   for (int64_t m = 0; m < a.num_rows; m += step, ahead.rows = 0)
     product(matrix, first, last, m, smaller(step, a.num_rows - m), weights + m * kPanel, rows, m > 0, ahead);
 }
 
 // The features' gradient of a tile whose panels are weighed.
-void write_gradients(const ContrastBackward& a, const TileSpan& t, const GradientPanel* panel, const BackwardBuffers& b) {
+void write_gradients(const ContrastBackward& a, const TileSpan& t, const GradientPanel* panel,
+                     const BackwardBuffers& b) {
   const int64_t weights_size = padded(a.by_class) * kPanel, packed_size = packed_rows(a) * kPanel;
   const Panels by_channel = of_image(a.by_channel, t.image);
   for (int64_t block = 0; block < by_channel.blocks; block += kGradientBlocks) {
@@ -295,7 +326,8 @@ void write_gradients(const ContrastBackward& a, const TileSpan& t, const Gradien
       if (a.normalize && !x) ahead = ahead_of(a.x, panel[m].span, d, n);
       contract(a, by_channel, block, last, b.weights + m * weights_size, b.rows, ahead);
       if (has_variances(a)) {
-        contract(a, of_image(a.options->variances_by_channel, t.image), block, last, b.variance + m * weights_size, b.variance_rows, {});
+        contract(a, of_image(a.options->variances_by_channel, t.image), block, last, b.variance + m * weights_size,
+                 b.variance_rows, {});
         add_variance_rows(panel[m], n, b.variance_rows, x, b.rows);
       }
       write_gradient(a, panel[m], d, n, b.rows, x, b.packed);
@@ -315,13 +347,16 @@ void contrast_backward(const ContrastBackward& a, int64_t tile, int64_t group, f
   for (int64_t m = 0; m < t.panels; ++m) {
     panel[m].span = make_span(a.x, t.image, t.first + m * kPanel, t.pixels - m * kPanel);
     if (a.dx.data) panel[m].gradient_span = make_span(a.dx, t.image, t.first + m * kPanel, t.pixels - m * kPanel);
-    panel[m].labelled = a.options ? read_aims(a, panel[m].span, panel[m].label, b.targets + m * a.options->num_classes * kPanel, nullptr)
+    panel[m].labelled = a.options ? read_aims(a, panel[m].span, panel[m].label,
+                                              b.targets + m * a.options->num_classes * kPanel, nullptr)
                                   : read_labels(a.labels, a.x, panel[m].span, panel[m].label, nullptr);
     if (!panel[m].labelled) continue;
     float *x = b.packed + m * packed_size, *w = b.weights + m * padded(a.by_class) * kPanel;
     if (packs_tile(a)) pack(a.x, panel[m].span, 0, a.x.dim, x);
-    if (a.options) weigh_panel_with_options(a, panel[m], x, m, b, group);
-    else weigh_panel(a, panel[m], x, w);
+    if (a.options)
+      weigh_panel_with_options(a, panel[m], x, m, b, group);
+    else
+      weigh_panel(a, panel[m], x, w, group);
     if (a.dproto) add_prototype_gradient(a, panel[m], x, w, b.by_pixel, a.dproto + group * a.x.dim * a.dproto_stride);
   }
   if (a.dx.data) write_gradients(a, t, panel, b);

@@ -1,6 +1,6 @@
-// The softmax loss over many classes, backward: a tile of pixels is packed once for all, then each group of classes streams past it, adds its
-// part of the pixels' gradient to its own sum and its classes' gradient where it belongs: nobody else writes there. Compiled once per
-// instruction set.
+// The softmax loss over many classes, backward: a tile of pixels is packed once for all, then each group of classes
+// streams past it, adds its part of the pixels' gradient to its own sum and its classes' gradient where it belongs:
+// nobody else writes there. Compiled once per instruction set.
 #include "streamed.h"
 
 namespace spcl {
@@ -9,7 +9,9 @@ namespace {
 
 int64_t turned_size(const StreamedBackward& a) { return (a.x.dim + kPanel - 1) / kPanel * kPanel * kPanel; }
 
-Span span_of(const Features& x, const TileSpan& t, int64_t panel) { return make_span(x, t.image, t.first + panel * kPanel, t.pixels - panel * kPanel); }
+Span span_of(const Features& x, const TileSpan& t, int64_t panel) {
+  return make_span(x, t.image, t.first + panel * kPanel, t.pixels - panel * kPanel);
+}
 
 void read_pixels(const StreamedBackward& a, const Span& s, StreamedPixels& to) {
   const int64_t at = s.image * a.x.height * a.x.width + s.first;
@@ -31,14 +33,17 @@ void read_pixels(const StreamedBackward& a, const Span& s, StreamedPixels& to) {
   for (int p = 0; p < kPanel; ++p) to.scale[p] = a.denominator == 0 || to.label[p] < 0 ? 0.0f : scale[p];
 }
 
-// packed [D][kPanel] -> unit features / temperature with a pixel a row, kPanel channels at a time; 0 where there is no label.
+// packed [D][kPanel] -> unit features / temperature with a pixel a row, kPanel channels at a time; 0 where there is no
+// label.
 void turn(const StreamedBackward& a, const float* packed, const StreamedPixels& pixels, float* out) {
   for (int64_t d = 0; d < a.x.dim; d += V) {
     float* to = out + d / kPanel * kPanel * kPanel + d % kPanel;
     for (int p = 0; p < kPanel; p += V) {
       const vi used = load(pixels.label + p) >= 0;
       vf block[V];
-      for (int i = 0; i < V; ++i) block[i] = d + i < a.x.dim ? select(used, load(packed + (d + i) * kPanel + p) * load(pixels.factor + p), vf{}) : vf{};
+      for (int i = 0; i < V; ++i)
+        block[i] =
+            d + i < a.x.dim ? select(used, load(packed + (d + i) * kPanel + p) * load(pixels.factor + p), vf{}) : vf{};
       transpose(block);
       for (int i = 0; i < V; ++i) store(to + (p + i) * kPanel, block[i]);
     }
@@ -50,13 +55,15 @@ struct Buffers {
 };
 
 // Products of a block -> the loss's slopes by its logits.
-void weigh_block(const StreamedBackward& a, const StreamedPixels& pixels, int64_t image, int64_t first, int64_t count, const float* targets, float* block,
-                 double* dtemperature) {
+void weigh_block(const StreamedBackward& a, const StreamedPixels& pixels, int64_t image, int64_t first, int64_t count,
+                 const float* targets, float* block, double* dtemperature) {
   const float* bias = streamed_bias_of(a, image) + first;
   vf slopes = {};
   for (int v = 0; v < kPanel; v += V) {
-    const vf factor = load(pixels.factor + v), high = load(pixels.high + v), low = load(pixels.low + v), scale = load(pixels.scale + v);
-    const vi used = load(pixels.label + v) >= 0, own = targets ? splat((int32_t)-1) : load(pixels.label + v) - (int32_t)first;
+    const vf factor = load(pixels.factor + v), high = load(pixels.high + v), low = load(pixels.low + v),
+             scale = load(pixels.scale + v);
+    const vi used = load(pixels.label + v) >= 0,
+             own = targets ? splat((int32_t)-1) : load(pixels.label + v) - (int32_t)first;
     vf slope = {};
     for (int64_t k = 0; k < count; ++k) {
       const vf dot = load(block + k * kPanel + v) * factor;
@@ -75,7 +82,8 @@ void weigh_block(const StreamedBackward& a, const StreamedPixels& pixels, int64_
 }
 
 // dproto [count][D] += weights [count][kPanel] x turned pixels.
-void add_to_prototypes(const StreamedBackward& a, int64_t count, const float* weights, const float* turned, float* rest, float* dproto) {
+void add_to_prototypes(const StreamedBackward& a, int64_t count, const float* weights, const float* turned, float* rest,
+                       float* dproto) {
   for (int64_t d = 0; d < a.x.dim; d += kPanel, turned += kPanel * kPanel) {
     if (d + kPanel <= a.x.dim) {
       strided_product(weights, count, kPanel, 1, kPanel, turned, dproto + d, a.x.dim, true);
@@ -100,7 +108,8 @@ void streamed_take(const StreamedBackward& a, int64_t tile, int64_t panel) {
   if (!pixels.labelled) return;
   float* packed = a.packed + panel * a.x.dim * kPanel;
   pack(a.x, span, 0, a.x.dim, packed);
-  if (a.teacher.data) pack(a.teacher, span_of(a.teacher, t, panel), 0, a.teacher.dim, a.packed_teacher + panel * a.teacher.dim * kPanel);
+  if (a.teacher.data)
+    pack(a.teacher, span_of(a.teacher, t, panel), 0, a.teacher.dim, a.packed_teacher + panel * a.teacher.dim * kPanel);
   if (a.dproto) turn(a, packed, pixels, a.turned + panel * turned_size(a));
 }
 
@@ -122,13 +131,16 @@ void streamed_backward(const StreamedBackward& a, int64_t tile, int64_t group, f
         block_product(a.teacher_prototypes + first * E, count, E, a.packed_teacher + m * E * kPanel, b.targets);
         teacher_targets(a, first, count, pixels.u, b.targets, nullptr);
       }
-      weigh_block(a, pixels, t.image, first, count, a.teacher.data ? b.targets : nullptr, b.block, a.dtemperature ? a.dtemperature + group : nullptr);
+      weigh_block(a, pixels, t.image, first, count, a.teacher.data ? b.targets : nullptr, b.block,
+                  a.dtemperature ? a.dtemperature + group : nullptr);
       for (int64_t k = 0; a.dbias && k < count; ++k)
         for (int p = 0; p < kPanel; ++p) a.dbias[t.image * a.bias_stride + first + k] += b.block[k * kPanel + p];
       if (a.dproto)
-        add_to_prototypes(a, count, b.block, a.turned + m * turned_size(a), b.rest, a.dproto + t.image * a.prototypes_stride + first * dim);
+        add_to_prototypes(a, count, b.block, a.turned + m * turned_size(a), b.rest,
+                          a.dproto + t.image * a.prototypes_stride + first * dim);
       if (a.dx.data)
-        strided_product(rows, dim, 1, dim, count, b.block, a.gradient + (group * a.tiles.panels + m) * dim * kPanel, kPanel, first > start);
+        strided_product(rows, dim, 1, dim, count, b.block, a.gradient + (group * a.tiles.panels + m) * dim * kPanel,
+                        kPanel, first > start);
     }
   }
 }

@@ -1,4 +1,5 @@
-// The softmax loss over many classes, forward, one tile of pixels at a time, all classes streamed past it. Compiled once per instruction set.
+// The softmax loss over many classes, forward, one tile of pixels at a time, all classes streamed past it. Compiled
+// once per instruction set.
 #include "streamed.h"
 
 namespace spcl {
@@ -10,11 +11,11 @@ constexpr int64_t kTerms = 8;  // of a sum before it is added to the total: many
 
 // What a pixel has gathered from the classes so far.
 struct Gathered {
-  vf top[kVectors];           // the largest logit
-  LongSum sum[kVectors];      // of exp(logit - top)
-  LongSum target[kVectors];   // of t_k
-  LongSum aimed[kVectors];    // of t_k logit_k
-  LongSum raw[kVectors];      // of the teacher's own targets
+  vf top[kVectors];          // the largest logit
+  LongSum sum[kVectors];     // of exp(logit - top)
+  LongSum target[kVectors];  // of t_k
+  LongSum aimed[kVectors];   // of t_k logit_k
+  LongSum raw[kVectors];     // of the teacher's own targets
 };
 
 struct Buffers {
@@ -24,7 +25,8 @@ struct Buffers {
 
 int64_t place(const StreamedForward& a, float* scratch, Buffers* to) {
   const int64_t panels = a.tiles.panels;
-  const int64_t rows[] = {panels * a.x.dim, a.teacher.data ? panels * a.teacher.dim : 0, kBlock, a.teacher.data ? kBlock : 0};
+  const int64_t rows[] = {panels * a.x.dim, a.teacher.data ? panels * a.teacher.dim : 0, kBlock,
+                          a.teacher.data ? kBlock : 0};
   float** parts[] = {&to->packed, &to->teacher, &to->block, &to->targets};
   int64_t used = 0;
   for (int i = 0; i < 4; ++i) *parts[i] = scratch + used, used += rows[i] * kPanel;
@@ -46,12 +48,14 @@ void start_panel(const StreamedForward& a, const TileSpan& t, int64_t m, const B
   if (!panel.labelled) return;
   float* packed = b.packed + m * a.x.dim * kPanel;
   pack(a.x, s, 0, a.x.dim, packed);
-  for (int64_t d = 0; a.normalize && d < a.x.dim; d += kChunk) add_squares(packed + d * kPanel, smaller(kChunk, a.x.dim - d), panel.inv_norm);
+  for (int64_t d = 0; a.normalize && d < a.x.dim; d += kChunk)
+    add_squares(packed + d * kPanel, smaller(kChunk, a.x.dim - d), panel.inv_norm);
   if (a.normalize) invert_norms(panel.inv_norm);
   if (!a.teacher.data) return;
   const int64_t at = s.image * a.x.height * a.x.width + s.first;
   for (int p = 0; p < kPanel; ++p) panel.u[p] = p < s.count ? a.teacher_u[at + p] : 0.0f;
-  pack(a.teacher, make_span(a.teacher, t.image, s.first, s.count), 0, a.teacher.dim, b.teacher + m * a.teacher.dim * kPanel);
+  pack(a.teacher, make_span(a.teacher, t.image, s.first, s.count), 0, a.teacher.dim,
+       b.teacher + m * a.teacher.dim * kPanel);
 }
 
 // Products of a block -> logits; their largest and the sum of their exponentials join what was gathered.
@@ -85,7 +89,8 @@ void gather_block(const StreamedForward& a, StreamedPanel& panel, int64_t first,
 }
 
 // Targets of a block join, too. targets: the teacher's, or nullptr.
-void gather_targets(const StreamedForward& a, StreamedPanel& panel, int64_t first, int64_t count, const float* block, const float* targets) {
+void gather_targets(const StreamedForward& a, StreamedPanel& panel, int64_t first, int64_t count, const float* block,
+                    const float* targets) {
   Gathered& g = panel.gathered;
   if (!targets && !a.background) {
     for (int p = 0; p < kPanel; ++p) {
@@ -101,7 +106,8 @@ void gather_targets(const StreamedForward& a, StreamedPanel& panel, int64_t firs
       vf part = {}, aimed = {};
       for (int64_t j = k; j < smaller(k + kTerms, count); ++j) {
         vf t = targets ? load(targets + j * kPanel + v)
-                       : select(load(panel.label + v) == (int32_t)(first + j), splat(a.share[first + j]), vf{}) + a.background[first + j];
+                       : select(load(panel.label + v) == (int32_t)(first + j), splat(a.share[first + j]), vf{}) +
+                             a.background[first + j];
         part += t;
         aimed += select(t == 0.0f, vf{}, t * load(block + j * kPanel + v));
       }
@@ -157,7 +163,8 @@ void streamed_forward(const StreamedForward& a, int64_t tile, float* scratch) {
       gather_block(a, panel[m], first, count, b.block);
       if (!a.share) continue;
       if (a.teacher.data) {
-        block_product(a.teacher_prototypes + first * a.teacher.dim, count, a.teacher.dim, b.teacher + m * a.teacher.dim * kPanel, b.targets);
+        block_product(a.teacher_prototypes + first * a.teacher.dim, count, a.teacher.dim,
+                      b.teacher + m * a.teacher.dim * kPanel, b.targets);
         teacher_targets(a, first, count, panel[m].u, b.targets, panel[m].gathered.raw);
       }
       gather_targets(a, panel[m], first, count, b.block, a.teacher.data ? b.targets : nullptr);

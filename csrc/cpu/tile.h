@@ -1,22 +1,26 @@
-// Getting pixels in and out: whichever layout and dtype the features have, the kernels see packed float panels [channel][kPanel].
+// Getting pixels in and out: whichever layout and dtype the features have, the kernels see packed float panels
+// [channel][kPanel].
 #pragma once
-#include "vec.h"
+#include "product.h"
 
 namespace spcl {
 namespace SPCL_ISA {
 
-SPCL_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-SPCL_INLINE int64_t size_of(FloatType type) { return type == kFloat32 ? 4 : 2; }
+SPCL_INLINE
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+SPCL_INLINE
+int64_t size_of(FloatType type) { return type == kFloat32 ? 4 : 2; }
 
 // Up to kPanel consecutive pixels of one image.
 struct Span {
-  int64_t image, first;      // pixel index within the image
+  int64_t image, first;  // pixel index within the image
   int count;
-  bool rows_of_pixels;       // consecutive pixels are consecutive in memory (NCHW)
-  int64_t offset[kPanel];    // of pixel j's channel 0, in elements from data; the last one repeated beyond count
+  bool rows_of_pixels;     // consecutive pixels are consecutive in memory (NCHW)
+  int64_t offset[kPanel];  // of pixel j's channel 0, in elements from data; the last one repeated beyond count
 };
 
-SPCL_LOCAL Span make_span(const Features& x, int64_t image, int64_t first, int64_t count) {
+SPCL_LOCAL
+Span make_span(const Features& x, int64_t image, int64_t first, int64_t count) {
   Span span;
   span.image = image, span.first = first, span.count = (int)(count < kPanel ? count : kPanel);
   span.rows_of_pixels = x.stride_w == 1 && (x.stride_h == x.width || x.height == 1);
@@ -34,8 +38,8 @@ SPCL_LOCAL Span make_span(const Features& x, int64_t image, int64_t first, int64
 // ---- labels -----------------------------------------------------------------------------------------------------
 
 // The common case without a branch a pixel: `count` labels side by side, none of them bad; else false.
-template <class T>
-SPCL_INLINE bool read_row_of_labels(const T* data, const Labels& labels, int count, int32_t* out, int* labelled) {
+template <class T> SPCL_INLINE
+bool read_row_of_labels(const T* data, const Labels& labels, int count, int32_t* out, int* labelled) {
   int64_t used = 0, bad = 0;
   for (int p = 0; p < count; ++p) {
     const int64_t value = (int64_t)data[p];
@@ -48,13 +52,14 @@ SPCL_INLINE bool read_row_of_labels(const T* data, const Labels& labels, int cou
   return bad == 0;
 }
 
-template <class T>
-SPCL_LOCAL int read_labels(const Labels& labels, const Features& x, const Span& span, int32_t* out, int64_t* first_bad) {
+template <class T> SPCL_LOCAL
+int read_labels(const Labels& labels, const Features& x, const Span& span, int32_t* out, int64_t* first_bad) {
   const T* data = (const T*)labels.data + span.image * labels.stride_b;
   int64_t i = span.first / x.width, j = span.first % x.width;
   int labelled = 0;
   const bool one_row = labels.rows_of_pixels && j + span.count <= x.width;
-  if (one_row && read_row_of_labels(data + labels.row[i] + labels.col[j], labels, span.count, out, &labelled)) return labelled;
+  if (one_row && read_row_of_labels(data + labels.row[i] + labels.col[j], labels, span.count, out, &labelled))
+    return labelled;
   labelled = 0;
   for (int p = 0; p < span.count; ++p) {
     T raw = data[labels.row[i] + labels.col[j]];
@@ -66,7 +71,9 @@ SPCL_LOCAL int read_labels(const Labels& labels, const Features& x, const Span& 
         out[p] = (int32_t)value, ++labelled;
       } else if (first_bad) {
         int64_t here = (span.image * x.height + i) * x.width + j, seen = __atomic_load_n(first_bad, __ATOMIC_RELAXED);
-        while (here < seen && !__atomic_compare_exchange_n(first_bad, &seen, here, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
+        while (here < seen &&
+               !__atomic_compare_exchange_n(first_bad, &seen, here, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+        }
       }
     }
     if (++j == x.width) j = 0, ++i;
@@ -76,7 +83,8 @@ SPCL_LOCAL int read_labels(const Labels& labels, const Features& x, const Span& 
 }
 
 // out [kPanel]: the class, or -1 where there is none. Returns how many pixels have one.
-SPCL_LOCAL int read_labels(const Labels& labels, const Features& x, const Span& span, int32_t* out, int64_t* first_bad) {
+SPCL_LOCAL
+int read_labels(const Labels& labels, const Features& x, const Span& span, int32_t* out, int64_t* first_bad) {
   switch (labels.type) {
     case kUInt8: return read_labels<uint8_t>(labels, x, span, out, first_bad);
     case kInt8: return read_labels<int8_t>(labels, x, span, out, first_bad);
@@ -90,7 +98,8 @@ SPCL_LOCAL int read_labels(const Labels& labels, const Features& x, const Span& 
 }
 
 // Multiplies `out` [kPanel] by the map's values at the labelled pixels.
-SPCL_LOCAL void scale_by(const PixelMap& map, const Features& x, const Span& span, const int32_t* label, float* out) {
+SPCL_LOCAL
+void scale_by(const PixelMap& map, const Features& x, const Span& span, const int32_t* label, float* out) {
   if (!map.data) return;
   int64_t i = span.first / x.width, j = span.first % x.width;
   for (int p = 0; p < span.count; ++p) {
@@ -101,8 +110,8 @@ SPCL_LOCAL void scale_by(const PixelMap& map, const Features& x, const Span& spa
 
 // ---- features in ------------------------------------------------------------------------------------------------
 
-template <class T>
-SPCL_LOCAL void pack_rows(const T* from, int64_t stride_d, int count, int64_t channels, float* out) {
+template <class T> SPCL_LOCAL
+void pack_rows(const T* from, int64_t stride_d, int count, int64_t channels, float* out) {
   if (count == kPanel) {
     for (int64_t d = 0; d < channels; ++d, from += stride_d, out += kPanel)
       for (int v = 0; v < kPanel; v += V) store(out + v, load(from + v));
@@ -112,8 +121,8 @@ SPCL_LOCAL void pack_rows(const T* from, int64_t stride_d, int count, int64_t ch
     for (int p = 0; p < kPanel; ++p) out[p] = p < count ? load_one(from + p) : 0.0f;
 }
 
-template <class T>
-SPCL_LOCAL void pack_columns(const T* data, const Span& span, int64_t d0, int64_t channels, float* out) {
+template <class T> SPCL_LOCAL
+void pack_columns(const T* data, const Span& span, int64_t d0, int64_t channels, float* out) {
   for (int p = 0; p < kPanel; p += V) {
     int64_t d = 0;
     for (; d + V <= channels; d += V) {
@@ -123,14 +132,16 @@ SPCL_LOCAL void pack_columns(const T* data, const Span& span, int64_t d0, int64_
       for (int i = 0; i < V; ++i) store(out + (d + i) * kPanel + p, block[i]);
     }
     for (; d < channels; ++d)
-      for (int i = p; i < p + V; ++i) out[d * kPanel + i] = i < span.count ? load_one(data + span.offset[i] + d0 + d) : 0.0f;
+      for (int i = p; i < p + V; ++i)
+        out[d * kPanel + i] = i < span.count ? load_one(data + span.offset[i] + d0 + d) : 0.0f;
   }
 }
 
-template <class T>
-SPCL_LOCAL void pack(const Features& x, const Span& span, int64_t d0, int64_t channels, float* out) {
+template <class T> SPCL_LOCAL
+void pack(const Features& x, const Span& span, int64_t d0, int64_t channels, float* out) {
   const T* data = (const T*)x.data;
-  if (span.rows_of_pixels) return pack_rows(data + span.offset[0] + d0 * x.stride_d, x.stride_d, span.count, channels, out);
+  if (span.rows_of_pixels)
+    return pack_rows(data + span.offset[0] + d0 * x.stride_d, x.stride_d, span.count, channels, out);
   if (x.stride_d == 1) return pack_columns(data, span, d0, channels, out);
   for (int64_t d = 0; d < channels; ++d)
     for (int p = 0; p < kPanel; ++p)
@@ -138,7 +149,8 @@ SPCL_LOCAL void pack(const Features& x, const Span& span, int64_t d0, int64_t ch
 }
 
 // Channels [d0, d0 + channels) of a span -> out [channels][kPanel], zero beyond the span's pixels.
-SPCL_LOCAL void pack(const Features& x, const Span& span, int64_t d0, int64_t channels, float* out) {
+SPCL_LOCAL
+void pack(const Features& x, const Span& span, int64_t d0, int64_t channels, float* out) {
   switch (x.type) {
     case kFloat32: return pack<float>(x, span, d0, channels, out);
     case kBFloat16: return pack<bfloat16>(x, span, d0, channels, out);
@@ -146,8 +158,10 @@ SPCL_LOCAL void pack(const Features& x, const Span& span, int64_t d0, int64_t ch
   }
 }
 
-// What pack would read, for fetching it in time; nothing for layouts that are neither rows of pixels nor rows of channels.
-SPCL_LOCAL Ahead ahead_of(const Features& x, const Span& span, int64_t d0, int64_t channels) {
+// What pack would read, for fetching it in time; nothing for layouts that are neither rows of pixels nor rows of
+// channels.
+SPCL_LOCAL
+Ahead ahead_of(const Features& x, const Span& span, int64_t d0, int64_t channels) {
   const int64_t size = size_of(x.type);
   const char* from = (const char*)x.data + (span.offset[0] + d0 * x.stride_d) * size;
   if (span.rows_of_pixels) return {from, x.stride_d * size, channels, (int)(kPanel * size / 64)};
@@ -156,7 +170,8 @@ SPCL_LOCAL Ahead ahead_of(const Features& x, const Span& span, int64_t d0, int64
 }
 
 // Adds the squares of a packed chunk to sum [kPanel]. Chunk by chunk: a blocked sum loses less than one long one.
-SPCL_LOCAL void add_squares(const float* packed, int64_t channels, float* sum) {
+SPCL_LOCAL
+void add_squares(const float* packed, int64_t channels, float* sum) {
   constexpr int kVectors = kPanel / V, kAtOnce = kVectors < 8 ? kVectors : 8;
   for (int s = 0; s < kPanel; s += kAtOnce * V) {
     vf acc[kAtOnce] = {};
@@ -170,7 +185,8 @@ SPCL_LOCAL void add_squares(const float* packed, int64_t channels, float* sum) {
 }
 
 // sum of squares -> 1 / max(norm, eps); NaN stays NaN.
-SPCL_LOCAL void invert_norms(float* sum) {
+SPCL_LOCAL
+void invert_norms(float* sum) {
   for (int v = 0; v < kPanel; v += V) {
     vf norm = square_root(load(sum + v));
     store(sum + v, 1.0f / select(norm < kNormEps, splat(kNormEps), norm));
@@ -179,8 +195,8 @@ SPCL_LOCAL void invert_norms(float* sum) {
 
 // ---- features out -----------------------------------------------------------------------------------------------
 
-template <class T>
-SPCL_LOCAL void unpack(const Features& y, const Span& span, int64_t d0, int64_t channels, const float* in) {
+template <class T> SPCL_LOCAL
+void unpack(const Features& y, const Span& span, int64_t d0, int64_t channels, const float* in) {
   T* data = (T*)y.data;
   if (span.rows_of_pixels && span.count == kPanel) {
     T* to = data + span.offset[0] + d0 * y.stride_d;
@@ -207,7 +223,8 @@ SPCL_LOCAL void unpack(const Features& y, const Span& span, int64_t d0, int64_t 
 }
 
 // The inverse of pack: in [channels][kPanel] -> the span's pixels.
-SPCL_LOCAL void unpack(const Features& y, const Span& span, int64_t d0, int64_t channels, const float* in) {
+SPCL_LOCAL
+void unpack(const Features& y, const Span& span, int64_t d0, int64_t channels, const float* in) {
   switch (y.type) {
     case kFloat32: return unpack<float>(y, span, d0, channels, in);
     case kBFloat16: return unpack<bfloat16>(y, span, d0, channels, in);
@@ -219,7 +236,8 @@ struct TileSpan {
   int64_t image, first, pixels, panels;
 };
 
-SPCL_LOCAL TileSpan tile_span(const Tiles& tiles, const Features& x, int64_t tile) {
+SPCL_LOCAL
+TileSpan tile_span(const Tiles& tiles, const Features& x, int64_t tile) {
   TileSpan t;
   t.image = tile / tiles.tiles_per_image;
   t.first = tile % tiles.tiles_per_image * tiles.panels * kPanel;

@@ -1,5 +1,5 @@
-// upsampled_confusion, one band of cells at a time: counts of each pixel's label and the class of its largest logit, without a map of either.
-// Compiled once per instruction set.
+// upsampled_confusion, one band of cells at a time: counts of each pixel's label and the class of its largest logit,
+// without a map of either. Compiled once per instruction set.
 #include "upsample.h"
 
 namespace spcl {
@@ -9,8 +9,8 @@ namespace {
 constexpr int64_t kOwnCounts = 256;  // up to that many classes a band counts on its own: 512 KB
 
 // The first class of those whose logit is the largest; one of logit -inf or NaN never is.
-template <bool kNear, bool kLow>
-SPCL_INLINE vi largest_class(const float* rows, int64_t stride, int64_t num_classes, const Taps& t) {
+template <bool kNear, bool kLow> SPCL_INLINE
+vi largest_class(const float* rows, int64_t stride, int64_t num_classes, const Taps& t) {
   vf most = splat(-__builtin_inff());
   vi label = {};
   for (int64_t k = 0; k < num_classes; ++k) {
@@ -27,14 +27,16 @@ void count(const UpsampledConfusion& a, const int32_t* label, vi predicted, int 
   for (int i = 0; i < pixels; ++i) {
     if (label[i] < 0) continue;
     const int64_t at = label[i] * num_classes + predicted[i];
-    if (own) ++own[at];
-    else __atomic_fetch_add(a.counts + at, 1, __ATOMIC_RELAXED);
+    if (own)
+      ++own[at];
+    else
+      __atomic_fetch_add(a.counts + at, 1, __ATOMIC_RELAXED);
   }
 }
 
 template <bool kLow>
-void row_of_pixels(const UpsampledConfusion& a, const Window& window, int64_t row, const float* lower, const float* upper, float* blended,
-                   int64_t* own) {
+void row_of_pixels(const UpsampledConfusion& a, const Window& window, int64_t row, const float* lower,
+                   const float* upper, float* blended, int64_t* own) {
   alignas(64) int32_t label[kPanel];
   Span span;
   span.image = window.image, span.first = row * a.x.pixels + window.first_pixel, span.count = window.count;
@@ -43,14 +45,14 @@ void row_of_pixels(const UpsampledConfusion& a, const Window& window, int64_t ro
   const int64_t stride = node_stride(a);
   for (int v = 0; v < window.count; v += V) {
     const Taps t = taps_of(a, window, v);
-    const vi predicted = t.near ? largest_class<true, kLow>(blended, stride, a.logits.dim, t) : largest_class<false, kLow>(blended, stride, a.logits.dim, t);
+    const vi predicted = t.near ? largest_class<true, kLow>(blended, stride, a.logits.dim, t)
+                                : largest_class<false, kLow>(blended, stride, a.logits.dim, t);
     count(a, label + v, predicted, (int)smaller(V, window.count - v), own);
   }
 }
 
 // False where an extreme logit was met, which kLow takes as it is.
-template <bool kLow>
-bool walk_band(const UpsampledConfusion& a, const Band& band, float* scratch, int64_t* own) {
+template <bool kLow> bool walk_band(const UpsampledConfusion& a, const Band& band, float* scratch, int64_t* own) {
   const int64_t size = a.logits.dim * node_stride(a);
   for (int64_t pixel = 0; pixel < a.x.pixels; pixel += kPanel) {
     const Window window = window_of(a, band.image, pixel);
@@ -74,7 +76,9 @@ int64_t own_counts(const UpsampledConfusion& a) { return a.logits.dim <= kOwnCou
 
 }  // namespace
 
-int64_t upsampled_confusion_scratch(const UpsampledConfusion& a) { return 2 * own_counts(a) + (3 * a.logits.dim + 1) * node_stride(a); }
+int64_t upsampled_confusion_scratch(const UpsampledConfusion& a) {
+  return 2 * own_counts(a) + (3 * a.logits.dim + 1) * node_stride(a);
+}
 
 void upsampled_confusion(const UpsampledConfusion& a, int64_t index, float* scratch) {
   const Band band = band_of(a, index);

@@ -1,8 +1,8 @@
-// upsampled_cross_entropy and upsampled_binary_cross_entropy with their gradient, one band of cells at a time. Compiled once per instruction
-// set (SPCL_ISA).
+// upsampled_cross_entropy and upsampled_binary_cross_entropy with their gradient, one band of cells at a time. Compiled
+// once per instruction set (SPCL_ISA).
 //
-// The adjoint of the interpolation is separable: the gradients of a cell's rows of pixels are first summed downwards, at the pixels' width
-// and in L1 or L2, and only these two sums per cell go through the adjoint along the row.
+// The adjoint of the interpolation is separable: the gradients of a cell's rows of pixels are first summed downwards,
+// at the pixels' width and in L1 or L2, and only these two sums per cell go through the adjoint along the row.
 #include "upsampled_losses.h"
 
 namespace spcl {
@@ -29,11 +29,20 @@ int64_t place(const UpsampledCrossEntropy& a, float* scratch, Buffers* to) {
   const int64_t nodes = node_stride(a), num_classes = a.logits.dim;
   const bool soft = a.options && a.options->targets.logits.data;
   const int64_t target_nodes = soft ? num_classes * node_stride(a.options->targets) : 0;
-  const int64_t sizes[] = {num_classes * nodes, num_classes * nodes, (num_classes + 1) * nodes, num_classes * V,
-                           num_classes * kPanel, num_classes * kPanel, nodes * V, target_nodes, target_nodes,
-                           soft ? target_nodes + node_stride(a.options->targets) : 0, soft ? num_classes * kPanel : 0};
+  const int64_t sizes[] = {num_classes * nodes,
+                           num_classes * nodes,
+                           (num_classes + 1) * nodes,
+                           num_classes * V,
+                           num_classes * kPanel,
+                           num_classes * kPanel,
+                           nodes * V,
+                           target_nodes,
+                           target_nodes,
+                           soft ? target_nodes + node_stride(a.options->targets) : 0,
+                           soft ? num_classes * kPanel : 0};
   RowCache& t = to->targets;
-  float** parts[] = {&to->lower, &to->upper, &to->row, &to->e, &to->dlower, &to->dupper, &to->turned, &t.lower, &t.upper, &t.row, &to->probabilities};
+  float** parts[] = {&to->lower,  &to->upper, &to->row, &to->e, &to->dlower,       &to->dupper,
+                     &to->turned, &t.lower,   &t.upper, &t.row, &to->probabilities};
   int64_t used = 0;
   for (int i = 0; i < 11; ++i) *parts[i] = scratch + used, used += sizes[i];
   return used;
@@ -48,7 +57,8 @@ void add_slopes(const float* slopes, int64_t num_classes, vf to_lower, vf to_upp
   }
 }
 
-void add_gradient(const float* e, int64_t num_classes, vi own, vf sum, vf to_lower, vf to_upper, float* dlower, float* dupper) {
+void add_gradient(const float* e, int64_t num_classes, vi own, vf sum, vf to_lower, vf to_upper, float* dlower,
+                  float* dupper) {
   for (int64_t k = 0; k < num_classes; ++k, dlower += kPanel, dupper += kPanel) {
     vf slope = load(e + k * V) - select(own == (int32_t)k, sum, vf{});
     store(dlower, load(dlower) + slope * to_lower);
@@ -62,8 +72,10 @@ struct Totals {
   double loss = 0, weight = 0;
 };
 
-// The probabilities of a row of pixels: [K][V] of each vector of them; label [kPanel]: 0 where they do not sum to 0, else -1. How many do not.
-int read_probabilities(const UpsampledOptions& o, const Window& pixels, int64_t row, const Buffers& b, RowCache* cache, int32_t* label) {
+// The probabilities of a row of pixels: [K][V] of each vector of them; label [kPanel]: 0 where they do not sum to 0,
+// else -1. How many do not.
+int read_probabilities(const UpsampledOptions& o, const Window& pixels, int64_t row, const Buffers& b, RowCache* cache,
+                       int32_t* label) {
   const Upsampled& t = o.targets;
   const Window window = window_of(t, pixels.image, pixels.first_pixel);
   const int64_t num_classes = t.logits.dim, lower = t.y.lower[row], upper = t.y.upper[row];
@@ -80,35 +92,44 @@ int read_probabilities(const UpsampledOptions& o, const Window& pixels, int64_t 
     for (int64_t k = 0; v < window.count && k < num_classes; ++k) {
       const Taps taps = taps_of(t, window, v);
       const float* row_of_class = cache->row + k * node_stride(t);
-      const vf value = taps.near ? interpolate<true, false>(row_of_class, taps) : interpolate<false, false>(row_of_class, taps);
+      const vf value =
+          taps.near ? interpolate<true, false>(row_of_class, taps) : interpolate<false, false>(row_of_class, taps);
       store(b.probabilities + v * num_classes + k * V, value);
       sum += value;
     }
-    for (int i = 0; i < V; ++i) label[v + i] = v + i < window.count && sum[i] != 0 ? 0 : -1, labelled += label[v + i] == 0;
+    for (int i = 0; i < V; ++i)
+      label[v + i] = v + i < window.count && sum[i] != 0 ? 0 : -1, labelled += label[v + i] == 0;
   }
   return labelled;
 }
 
 // Labels and what a pixel's loss is multiplied by; how many pixels have a label.
-int read_pixels(const UpsampledCrossEntropy& a, const Window& window, int64_t row, const Span& span, Buffers& b, int32_t* label, float* scale,
-                Totals* totals) {
-  const int labelled = a.options && a.options->targets.logits.data ? read_probabilities(*a.options, window, row, b, &b.targets, label)
-                                                                   : read_labels(a.labels, a.pixels, span, label, a.first_bad);
+int read_pixels(const UpsampledCrossEntropy& a, const Window& window, int64_t row, const Span& span, Buffers& b,
+                int32_t* label, float* scale, Totals* totals) {
+  const int labelled = a.options && a.options->targets.logits.data
+                           ? read_probabilities(*a.options, window, row, b, &b.targets, label)
+                           : read_labels(a.labels, a.pixels, span, label, a.first_bad);
   if (!labelled) return 0;
   for (int p = 0; p < kPanel; ++p) scale[p] = label[p] < 0 ? 0.0f : a.class_weight ? a.class_weight[label[p]] : 1.0f;
-  if (a.class_weight) for (int p = 0; p < kPanel; ++p) totals->weight += scale[p];
-  else totals->weight += labelled;
-  if (a.options) for (int p = 0; p < kPanel; ++p) scale[p] = label[p] < 0 ? 0.0f : 1.0f;  // class weights are in the shares
+  if (a.class_weight)
+    for (int p = 0; p < kPanel; ++p) totals->weight += scale[p];
+  else
+    totals->weight += labelled;
+  if (a.options)
+    for (int p = 0; p < kPanel; ++p) scale[p] = label[p] < 0 ? 0.0f : 1.0f;  // class weights are in the shares
   scale_by(a.pixel_weight, a.pixels, span, label, scale);
   return labelled;
 }
 
-// One vector of pixels from `rows`, V pixels from the panel's pixel v on: their losses; their gradient to dlower and dupper.
+// One vector of pixels from `rows`, V pixels from the panel's pixel v on: their losses; their gradient to dlower and
+// dupper.
 template <bool kLow>
-vf plain_vector(const UpsampledCrossEntropy& a, const Window& window, int v, vi own, vf factor, float weight, const Buffers& b) {
+vf plain_vector(const UpsampledCrossEntropy& a, const Window& window, int v, vi own, vf factor, float weight,
+                const Buffers& b) {
   const Taps t = taps_of(a, window, v);
   vf top;
-  const Softmax s = t.near ? softmax<true, kLow>(a, b.row, t, own, b.e, &top) : softmax<false, kLow>(a, b.row, t, own, b.e, &top);
+  const Softmax s =
+      t.near ? softmax<true, kLow>(a, b.row, t, own, b.e, &top) : softmax<false, kLow>(a, b.row, t, own, b.e, &top);
   if (a.dlogits) {
     const vf slope = select(own < 0, vf{}, factor / s.sum);
     add_gradient(b.e, a.logits.dim, own, s.sum, slope * (1.0f - weight), slope * weight, b.dlower + v, b.dupper + v);
@@ -117,7 +138,8 @@ vf plain_vector(const UpsampledCrossEntropy& a, const Window& window, int v, vi 
 }
 
 template <bool kLow>
-vf vector_with_options(const UpsampledCrossEntropy& a, const Window& window, int v, vi own, vf factor, float weight, const Buffers& b) {
+vf vector_with_options(const UpsampledCrossEntropy& a, const Window& window, int v, vi own, vf factor, float weight,
+                       const Buffers& b) {
   const UpsampledOptions& o = *a.options;
   const int64_t num_classes = a.logits.dim;
   const Taps t = taps_of(a, window, v);
@@ -127,7 +149,8 @@ vf vector_with_options(const UpsampledCrossEntropy& a, const Window& window, int
                            : (t.near ? soft_cross_entropy<true, kLow>(a, o, b.row, t, targets, b.e)
                                      : soft_cross_entropy<false, kLow>(a, o, b.row, t, targets, b.e));
   if (a.dlogits) {
-    for (int64_t k = 0; k < num_classes; ++k) store(b.e + k * V, select(own < 0, vf{}, load(b.e + k * V)));  // an ignored NaN goes nowhere
+    for (int64_t k = 0; k < num_classes; ++k)
+      store(b.e + k * V, select(own < 0, vf{}, load(b.e + k * V)));  // an ignored NaN goes nowhere
     const vf slope = select(own < 0, vf{}, factor);
     add_slopes(b.e, num_classes, slope * (1.0f - weight), slope * weight, b.dlower + v, b.dupper + v);
   }
@@ -154,7 +177,8 @@ void row_of_pixels(const UpsampledCrossEntropy& a, const Window& window, int64_t
     }
     for (int i = 0; i < V; ++i) totals->loss += losses[i];
   }
-  if (a.loss_map) memcpy(a.loss_map + window.image * a.y.pixels * a.x.pixels + span.first, map, window.count * sizeof(float));
+  if (a.loss_map)
+    memcpy(a.loss_map + window.image * a.y.pixels * a.x.pixels + span.first, map, window.count * sizeof(float));
 }
 
 // ---- gradient out -----------------------------------------------------------------------------------------------
@@ -180,11 +204,13 @@ void sum_into_nodes(const Upsampled& a, const Window& window, const float* d, in
     }
   }
   store(turned + node * V, load(turned + node * V) + low);
-  if (node + 1 < window.nodes) store(turned + (node + 1) * V, load(turned + (node + 1) * V) + high);  // else its weight is 0
+  if (node + 1 < window.nodes)
+    store(turned + (node + 1) * V, load(turned + (node + 1) * V) + high);  // else its weight is 0
 }
 
 // d [K][kPanel] through the adjoint along the row, added to a row of nodes of every class.
-void add_to_nodes(const Upsampled& a, const Window& window, const float* d, float* turned, float* nodes, int64_t stride_k) {
+void add_to_nodes(const Upsampled& a, const Window& window, const float* d, float* turned, float* nodes,
+                  int64_t stride_k) {
   for (int64_t k = 0; k < a.logits.dim; k += V) {
     const int64_t classes = smaller(V, a.logits.dim - k);
     sum_into_nodes(a, window, d + k * kPanel, classes, turned);
@@ -211,7 +237,8 @@ GradientRow gradient_row(const UpsampledCrossEntropy& a, const Band& band, int64
 
 // False where an extreme logit was met, which kLow takes as it is.
 template <bool kLow>
-bool walk_panel(const UpsampledCrossEntropy& a, const Band& band, int64_t index, const Window& window, Buffers b, Totals* totals) {
+bool walk_panel(const UpsampledCrossEntropy& a, const Band& band, int64_t index, const Window& window, Buffers b,
+                Totals* totals) {
   const int64_t d_bytes = a.logits.dim * kPanel * sizeof(float);
   const float factor = kLow ? 1.0f : a.factor;
   auto give = [&](int64_t row) {

@@ -12,8 +12,9 @@ struct Softmax {
 };
 
 // e [K][V] = 2^(logit - top); their sum, and the logit of each pixel's own class.
-template <bool kNear, bool kLow>
-SPCL_INLINE void exponentials(const Upsampled& a, const float* rows, const Taps& t, vf top, vi own, float* e, vf* sum, vf* own_logit) {
+template <bool kNear, bool kLow> SPCL_INLINE
+void exponentials(const Upsampled& a, const float* rows, const Taps& t, vf top, vi own, float* e, vf* sum,
+                  vf* own_logit) {
   const int64_t stride = node_stride(a), num_classes = a.logits.dim;
   *sum = vf{}, *own_logit = vf{};
   for (int64_t first = 0; first < num_classes; first += kTermsAtOnce) {
@@ -30,14 +31,12 @@ SPCL_INLINE void exponentials(const Upsampled& a, const float* rows, const Taps&
 }
 
 // log(2^(top - logit)), the factor as in `power`.
-template <bool kLow>
-SPCL_INLINE vf log_ratio(vf top, vf logit, float factor) {
-  return kLow ? (top - logit) * kLn2 * factor : (top - logit) * kLn2;
-}
+template <bool kLow> SPCL_INLINE
+vf log_ratio(vf top, vf logit, float factor) { return kLow ? (top - logit) * kLn2 * factor : (top - logit) * kLn2; }
 
 // Of pixels whose class is `own` (-1: none), or -2 where no class is anybody's own.
-template <bool kNear, bool kLow>
-SPCL_INLINE Softmax softmax(const Upsampled& a, const float* rows, const Taps& t, vi own, float* e, vf* top) {
+template <bool kNear, bool kLow> SPCL_INLINE
+Softmax softmax(const Upsampled& a, const float* rows, const Taps& t, vi own, float* e, vf* top) {
   const int64_t stride = node_stride(a), num_classes = a.logits.dim;
   vf sum, own_logit;
   *top = interpolate<kNear, kLow>(rows + num_classes * stride, t);
@@ -45,7 +44,8 @@ SPCL_INLINE Softmax softmax(const Upsampled& a, const float* rows, const Taps& t
   if (any(~(sum > kSmallestSum))) {  // the bound lies far above the largest logit, or something is not finite
     *top = largest<kNear, kLow>(rows, stride, num_classes, t);
     exponentials<kNear, kLow>(a, rows, t, *top, own, e, &sum, &own_logit);
-    for (int64_t k = 0; k < num_classes; ++k) store(e + k * V, select(own == -1, vf{}, load(e + k * V)));  // an ignored NaN goes nowhere
+    for (int64_t k = 0; k < num_classes; ++k)
+      store(e + k * V, select(own == -1, vf{}, load(e + k * V)));  // an ignored NaN goes nowhere
   }
   return {sum, log_ratio<kLow>(*top, own_logit, a.factor) + log(sum)};
 }
@@ -58,14 +58,16 @@ struct VectorTargets {
   const float* probabilities;  // [K][V] or nullptr
 };
 
-SPCL_INLINE vf target_of(const UpsampledOptions& o, const VectorTargets& t, int64_t k) {
+SPCL_INLINE
+vf target_of(const UpsampledOptions& o, const VectorTargets& t, int64_t k) {
   if (t.probabilities) return load(t.probabilities + k * V) * o.share[k] + o.background[k];
   return select(t.own == (int32_t)k, splat(o.share[k]), vf{}) + o.background[k];
 }
 
 // e becomes the slopes by the logits (in natural logarithms). Returns the loss.
 template <bool kNear, bool kLow>
-vf soft_cross_entropy(const Upsampled& a, const UpsampledOptions& o, const float* rows, const Taps& taps, const VectorTargets& targets, float* e) {
+vf soft_cross_entropy(const Upsampled& a, const UpsampledOptions& o, const float* rows, const Taps& taps,
+                      const VectorTargets& targets, float* e) {
   vf top, loss = {}, whole = {};
   const Softmax s = softmax<kNear, kLow>(a, rows, taps, splat((int32_t)-2), e, &top);
   const vf rest = log(s.sum), inverse = 1.0f / s.sum;
@@ -78,9 +80,11 @@ vf soft_cross_entropy(const Upsampled& a, const UpsampledOptions& o, const float
   return loss;
 }
 
-// As soft_cross_entropy; of each class's own decision: scale_k (1 - p_t)^gamma BCE(z_k, t_k), 1 - p_t = p (1 - t) + (1 - p) t.
+// As soft_cross_entropy; of each class's own decision: scale_k (1 - p_t)^gamma BCE(z_k, t_k), 1 - p_t = p (1 - t) + (1
+// - p) t.
 template <bool kNear, bool kLow>
-vf binary_cross_entropy(const Upsampled& a, const UpsampledOptions& o, const float* rows, const Taps& taps, const VectorTargets& targets, float* e) {
+vf binary_cross_entropy(const Upsampled& a, const UpsampledOptions& o, const float* rows, const Taps& taps,
+                        const VectorTargets& targets, float* e) {
   vf sum = {};
   for (int64_t k = 0; k < a.logits.dim; ++k) {
     const vf t = target_of(o, targets, k);

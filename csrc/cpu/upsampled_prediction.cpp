@@ -1,4 +1,5 @@
-// upsampled_prediction, one band of cells at a time: each pixel's most likely class and its probability. Compiled once per instruction set.
+// upsampled_prediction, one band of cells at a time: each pixel's most likely class and its probability. Compiled once
+// per instruction set.
 #include "upsample.h"
 
 namespace spcl {
@@ -6,15 +7,16 @@ namespace SPCL_ISA {
 namespace {
 
 // The same pixels with the other of two products fused into their sum: the bits that this op has always had.
-SPCL_INLINE Taps swapped(const Taps& t) { return {t.first, t.upper, t.lower, t.of_upper, t.of_lower, t.near}; }
+SPCL_INLINE
+Taps swapped(const Taps& t) { return {t.first, t.upper, t.lower, t.of_upper, t.of_lower, t.near}; }
 
 struct Best {
   vf logit, sum;  // the largest logit, and the sum of 2^(logit - top)
   vi label;
 };
 
-template <bool kNear, bool kLow>
-SPCL_INLINE Best search(const float* rows, int64_t stride, int64_t num_classes, const Taps& t, vf top, float factor) {
+template <bool kNear, bool kLow> SPCL_INLINE
+Best search(const float* rows, int64_t stride, int64_t num_classes, const Taps& t, vf top, float factor) {
   Best best = {splat(-__builtin_inff()), vf{}, vi{}};
   for (int64_t first = 0; first < num_classes; first += kTermsAtOnce) {
     vf part = {};
@@ -36,7 +38,8 @@ vi predict(const UpsampledPrediction& a, const float* rows, const Taps& t, float
   const int64_t stride = node_stride(a), num_classes = a.logits.dim;
   vf top = interpolate<kNear, kLow>(rows + num_classes * stride, t);
   Best best = search<kNear, kLow>(rows, stride, num_classes, t, top, a.factor);
-  if (any(~(best.sum > kSmallestSum))) top = best.logit, best = search<kNear, kLow>(rows, stride, num_classes, t, top, a.factor);
+  if (any(~(best.sum > kSmallestSum)))
+    top = best.logit, best = search<kNear, kLow>(rows, stride, num_classes, t, top, a.factor);
   store(confidence, power<kLow>(best.logit, top, a.factor) / best.sum);
   return best.label;
 }
@@ -56,17 +59,19 @@ void row_of_pixels(const UpsampledPrediction& a, const Window& window, int64_t r
   alignas(64) float confidence[kPanel];
   for (int v = 0; v < window.count; v += V) {
     const Taps t = swapped(taps_of(a, window, v));
-    const vi label = t.near ? predict<true, kLow>(a, blended, t, confidence + v) : predict<false, kLow>(a, blended, t, confidence + v);
+    const vi label = t.near ? predict<true, kLow>(a, blended, t, confidence + v)
+                            : predict<false, kLow>(a, blended, t, confidence + v);
     const int count = (int)smaller(V, window.count - v);
-    if (a.wide_labels) write_labels<int32_t>(a, at + v, label, confidence + v, count);
-    else write_labels<uint8_t>(a, at + v, label, confidence + v, count);
+    if (a.wide_labels)
+      write_labels<int32_t>(a, at + v, label, confidence + v, count);
+    else
+      write_labels<uint8_t>(a, at + v, label, confidence + v, count);
   }
   memcpy(a.confidence + at, confidence, window.count * sizeof(float));
 }
 
 // False where an extreme logit was met, which kLow takes as it is.
-template <bool kLow>
-bool walk_band(const UpsampledPrediction& a, const Band& band, float* scratch) {
+template <bool kLow> bool walk_band(const UpsampledPrediction& a, const Band& band, float* scratch) {
   const int64_t size = a.logits.dim * node_stride(a);
   const float factor = kLow ? 1.0f : a.factor;
   for (int64_t pixel = 0; pixel < a.x.pixels; pixel += kPanel) {

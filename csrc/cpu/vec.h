@@ -1,5 +1,6 @@
-// The vector layer: one source for every instruction set, written with the compiler's vector extensions. V floats a register.
-// Include only from files that are compiled per instruction set; everything is static, inside the namespace of that set.
+// The vector layer: one source for every instruction set, written with the compiler's vector extensions. V floats a
+// register. Include only from files that are compiled per instruction set; everything is static, inside the namespace
+// of that set.
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -25,54 +26,89 @@ namespace spcl {
 namespace SPCL_ISA {
 
 constexpr int V = SPCL_V;
-constexpr int kStep = V == 16 ? 4 : 2;  // vectors of a row that a matrix microkernel holds: 6 x 4 of 32 registers, 6 x 2 of 16
-constexpr int kMaxRows = 6;             // rows of such a microkernel
+constexpr int kStep =
+    V == 16 ? 4 : 2;         // vectors of a row that a matrix microkernel holds: 6 x 4 of 32 registers, 6 x 2 of 16
+constexpr int kMaxRows = 6;  // rows of such a microkernel
 
 typedef float vf __attribute__((vector_size(V * 4)));
 typedef int32_t vi __attribute__((vector_size(V * 4)));
 typedef uint32_t vu __attribute__((vector_size(V * 4)));
 typedef uint16_t vh __attribute__((vector_size(V * 2)));
 
-SPCL_INLINE vf load(const float* p) { vf v; memcpy(&v, p, sizeof v); return v; }
-SPCL_INLINE vi load(const int32_t* p) { vi v; memcpy(&v, p, sizeof v); return v; }
-SPCL_INLINE void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
+SPCL_INLINE
+vf load(const float* p) {
+  vf v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+SPCL_INLINE
+vi load(const int32_t* p) {
+  vi v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+SPCL_INLINE
+void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
 #if defined(__AVX512F__)
-SPCL_INLINE void store_past_cache(float* p, vf v) { _mm512_stream_ps(p, (__m512)v); }
+SPCL_INLINE
+void store_past_cache(float* p, vf v) { _mm512_stream_ps(p, (__m512)v); }
 #elif defined(__AVX2__)
-SPCL_INLINE void store_past_cache(float* p, vf v) { _mm256_stream_ps(p, (__m256)v); }
+SPCL_INLINE
+void store_past_cache(float* p, vf v) { _mm256_stream_ps(p, (__m256)v); }
 #elif defined(__SSE2__)
-SPCL_INLINE void store_past_cache(float* p, vf v) { _mm_stream_ps(p, (__m128)v); }
+SPCL_INLINE
+void store_past_cache(float* p, vf v) { _mm_stream_ps(p, (__m128)v); }
 #else
-SPCL_INLINE void store_past_cache(float* p, vf v) { store(p, v); }
+SPCL_INLINE
+void store_past_cache(float* p, vf v) { store(p, v); }
 #endif
 // Stores past the cache are not ordered by themselves: call before others may read them.
-SPCL_INLINE void finish_stores() {
+SPCL_INLINE
+void finish_stores() {
 #if defined(__SSE2__)
   _mm_sfence();
 #endif
 }
-SPCL_INLINE vf splat(float s) { return s - vf{}; }
-SPCL_INLINE vi splat(int32_t s) { return s - vi{}; }
-SPCL_INLINE vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+SPCL_INLINE
+vf splat(float s) { return s - vf{}; }
+SPCL_INLINE
+vi splat(int32_t s) { return s - vi{}; }
+SPCL_INLINE
+vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 // a * b + c, fused where the level can: for a sum of two products, where the compiler may fuse either.
 #if defined(__AVX512F__)
-SPCL_INLINE vf fused(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+SPCL_INLINE
+vf fused(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 #elif defined(__AVX2__)
-SPCL_INLINE vf fused(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+SPCL_INLINE
+vf fused(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 #else
-SPCL_INLINE vf fused(vf a, vf b, vf c) { return a * b + c; }
+SPCL_INLINE
+vf fused(vf a, vf b, vf c) { return a * b + c; }
 #endif
-SPCL_INLINE vf larger(vf a, vf b) { return select(a > b, a, b); }  // b where a is NaN
+SPCL_INLINE
+vf larger(vf a, vf b) { return select(a > b, a, b); }  // b where a is NaN
 
 // ---- 16-bit floats ----------------------------------------------------------------------------------------------
 
-struct bfloat16 { uint16_t bits; };
-struct float16 { uint16_t bits; };
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
 
-SPCL_INLINE vh load_bits(const void* p) { vh v; memcpy(&v, p, sizeof v); return v; }
-SPCL_INLINE vf load(const bfloat16* p) { return (vf)(__builtin_convertvector(load_bits(p), vu) << 16); }
+SPCL_INLINE
+vh load_bits(const void* p) {
+  vh v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+SPCL_INLINE
+vf load(const bfloat16* p) { return (vf)(__builtin_convertvector(load_bits(p), vu) << 16); }
 
-SPCL_INLINE void store(bfloat16* p, vf v) {
+SPCL_INLINE
+void store(bfloat16* p, vf v) {
   vu bits = (vu)v;
   vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
   vi is_nan = v != v;
@@ -81,13 +117,18 @@ SPCL_INLINE void store(bfloat16* p, vf v) {
 }
 
 #if defined(__AVX512F__)
-SPCL_INLINE vf load(const float16* p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
-SPCL_INLINE void store(float16* p, vf v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, 0)); }
+SPCL_INLINE
+vf load(const float16* p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+SPCL_INLINE
+void store(float16* p, vf v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, 0)); }
 #elif defined(__AVX2__)
-SPCL_INLINE vf load(const float16* p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
-SPCL_INLINE void store(float16* p, vf v) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, 0)); }
+SPCL_INLINE
+vf load(const float16* p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+SPCL_INLINE
+void store(float16* p, vf v) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, 0)); }
 #else
-SPCL_INLINE vf load(const float16* p) {
+SPCL_INLINE
+vf load(const float16* p) {
   vu half = __builtin_convertvector(load_bits(p), vu);
   vu sign = (half & 0x8000) << 16;
   vf normal = (vf)((half & 0x7fff) << 13) * 0x1p112f;  // the exponent's bias, and subnormals come out right
@@ -95,10 +136,11 @@ SPCL_INLINE vf load(const float16* p) {
   vu bits = (vu)select(special, (vf)(((half & 0x7fff) << 13) | 0x7f800000), normal);
   return (vf)(bits | sign);
 }
-SPCL_INLINE void store(float16* p, vf v) {
+SPCL_INLINE
+void store(float16* p, vf v) {
   vu bits = (vu)v, sign = (bits >> 16) & 0x8000;
   vf size = (vf)(bits & 0x7fffffff);
-  vu small = (vu)(size + 0.5f) - (vu)splat(0.5f);                              // subnormals: the addition rounds to multiples of 2^-24
+  vu small = (vu)(size + 0.5f) - (vu)splat(0.5f);  // subnormals: the addition rounds to multiples of 2^-24
   vu mag = (vu)size;
   vu normal = (mag + 0xfff + ((mag >> 13) & 1) - (112u << 23)) >> 13;
   vu out = (vu)select(size < 0x1p-14f, (vf)small, (vf)normal);
@@ -110,39 +152,39 @@ SPCL_INLINE void store(float16* p, vf v) {
 #endif
 
 // One value, by way of a vector: only tails and odd layouts come here.
-template <class T>
-SPCL_INLINE float load_one(const T* p) {
+template <class T> SPCL_INLINE
+float load_one(const T* p) {
   T lane[V] = {*p};
   return load(lane)[0];
 }
-template <>
-inline __attribute__((always_inline)) float load_one(const float* p) { return *p; }
+template <> inline __attribute__((always_inline)) float load_one(const float* p) { return *p; }
 
 // The first `count` < V values, and zeros.
-template <class T>
-SPCL_INLINE vf load_first(const T* p, int64_t count) {
+template <class T> SPCL_INLINE
+vf load_first(const T* p, int64_t count) {
   T lane[V] = {};
   for (int64_t i = 0; i < count; ++i) lane[i] = p[i];
   return load(lane);
 }
 #if defined(__AVX512F__)
-template <>
-inline __attribute__((always_inline)) vf load_first(const float* p, int64_t count) { return (vf)_mm512_maskz_loadu_ps((1u << count) - 1, p); }
+template <> inline __attribute__((always_inline)) vf load_first(const float* p, int64_t count) {
+  return (vf)_mm512_maskz_loadu_ps((1u << count) - 1, p);
+}
 #endif
 
-template <class T>
-SPCL_INLINE void store_one(T* p, float value) {
+template <class T> SPCL_INLINE
+void store_one(T* p, float value) {
   T lane[V];
   store(lane, splat(value));
   *p = lane[0];
 }
-template <>
-inline __attribute__((always_inline)) void store_one(float* p, float value) { *p = value; }
+template <> inline __attribute__((always_inline)) void store_one(float* p, float value) { *p = value; }
 
 // ---- lanes ------------------------------------------------------------------------------------------------------
 
 // Whether a lane of a comparison is true.
-SPCL_INLINE bool any(vi mask) {
+SPCL_INLINE
+bool any(vi mask) {
 #if defined(__AVX512F__)
   return _mm512_movepi32_mask((__m512i)mask) != 0;
 #elif defined(__AVX2__)
@@ -157,7 +199,8 @@ SPCL_INLINE bool any(vi mask) {
 }
 
 // Lane i: from[index[i]], for indices below V.
-SPCL_INLINE vf permute(vf from, vi index) {
+SPCL_INLINE
+vf permute(vf from, vi index) {
 #if defined(__AVX512F__)
   return (vf)_mm512_permutexvar_ps((__m512i)index, (__m512)from);
 #elif defined(__AVX2__)
@@ -169,7 +212,8 @@ SPCL_INLINE vf permute(vf from, vi index) {
 #endif
 }
 
-SPCL_INLINE vf gather(const float* from, vi index) {
+SPCL_INLINE
+vf gather(const float* from, vi index) {
 #if defined(__AVX512F__)
   return (vf)_mm512_i32gather_ps((__m512i)index, from, 4);
 #elif defined(__AVX2__)
@@ -184,7 +228,8 @@ SPCL_INLINE vf gather(const float* from, vi index) {
 // ---- exp and log ------------------------------------------------------------------------------------------------
 
 // Within 1 ulp on [-87, 88]; 0 below, NaN for NaN.
-SPCL_INLINE vf exp(vf x) {
+SPCL_INLINE
+vf exp(vf x) {
   const vf magic = splat(0x1.8p23f);  // adding it rounds to an integer, which then stands in the low bits
   vf clipped = select(x > 88.0f, splat(88.0f), select(x < -87.3f, splat(-87.3f), x));
   vf shifted = clipped * 1.44269504088896f + magic;
@@ -198,13 +243,16 @@ SPCL_INLINE vf exp(vf x) {
   q = q * r + 1.6666665459e-1f;
   q = q * r + 5.0000001201e-1f;
   q = q * (r * r) + r + 1.0f;
-  vf scaled = (vf)((vi)q + ((vi)shifted << 23));  // the low bits of `shifted` are n; what is above them leaves by the left
+  vf scaled =
+      (vf)((vi)q + ((vi)shifted << 23));  // the low bits of `shifted` are n; what is above them leaves by the left
   vf result = select(x < -87.3f, vf{}, scaled);
   return select(x != x, x, result);
 }
 
-// 2^x for x <= 100, within 1 ulp; 2^-100 below that; NaN for NaN. Where the sum of such numbers is what counts: no subnormals, few steps.
-SPCL_INLINE vf exp2(vf x) {
+// 2^x for x <= 100, within 1 ulp; 2^-100 below that; NaN for NaN. Where the sum of such numbers is what counts: no
+// subnormals, few steps.
+SPCL_INLINE
+vf exp2(vf x) {
   x = larger(splat(-100.0f), x);
 #if defined(__AVX512F__)
   vf n = (vf)_mm512_roundscale_ps((__m512)x, 0);
@@ -226,8 +274,10 @@ SPCL_INLINE vf exp2(vf x) {
 #endif
 }
 
-// Of normal positive numbers, within 1 ulp; NaN for NaN and for infinity (the sums of exponentials here are finite or NaN).
-SPCL_INLINE vf log(vf x) {
+// Of normal positive numbers, within 1 ulp; NaN for NaN and for infinity (the sums of exponentials here are finite or
+// NaN).
+SPCL_INLINE
+vf log(vf x) {
   vi bits = (vi)x;
   vi over = (bits & 0x007fffff) > 0x003504f3;  // mantissa above sqrt(2): halve it
   vi e = ((bits >> 23) - 127) - over;
@@ -246,10 +296,12 @@ SPCL_INLINE vf log(vf x) {
   return (r + y) + n * 0.693359375f + (x - x);
 }
 
-SPCL_INLINE vf magnitude(vf x) { return (vf)((vi)x & 0x7fffffff); }
+SPCL_INLINE
+vf magnitude(vf x) { return (vf)((vi)x & 0x7fffffff); }
 
 // log(1 + x) of 0 to 1, without losing a small x.
-SPCL_INLINE vf log1p(vf x) {
+SPCL_INLINE
+vf log1p(vf x) {
   vf sum = 1.0f + x;
   return select(sum == 1.0f, x, log(sum) * (x / (sum - 1.0f)));
 }
@@ -267,7 +319,8 @@ SPCL_INLINE vf log1p(vf x) {
 #define SPCL_HIGH (vi{2, 6, 3, 7})
 #endif
 #if defined(__clang__)
-SPCL_INLINE vf SPCL_SHUFFLE(vf a, vf b, vi index) {
+SPCL_INLINE
+vf SPCL_SHUFFLE(vf a, vf b, vi index) {
   float both[2 * V], out[V];
   store(both, a), store(both + V, b);
   for (int i = 0; i < V; ++i) out[i] = both[index[i]];
@@ -277,13 +330,15 @@ SPCL_INLINE vf SPCL_SHUFFLE(vf a, vf b, vi index) {
 #define SPCL_SHUFFLE __builtin_shuffle
 #endif
 
-SPCL_INLINE vf square_root(vf x) {
+SPCL_INLINE
+vf square_root(vf x) {
   for (int i = 0; i < V; ++i) x[i] = __builtin_sqrtf(x[i]);
   return x;
 }
 
 // V x V, in place: log2(V) rounds of interleaving row i with row i + V/2.
-SPCL_INLINE void transpose(vf (&r)[V]) {
+SPCL_INLINE
+void transpose(vf (&r)[V]) {
   for (int width = 1; width < V; width *= 2) {
     vf t[V];
     for (int i = 0; i < V / 2; ++i) {
@@ -291,95 +346,6 @@ SPCL_INLINE void transpose(vf (&r)[V]) {
       t[2 * i + 1] = SPCL_SHUFFLE(r[i], r[i + V / 2], SPCL_HIGH);
     }
     for (int i = 0; i < V; ++i) r[i] = t[i];
-  }
-}
-
-// ---- matrix product ---------------------------------------------------------------------------------------------
-
-// c[M][kPanel] (+)= a[n][M]^T b[n][kPanel]: the one kernel under the logits and the gradient.
-// The chunk's sum starts at 0 and is added whole: a blocked sum, which loses less than one long chain.
-template <int M>
-SPCL_INLINE void product_block(const float* __restrict a, int64_t n, const float* __restrict b, float* __restrict c, bool add) {
-  for (int s = 0; s < kPanel; s += kStep * V) {
-    vf acc[M][kStep];
-    for (int i = 0; i < M; ++i)
-      for (int v = 0; v < kStep; ++v) acc[i][v] = vf{};
-    for (int64_t j = 0; j < n; ++j) {
-      vf row[kStep];
-      for (int v = 0; v < kStep; ++v) row[v] = load(b + j * kPanel + s + v * V);
-      for (int i = 0; i < M; ++i)
-        for (int v = 0; v < kStep; ++v) acc[i][v] += a[j * M + i] * row[v];
-    }
-    for (int i = 0; i < M; ++i)
-      for (int v = 0; v < kStep; ++v) {
-        float* to = c + i * kPanel + s + v * V;
-        store(to, add ? load(to) + acc[i][v] : acc[i][v]);
-      }
-  }
-}
-
-// The same of an operand that lies anywhere, a[i * stride_i + j * stride_j], and rows of c that are stride_c apart.
-template <int M>
-SPCL_INLINE void strided_block(const float* __restrict a, int64_t stride_i, int64_t stride_j, int64_t n, const float* __restrict b,
-                               float* __restrict c, int64_t stride_c, bool add) {
-  for (int s = 0; s < kPanel; s += kStep * V) {
-    vf acc[M][kStep];
-    for (int i = 0; i < M; ++i)
-      for (int v = 0; v < kStep; ++v) acc[i][v] = vf{};
-    const float* at = a;
-    for (int64_t j = 0; j < n; ++j, at += stride_j) {
-      vf row[kStep];
-      for (int v = 0; v < kStep; ++v) row[v] = load(b + j * kPanel + s + v * V);
-      for (int i = 0; i < M; ++i)
-        for (int v = 0; v < kStep; ++v) acc[i][v] += at[i * stride_i] * row[v];
-    }
-    for (int i = 0; i < M; ++i)
-      for (int v = 0; v < kStep; ++v) {
-        float* to = c + i * stride_c + s + v * V;
-        store(to, add ? load(to) + acc[i][v] : acc[i][v]);
-      }
-  }
-}
-
-SPCL_LOCAL void strided_product(const float* a, int64_t rows, int64_t stride_i, int64_t stride_j, int64_t n, const float* b, float* c, int64_t stride_c,
-                                bool add) {
-  int64_t i = 0;
-  for (; i + 6 <= rows; i += 6) strided_block<6>(a + i * stride_i, stride_i, stride_j, n, b, c + i * stride_c, stride_c, add);
-  for (; i < rows; ++i) strided_block<1>(a + i * stride_i, stride_i, stride_j, n, b, c + i * stride_c, stride_c, add);
-}
-
-// Memory that is wanted soon: rows of `lines` cache lines. Asked for a few lines at a time between blocks of arithmetic, because a burst
-// of prefetches stalls where the same ones spread out are hidden.
-struct Ahead {
-  const char* from;
-  int64_t stride, rows;
-  int lines;
-};
-
-SPCL_INLINE void fetch_part(const Ahead& ahead, int64_t part, int64_t parts) {
-  for (int64_t row = ahead.rows * part / parts; row < ahead.rows * (part + 1) / parts; ++row)
-    for (int line = 0; line < ahead.lines; ++line) __builtin_prefetch(ahead.from + row * ahead.stride + line * 64, 0, 3);
-}
-
-template <int M>
-SPCL_INLINE void product_blocks(const Panels& a, int64_t first, int64_t last, int64_t j0, int64_t n, const float* b, float* c, bool add,
-                                const Ahead& ahead) {
-  for (int64_t block = first; block < last; ++block, c += M * kPanel) {
-    fetch_part(ahead, block - first, last - first);
-    product_block<M>(a.data + (block * a.length + j0) * M, n, b, c, add);
-  }
-}
-
-// Blocks [first, last) of `a`, contraction over its [j0, j0 + n).
-SPCL_LOCAL void product(const Panels& a, int64_t first, int64_t last, int64_t j0, int64_t n, const float* b, float* c, bool add,
-                        const Ahead& ahead) {
-  switch (a.rows) {
-    case 1: return product_blocks<1>(a, first, last, j0, n, b, c, add, ahead);
-    case 2: return product_blocks<2>(a, first, last, j0, n, b, c, add, ahead);
-    case 3: return product_blocks<3>(a, first, last, j0, n, b, c, add, ahead);
-    case 4: return product_blocks<4>(a, first, last, j0, n, b, c, add, ahead);
-    case 5: return product_blocks<5>(a, first, last, j0, n, b, c, add, ahead);
-    default: return product_blocks<6>(a, first, last, j0, n, b, c, add, ahead);
   }
 }
 
