@@ -1,6 +1,6 @@
-"""README's tables and pictures, from the result files alone: `make figures`.
+"""Tables and pictures of README and docs/losses.md, from the result files and the backends alone: `make figures`.
 
-python -m benchmarks.figures                         tables between README's markers, docs/pictures/speed.png and memory.png
+python -m benchmarks.figures                         tables between the pages' markers, docs/pictures/speed.png and memory.png
 python -m benchmarks.figures --overlays runs/demo    docs/pictures/overlays.png, too: a run's images before and after adaptation
 """
 
@@ -10,12 +10,15 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import RESULTS, ROOT
 from benchmarks.adaptation.lines import Spread, by_setting, miou, paired, spread
+from spcl_fast import backends, catalog
+from spcl_fast.backends import contract
 
-README, PICTURES = ROOT / "README.md", ROOT / "docs" / "pictures"
+README, LOSSES, PICTURES = ROOT / "README.md", ROOT / "docs" / "losses.md", ROOT / "docs" / "pictures"
 LINES = ROOT / "benchmarks" / "adaptation" / "results"
 OURS, GREY, DARK = "#0072B2", "#B0B0B0", "#5A5A5A"
 # op -> the formula that its users have, and the fastest other one
@@ -114,15 +117,52 @@ def demo_table() -> str:
     return markdown(["generated pair, mIoU in percent", *NETS[:4], "distilled − control"], rows)
 
 
-TABLES = {"speed": speed_table, "memory": memory_table, "adaptation": adaptation_table, "demo": demo_table}
+def backends_table() -> str:
+    """Which option of which op each compiled backend has; what it lacks, `reference` does."""
+    homes = {row.name: catalog.load(row.home) for row in catalog.BACKENDS if row.name != "reference"}
+    has = {name: dict(home.OPTIONS) for name, home in homes.items()}
+    rows = []
+    for op in backends.OPS:
+        rows.append([f"**`{op}`**", *("yes" if op in options else "no" for options in has.values())])
+        used = [need for need in contract.NEEDS if any(need in options.get(op, ()) for options in has.values())]
+        rows += [
+            [
+                OPTION_WORDS.get(need, f"`{need}`"),
+                *("yes" if need in options.get(op, ()) else "no" for options in has.values()),
+            ]
+            for need in used
+        ]
+    return markdown(["op and option", *(f"`{name}`" for name in has)], rows)
 
 
-def filled(text: str) -> str:
-    """README with every table between `<!-- NAME -->` and `<!-- /NAME -->` made anew; KeyError where a marker is missing."""
-    for name, table in TABLES.items():
+OPTION_WORDS = {
+    "per_image_prototypes": "prototypes `[B, K, D]`",
+    "tensor_temperature": "temperature as a tensor",
+    "probabilities": "probabilities as labels",
+    "teacher": "`TeacherTargets` as labels",
+    "no_positive_variance": "`positive_variance=False`",
+    "sigmoid": '`loss="sigmoid"`',
+    "dbias": "gradient of the bias",
+    "dtemperature": "gradient of the temperature",
+    "focal": "`gamma` above 0",
+    "int32_labels": "more than 255 classes",
+}
+TABLES = {
+    README: {"speed": speed_table, "memory": memory_table, "adaptation": adaptation_table, "demo": demo_table},
+    LOSSES: {"backends": backends_table},
+}
+
+
+def filled(page: Path) -> str:
+    """A page with every table between `<!-- NAME -->` and `<!-- /NAME -->` made anew; KeyError where a marker is missing."""
+    return refilled(page.read_text(encoding="utf-8"), TABLES[page])
+
+
+def refilled(text: str, tables: dict[str, Callable[[], str]]) -> str:
+    for name, table in tables.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(text):
-            raise KeyError(f"README.md has no markers <!-- {name} --> and <!-- /{name} -->")
+            raise KeyError(f"there are no markers <!-- {name} --> and <!-- /{name} -->")
         text = pattern.sub(lambda match, table=table: f"{match[1]}{table()}\n{match[2]}", text)
     return text
 
@@ -231,13 +271,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--overlays", metavar="RUN", type=Path, help="a finished run, such as runs/demo")
     options = parser.parse_args(argv)
-    README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in TABLES:
+        page.write_text(filled(page), encoding="utf-8")
     PICTURES.mkdir(exist_ok=True)
     draw_speed(PICTURES / "speed.png")
     draw_memory(PICTURES / "memory.png")
     if options.overlays:
         draw_overlays(options.overlays, PICTURES / "overlays.png")
-    print(f"tables: {README}\npictures: {', '.join(sorted(path.name for path in PICTURES.glob('*.png')))}")
+    print(
+        f"tables: {', '.join(page.name for page in TABLES)}\npictures: {', '.join(sorted(path.name for path in PICTURES.glob('*.png')))}"
+    )
     return 0
 
 

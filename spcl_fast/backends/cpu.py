@@ -32,7 +32,7 @@ from .labels import bad_label_message, check_probabilities
 
 _ROWS = {"variances", "per_image_prototypes", "bias", "tensor_temperature", "prototype_class", "dbias", "dtemperature"}
 _LOSS = {"probabilities", "label_smoothing", "denominator"}
-_NEEDS = {  # the ops, and the options that each has
+OPTIONS = {  # the ops, and the options that each has
     "prototype_contrastive_loss": _ROWS | _LOSS | {"teacher", "margin", "no_positive_variance", "sigmoid"},
     "class_moments": {"pixel_weight"},
     "upsampled_cross_entropy": _LOSS,
@@ -68,13 +68,13 @@ _ops = torch.ops.spcl_fast_cpu
 def why_not(ask: Ask) -> str | None:
     if _MISSING is not None:
         return _MISSING
-    if ask.op not in _NEEDS:
-        return f"the C++ backend has no {ask.op}; it has {' and '.join(_NEEDS)}"
+    if ask.op not in OPTIONS:
+        return f"the C++ backend has no {ask.op}; it has {' and '.join(OPTIONS)}"
     if ask.device.type != "cpu":
         return f"the C++ backend works on CPU tensors, not on {ask.device}"
     if ask.dtype not in _DTYPES:
         return f"the C++ backend takes float32, bfloat16 and float16 features, not {ask.dtype}; the reference backend takes float64"
-    missing = ask.needs - _NEEDS[ask.op]
+    missing = ask.needs - OPTIONS[ask.op]
     if missing:
         return f"the C++ backend's {ask.op} has no {', no '.join(f'`{need}`' for need in sorted(missing))}; the reference backend has"
     if "teacher" in ask.needs and ask.needs & _NOT_STREAMED:

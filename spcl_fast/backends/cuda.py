@@ -30,17 +30,16 @@ from .contract import (
 )
 from .labels import label_flag
 
-OPS = ("prototype_contrastive_loss", "class_moments", "upsampled_cross_entropy", "upsampled_prediction")
 _MAX_CLASSES = {
     "prototype_contrastive_loss": 65536,  # tried up to there
     "upsampled_cross_entropy": 32767,  # a class is an int16 in shared memory
 }
-# The options that each op has.
-_NEEDS = {
+OPTIONS = {  # the ops, and the options that each has
     "prototype_contrastive_loss": frozenset(
         {"per_image_prototypes", "bias", "tensor_temperature", "probabilities", "label_smoothing", "margin", "denominator", "sigmoid",
          "dbias", "dtemperature"}
     ),
+    "class_moments": frozenset(),
     "upsampled_cross_entropy": frozenset({"denominator"}),
     "upsampled_prediction": frozenset({"int32_labels"}),
 }  # fmt: skip
@@ -72,11 +71,11 @@ def why_not(ask: Ask) -> str | None:
     op, device = ask.op, ask.device
     if device.type not in _DEVICES:
         return f"the CUDA kernels work on CUDA tensors, not on {device}"
-    if op not in OPS:
-        return f"the CUDA backend has no {op}; it has {' and '.join(OPS)}"
+    if op not in OPTIONS:
+        return f"the CUDA backend has no {op}; it has {' and '.join(OPTIONS)}"
     if ask.dtype not in _DTYPES:
         return f"the CUDA kernels take float32, bfloat16 and float16, not {str(ask.dtype).removeprefix('torch.')}"
-    lacks = ask.needs - _NEEDS.get(op, frozenset())
+    lacks = ask.needs - OPTIONS[op]
     if lacks:
         return f"{op} in CUDA has no {', no '.join(f'`{need}`' for need in sorted(lacks))}; use backend='reference'"
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:

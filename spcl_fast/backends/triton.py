@@ -33,16 +33,6 @@ from .contract import (
 )
 from .labels import BAD_PROBABILITY, label_flag
 
-_OPS = (
-    "prototype_contrastive_loss",
-    "prototype_logits",
-    "balance_",
-    "class_moments",
-    "upsampled_cross_entropy",
-    "upsampled_binary_cross_entropy",
-    "upsampled_prediction",
-    "upsampled_confusion",
-)
 _LOGITS = {
     "variances",
     "per_image_prototypes",
@@ -52,7 +42,7 @@ _LOGITS = {
     "dbias",
     "dtemperature",
 }
-_NEEDS = {  # the options that each op has
+OPTIONS = {  # the ops, and the options that each has
     "prototype_contrastive_loss": frozenset(
         {
             *_LOGITS, "probabilities", "teacher", "label_smoothing", "margin", "no_positive_variance", "denominator", "sigmoid",
@@ -63,6 +53,8 @@ _NEEDS = {  # the options that each op has
     "upsampled_cross_entropy": frozenset({"denominator", "label_smoothing", "probabilities"}),
     "upsampled_binary_cross_entropy": frozenset({"denominator", "focal"}),
     "upsampled_prediction": frozenset({"int32_labels"}),
+    "upsampled_confusion": frozenset(),
+    "balance_": frozenset(),
 }  # fmt: skip
 _NOT_TOGETHER = (  # no kernel for both
     {"no_positive_variance", "label_smoothing"},
@@ -77,11 +69,11 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def why_not(ask: Ask) -> str | None:
     op, device, dtype = ask.op, ask.device, ask.dtype
-    if op not in _OPS:
-        return f"the Triton backend has no {op}; it has {' and '.join(_OPS)}"
+    if op not in OPTIONS:
+        return f"the Triton backend has no {op}; it has {' and '.join(OPTIONS)}"
     if dtype not in _DTYPES:
         return f"the Triton kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-    missing = ask.needs - _NEEDS.get(op, frozenset())
+    missing = ask.needs - OPTIONS[op]
     if missing:
         return f"{op} in Triton has no {', no '.join(f'`{need}`' for need in sorted(missing))}; use backend='reference'"
     if both := next((pair for pair in _NOT_TOGETHER if pair <= ask.needs), None):

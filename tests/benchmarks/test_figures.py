@@ -1,4 +1,4 @@
-"""README's tables say what the result files say."""
+"""The tables of the README and of docs/losses.md say what the result files and the backends say."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import pytest
 from benchmarks import figures
 
 
-def test_the_readmes_tables_are_those_of_the_result_files():
-    text = figures.README.read_text(encoding="utf-8")
-    assert figures.filled(text) == text, "a table is out of date: make figures"
+@pytest.mark.parametrize("page", figures.TABLES, ids=lambda page: page.name)
+def test_the_tables_are_those_of_the_result_files_and_of_the_backends(page):
+    assert figures.filled(page) == page.read_text(encoding="utf-8"), "a table is out of date: make figures"
 
 
 def test_a_changed_figure_is_seen_and_a_missing_marker_too():
     text = figures.README.read_text(encoding="utf-8")
-    assert "15.41" in text and figures.filled(text.replace("15.41", "15.42")) == text
+    assert "15.41" in text and figures.refilled(text.replace("15.41", "15.42"), figures.TABLES[figures.README]) == text
     with pytest.raises(KeyError, match="memory"):
-        figures.filled(text.replace("<!-- memory -->", ""))
+        figures.refilled(text.replace("<!-- memory -->", ""), figures.TABLES[figures.README])
 
 
 def test_lines_are_short_and_the_pictures_are_there():
