@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layouts import LABEL_DTYPES, LAYOUTS, laid_out
 from problems import asked
 
 import spcl_fast as sf
@@ -19,36 +20,6 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 EXAMPLES = int(
     os.environ.get("SPCL_FAST_TEST_EXAMPLES", "200")
 )  # the lower instruction sets run fewer, see test_native_levels.py
-
-LABEL_DTYPES = [
-    torch.uint8,
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-    torch.uint16,
-    torch.uint32,
-    torch.uint64,
-]
-LAYOUTS = ["nchw", "channels_last", "transposed", "cropped", "every_other"]
-
-
-def laid_out(features: torch.Tensor, layout: str) -> torch.Tensor:
-    """The same values in other strides; what lies between them is NaN."""
-    batch, dim, height, width = features.shape
-    if layout == "channels_last":
-        return features.contiguous(memory_format=torch.channels_last)
-    if layout == "transposed":
-        return features.transpose(2, 3).contiguous().transpose(2, 3)
-    if layout == "cropped":
-        room = torch.full((batch, dim + 1, height + 2, width + 3), torch.nan, dtype=features.dtype)
-        room[:, 1:, 1:-1, 2:-1] = features
-        return room[:, 1:, 1:-1, 2:-1]
-    if layout == "every_other":
-        room = torch.full((batch, 2 * dim, height, 2 * width), torch.nan, dtype=features.dtype)
-        room[:, ::2, :, ::2] = features
-        return room[:, ::2, :, ::2]
-    return features
 
 
 @st.composite
