@@ -124,7 +124,7 @@ class Saved(NamedTuple):
     denominator: Tensor  # [] wide: what the sum was divided by; 1 for "sum" and "none"
     lse: Tensor  # [B, P] in SavedLike.lse: logsumexp of z (sigmoid: 0)
     inv_norm: Tensor  # [B, P] wide: 1 / max(|x|, 1e-12), or 1
-    logits: Tensor  # [B, M, P] wide: s, before margin and pool
+    logits: Tensor  # [B, M, P] wide: s, before margin and pool; without the bias where a dot product taken from it would lose its digits
     dfeatures: Tensor  # after one pass, where all else is [0]: the features' gradient for an incoming gradient of 1
 
 

@@ -154,6 +154,11 @@ def check_reduction(op: str, reduction: str) -> None:
         raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
 
 
+def _same(shape: torch.Size, other: tuple[int, ...]) -> bool:
+    """Size by size: a tuple of traced sizes is in no list of tuples."""
+    return len(shape) == len(other) and all(a == b for a, b in zip(shape, other, strict=True))
+
+
 def check_constant(op: str, name: str, tensor: Tensor | None, shapes: tuple[tuple[int, ...], ...], what: str) -> None:
     """A weight: floating, one of the shapes, and not to be differentiated."""
     if tensor is None:
@@ -162,11 +167,9 @@ def check_constant(op: str, name: str, tensor: Tensor | None, shapes: tuple[tupl
         raise TypeError(
             f"{op}: {name} must be a floating-point tensor, got {getattr(tensor, 'dtype', type(tensor).__name__)}"
         )
-    if not any(
-        tuple(tensor.shape) == shape for shape in shapes
-    ):  # not `in`, which knows no size that a compiled step varies
+    if not any(_same(tensor.shape, shape) for shape in shapes):
         raise ValueError(
-            f"{op}: {name} must have {what}, got shape {list(tensor.shape)}, expected {' or '.join(str(list(s)) for s in shapes)}"
+            f"{op}: {name} must have {what}, got shape {list(tensor.shape)}, expected {' or '.join(f'{list(s)}' for s in shapes)}"
         )
     if tensor.requires_grad:
         raise ValueError(f"{op}: {name} requires grad, but is a constant of the loss; pass {name}.detach()")

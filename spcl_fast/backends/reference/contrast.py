@@ -114,7 +114,7 @@ def contrast_backward(grad_loss: Tensor, contrast: Contrast, saved: Saved, wante
         z = linear.pooled(s, rows)
         dz, dz_variances = _residuals(_with_margin(z, rows, c, goal, b), c, goal, b)
         dz = (dz * scale[b]).where(labelled, 0)
-        ds = linear.unpooled(dz, s, z, rows)
+        ds = linear.unpooled(dz, s, z, rows).where(labelled, 0)  # shares of logits that are no numbers are none
         ds_variances = ds if dz_variances is None else (dz_variances * scale[b]).where(labelled, 0)
         add_gradients(gradients, b, linear.row_gradients(x, inv, ds, ds_variances, labelled, rows, wanted))
         if wanted.temperature and c.margin:
