@@ -99,7 +99,7 @@ def test_nothing_labelled_gives_0_and_a_gradient_of_exactly_0(backend, case):
 
 
 @pytest.mark.parametrize(("backend", "case"), [p for p in EACH if p.values[1].name in
-                                               ("smoothing", "a denominator", "probabilities, map", "binary", "focal")])  # fmt: skip
+                                               ("a denominator", "probabilities, map", "focal")])  # fmt: skip
 def test_opcheck_compile_and_export(backend, case):
     torch._dynamo.reset()
     logits, labels, settings = problem(case, *SIZES[0])
@@ -201,7 +201,9 @@ def test_a_confidence_that_is_nan_reaches_no_threshold(backend):
     logits[0, :, 2, 3] = torch.nan
     got = sf.upsampled_prediction(logits, (5, 7), thresholds=torch.zeros(4), backend=backend)
     ignored = got.labels == 255
-    assert ignored[0, 2, 3] and ignored.sum() == 1
+    assert (
+        ignored[0, 2, 3] and torch.equal(ignored, got.confidence.isnan()) and ignored.sum() <= 4
+    )  # at most the node's own cells
 
 
 # ---------------------------------------------------------------------------------------------- what is refused
