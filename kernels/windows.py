@@ -80,7 +80,8 @@ class Band(NamedTuple):
 
 @triton.jit
 def bounds_of(ptr, at, K, stride_k, CELLS: tl.constexpr):
-    """Per lane: the largest corner of all classes (above every logit of the cell), and how far below it the true maximum may lie."""
+    """Per lane: the largest corner of all classes (above every logit of the cell); and how far below it the true maximum may lie. Of one
+    class alone: infinitely far, so that its own logit is taken off and the loss is exactly 0."""
     top = tl.full([CELLS], -float("inf"), tl.float32)
     low = tl.full([CELLS], -float("inf"), tl.float32)
     for _ in range(0, K):
@@ -88,7 +89,10 @@ def bounds_of(ptr, at, K, stride_k, CELLS: tl.constexpr):
         top = tl.maximum(top, tl.maximum(tl.maximum(a, b), tl.maximum(c, d)))
         low = tl.maximum(low, tl.minimum(tl.minimum(a, b), tl.minimum(c, d)))
         ptr += stride_k
-    return top, tl.max(top - low, 0)
+    gap = tl.max(top - low, 0)
+    if K == 1:
+        gap += float("inf")
+    return top, gap
 
 
 @triton.jit

@@ -186,6 +186,14 @@ def test_logits_as_low_as_floats_go_give_a_finite_loss(level):
     torch.testing.assert_close(loss.cpu(), torch.tensor(3.0).log())
 
 
+def test_one_class_alone_costs_exactly_nothing():
+    logits, labels = problem((3, 5), (12, 20), num_classes=1)[:2]
+    leaf = logits.to(DEVICE).requires_grad_()
+    loss = sf.upsampled_cross_entropy(leaf, labels.to(DEVICE), temperature=0.7, backend="triton")
+    loss.backward()
+    assert loss == 0 and torch.all(leaf.grad == 0)
+
+
 def test_a_bad_probability_raises_the_flag_and_poisons_the_loss():
     logits, _, _ = problem((3, 4), (9, 11))
     labels = torch.randn(2, 4, 3, 4).softmax(1)
