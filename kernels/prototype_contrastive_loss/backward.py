@@ -121,6 +121,17 @@ def backward_tile_kernel(
 
 
 @triton.jit
+def _store_temperature(temperature_ptr, s, c, at_label, cls, bad, prototypes):
+    """The program's part of the temperature's gradient. at_label: the label's weight, whose logit holds the margin, too."""
+    inverse = inverse_temperature(prototypes)
+    cost = c
+    if prototypes.margin is not None:
+        cost = c - prototypes.margin * inverse * at_label
+    cost = tl.where(bad, float("nan"), tl.where(cls >= 0, s * cost, 0.0))
+    tl.store(temperature_ptr + tl.program_id(0), -inverse * tl.sum(cost, 0))
+
+
+@triton.jit
 def backward_split_kernel(
     grad, features, target, prototypes, weights, saved, dfeatures, temperature_ptr, size,
     NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
@@ -188,11 +199,7 @@ def backward_split_kernel(
             curved = tl.dot(exact, v, curved, input_precision=PRECISION if p.dtype == tl.float32 else "tf32")
     if temperature_ptr is not None:
         if tl.program_id(1) == 0:
-            cost = c
-            if prototypes.margin is not None:
-                cost = c - prototypes.margin * inverse_temperature(prototypes) * at_label
-            cost = tl.where(bad, float("nan"), tl.where(cls >= 0, s * cost, 0.0))
-            tl.store(temperature_ptr + tl.program_id(0), -inverse_temperature(prototypes) * tl.sum(cost, 0))
+            _store_temperature(temperature_ptr, s, c, at_label, cls, bad, prototypes)
     if dfeatures.ptr is not None:
         mask = mask_n[:, None] & mask_d[None, :]
         x = tl.load(
