@@ -82,6 +82,8 @@ struct ContrastOptions {
   const float* weight_sum;  // [] of class_weight; read with label_smoothing and class_weight alone
   float margin;
   bool sigmoid;
+  const void* variances;     // like the prototypes, or nullptr: adds 1/2 x̂²·V_k / tau² to a logit; not of float16
+  bool positive_variance;    // false: not to the label's own logit in the numerator
   Features targets;          // [B, K, h, w] probabilities with any strides; data == nullptr: labels
   float* target_sums;        // [B, P], workspace, with probabilities
   const float* denominator;  // [], or nullptr: what is labelled

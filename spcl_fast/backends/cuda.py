@@ -37,7 +37,7 @@ _MAX_CLASSES = {
 OPTIONS = {  # the ops, and the options that each has
     "prototype_contrastive_loss": frozenset(
         {"per_image_prototypes", "bias", "tensor_temperature", "probabilities", "label_smoothing", "margin", "denominator", "sigmoid",
-         "dbias", "dtemperature"}
+         "dbias", "dtemperature", "variances", "no_positive_variance"}
     ),
     "class_moments": frozenset(),
     "upsampled_cross_entropy": frozenset({"denominator"}),
@@ -45,6 +45,7 @@ OPTIONS = {  # the ops, and the options that each has
 }  # fmt: skip
 _CACHED_BYTES = 1024
 _ONE_PASS_CLASSES, _ONE_PASS_DIM = 32, 4096  # what a cluster holds of a tile: csrc/cuda/contrast_plan.h
+_SMALL = ((8, 6), (8, 9), (12, 0))  # compute capabilities with 99 KB of shared memory for a block
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DEVICES = ("cuda",)
 _ops = torch.ops.spcl_fast_cuda
@@ -80,6 +81,14 @@ def why_not(ask: Ask) -> str | None:
         return f"{op} in CUDA has no {', no '.join(f'`{need}`' for need in sorted(lacks))}; use backend='reference'"
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
         return "the CUDA kernels need compute capability 8.0 or newer"
+    if "variances" in ask.needs and ask.dtype == torch.float16:
+        return (
+            f"{op} in CUDA has no variances in float16, whose range the squares of features leave; use backend='triton'"
+        )
+    if "variances" in ask.needs and device.type == "cuda" and torch.cuda.get_device_capability(device) in _SMALL:
+        return (
+            f"{op} in CUDA has no variances on a device with 99 KB of shared memory for a block; use backend='triton'"
+        )
     if ask.num_classes > _MAX_CLASSES.get(op, ask.num_classes):
         return f"{op} in CUDA takes at most {_MAX_CLASSES[op]} classes"
     return missing()
@@ -129,9 +138,9 @@ def saved_like(contrast: Contrast, wanted: Wanted) -> SavedLike:
 
 
 def _saves_logits(c: Contrast) -> bool:
-    """A bias may be -inf, and what is saved could not be taken apart again."""
+    """A bias may be -inf: what is saved could not be taken apart again; nor could a variance term."""
     num_rows, dim = c.prototypes.shape[-2:]
-    return c.bias is None and saves_logits(num_rows, dim, c.features.dtype)
+    return c.bias is None and c.variances is None and saves_logits(num_rows, dim, c.features.dtype)
 
 
 def _in_one_pass(contrast: Contrast, wanted: Wanted) -> bool:
@@ -197,12 +206,14 @@ def _settings(c: Contrast) -> tuple:
     number = 1.0 if tensor is not None else c.temperature
     return (
         number, c.normalize, c.ignore_index, _plain(c.bias), tensor, weight_sum, c.label_smoothing, c.margin, c.loss == "sigmoid",
+        None if c.variances is None else c.variances.to(c.features.dtype).contiguous(), c.positive_variance,
     )  # fmt: skip
 
 
 def _has_options(c: Contrast) -> bool:
     return (
-        c.bias is not None or c.prototypes.dim() == 3 or _targets(c).dim() == 4 or isinstance(c.temperature, Tensor)
+        c.bias is not None or c.variances is not None or c.prototypes.dim() == 3 or _targets(c).dim() == 4
+        or isinstance(c.temperature, Tensor)
         or c.denominator is not None or c.label_smoothing != 0 or c.margin != 0 or c.loss != "softmax"
     )  # fmt: skip
 

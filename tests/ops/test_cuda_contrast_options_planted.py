@@ -14,7 +14,7 @@ from spcl_fast.backends.labels import label_flag
 
 pytestmark = pytest.mark.skipif(build.COMPILER is None, reason="needs a C++ compiler")
 FORWARD, BACKWARD, SUMS = (f"prototype_contrastive_general{part}.cu" for part in ("", "_backward", "_prototypes"))
-PIXELS, PLAIN = "contrast_general.cuh", "prototype_contrastive_prototypes.cu"
+PIXELS, DOTS, PLAIN = "contrast_general.cuh", "contrast_dots.cuh", "prototype_contrastive_prototypes.cu"
 # Bugs, all built into one library and taken one at a time: (file, where, what stands there, what stands there wrongly).
 BUGS = {
     "prototypes of the first image": (PIXELS, "{} * a.options.prototypes_stride_b", "tile.image", "0"),
@@ -46,8 +46,21 @@ BUGS = {
     "divided twice": (FORWARD, "blocks, {}, from.loss", "from.mean && !divides", "from.mean"),
     "denominator not kept": (FORWARD, "? NAN : {};\n}", "*given", "1.0f"),
     "target of another block": (BACKWARD, "weight_of(z[k], t.wanted({}), t.weight", "k0 + k", "k"),
-    "dots of the bias, too": (BACKWARD, "along += w * {}, all", "z.dot(k)", "z.plain(k)"),
+    "dots of the bias, too": (BACKWARD, "along += w * {};\n      all", "z.dot(k)", "z.plain(k)"),
     "margin not in the temperature": (BACKWARD, "{} ? z.margin : 0.0f", "k == z.own", "false"),
+    "another class left out in each block": (BACKWARD, "a.options.sigmoid ? 0.0f : {} ? z.dot(0)", "k0 == 0", "true"),
+    "variances of the first image": (PIXELS, "a.options.variances) + {} * a.options", "tile.image", "0"),
+    "variances of the prototypes": (DOTS, "proto = {};\n  else", "variances_of<T>(a, tile)", "prototypes_of<T>(a, tile)"),
+    "not squared": (DOTS, "v = make_float4({}, v.y * v.y", "v.x * v.x", "v.x"),
+    "half floats not squared": (DOTS, "v[i] = to_halves<T>({}, pair.y * pair.y)", "pair.x * pair.x", "pair.x"),
+    "norms of the squares": (DOTS, "if (!kSquare && {})", "part.group == 0", "part.group == 1"),
+    "squares of twice the size": (PIXELS, "z.squares.factor = {} * scale * scale", "0.5f", "1.0f"),
+    "dots not kept": (PIXELS, "i < {}; i += blockDim.x) reinterpret_cast<float4*>(kept)", "count", "count / 2"),
+    "no barrier before the squares": (PIXELS, "(kept)[i] = from[i];\n  {};", "__syncthreads()", "(void)0"),
+    "variance in the label's numerator": (PIXELS, "own = {} && k == z.own", "lacks_own", "false"),
+    "own weight of another product": (BACKWARD, "static_cast<int>(own), p, {});", "table->squares[p]", "0.0f"),
+    "a shifted row of squares": (BACKWARD, "p + ({})]);", "shifts >> c % 2 & 1", "0"),
+    "squares of another pixel": (BACKWARD, "value * {} *", "table->loss[p]", "table->loss[0]"),
     "weights beyond K": (BACKWARD, "if ({} && cls >= 0)", "k < count", "k < count + 1"),
     "sums of the last block alone": (BACKWARD, "table->loss[p] += {}, table", "along", "along - table->loss[p]"),
     "a slice of the first": (BACKWARD, "first = {} * a.slice_chunks", "blockIdx.y", "0"),
@@ -90,6 +103,8 @@ PROBES = [
         OPTIONS["sigmoid of probabilities with weights"] | {"dtype of labels": torch.float16},
     ),
     ((1, 300, 5, 9), 260, torch.float32, {"temperature": torch.tensor(0.05)}),
+    ((2, 37, 5, 13), 100, torch.float32, OPTIONS["variances with the rest"]),
+    ((2, 71, 5, 13), 140, torch.bfloat16, OPTIONS["variances, not of the label"]),
 ]
 
 

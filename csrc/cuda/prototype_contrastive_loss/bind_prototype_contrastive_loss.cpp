@@ -38,25 +38,34 @@ Tensor set_labels(Contrast& a, const Tensor& labels, int64_t ignore_index, const
 }
 
 void set_options(Contrast& a, const std::optional<Tensor>& bias, const std::optional<Tensor>& temperature,
-                 const std::optional<Tensor>& weight_sum, double label_smoothing, double margin, bool sigmoid) {
+                 const std::optional<Tensor>& weight_sum, double label_smoothing, double margin, bool sigmoid,
+                 const std::optional<Tensor>& variances, bool positive_variance) {
   ContrastOptions& o = a.options;
   o.bias = as_floats(bias), o.temperature = as_floats(temperature), o.weight_sum = as_floats(weight_sum);
   if (bias && bias->dim() == 2) o.bias_stride_b = a.num_classes;
   o.label_smoothing = static_cast<float>(label_smoothing), o.margin = static_cast<float>(margin), o.sigmoid = sigmoid;
-  o.used = o.used || o.bias || o.temperature || label_smoothing != 0 || margin != 0 || sigmoid;
+  o.positive_variance = positive_variance;
+  if (variances) {
+    STD_TORCH_CHECK(variances->scalar_type() != ScalarType::Half && variances->is_contiguous() &&
+                        float_type(*variances) == a.x.type && (variances->dim() == 3) == (o.prototypes_stride_b != 0) &&
+                        variances->numel() == (variances->dim() == 3 ? a.x.batch : 1) * a.num_classes * a.x.dim,
+                    "spcl_fast cuda backend: variances must be as the prototypes, float32 or bfloat16");
+    o.variances = variances->data_ptr();
+  }
+  o.used = o.used || o.variances || o.bias || o.temperature || label_smoothing != 0 || margin != 0 || sigmoid;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     Tensor features, Tensor labels, Tensor prototypes, std::optional<Tensor> class_weight,
     std::optional<Tensor> pixel_weight, Tensor flag, double temperature, bool normalize, int64_t ignore_index,
     std::optional<Tensor> bias, std::optional<Tensor> tensor_temperature, std::optional<Tensor> weight_sum,
-    double label_smoothing, double margin, bool sigmoid, std::optional<Tensor> given_denominator, bool mean,
-    bool per_pixel, bool save, bool save_logits) {
+    double label_smoothing, double margin, bool sigmoid, std::optional<Tensor> variances, bool positive_variance,
+    std::optional<Tensor> given_denominator, bool mean, bool per_pixel, bool save, bool save_logits) {
   const OnDevice device(features);
   ContrastForward a{};
   set_input(a, features, prototypes, class_weight, pixel_weight, temperature, normalize);
   const Tensor sums = set_labels(a, labels, ignore_index, flag);
-  set_options(a, bias, tensor_temperature, weight_sum, label_smoothing, margin, sigmoid);
+  set_options(a, bias, tensor_temperature, weight_sum, label_smoothing, margin, sigmoid, variances, positive_variance);
   a.options.denominator = as_floats(given_denominator), a.options.used = a.options.used || given_denominator;
   const int64_t B = a.x.batch, P = a.x.height * a.x.width;
   const Tensor loss = per_pixel ? empty_floats(features, {B, a.x.height, a.x.width}) : empty_floats(features, {});
@@ -76,19 +85,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
 
 // dfeatures is written whole; or has no element where it is not wanted. Returns dprototypes, dbias, dtemperature, [0]
 // where not wanted.
-std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_loss, Tensor features, Tensor labels, Tensor prototypes,
-                                            std::optional<Tensor> class_weight, std::optional<Tensor> pixel_weight,
-                                            Tensor lse, Tensor inv_norm, Tensor logits, Tensor denominator,
-                                            Tensor dfeatures, Tensor flag, double temperature, bool normalize,
-                                            int64_t ignore_index, std::optional<Tensor> bias,
-                                            std::optional<Tensor> tensor_temperature, std::optional<Tensor> weight_sum,
-                                            double label_smoothing, double margin, bool sigmoid, bool needs_dfeatures,
-                                            bool needs_dprototypes, bool needs_dbias, bool needs_dtemperature) {
+std::tuple<Tensor, Tensor, Tensor> backward(
+    Tensor grad_loss, Tensor features, Tensor labels, Tensor prototypes, std::optional<Tensor> class_weight,
+    std::optional<Tensor> pixel_weight, Tensor lse, Tensor inv_norm, Tensor logits, Tensor denominator,
+    Tensor dfeatures, Tensor flag, double temperature, bool normalize, int64_t ignore_index, std::optional<Tensor> bias,
+    std::optional<Tensor> tensor_temperature, std::optional<Tensor> weight_sum, double label_smoothing, double margin,
+    bool sigmoid, std::optional<Tensor> variances, bool positive_variance, bool needs_dfeatures, bool needs_dprototypes,
+    bool needs_dbias, bool needs_dtemperature) {
   const OnDevice device(features);
   ContrastBackward a{};
   set_input(a, features, prototypes, class_weight, pixel_weight, temperature, normalize);
   const Tensor sums = set_labels(a, labels, ignore_index, flag);
-  set_options(a, bias, tensor_temperature, weight_sum, label_smoothing, margin, sigmoid);
+  set_options(a, bias, tensor_temperature, weight_sum, label_smoothing, margin, sigmoid, variances, positive_variance);
   STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Double && lse.is_contiguous(),
                   "spcl_fast cuda backend: lse must be contiguous float64");
   a.grad = as_pixel_map(grad_loss), a.denominator = as_floats(denominator);
@@ -145,11 +153,12 @@ void scale(Tensor dfeatures, Tensor grad_loss) {
 
 // What the schemas have in common.
 #define SPCL_SETTINGS "float temperature, bool normalize, int ignore_index"
-#define SPCL_OPTIONS \
-  "Tensor? bias, Tensor? tensor_temperature, Tensor? weight_sum, float label_smoothing, float margin, bool sigmoid"
+#define SPCL_OPTIONS                                                                                      \
+  "Tensor? bias, Tensor? tensor_temperature, Tensor? weight_sum, float label_smoothing, float margin, " \
+  "bool sigmoid, Tensor? variances, bool positive_variance"
 #define SPCL_PROBLEM "Tensor features, Tensor labels, Tensor prototypes, Tensor? class_weight, Tensor? pixel_weight"
 
-SPCL_OPS(m) {
+    SPCL_OPS(m) {
   m.def("prototype_contrastive_forward(" SPCL_PROBLEM ", Tensor(a!) flag, " SPCL_SETTINGS ", " SPCL_OPTIONS
         ", Tensor? given_denominator, bool mean, bool per_pixel, bool save, bool save_logits) "
         "-> (Tensor loss, Tensor denominator, Tensor lse, Tensor inv_norm, Tensor logits)");

@@ -45,19 +45,22 @@ template <> struct ContrastDots<float> {
   using Shape = ContrastShape<4>;
   float sums[Shape::kSums];  // [class][pixel of 4], then squares [4]
 
-  // Channels of one stage: x [kChunk][kRow], proto [kChunk][padded classes].
+  // Channels of one stage: x [kChunk][kRow], proto [kChunk][padded classes]. kSquare: of x² instead of x, and no norms.
+  template <bool kSquare>
   __device__ __forceinline__ void add(const float* x, const float* proto, int padded, const ContrastWarps& warps,
                                       const ContrastPart& part, int) {
     const int own = Shape::kChunk / warps.slices, first = part.slice * own;
 #pragma unroll 2
     for (int c = first + part.lane / 16; c < first + own; c += 2) {
-      const float4 v = *reinterpret_cast<const float4*>(x + c * Shape::kRow + part.lane % 16 * 4);
+      float4 v = *reinterpret_cast<const float4*>(x + c * Shape::kRow + part.lane % 16 * 4);
+      if constexpr (kSquare) v = make_float4(v.x * v.x, v.y * v.y, v.z * v.z, v.w * v.w);
       const float4* p = reinterpret_cast<const float4*>(proto + c * padded + part.group * Shape::kClasses);
 #pragma unroll
       for (int k = 0; k < Shape::kClasses; k += 4) {
         const float4 q = p[k / 4];
         add_class(k, q.x, v), add_class(k + 1, q.y, v), add_class(k + 2, q.z, v), add_class(k + 3, q.w, v);
       }
+      if constexpr (kSquare) continue;
       constexpr int s = Shape::kSums - 4;
       sums[s] += v.x * v.x, sums[s + 1] += v.y * v.y, sums[s + 2] += v.z * v.z, sums[s + 3] += v.w * v.w;
     }
@@ -68,6 +71,7 @@ template <> struct ContrastDots<float> {
   }
 
   // After the slices are added: the group's classes -> logits [class][kLogitsRow] and, of the first group, the squares.
+  template <bool kSquare>
   __device__ __forceinline__ void write(float* logits, float* squares, const ContrastPart& part) {
 #pragma unroll
     for (int i = 0; i < Shape::kSums; ++i) sums[i] += __shfl_xor_sync(kAllLanes, sums[i], 16);
@@ -78,7 +82,7 @@ template <> struct ContrastDots<float> {
       *reinterpret_cast<float4*>(logits + (part.group * Shape::kClasses + k) * kLogitsRow + p) =
           make_float4(sums[4 * k], sums[4 * k + 1], sums[4 * k + 2], sums[4 * k + 3]);
     constexpr int s = Shape::kSums - 4;
-    if (part.group == 0)
+    if (!kSquare && part.group == 0)
       *reinterpret_cast<float4*>(squares + p) = make_float4(sums[s], sums[s + 1], sums[s + 2], sums[s + 3]);
   }
 };
@@ -88,7 +92,9 @@ template <class T> struct ContrastDots {
   static constexpr int kSteps = Shape::kClasses / 16;
   float sums[Shape::kSums];  // [step of 16 classes][product of 8 pixels][fragment of 4], then squares [8]
 
-  // Channels of one stage: x [kChunk][kRow], proto [padded classes][kProtoRow]. shifts: see shifts_of.
+  // Channels of one stage: x [kChunk][kRow], proto [padded classes][kProtoRow]. shifts: see shifts_of. kSquare: as
+  // above.
+  template <bool kSquare>
   __device__ __forceinline__ void add(const T* x, const T* proto, int, const ContrastWarps& warps,
                                       const ContrastPart& part, int shifts) {
     const int own = Shape::kChunk / warps.slices, q = part.lane % 4, g = part.lane / 4;
@@ -104,7 +110,10 @@ template <class T> struct ContrastDots {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         read_eight(v[i], x + (c + 2 * q + i % 2 + i / 2 * 8) * Shape::kRow, g * 8, shifts >> i % 2 & 1);
-        add_squares(v[i]);
+        if constexpr (kSquare)
+          square(v[i]);
+        else
+          add_squares(v[i]);
       }
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
@@ -117,6 +126,14 @@ template <class T> struct ContrastDots {
     }
   }
 
+  static __device__ __forceinline__ void square(uint32_t (&v)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = to_floats<T>(v[i]);
+      v[i] = to_halves<T>(pair.x * pair.x, pair.y * pair.y);
+    }
+  }
+
   __device__ __forceinline__ void add_squares(const uint32_t (&v)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -125,6 +142,7 @@ template <class T> struct ContrastDots {
     }
   }
 
+  template <bool kSquare>
   __device__ __forceinline__ void write(float* logits, float* squares, const ContrastPart& part) {
     const int q = part.lane % 4, g = part.lane / 4;
 #pragma unroll
@@ -132,6 +150,7 @@ template <class T> struct ContrastDots {
       const int k = part.group * Shape::kClasses + i / 32 * 16 + i % 4 / 2 * 8 + g;
       logits[k * kLogitsRow + forward_pixel(i % 32 / 4, 2 * q + i % 2)] = sums[i];
     }
+    if constexpr (kSquare) return;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       float square = sums[Shape::kSums - 8 + i];
@@ -175,15 +194,20 @@ __device__ __forceinline__ void wait_for_stage(int stages) {
 }
 
 // Dot products of the tile, over these channels, with the classes [k0, k0 + classes that `shared` was made for) ->
-// logits [class][kLogitsRow], not yet scaled; |x|^2 -> table->squares. Ends with a barrier.
-template <class T, class Input>
+// logits [class][kLogitsRow], not yet scaled; |x|^2 -> table->squares. kSquare: of x^2 with the variances. Ends with a
+// barrier.
+template <class T, bool kSquare = false, class Input>
 __device__ void tile_dots(const Input& a, const ContrastTile& tile, const ContrastChannels& channels, int64_t k0,
                           const ContrastWarps& warps, const ContrastShared& shared, PixelTable* table) {
   using Shape = ContrastShape<sizeof(T)>;
   unsigned char* memory = shared_memory<unsigned char>();
   const ContrastPart part = part_of(warps);
   const int padded = warps.groups * Shape::kClasses;
-  const T* proto = prototypes_of<T>(a, tile);
+  const T* proto;
+  if constexpr (kSquare)
+    proto = variances_of<T>(a, tile);
+  else
+    proto = prototypes_of<T>(a, tile);
   auto load = [&](int64_t chunk) {
     if (chunk < channels.chunks) {
       const int64_t d0 = channels.first + chunk * Shape::kChunk;
@@ -209,13 +233,13 @@ __device__ void tile_dots(const Input& a, const ContrastTile& tile, const Contra
     load(chunk + shared.stages - 1);
     const T *x = reinterpret_cast<const T*>(memory + x_slot(shared, chunk, chunk)),
             *p = reinterpret_cast<const T*>(memory + proto_slot(shared, chunk));
-    if (part.group < warps.groups) dots.add(x, p, padded, warps, part, shifts);
+    if (part.group < warps.groups) dots.template add<kSquare>(x, p, padded, warps, part, shifts);
   }
   copy_async_wait<0>();
   __syncthreads();
   add_slices(dots.sums, reinterpret_cast<float*>(memory + shared.exchange_at), warps, part);
   if (part.group < warps.groups && part.slice == 0)
-    dots.write(reinterpret_cast<float*>(memory + shared.logits_at), table->squares, part);
+    dots.template write<kSquare>(reinterpret_cast<float*>(memory + shared.logits_at), table->squares, part);
   __syncthreads();
 }
 

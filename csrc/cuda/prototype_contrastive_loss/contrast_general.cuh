@@ -35,6 +35,10 @@ template <class T> __device__ __forceinline__ const T* prototypes_of(const Gener
   return static_cast<const T*>(a.prototypes) + tile.image * a.options.prototypes_stride_b;
 }
 
+template <class T> __device__ __forceinline__ const T* variances_of(const GeneralInput& a, const ContrastTile& tile) {
+  return static_cast<const T*>(a.options.variances) + tile.image * a.options.prototypes_stride_b;
+}
+
 // ---- what a pixel should be -------------------------------------------------------------------------------------
 
 // In options.target_sums: sum_k w_k t_k, or one of these two.
@@ -104,9 +108,14 @@ struct GeneralLogits {
   const float* bias;  // of class k0, or nullptr
   int own;            // cls - k0
   float margin;       // over tau
+  Logits squares;     // 1/2 x̂²·V_k / tau²; first == nullptr: none
 
   __device__ __forceinline__ float dot(int k) const { return dots[k]; }
-  __device__ __forceinline__ float plain(int k) const { return bias ? dots[k] + bias[k] : dots[k]; }
+  __device__ __forceinline__ float square(int k) const { return squares.first ? squares[k] : 0.0f; }
+  __device__ __forceinline__ float plain(int k) const {
+    const float z = squares.first ? dots[k] + squares[k] : dots[k];
+    return bias ? z + bias[k] : z;
+  }
   __device__ __forceinline__ float operator[](int k) const { return plain(k) - (k == own ? margin : 0.0f); }
 };
 
@@ -114,7 +123,36 @@ __device__ __forceinline__ GeneralLogits logits_of(const GeneralInput& a, const 
                                                    int64_t k0, int cls, float temperature) {
   const float* bias = a.options.bias ? a.options.bias + tile.image * a.options.bias_stride_b + k0 : nullptr;
   const bool labelled = !a.options.targets.data && cls >= 0;
-  return {dots, bias, labelled ? static_cast<int>(cls - k0) : -1, a.options.margin / temperature};
+  return {dots, bias, labelled ? static_cast<int>(cls - k0) : -1, a.options.margin / temperature, {nullptr, 0, 0.0f}};
+}
+
+// ---- variances ---------------------------------------------------------------------------------------------------
+
+// Bytes of the dot products of a block of classes, kept while those of the squares are formed.
+SPCL_BOTH int64_t kept_bytes(int64_t block_classes) { return block_classes * kLogitsRow * 4; }
+
+// Both products of a block of classes: with the prototypes -> kept [class][kLogitsRow], with the variances -> the
+// logits' place.
+template <class T>
+__device__ void quadratic_dots(const GeneralInput& a, const ContrastTile& tile, int64_t k0, const ContrastWarps& warps,
+                               const ContrastShared& shared, PixelTable* table, float* kept) {
+  const float4* from = reinterpret_cast<const float4*>(shared_memory<unsigned char>() + shared.logits_at);
+  tile_dots<T>(a, tile, all_channels<T>(a.x), k0, warps, shared, table);
+  const int count = warps.groups * ContrastShape<sizeof(T)>::kClasses * kLogitsRow / 4;
+  for (int i = threadIdx.x; i < count; i += blockDim.x) reinterpret_cast<float4*>(kept)[i] = from[i];
+  __syncthreads();
+  tile_dots<T, true>(a, tile, all_channels<T>(a.x), k0, warps, shared, table);
+}
+
+// The logits of both.
+__device__ __forceinline__ GeneralLogits quadratic_logits(const GeneralInput& a, const ContrastTile& tile,
+                                                          const ContrastShared& shared, const float* kept, int64_t k0,
+                                                          int cls, int p, float inv, float temperature) {
+  const float scale = inv / temperature;
+  GeneralLogits z = logits_of(a, tile, {kept + p, kLogitsRow, scale}, k0, cls, temperature);
+  z.squares = formed_logits(shared, p, inv, temperature);
+  z.squares.factor = 0.5f * scale * scale;
+  return z;
 }
 
 // ---- the loss ---------------------------------------------------------------------------------------------------
@@ -139,7 +177,7 @@ __device__ __forceinline__ float binary_cross_entropy(float z, float y) {
 }
 
 __device__ __forceinline__ void see_classes(Seen& seen, const GeneralLogits& z, const Targets& t, int64_t k0, int count,
-                                            int part, bool sigmoid) {
+                                            int part, bool sigmoid, bool lacks_own) {
   if (sigmoid) {
     for (int k = part; k < count; k += 4) seen.below += t.weight(k0 + k) * binary_cross_entropy(z[k], t.wanted(k0 + k));
     return;
@@ -150,7 +188,8 @@ __device__ __forceinline__ void see_classes(Seen& seen, const GeneralLogits& z, 
   for (int k = part; k < count; k += 4) {
     const float value = z[k], a = t.weight(k0 + k) * t.wanted(k0 + k);
     if (value != -INFINITY) seen.total += expf(value - seen.top);
-    if (a != 0) seen.below += a * (value == -INFINITY ? INFINITY : seen.top - value);
+    const float own = lacks_own && k == z.own ? value - z.square(k) : value;  // in the numerator
+    if (a != 0) seen.below += a * (own == -INFINITY ? INFINITY : seen.top - own);
     seen.mass += a;
   }
 }

@@ -102,11 +102,6 @@ template <int kBytes> SPCL_BOTH bool fits_without_streaming(int64_t classes, boo
 constexpr int kStreamedWarps = 4;
 constexpr int64_t kStreamedChannels = 256;  // of a slice at most: their sums take 68 KB
 
-template <int kBytes> SPCL_BOTH ContrastShared streamed_shared(bool forms_logits) {
-  const int64_t classes = kStreamedWarps * ContrastShape<kBytes>::kClasses;
-  return contrast_shared<kBytes>(forms_logits ? classes : 0, classes);
-}
-
 // Chunks of channels of a slice, whose sums `left` bytes have to hold: no more than there are, a power of two.
 template <int kBytes> SPCL_BOTH int64_t streamed_chunks(int64_t dim, int64_t left) {
   constexpr int64_t kChunk = ContrastShape<kBytes>::kChunk;

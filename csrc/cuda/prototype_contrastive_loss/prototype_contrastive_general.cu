@@ -42,12 +42,16 @@ struct GeneralForward : GeneralInput {
   ContrastShared shared;
   ContrastWarps warps;
   int block_classes;
+  int64_t kept_at;  // with variances
   float *loss_map, *denominator, *partial;
   double* lse;
   float *inv_norm, *logits;
 
   __device__ __forceinline__ Seen* seen(int p, int part) const {
     return reinterpret_cast<Seen*>(shared_memory<unsigned char>() + shared.bytes) + p * 4 + part;
+  }
+  __device__ __forceinline__ float* kept() const {
+    return reinterpret_cast<float*>(shared_memory<unsigned char>() + kept_at);
   }
 };
 
@@ -56,15 +60,21 @@ __device__ __forceinline__ float inverse_norm_of(const GeneralForward& a, const 
 }
 
 // The classes from k0 on, of a quarter of pixel p's.
+template <bool kQuadratic>
 __device__ __forceinline__ void see_block(const GeneralForward& a, const ContrastTile& tile, const PixelTable* table,
                                           float temperature, int64_t k0, int p, int part) {
   const int cls = table->cls[p], count = static_cast<int>(min(int64_t{a.block_classes}, a.num_classes - k0));
-  const Logits dots = formed_logits(a.shared, p, inverse_norm_of(a, table, p), temperature);
-  const GeneralLogits z = logits_of(a, tile, dots, k0, cls, temperature);
+  const float inv = inverse_norm_of(a, table, p);
+  GeneralLogits z;
+  if constexpr (kQuadratic)
+    z = quadratic_logits(a, tile, a.shared, a.kept(), k0, cls, p, inv, temperature);
+  else
+    z = logits_of(a, tile, formed_logits(a.shared, p, inv, temperature), k0, cls, temperature);
   if (a.logits && p < tile.count)
     for (int k = part; k < count; k += 4)
       a.logits[(tile.image * a.num_classes + k0 + k) * a.pixels + tile.first + p] = z.plain(k);
-  see_classes(*a.seen(p, part), z, targets_of(a, tile, p, cls), k0, count, part, a.options.sigmoid);
+  see_classes(*a.seen(p, part), z, targets_of(a, tile, p, cls), k0, count, part, a.options.sigmoid,
+              kQuadratic && !a.options.positive_variance);
 }
 
 // Loss of pixel p -> table, lse, inv_norm, loss_map.
@@ -90,7 +100,7 @@ __device__ __forceinline__ void finish_pixel(const GeneralForward& a, const Cont
   if (a.loss_map) a.loss_map[at] = loss;
 }
 
-template <class T>
+template <class T, bool kQuadratic>
 __global__ void __launch_bounds__(kContrastThreads)
     contrast_general_forward_kernel(const __grid_constant__ GeneralForward a) {
   PixelTable* table = reinterpret_cast<PixelTable*>(shared_memory<unsigned char>() + a.shared.pixels_at);
@@ -99,8 +109,11 @@ __global__ void __launch_bounds__(kContrastThreads)
   read_general_pixels(a, tile, table);
   for_each_pixel([&](int p, int part) { *a.seen(p, part) = {-INFINITY, 0, 0, 0}; });  // each lane reads its own
   for (int64_t k0 = 0; k0 < a.num_classes; k0 += a.block_classes) {
-    tile_dots<T>(a, tile, all_channels<T>(a.x), k0, a.warps, a.shared, table);
-    for_each_pixel([&](int p, int part) { see_block(a, tile, table, temperature, k0, p, part); });
+    if constexpr (kQuadratic)
+      quadratic_dots<T>(a, tile, k0, a.warps, a.shared, table, a.kept());
+    else
+      tile_dots<T>(a, tile, all_channels<T>(a.x), k0, a.warps, a.shared, table);
+    for_each_pixel([&](int p, int part) { see_block<kQuadratic>(a, tile, table, temperature, k0, p, part); });
     __syncthreads();
   }
   for_each_pixel([&](int p, int part) { finish_pixel(a, tile, table, p, part); });
@@ -122,16 +135,21 @@ __global__ void contrast_divide_kernel(float* loss, float* denominator, const fl
 template <class T> Status forward(const ContrastForward& from, Stream stream) {
   GeneralForward a{};
   set_general(a, from);
-  const int64_t classes = between(from.num_classes, 1, kMaxContrastClasses);
+  constexpr bool kHasVariances = !std::is_same_v<T, __half>;
+  const bool quadratic = from.options.variances != nullptr;
+  const int64_t most = quadratic ? kStreamedWarps * ContrastShape<sizeof(T)>::kClasses : kMaxContrastClasses;
+  const int64_t classes = between(from.num_classes, 1, most);
   a.warps = contrast_warps(classes, ContrastShape<sizeof(T)>::kClasses);
   a.block_classes = a.warps.groups * ContrastShape<sizeof(T)>::kClasses;
   a.shared = contrast_shared<sizeof(T)>(a.block_classes, 0);
   a.loss_map = from.loss_map, a.denominator = from.denominator, a.partial = from.partial;
   a.lse = from.lse, a.inv_norm = from.inv_norm, a.logits = from.logits;
-  const int64_t blocks = contrast_blocks(from.x), bytes = a.shared.bytes + 4 * kTile * sizeof(Seen);
+  a.kept_at = a.shared.bytes + 4 * kTile * static_cast<int64_t>(sizeof(Seen));
+  const int64_t blocks = contrast_blocks(from.x), bytes = a.kept_at + (quadratic ? kept_bytes(a.block_classes) : 0);
   const Grid grid{dim3(static_cast<unsigned>(blocks)), a.warps.count * 32u, static_cast<size_t>(bytes)};
-  if (Status failed = launch(contrast_general_forward_kernel<T>, grid, stream, a); failed || from.loss_map)
-    return failed;
+  const auto kernel =
+      quadratic ? contrast_general_forward_kernel<T, kHasVariances> : contrast_general_forward_kernel<T, false>;
+  if (Status failed = launch(kernel, grid, stream, a); failed || from.loss_map) return failed;
   const bool divides = from.mean && from.options.denominator;
   if (Status failed = finish_loss(from.partial, blocks, from.partial + blocks, blocks, from.mean && !divides, from.loss,
                                   from.denominator, stream);

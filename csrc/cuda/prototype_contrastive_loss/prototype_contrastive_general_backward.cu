@@ -31,28 +31,54 @@ struct GeneralBackward : GeneralInput {
   // Streamed alone: classes of a block, chunks of channels of a slice, where its sums are.
   int block_classes;
   int64_t slice_chunks, sums_at;
+  int64_t square_sums_at, kept_at;  // with variances
+
+  __device__ __forceinline__ float* kept() const {
+    return reinterpret_cast<float*>(shared_memory<unsigned char>() + kept_at);
+  }
 };
 
 // Weights of a block of classes of pixel p for the product. In the table: `loss` sums dz_k x̂·P_k / tau of the weights
-// as the product sees them (dx stays orthogonal to x), `weight` sums dz_k (z_k - b_k).
-template <class T>
+// as the product sees them (dx stays orthogonal to x), `weight` sums dz_k (z_k - b_k). A variance term counts twice in
+// both: it is quadratic in x̂ and in 1 / tau. Where it is not part of the label's own logit, the label's weight for it
+// -> table->squares.
+template <class T, bool kQuadratic>
 __device__ __forceinline__ void weigh_block(const GeneralBackward& a, const ContrastTile& tile, PixelTable* table,
                                             float temperature, int64_t k0, int block, int p, int part) {
   const int cls = table->cls[p], count = static_cast<int>(min(int64_t{block}, a.num_classes - k0));
   const int64_t at = tile.image * a.pixels + tile.first + min(p, tile.count - 1);
-  const Logits dots =
-      a.logits ? saved_logits(a.logits, a, tile, k0, p) : formed_logits(a.shared, p, a.inv_norm[at], temperature);
-  const GeneralLogits z = logits_of(a, tile, dots, k0, cls, temperature);
+  GeneralLogits z;
+  if constexpr (kQuadratic)
+    z = quadratic_logits(a, tile, a.shared, a.kept(), k0, cls, p, a.inv_norm[at], temperature);
+  else
+    z = logits_of(
+        a, tile,
+        a.logits ? saved_logits(a.logits, a, tile, k0, p) : formed_logits(a.shared, p, a.inv_norm[at], temperature), k0,
+        cls, temperature);
   const Targets t = targets_of(a, tile, p, cls);
   const LogSum lse(a.lse[at]);
   void* weights = shared_memory<unsigned char>() + a.shared.weights_at;
+  // the weights of a softmax add up to 0: what all classes have alike is left out of the sum, not cancelled by it
+  const bool positive = kQuadratic && a.options.positive_variance;
+  const float first = a.options.sigmoid ? 0.0f
+                      : k0 == 0         ? z.dot(0) + (positive ? 2.0f * z.square(0) : 0.0f)
+                                        : table->along[p];
+  if (k0 == 0 && part == 0) table->along[p] = first;
   float along = 0, all = 0;
   for (int k = part; k < static_cast<int>(pieces_of(block)) * kPiece; k += 4) {
     float w = 0;
     if (k < count && cls >= 0) {
       const float exact = weight_of(z[k], t.wanted(k0 + k), t.weight(k0 + k), t.sum, lse, a.options.sigmoid);
       w = to_float(from_float<T>(exact));
-      along += w * z.dot(k), all += exact * (z.dot(k) - (k == z.own ? z.margin : 0.0f));
+      along += w * z.dot(k);
+      all += exact * (z.dot(k) + (positive ? 2.0f * z.square(k) : 0.0f) - first - (k == z.own ? z.margin : 0.0f));
+      if constexpr (kQuadratic) {
+        const bool lacks_own = !a.options.positive_variance && k == z.own;
+        const float of_square = lacks_own ? expf(lse.below(z[k])) : exact;
+        if (lacks_own) table->squares[p] = of_square;
+        along += 2.0f * to_float(from_float<T>(of_square)) * z.square(k);
+        if (!positive) all += 2.0f * of_square * z.square(k);
+      }
     }
     put_weight<T>(weights, k, p, w);
   }
@@ -100,7 +126,7 @@ __global__ void __launch_bounds__(kContrastThreads)
   clear_sums(table);
   if (!a.logits) tile_dots<T>(a, tile, channels, 0, a.warps, a.shared, table);
   for_each_pixel([&](int p, int part) {
-    weigh_block<T>(a, tile, table, temperature, 0, static_cast<int>(a.num_classes), p, part);
+    weigh_block<T, false>(a, tile, table, temperature, 0, static_cast<int>(a.num_classes), p, part);
     if (part == 0) finish_pixel(a, tile, table, temperature, p);
   });
   __syncthreads();
@@ -116,16 +142,16 @@ constexpr int kSumsRow = 68;  // floats between two channels' sums
 
 // Adds the products of a block of classes, whose weights are there, to the sums of the slice. Ends with a barrier.
 template <class T>
-__device__ __forceinline__ void add_products(const GeneralBackward& a, const ContrastTile& tile,
-                                             const ContrastChannels& slice, int64_t k0) {
+__device__ __forceinline__ void add_products(const GeneralBackward& a, const T* rows, const ContrastChannels& slice,
+                                             int64_t k0, int64_t sums_at) {
   using Shape = ContrastShape<sizeof(T)>;
   unsigned char* memory = shared_memory<unsigned char>();
-  float* sums = reinterpret_cast<float*>(memory + a.sums_at);
+  float* sums = reinterpret_cast<float*>(memory + sums_at);
   const int64_t count = min(int64_t{a.block_classes}, a.num_classes - k0), pieces = pieces_of(count);
   auto load = [&](int64_t item) {
     const int64_t chunk = item / pieces, piece = item - chunk * pieces;
     if (chunk < slice.chunks)
-      stage_prototypes<T>(prototypes_of<T>(a, tile), a.num_classes, a.x.dim, k0 + piece * kPiece, kPiece,
+      stage_prototypes<T>(rows, a.num_classes, a.x.dim, k0 + piece * kPiece, kPiece,
                           slice.first + chunk * Shape::kChunk,
                           reinterpret_cast<T*>(memory + proto_slot(a.shared, item)));
     copy_async_commit();
@@ -147,8 +173,37 @@ __device__ __forceinline__ void add_products(const GeneralBackward& a, const Con
   __syncthreads();
 }
 
-// The sums of the slice -> dx.
+// The labels' own weights for the products with the variances, where they are others. Ends with a barrier.
 template <class T>
+__device__ __forceinline__ void put_own_weights(const GeneralBackward& a, const PixelTable* table, int64_t k0) {
+  const int p = threadIdx.x;
+  if (p < kTile && !a.options.positive_variance) {
+    const int64_t own = table->cls[p] - k0;
+    if (table->cls[p] >= 0 && own >= 0 && own < min(int64_t{a.block_classes}, a.num_classes - k0))
+      put_weight<T>(shared_memory<unsigned char>() + a.shared.weights_at, static_cast<int>(own), p, table->squares[p]);
+  }
+  __syncthreads();
+}
+
+// sums += x̂ / tau * (sums of the products with the variances), of a chunk that is staged.
+template <class T>
+__device__ __forceinline__ void add_squares(const GeneralBackward& a, const PixelTable* table, int64_t chunk,
+                                            int shifts) {
+  using Shape = ContrastShape<sizeof(T)>;
+  unsigned char* memory = shared_memory<unsigned char>();
+  const T* x = reinterpret_cast<const T*>(memory);
+  const int64_t first = chunk * Shape::kChunk * kSumsRow;
+  for (int i = threadIdx.x; i < Shape::kChunk * kTile; i += kProductThreads) {
+    const int c = i / kTile, p = i % kTile, at = c * kSumsRow + p;
+    const float value = to_float(x[c * Shape::kRow + p + (shifts >> c % 2 & 1)]);
+    reinterpret_cast<float*>(memory + a.sums_at)[first + at] +=
+        value * table->loss[p] * reinterpret_cast<const float*>(memory + a.square_sums_at)[first + at];
+  }
+  __syncthreads();
+}
+
+// The sums of the slice -> dx.
+template <class T, bool kQuadratic>
 __device__ __forceinline__ void write_slice(const GeneralBackward& a, const ContrastTile& tile,
                                             const ContrastChannels& slice, const PixelTable* table) {
   using Shape = ContrastShape<sizeof(T)>;
@@ -158,10 +213,11 @@ __device__ __forceinline__ void write_slice(const GeneralBackward& a, const Cont
   const int shifts = shifts_of<T>(a.x, a.access, tile);
   for (int64_t chunk = 0; chunk < slice.chunks; ++chunk) {
     const int64_t d0 = slice.first + chunk * Shape::kChunk;
-    if (a.normalize) stage_pixels<T>(a.x, a.access, tile, table->x_at, d0, x);
+    if (kQuadratic || a.normalize) stage_pixels<T>(a.x, a.access, tile, table->x_at, d0, x);
     copy_async_commit();
     copy_async_wait<0>();
     __syncthreads();
+    if constexpr (kQuadratic) add_squares<T>(a, table, chunk, shifts);
     ContrastProduct<T> product;
     product.read(sums + chunk * Shape::kChunk * kSumsRow, kSumsRow);
     product.finish(x, table, a.normalize, shifts);
@@ -171,7 +227,7 @@ __device__ __forceinline__ void write_slice(const GeneralBackward& a, const Cont
   }
 }
 
-template <class T>
+template <class T, bool kQuadratic>
 __global__ void __launch_bounds__(kProductThreads)
     contrast_streamed_backward_kernel(const __grid_constant__ GeneralBackward a) {
   using Shape = ContrastShape<sizeof(T)>;
@@ -186,19 +242,34 @@ __global__ void __launch_bounds__(kProductThreads)
   read_general_pixels(a, tile, table);
   for (int i = threadIdx.x; i < static_cast<int>(a.slice_chunks) * Shape::kChunk * kSumsRow; i += kProductThreads)
     sums[i] = 0;
+  if constexpr (kQuadratic)
+    for (int i = threadIdx.x; i < static_cast<int>(a.slice_chunks) * Shape::kChunk * kSumsRow; i += kProductThreads)
+      reinterpret_cast<float*>(memory + a.square_sums_at)[i] = 0;
   clear_sums(table);
   for (int64_t k0 = 0; k0 < a.num_classes; k0 += a.block_classes) {
-    if (!a.logits) tile_dots<T>(a, tile, all, k0, a.warps, a.shared, table);
-    for_each_pixel([&](int p, int part) { weigh_block<T>(a, tile, table, temperature, k0, a.block_classes, p, part); });
+    if constexpr (kQuadratic)
+      quadratic_dots<T>(a, tile, k0, a.warps, a.shared, table, a.kept());
+    else if (!a.logits)
+      tile_dots<T>(a, tile, all, k0, a.warps, a.shared, table);
+    for_each_pixel([&](int p, int part) {
+      weigh_block<T, kQuadratic>(a, tile, table, temperature, k0, a.block_classes, p, part);
+    });
     __syncthreads();
-    if (a.dx.data) add_products<T>(a, tile, slice, k0);
+    if (!a.dx.data) continue;
+    add_products<T>(a, prototypes_of<T>(a, tile), slice, k0, a.sums_at);
+    if constexpr (kQuadratic) {
+      put_own_weights<T>(a, table, k0);
+      add_products<T>(a, variances_of<T>(a, tile), slice, k0, a.square_sums_at);
+    }
   }
   for_each_pixel([&](int p, int part) {
     if (part == 0) finish_pixel(a, tile, table, temperature, p);
+    if (kQuadratic && part == 0)
+      table->loss[p] = a.inv_norm[tile.image * a.pixels + tile.first + min(p, tile.count - 1)] / temperature;
   });
   __syncthreads();
   if (blockIdx.y == 0) write_dtemperature(a, table);
-  if (a.dx.data) write_slice<T>(a, tile, slice, table);
+  if (a.dx.data) write_slice<T, kQuadratic>(a, tile, slice, table);
 }
 
 // The blocks' parts -> -sum / tau; in double, by a fixed tree.
@@ -217,16 +288,26 @@ __global__ void __launch_bounds__(kSumThreads)
 
 template <class T> Status launch_streamed(GeneralBackward& a, int64_t blocks, Stream stream) {
   using Shape = ContrastShape<sizeof(T)>;
-  a.block_classes = kStreamedWarps * Shape::kClasses;
-  a.shared = streamed_shared<sizeof(T)>(!a.logits);
-  a.warps = contrast_warps(a.block_classes, Shape::kClasses);
-  a.sums_at = a.shared.bytes;
-  a.slice_chunks = streamed_chunks<sizeof(T)>(a.x.dim, shared_memory_limit() - a.shared.bytes);
-  const int64_t bytes = a.sums_at + a.slice_chunks * Shape::kChunk * kSumsRow * 4;
+  constexpr bool kHasVariances = !std::is_same_v<T, __half>;
+  const bool quadratic = a.options.variances != nullptr;
+  // with variances in the blocks of the forward, so that the logits are formed in its order
+  const int64_t most = kStreamedWarps * Shape::kClasses, classes = quadratic ? between(a.num_classes, 1, most) : most;
+  a.warps = contrast_warps(classes, Shape::kClasses);
+  a.block_classes = a.warps.groups * Shape::kClasses;
+  a.shared = contrast_shared<sizeof(T)>(a.logits ? 0 : a.block_classes, a.block_classes);
+  a.kept_at = a.shared.bytes;
+  a.sums_at = a.kept_at + (quadratic ? kept_bytes(a.block_classes) : 0);
+  const int64_t left = shared_memory_limit() - a.sums_at;
+  a.slice_chunks = streamed_chunks<sizeof(T)>(a.x.dim, quadratic ? left / 2 : left);
+  const int64_t sums = a.slice_chunks * Shape::kChunk * kSumsRow * 4;
+  a.square_sums_at = a.sums_at + sums;
+  const int64_t bytes = quadratic ? a.square_sums_at + sums : a.square_sums_at;
   const int64_t slices = a.dx.data ? ceil_div(chunks_of<sizeof(T)>(a.x.dim), a.slice_chunks) : 1;
   const Grid grid{dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(slices)), kProductThreads,
                   static_cast<size_t>(bytes)};
-  return launch(contrast_streamed_backward_kernel<T>, grid, stream, a);
+  const auto kernel =
+      quadratic ? contrast_streamed_backward_kernel<T, kHasVariances> : contrast_streamed_backward_kernel<T, false>;
+  return launch(kernel, grid, stream, a);
 }
 
 template <class T> Status backward(const ContrastBackward& from, Stream stream) {
@@ -237,7 +318,8 @@ template <class T> Status backward(const ContrastBackward& from, Stream stream) 
   const int64_t blocks = contrast_blocks(from.x);
   const ContrastPartial sizes = contrast_partial(from);
   if (from.dtemperature) a.dtemperature = from.partial + sizes.prototypes + sizes.bias;
-  if (fits_without_streaming<sizeof(T)>(from.num_classes, from.logits != nullptr, shared_memory_limit())) {
+  if (!from.options.variances &&
+      fits_without_streaming<sizeof(T)>(from.num_classes, from.logits != nullptr, shared_memory_limit())) {
     a.shared = contrast_shared<sizeof(T)>(from.logits ? 0 : from.num_classes, from.num_classes);
     a.warps = contrast_warps(from.logits ? 1 : from.num_classes, ContrastShape<sizeof(T)>::kClasses);
     const Grid grid{dim3(static_cast<unsigned>(blocks)), a.warps.count * 32u, static_cast<size_t>(a.shared.bytes)};

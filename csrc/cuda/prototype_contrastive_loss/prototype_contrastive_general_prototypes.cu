@@ -21,21 +21,31 @@ struct GeneralPrototypes : GeneralInput {
   const float *inv_norm, *logits;
   float *prototypes_out, *bias_out;  // [images][groups][K][D] and [images][groups][K], or nullptr
 
+  int64_t kept_at;  // with variances
+
+  __device__ __forceinline__ float* kept() const {
+    return reinterpret_cast<float*>(shared_memory<unsigned char>() + kept_at);
+  }
   __device__ __forceinline__ float* bias_sums() const {  // [kWarps][own_classes]
     return reinterpret_cast<float*>(shared_memory<unsigned char>() + shared.bytes);
   }
 };
 
 // dz_k s inv / tau of pixel p and the classes from k0 on -> weights [class][kOwnRow], 0 beyond K; dz_k s -> bias_sums.
-template <int kOwn>
+template <int kOwn, bool kQuadratic>
 __device__ __forceinline__ void weigh_pixel(const GeneralPrototypes& a, const ContrastTile& tile,
                                             const PixelTable* table, float temperature, float* weights, int64_t k0,
                                             bool sums_bias, int p, int part) {
   const int cls = table->cls[p], count = static_cast<int>(min(int64_t{kOwn}, a.num_classes - k0));
   const int64_t at = tile.image * a.pixels + tile.first + min(p, tile.count - 1);
   const float inv = a.inv_norm[at];
-  const Logits dots = a.logits ? saved_logits(a.logits, a, tile, k0, p) : formed_logits(a.shared, p, inv, temperature);
-  const GeneralLogits z = logits_of(a, tile, dots, k0, cls, temperature);
+  GeneralLogits z;
+  if constexpr (kQuadratic)
+    z = quadratic_logits(a, tile, a.shared, a.kept(), k0, cls, p, inv, temperature);
+  else
+    z = logits_of(a, tile,
+                  a.logits ? saved_logits(a.logits, a, tile, k0, p) : formed_logits(a.shared, p, inv, temperature), k0,
+                  cls, temperature);
   const Targets t = targets_of(a, tile, p, cls);
   const LogSum lse(a.lse[at]);
   const float s = cls >= 0 ? general_scale(a, a.grad, *a.denominator, tile, p, t.sum) : cls == kBadLabel ? NAN : 0.0f;
@@ -51,7 +61,7 @@ __device__ __forceinline__ void weigh_pixel(const GeneralPrototypes& a, const Co
   }
 }
 
-template <class T, int kGroups>
+template <class T, int kGroups, bool kQuadratic>
 __global__ void __launch_bounds__(kPrototypeThreads, 2)
     contrast_general_prototypes_kernel(const __grid_constant__ GeneralPrototypes a) {
   constexpr int kClasses = kGroups * ContrastShape<sizeof(T)>::kClasses, kOwn = own_classes<sizeof(T)>(kGroups);
@@ -70,9 +80,13 @@ __global__ void __launch_bounds__(kPrototypeThreads, 2)
   for (int64_t t = begin; t < end; ++t) {
     const ContrastTile tile = contrast_tile(image * tiles + t, a.pixels);
     read_general_pixels(a, tile, table);
-    if (!a.logits) tile_dots<T>(a, tile, all_channels<T>(a.x), k0, a.warps, a.shared, table);
-    for_each_pixel(
-        [&](int p, int part) { weigh_pixel<kOwn>(a, tile, table, temperature, weights, k0, sums_bias, p, part); });
+    if constexpr (kQuadratic)
+      quadratic_dots<T>(a, tile, k0, a.warps, a.shared, table, a.kept());
+    else if (!a.logits)
+      tile_dots<T>(a, tile, all_channels<T>(a.x), k0, a.warps, a.shared, table);
+    for_each_pixel([&](int p, int part) {
+      weigh_pixel<kOwn, kQuadratic>(a, tile, table, temperature, weights, k0, sums_bias, p, part);
+    });
     __syncthreads();
     if (a.prototypes_out) {
       stage_block<T>(a, tile, table, d0, x);
@@ -102,10 +116,15 @@ template <class T, int kGroups> Status gradient(const ContrastBackward& from, St
   float* bias_partial = from.partial + sizes.prototypes;
   if (from.dprototypes) a.prototypes_out = plan.adds() > 1 ? from.partial : from.dprototypes;
   if (from.dbias) a.bias_out = plan.bias_adds() > 1 ? bias_partial : from.dbias;
+  constexpr bool kHasVariances = !std::is_same_v<T, __half>;
+  const bool quadratic = from.options.variances != nullptr;
+  a.kept_at = a.shared.bytes + kWarps * own_classes<sizeof(T)>(kGroups) * static_cast<int64_t>(sizeof(float));
+  const int64_t bytes = a.kept_at + (quadratic ? kept_bytes(kGroups * ContrastShape<sizeof(T)>::kClasses) : 0);
   const Grid grid{dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.images * plan.groups.groups)),
-                  kPrototypeThreads,
-                  static_cast<size_t>(a.shared.bytes) + kWarps * own_classes<sizeof(T)>(kGroups) * sizeof(float)};
-  if (Status failed = launch(contrast_general_prototypes_kernel<T, kGroups>, grid, stream, a)) return failed;
+                  kPrototypeThreads, static_cast<size_t>(bytes)};
+  const auto kernel = quadratic ? contrast_general_prototypes_kernel<T, kGroups, kHasVariances>
+                                : contrast_general_prototypes_kernel<T, kGroups, false>;
+  if (Status failed = launch(kernel, grid, stream, a)) return failed;
   if (from.dprototypes)
     if (Status failed = add_groups(from.partial, plan.adds(), from.num_classes * from.x.dim,
                                    plan.own_prototypes ? plan.images : 1, from.dprototypes, stream))
