@@ -205,6 +205,16 @@ def test_a_class_with_a_bias_of_minus_infinity_is_as_if_it_were_not_there(kind):
     assert (masked[2][4] == 0).all() and masked[3][4] == 0 and torch.allclose(masked[4], shorter[4], rtol=1e-6)
 
 
+def test_a_masked_class_that_no_probability_aims_at_costs_nothing():
+    c = problem(*SIZES["one block"], bias=1, probabilities=True)
+    c.labels[:, 4] = 0
+    c.bias[4] = -torch.inf
+    without = c._replace(prototypes=c.prototypes[:4], bias=c.bias[:4], labels=c.labels[:, :4])
+    masked, shorter = computed(c), computed(without)
+    assert torch.allclose(masked[0], shorter[0], rtol=1e-6) and masked[3][4] == 0
+    assert torch.allclose(masked[1], shorter[1], rtol=0, atol=1e-6 * shorter[1].abs().max().item())
+
+
 def test_of_equal_rows_the_lowest_takes_the_gradient_of_the_maximum():
     c = problem(*SIZES["one block"], rows_of=torch.tensor([0, 1, 0, 1, 2, 3]), pool="max")
     c.prototypes[2] = c.prototypes[0]
