@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # what the compiled part and the package's metadata are made of
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+CPP := $(shell find csrc tests/cuda_emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 ARGS ?=
 # processes of `make test`, one thread each
 WORKERS ?= 2
@@ -26,11 +27,12 @@ test: install lint ## lint and the whole test suite (ARGS="-k contrast")
 lint: install ## rules, format and types of Python, format of C++
 	@$(BIN)/python -m ruff check .
 	@$(BIN)/python -m ruff format --check --quiet . || { echo "format it: make format" >&2; exit 1; }
+	@$(BIN)/clang-format --dry-run --Werror $(CPP) || { echo "format it: make format" >&2; exit 1; }
 	@$(BIN)/python -m basedpyright --pythonpath $(BIN)/python
 
 format: install ## format Python and C++ in place
 	@$(BIN)/python -m ruff check --fix --quiet . ; $(BIN)/python -m ruff format --quiet .
-	@git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cuda_emulator/*.h' 'tests/cuda_emulator/*.cpp' | xargs $(BIN)/clang-format -i
+	@$(BIN)/clang-format -i $(CPP)
 
 install: $(VENV)/.package ## .venv with the pinned requirements and the package, built; nothing is repeated
 
