@@ -75,15 +75,38 @@ def once(op: Callable, name: str) -> Callable:
     return call
 
 
-def transformable(function: type[torch.autograd.Function], op: str) -> type[torch.autograd.Function]:
-    """The same function for torch.func: vmap goes through it, forward mode is refused. torch.compile traces none that has a `jvp`."""
+def recordable(cls: type) -> type[torch.autograd.Function]:
+    """The class, whose `compute` and `keep` are one `forward`: what eager code and torch.compile take."""
+
+    def forward(ctx, *inputs):
+        output = cls.compute(*inputs)
+        cls.keep(ctx, inputs, output)
+        return output
+
+    return type(
+        cls.__name__,
+        (torch.autograd.Function,),
+        {"forward": staticmethod(forward), "backward": staticmethod(cls.backward)},
+    )
+
+
+def transformable(cls: type, op: str) -> type[torch.autograd.Function]:
+    """The same for torch.func: vmap goes through it, forward mode is refused. torch.compile traces none that has a `jvp`, and PyTorch binds
+    the arguments anew in each call of one that has `setup_context`, 20 us."""
 
     def jvp(ctx, *tangents):
         raise RuntimeError(
             f"{op} has no forward-mode derivative (torch.func.jvp, jacfwd, forward_ad); use torch.func.grad, vjp or jacrev"
         )
 
-    return type(function.__name__, (function,), {"generate_vmap_rule": True, "jvp": staticmethod(jvp)})
+    members = {
+        "forward": staticmethod(cls.compute),
+        "setup_context": staticmethod(cls.keep),
+        "backward": staticmethod(cls.backward),
+        "generate_vmap_rule": True,
+        "jvp": staticmethod(jvp),
+    }
+    return type(cls.__name__, (torch.autograd.Function,), members)
 
 
 def looped_over_batch(op: Callable) -> Callable:

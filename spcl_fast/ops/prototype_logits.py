@@ -138,16 +138,16 @@ for _op in (_forward, _backward):
 _gradients = dispatched.once(_backward, _OP)
 
 
-class _Recorded(torch.autograd.Function):
+class _Derivative:
     """apply(*tensors, temperature, classes, line) -> logits."""
 
     @staticmethod
-    def forward(*inputs):
+    def compute(*inputs):
         *tensors, temperature, classes, line = inputs
         return _forward(tensors, temperature, classes, line)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def keep(ctx, inputs, output):
         *tensors, ctx.temperature, ctx.classes, ctx.line = inputs
         ctx.save_for_backward(*tensors)
 
@@ -161,7 +161,8 @@ class _Recorded(torch.autograd.Function):
         return tuple(nothing)
 
 
-_Transformed = dispatched.transformable(_Recorded, _OP)
+_Recorded = dispatched.recordable(_Derivative)
+_Transformed = dispatched.transformable(_Derivative, _OP)
 
 
 def _recorded(problem: Logits, backend: str) -> Tensor:

@@ -222,16 +222,16 @@ for _op in (_forward, _backward):
 _gradients = dispatched.once(_backward, _OP)
 
 
-class _Recorded(torch.autograd.Function):
+class _Derivative:
     """apply(*tensors, numbers, integers, line) -> what `_forward` returns; the loss alone is differentiable."""
 
     @staticmethod
-    def forward(*inputs):
+    def compute(*inputs):
         *tensors, numbers, integers, line = inputs
         return _forward(tensors, numbers, integers, line)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def keep(ctx, inputs, output):
         *tensors, ctx.numbers, ctx.integers, ctx.line = inputs
         _, *saved = output
         ctx.mark_non_differentiable(*saved)
@@ -259,7 +259,8 @@ class _Recorded(torch.autograd.Function):
         return tuple(nothing)
 
 
-_Transformed = dispatched.transformable(_Recorded, _OP)
+_Recorded = dispatched.recordable(_Derivative)
+_Transformed = dispatched.transformable(_Derivative, _OP)
 
 
 # once more differentiated, it is refused; not in place, so that it can be

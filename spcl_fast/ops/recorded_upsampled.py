@@ -106,16 +106,16 @@ for _op in (_forward, _gradient):
 _converted = dispatched.once(_gradient, "the loss of up-sampled logits")
 
 
-class _Recorded(torch.autograd.Function):
+class _Derivative:
     """apply(*tensors, numbers, integers, line) -> what `_forward` returns; the loss alone is differentiable, in the logits."""
 
     @staticmethod
-    def forward(*inputs):
+    def compute(*inputs):
         *tensors, numbers, integers, line = inputs
         return _forward(tensors, numbers, integers, line)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def keep(ctx, inputs, output):
         *tensors, ctx.numbers, ctx.integers, ctx.line = inputs
         _, dlogits = output
         ctx.mark_non_differentiable(dlogits)
@@ -143,7 +143,8 @@ class _Recorded(torch.autograd.Function):
         return tuple(nothing)
 
 
-_Transformed = dispatched.transformable(_Recorded, _OPS[0])
+_Recorded = dispatched.recordable(_Derivative)
+_Transformed = dispatched.transformable(_Derivative, _OPS[0])
 
 
 def recorded(op: str, problem: UpsampledLoss, backend: str) -> Tensor:
