@@ -116,6 +116,9 @@ void gather_targets(const StreamedForward& a, StreamedPanel& panel, int64_t firs
     }
 }
 
+// Of a target without weight: so low that no class has a share in the backward, and finite, since that splits the difference in two floats.
+double log_of_target(double target) { return target == 0 ? -1e30 : __builtin_log(target); }
+
 void finish_panel(const StreamedForward& a, const StreamedPanel& panel, double* loss, double* weight) {
   const Gathered& g = panel.gathered;
   const Span& s = panel.span;
@@ -137,7 +140,7 @@ void finish_panel(const StreamedForward& a, const StreamedPanel& panel, double* 
     *loss += nll;
     if (a.loss_map) a.loss_map[at + p] = (float)nll;
     if (a.inv_norm) a.inv_norm[at + p] = label[p] < 0 ? 0.0f : panel.inv_norm[p];
-    if (a.lse) a.lse[at + p] = !a.share ? lse : label[p] < 0 ? 0.0 : lse - __builtin_log(target);
+    if (a.lse) a.lse[at + p] = !a.share ? lse : label[p] < 0 ? 0.0 : lse - log_of_target(target);
   }
 }
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..contract import UpsampledClasses, UpsampledLoss
 from ..labels import check_probabilities, check_range
 from .exact import exact, fixed_sum, matmul, wide, widened
-from .targets import smoothed
+from .targets import smoothed, softmax
 
 _STRIP_ELEMENTS = 1 << 20  # values of an up-sampled strip alive at once: 4 MB
 
@@ -162,7 +162,7 @@ def _pixels(
         loss = lse - strip.gather(0, index[None])[0]
         if not needs_residual:
             return loss, None
-        residual = strip.sub_(lse).exp_()
+        residual = softmax(strip)
         return loss, residual.scatter_add_(0, index[None], residual.new_full((1, 1, 1), -1.0).expand(1, *index.shape))
     target = _target(strip, problem, goal, where)
     terms, residual = (_binary if binary else _soft)(strip, target, problem)
@@ -183,7 +183,7 @@ def _soft(strip: Tensor, target: Tensor, problem: UpsampledLoss) -> tuple[Tensor
     if problem.class_weight is not None:
         target = target * problem.class_weight.to(strip.dtype)[:, None, None]
     terms = torch.where(target == 0, 0, target * (lse - strip))
-    return terms, (strip - lse).exp() * target.sum(0, dtype=torch.float64).to(strip.dtype) - target
+    return terms, softmax(strip) * target.sum(0, dtype=torch.float64).to(strip.dtype) - target
 
 
 def _binary(strip: Tensor, target: Tensor, problem: UpsampledLoss) -> tuple[Tensor, Tensor]:
