@@ -68,7 +68,7 @@ def _logsumexp(rows: Tensor, columns: Tensor, temperature: float, potential: Ten
         None,
         None,
     )
-    settings = launch.find(architecture(rows), "contrast_forward", rows.dtype, dim, len(columns), "channels")
+    settings = launch.settings_of(architecture(rows), "contrast_forward", rows.dtype, dim, len(columns), "channels")
     with on_device_of(rows):
         row_logsumexp_kernel[(triton.cdiv(count, settings["BLOCK_N"]),)](
             Map(rows, 0, rows.stride(1), None, rows.stride(0)), prototypes, out, Size(count, 1, dim, len(columns)),

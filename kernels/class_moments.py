@@ -118,7 +118,7 @@ def _inverse_norms(features):
     """[B, P] float32: a pass of its own, where a program cannot hold all channels."""
     batch, dim, height, width = features.shape
     inv_norm = features.new_empty(batch, height * width, dtype=torch.float32)
-    settings = launch.find(architecture(features), "norms", features.dtype, dim, 1, layout(features))
+    settings = launch.settings_of(architecture(features), "norms", features.dtype, dim, 1, layout(features))
     programs = batch * triton.cdiv(height * width, settings["BLOCK_N"])
     norms_kernel[(programs,)](feature_map(features), inv_norm, size_of(features, 1), **settings)
     return inv_norm
@@ -127,7 +127,7 @@ def _inverse_norms(features):
 def _settings(features, num_classes: int, squares: bool) -> dict[str, int]:
     """The table's row, cut to the channels there are: a tile that holds them all spares the pass for the norms."""
     dim = features.shape[1]
-    settings = launch.find(architecture(features), "moments", features.dtype, dim, num_classes, layout(features))
+    settings = launch.settings_of(architecture(features), "moments", features.dtype, dim, num_classes, layout(features))
     whole = max(16, power_of_two(dim))
     return settings | {
         "BLOCK_O": min(whole, settings["BLOCK_O"] // (2 if squares and dim > 64 else 1))

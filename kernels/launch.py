@@ -180,6 +180,19 @@ def find(
     return _find(arch, kernel, dtype, dim, num_classes, layout)
 
 
+def settings_of(
+    arch: str, kernel: str, dtype: torch.dtype, dim: int, num_classes: int, layout: str = "pixels"
+) -> dict[str, int]:
+    """As `find`, of a kernel that every table has for all sizes."""
+    settings = _find(arch, kernel, dtype, dim, num_classes, layout)
+    if settings is None:
+        raise LookupError(
+            f"the launch table of {arch} has no row of {kernel} for {dtype}, {dim} channels and {num_classes} classes; "
+            f"add one without limits to kernels/launch.py"
+        )
+    return settings
+
+
 @contextlib.contextmanager
 def override(*rows: Row):
     """Rows that win while the context lasts: for `tune` and for tests."""

@@ -300,6 +300,7 @@ def _denominator_of(problem, target: UpsampledTarget) -> Tensor:
     if target.labels is not None:
         weights = weights_of(None if target.binary is not None else problem.class_weight, None)
         return _denominator(target.labels, weights, problem.logits.shape[1])
+    assert target.soft is not None
     there = F.interpolate(
         target.soft.any.ptr, problem.output_size, mode="bilinear", align_corners=problem.align_corners
     )

@@ -59,7 +59,7 @@ def _launch(contrast, flag, bad_probability: int, loss_map, saved: Saved, class_
     )
     kind = "_target" if target.plain is None or class_logits is not None else "_resident" if resident else ""
     name = "contrast_forward" + ("_variances" if variances and class_logits is None else kind)
-    settings = launch.find(architecture(features), name, features.dtype, size.D, size.K, layout(features))
+    settings = launch.settings_of(architecture(features), name, features.dtype, size.D, size.K, layout(features))
     programs = features.shape[0] * triton.cdiv(size.P, settings["BLOCK_N"])
     partial = None if loss_map is not None else features.new_empty(2, programs, dtype=torch.float32)
     operands = (
@@ -102,7 +102,7 @@ def _with_pixels(grad: Incoming, contrast, target: Target, weights) -> Target:
     size = size_of(features, contrast.num_classes)
     scale = features.new_empty(features.shape[0], size.P, dtype=torch.float32)
     mass = torch.empty_like(scale)
-    settings = launch.find(
+    settings = launch.settings_of(
         architecture(features), "contrast_forward_target", features.dtype, size.D, size.K, layout(features)
     )
     programs = features.shape[0] * triton.cdiv(size.P, settings["BLOCK_N"])
@@ -138,6 +138,7 @@ def gradients(problem, grad: Incoming | None, target: Target, weights, saved: Sa
             if wanted.prototypes:
                 dprototypes = sums.sum(0) if per_image and prototypes.stride_b is None else sums
             if wanted.bias:
+                assert bias_sums is not None
                 dbias = bias_sums.sum(0) if per_image and prototypes.bias_b is None else bias_sums
     return dfeatures, dprototypes, dbias, dtemperature
 
@@ -146,13 +147,13 @@ def form_of(features: Tensor, num_classes: int, simple: bool, has_logits: bool) 
     """Which of the backward's three kernels, and its settings. simple: a plain target, no variances, no gradient of the temperature."""
     dim, dtype, arch = features.shape[1], features.dtype, architecture(features)
     if simple and holds_tile(features) and not has_logits:
-        settings = launch.find(arch, "contrast_backward_resident", dtype, dim, num_classes, layout(features))
+        settings = launch.settings_of(arch, "contrast_backward_resident", dtype, dim, num_classes, layout(features))
         return "resident", settings | {"BLOCK_D": max(16, power_of_two(dim))}
     settings = launch.find(arch, "contrast_backward_tile", dtype, dim, num_classes, layout(features))
     if simple and settings is not None and num_classes <= settings["BLOCK_K"]:
         return "tile", settings
     row = "contrast_backward_split" if simple else "contrast_backward_target"
-    return "split", launch.find(arch, row, dtype, dim, num_classes, layout(features))
+    return "split", launch.settings_of(arch, row, dtype, dim, num_classes, layout(features))
 
 
 def _feature_gradient(problem, operands, wanted):
@@ -175,6 +176,6 @@ def _feature_gradient(problem, operands, wanted):
         backward_split_kernel[(tiles, blocks)](
             *inputs, partial, size, problem.normalize, precision(features.dtype), **settings
         )
-        if wanted.temperature:
+        if partial is not None:
             return dfeatures, partial.sum(dtype=torch.float64).float()
     return dfeatures, features.new_empty(0, dtype=torch.float32)

@@ -130,7 +130,7 @@ def row_logits(problem, out, inv_norm) -> None:
     features = problem.features
     size = size_of(features, problem.prototypes.shape[-2])
     row = "contrast_forward_target" if problem.variances is None else "contrast_forward_variances"
-    settings = launch.find(architecture(features), row, features.dtype, size.D, size.K, layout(features))
+    settings = launch.settings_of(architecture(features), row, features.dtype, size.D, size.K, layout(features))
     programs = features.shape[0] * triton.cdiv(size.P, settings["BLOCK_N"])
     logits_kernel[(programs,)](
         feature_map(features),
@@ -182,7 +182,7 @@ def given_rows(contrast, target: Target, weights, saved: Saved) -> Target:
     size = size_of(features, contrast.num_classes)
     pooled, walk = pool(contrast, saved.logits)
     dpooled = torch.empty_like(pooled)
-    settings = launch.find(
+    settings = launch.settings_of(
         architecture(features), "contrast_forward_target", features.dtype, size.D, size.K, layout(features)
     )
     programs = features.shape[0] * triton.cdiv(size.P, settings["BLOCK_N"])

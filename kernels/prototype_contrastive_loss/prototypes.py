@@ -158,8 +158,8 @@ def group_tiles(tiles: int, blocks: int, floats: int) -> tuple[int, int]:
     """-> tiles a group, number of groups; from the sizes alone. `blocks` programs a group, `floats` of workspace a group."""
     tiles = max(1, tiles)
     groups = max(1, min(tiles, triton.cdiv(_PROGRAMS, blocks), _WORKSPACE_BYTES // (4 * floats)))
-    per_group = triton.cdiv(tiles, 3 if INTERPRETED and tiles > 3 else groups)
-    return per_group, triton.cdiv(tiles, per_group)
+    per_group = int(triton.cdiv(tiles, 3 if INTERPRETED and tiles > 3 else groups))
+    return per_group, int(triton.cdiv(tiles, per_group))
 
 
 def add_groups(partial, groups: int):
@@ -174,7 +174,7 @@ def add_groups(partial, groups: int):
 def prototype_gradient(features, operands, per_image: bool, needs_bias: bool):
     """-> dprototypes [K, D] or [B, K, D], dbias [K] or [B, K] or None; float32."""
     grad, target, prototypes, weights, saved, size = operands
-    settings = launch.find(
+    settings = launch.settings_of(
         architecture(features), "contrast_prototypes", features.dtype, size.D, size.K, layout(features)
     )
     batch = features.shape[0]

@@ -319,3 +319,8 @@ def test_tune_keeps_what_is_faster_and_right_and_writes_it(tmp_path, monkeypatch
 
 def test_architecture_without_a_table_takes_the_default():
     assert launch.find("default", "moments", torch.float32, 64, 19) is not None
+
+
+def test_a_kernel_that_no_row_is_for_is_named_with_its_sizes():
+    with pytest.raises(LookupError, match="sm_90 has no row of nothing for torch.float32, 64 channels and 19 classes"):
+        launch.settings_of("sm_90", "nothing", torch.float32, 64, 19)
