@@ -30,10 +30,10 @@ def _include(acc, quadratic, scale, target, prototypes, saved, b, n, mask_n, off
     z, _, variance = logits_of(acc, quadratic, scale, b, offs_k, prototypes, size.K)
     save_logits(saved, z, b, n, mask_n, offs_k, size)
     z = with_margin(z, cls, offs_k, prototypes)
+    z = tl.where((offs_k < size.K)[None, :], z, -float("inf"))
     own = z
     if target.mean_variance is not None:
         own = z - variance
-    z = tl.where((offs_k < size.K)[None, :], z, -float("inf"))
     new_top = tl.maximum(top, tl.max(z, 1))
     base = new_top
     if prototypes.bias is not None:
