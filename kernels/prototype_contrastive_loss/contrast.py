@@ -92,7 +92,10 @@ def contrast_backward(grad_loss: Tensor, contrast, saved, wanted, flag: Tensor, 
     if contrast.prototype_class is not None:
         with on_device_of(features):
             target = given_rows(contrast, target, weights, kept)
-        kept = Saved(None, saved.inv_norm, None if contrast.variances is not None else saved.logits)
+        is_dot = (
+            contrast.variances is None and contrast.bias is None
+        )  # else they are computed again: they are not in the sum
+        kept = Saved(None, saved.inv_norm, saved.logits if is_dot else None)
     return gradients(contrast, grad, target, weights, kept, wanted)
 
 

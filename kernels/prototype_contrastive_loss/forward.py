@@ -19,6 +19,7 @@ from .targets import with_margin
 
 @triton.jit
 def save_logits(saved, z, b, n, mask_n, offs_k, size):
+    """Without the bias: a dot product taken from a sum with one that is much larger would have lost its digits."""
     if saved.logits is not None:
         ptrs = saved.logits + (b * size.K + offs_k[None, :]) * size.P + n[:, None]
         tl.store(ptrs, z, mask=mask_n[:, None] & (offs_k < size.K)[None, :])
@@ -27,8 +28,8 @@ def save_logits(saved, z, b, n, mask_n, offs_k, size):
 @triton.jit
 def _include(acc, quadratic, scale, target, prototypes, saved, b, n, mask_n, offs_k, size, cls, top, total, z_label):
     """One more block of dots into the running maximum, the sum of exponentials and the label's logit."""
-    z, _, variance = logits_of(acc, quadratic, scale, b, offs_k, prototypes, size.K)
-    save_logits(saved, z, b, n, mask_n, offs_k, size)
+    z, linear, variance = logits_of(acc, quadratic, scale, b, offs_k, prototypes, size.K)
+    save_logits(saved, linear, b, n, mask_n, offs_k, size)
     z = with_margin(z, cls, offs_k, prototypes)
     z = tl.where((offs_k < size.K)[None, :], z, -float("inf"))
     own = z

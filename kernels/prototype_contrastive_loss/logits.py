@@ -102,10 +102,10 @@ def logits_again(image_ptr, features, prototypes, saved, b, n, offs_n, mask_n, i
     offs_k = k0 + tl.arange(0, BLOCK_K)
     if saved.logits is not None:
         ptrs = saved.logits + (b * size.K + offs_k[None, :]) * size.P + n[:, None]
-        z = tl.load(ptrs, mask=mask_n[:, None] & (offs_k < size.K)[None, :], other=0.0)
-        linear = z
+        linear = tl.load(ptrs, mask=mask_n[:, None] & (offs_k < size.K)[None, :], other=0.0)
+        z = linear
         if prototypes.bias is not None:
-            linear = tl.where(z == -float("inf"), 0.0, z - read_bias(prototypes, b, offs_k, size.K)[None, :])
+            z = z + read_bias(prototypes, b, offs_k, size.K)[None, :]
         variance = linear
     else:
         acc, quadratic, _ = dots(
