@@ -116,7 +116,8 @@ void gather_targets(const StreamedForward& a, StreamedPanel& panel, int64_t firs
     }
 }
 
-// Of a target without weight: so low that no class has a share in the backward, and finite, since that splits the difference in two floats.
+// Of a target without weight: so low that no class has a share in the backward, and finite, since that splits the
+// difference in two floats.
 double log_of_target(double target) { return target == 0 ? -1e30 : __builtin_log(target); }
 
 void finish_panel(const StreamedForward& a, const StreamedPanel& panel, double* loss, double* weight) {
