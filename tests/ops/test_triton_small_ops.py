@@ -103,7 +103,8 @@ def test_balance_makes_rows_sum_to_one_and_columns_equal(count, classes, dtype):
 def test_a_teachers_targets_are_computed_not_stored(classes):
     features, prototypes = rand(30, 33), F.normalize(rand(classes, 33, seed=1), dim=1)
     teacher, rows = rand(30, 12, seed=2), F.normalize(rand(classes, 12, seed=3), dim=1)
-    targets = sf.TeacherTargets(teacher.to(DEVICE), rows.to(DEVICE), 0.3)
+    u = -(teacher @ rows.T / 0.3).logsumexp(1)
+    targets = sf.TeacherTargets(teacher.to(DEVICE), rows.to(DEVICE), 0.3, u.to(DEVICE))
     x, p = features.to(DEVICE).requires_grad_(), prototypes.to(DEVICE).requires_grad_()
     loss = sf.prototype_contrastive_loss(x, targets, p, temperature=0.2, backend="triton")
     got = [loss.detach(), *torch.autograd.grad(loss, (x, p))]
