@@ -317,8 +317,8 @@ def _print_peak(option: str, which: str) -> None:
     mine, eager = LARGE[option][2]()
     call = mine if which == "ours" else eager
     _first_calls()
+    memory.reset_peak()  # gives freed memory back first: what is resident now stays
     before = memory.resident_bytes()
-    memory.reset_peak()
     kept = call()
     print(memory.peak_bytes() - before)
     del kept
