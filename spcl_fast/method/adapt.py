@@ -13,11 +13,13 @@ from torch import Tensor
 from .. import catalog
 from ..config import AdaptConfig, Config
 from ..data import Batch
+from ..data.classes import IGNORE
 from ..losses.objective import Objective
 from ..models.chain import statistics_kept
 from ..ops import agreement_labels, labels_on, upsampled_cross_entropy
 from ..train import memory
 from ..train.lean import LeanModel
+from ..train.meter import Weighted
 from .nets import Nets
 from .parts import Shown, backward, never, parts_of, predicted_share, shares, total
 from .pseudo_labels import FIRST
@@ -60,26 +62,21 @@ class AdaptStep:
     accumulate: int = 1
     shown: Shown = never
 
-    def __call__(self, batch: tuple[Batch, Batch], it: int) -> dict[str, Tensor]:
+    def __call__(self, batch: tuple[Batch, Batch], it: int) -> dict[str, Tensor | Weighted]:
         source, target = batch
-        segmentation, source_contrast = self._source_pass(source)
-        target_contrast, more = self._target_pass(target, it)
-        # at a high temperature the loss itself says nothing: log what is above ln K
-        chance = math.log(self.objective.prototypes.shape[0])
-        values = {
-            "segmentation": segmentation,
-            "source_excess": source_contrast - chance,
-            "target_excess": target_contrast - chance,
-        }
-        return values | more
+        return self._source_pass(source) | self._target_pass(target, it)
 
-    def _source_pass(self, source: Batch) -> tuple[Tensor, Tensor]:
-        """-> segmentation loss, contrastive loss."""
+    def _excess(self, contrast: Tensor, pixels: Tensor) -> Weighted:
+        """At a high temperature the loss itself says nothing: what is above ln K is logged, of the steps in which a pixel counts."""
+        return Weighted(contrast - math.log(self.objective.prototypes.shape[0]), pixels > 0)
+
+    def _source_pass(self, source: Batch) -> dict[str, Tensor | Weighted]:
+        """-> segmentation loss, contrastive loss above chance, share of the labelled pixels that are predicted right."""
         parts = parts_of(source, self.accumulate)
         agreements = _move_prototypes_first(self.net, self.objective, parts) if self.accumulate > 1 else [None]
         share_of_labels = shares([part.labels for part in parts], self.class_weight)
         share_of_agreed = shares(agreements)
-        segmentations, contrasts = [], []
+        segmentations, contrasts, pixels = [], [], []
         for part, agreed, share, contrast_share in zip(
             parts, agreements, share_of_labels, share_of_agreed, strict=True
         ):
@@ -88,6 +85,7 @@ class AdaptStep:
                 if agreed is None:
                     agreed = agreement_labels(part.labels, logits.argmax(1))
                     self.objective.update_(features.detach(), agreed)
+                pixels.append(torch.stack([_labelled(agreed), _labelled(labels_on(part.labels, agreed.shape[1:]))]))
                 segmentation = share * upsampled_cross_entropy(
                     logits, part.labels, temperature=self.train.temperature, class_weight=self.class_weight
                 )
@@ -97,22 +95,33 @@ class AdaptStep:
             backward(loss)
             segmentations.append(segmentation.detach())
             contrasts.append(pull.detach())
-        return total(segmentations), total(contrasts)
+        agreeing, labelled = total(pixels)
+        return {
+            "segmentation": total(segmentations),
+            "source_excess": self._excess(total(contrasts), agreeing),
+            "source_agreement": Weighted(agreeing / labelled.clamp_min(1), labelled),
+        }
 
-    def _target_pass(self, target: Batch, it: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """-> contrastive loss, diagnostics where they are shown."""
-        net, parts, contrasts = self.net, parts_of(target, self.accumulate), []
+    def _target_pass(self, target: Batch, it: int) -> dict[str, Tensor | Weighted]:
+        """-> contrastive loss above chance, diagnostics where they are shown."""
+        net, parts, contrasts, pixels = self.net, parts_of(target, self.accumulate), [], []
         grids = [labels_on(part.labels, net.grid(part.images)) for part in parts] if self.accumulate > 1 else [None]
         for part, share in zip(parts, shares(grids), strict=True):
             features = net.features(part.images)
             with memory.phase("loss"):
                 pull = share * self.objective(features, part.labels)
                 loss = self.train.contrast_weight * pull
+                pixels.append(_labelled(labels_on(part.labels, features.shape[2:])))
             features = features.detach() if self.shown(it) else None
             backward(loss)
             contrasts.append(pull.detach())
         more = {} if features is None else diagnostics(net, features, parts[-1].labels, self.objective.prototypes)
-        return total(contrasts), more
+        return {"target_excess": self._excess(total(contrasts), total(pixels)), **more}
+
+
+def _labelled(labels: Tensor) -> Tensor:
+    """How many pixels have a label, 0-dim."""
+    return (labels != IGNORE).sum()
 
 
 @torch.no_grad()

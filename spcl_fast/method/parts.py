@@ -21,8 +21,9 @@ from ..data.classes import IGNORE
 from ..ops import upsampled_cross_entropy
 from ..train import memory
 from ..train.lean import LeanModel
+from ..train.meter import Values
 
-Step = Callable[[Any, int], dict[str, Tensor]]  # (batch or a tuple of batches, iteration) -> what is logged
+Step = Callable[[Any, int], Values]  # (batch or a tuple of batches, iteration) -> what is logged
 Look = Callable[[Tensor], None]  # is given logits [B, K, h, w] on the way
 Shown = Callable[[int], bool]  # whether diagnostics belong to the values of this iteration
 

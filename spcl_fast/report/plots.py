@@ -137,12 +137,13 @@ def curves(run: RunFolder) -> bytes | None:
     panels: list[tuple[str, str, list[str]]] = []
     for stage in dict.fromkeys(stages):
         title, names = catalog.title(stage), _losses(run.metrics[stage])
-        above = [name for name in names if name.endswith("_excess")]
+        above, agreement = ([name for name in names if name.endswith(end)] for end in ("_excess", "_agreement"))
         panels += [
             (stage, f"{title}: {what}", some)
             for what, some in (
-                ("losses", [name for name in names if name not in above]),
+                ("losses", [name for name in names if name not in (*above, *agreement)]),
                 ("contrastive loss - ln K", above),
+                ("share of pixels predicted as labelled", agreement),
             )
             if any(_series(run.metrics[stage], some))
         ]
@@ -187,7 +188,7 @@ def _series(records: list[dict[str, Any]], names: list[str]) -> Iterator[tuple[s
 
 def _lines(axes: Axes, records: list[dict[str, Any]], names: list[str], title: str) -> None:
     for colour, (name, steps, values) in zip(itertools.cycle(SAFE_COLOURS), _series(records, names), strict=False):
-        label = name.removesuffix("_excess").replace("_", " ")
+        label = name.removesuffix("_excess").removesuffix("_agreement").replace("_", " ")
         axes.plot(steps, values, color=colour, label=label, marker=_mark(steps), ms=4)
     if any(name.endswith("_excess") for name in names):
         axes.axhline(0, color=FAINT, linewidth=0.8, linestyle=(0, (4, 3)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,8 @@ def signs(
     """
     stage = str(record.get("stage"))
     share, nearest = (_by_class(record.get(name), classes) for name in ("predicted_share", "prototype_nearest"))
-    return [sign for sign in (_one_class(stage, share, expected), _alike(nearest)) if sign is not None]
+    found = (_one_class(stage, share, expected), _alike(nearest), *_nothing_counts(stage, record))
+    return [sign for sign in found if sign is not None]
 
 
 def nearly_all_kept(stage: str, predicted: float, kept: float) -> Sign | None:
@@ -70,3 +71,21 @@ def _alike(nearest: Mapping[str, float]) -> Sign | None:
         "classes apart. Train the source stage longer, raise adapt.keep, or merge the classes."
     )
     return Sign("Prototypes have become alike", text)
+
+
+def _nothing_counts(stage: str, record: Mapping[str, Any]) -> Iterator[Sign]:
+    """A stage that moves prototypes logs no contrastive loss of a domain where no pixel counts."""
+    if "prototype_norm" not in record:
+        return
+    if "source_excess" not in record:
+        text = (
+            f"No pixel of the source labels was predicted right in {stage}, so the prototypes stand still and the contrastive loss of the "
+            "source is 0. Look at the labels (spcl-fast check-data), or train the stage before it longer."
+        )
+        yield Sign("No source pixel counts in the contrastive loss", text)
+    if "target_excess" not in record:
+        text = (
+            f"No target pixel of {stage} has a pseudo-label, so the contrastive loss of the target is 0. Look at the pseudo-labels that it "
+            "started from, or lower pseudo_label.quantile."
+        )
+        yield Sign("No target pixel counts in the contrastive loss", text)

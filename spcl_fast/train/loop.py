@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from .. import distributed
@@ -27,14 +27,14 @@ from ..runs.identity import step_seed
 from ..runs.layout import COLUMNS, PHASES, LogLine
 from . import memory
 from .device import choose_device, move
-from .meter import Meter, first_not_finite, numeric_error
+from .meter import Meter, Values, first_not_finite, numeric_error
 from .pace import Closing, Pace
 from .progress import Progress
 from .resume import checkpoint_to_resume, identity_of
 from .signals import StopRequest, stop_requests
 from .state import TrainingState
 
-Step = Callable[[Any, int], Mapping[str, Tensor]]
+Step = Callable[[Any, int], Values]
 NAMES_SHOWN = 16  # file names in an error
 
 
@@ -69,8 +69,9 @@ def fit(
     """Train `modules` for `iterations` steps, or what is left of them; afterwards they hold the final state, also if it was there before.
 
     step(batch, it) goes forward and backward itself and returns tensors by name: 0-dim ones (losses) are logged as the average since the
-        last line, vectors (shares, norms) by their last value. It must be a function of the modules, the batch, `it` and torch's default
-        generator, which is seeded for every iteration: then a killed and resumed run ends with the same bits as an undisturbed one.
+        last line, `meter.Weighted` by weight, vectors (shares, norms) by their last value.
+        It must be a function of the modules, the batch, `it` and torch's default generator, which is seeded
+        for every iteration: then a killed and resumed run ends with the same bits as an undisturbed one.
     batches(start) yields the batches of iterations start, start + 1, ...; their `names` tell which files a NaN came from.
     modules: everything with state, saved under `<name>.safetensors`; on several processes they start from those of the first.
     optimizers: the rate of a group at `it` is the one it is given with (its `lr` on entry) times schedule(it).

@@ -25,6 +25,7 @@ from spcl_fast.method.prototypes import read_prototypes
 from spcl_fast.method.run import run_stages
 from spcl_fast.method.training import warn_of_collapse
 from spcl_fast.runs.folder import Run
+from spcl_fast.runs.signs import signs
 from spcl_fast.runs.tensorfile import replace_tensors
 from spcl_fast.train.signals import StopRequest
 
@@ -67,6 +68,7 @@ def test_log_shows_what_would_reveal_a_collapse(finished):
         "segmentation",
         "source_excess",
         "target_excess",
+        "source_agreement",
         "lr",
         "images_per_s",
         "data_wait",
@@ -76,6 +78,15 @@ def test_log_shows_what_would_reveal_a_collapse(finished):
     assert max(line["prototype_nearest"]) <= 1 + 1e-5
     for stage in ("warmup", "adapt", "distill"):
         assert sum(finished.run.metrics(stage)[-1]["predicted_share"]) == pytest.approx(1, abs=1e-4)
+
+
+def test_a_domain_of_which_no_pixel_counts_is_warned_of():
+    names, seen = ["a", "b"], {"stage": "adapt", "prototype_norm": [1.0, 1.0], "target_excess": -0.1}
+    assert [sign.title for sign in signs(seen, names)] == ["No source pixel counts in the contrastive loss"]
+    both = seen | {"source_excess": -0.2}
+    assert not signs(both, names) and not signs({"stage": "distill", "segmentation": 1.0}, names)
+    both.pop("target_excess")
+    assert [sign.title for sign in signs(both, names)] == ["No target pixel counts in the contrastive loss"]
 
 
 def test_a_collapse_is_said_while_the_net_trains_and_once(finished, monkeypatch):

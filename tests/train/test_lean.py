@@ -20,10 +20,12 @@ from spcl_fast.method.distill import distill_step
 from spcl_fast.method.supervised import supervised_step
 from spcl_fast.method.warmup import warmup_step
 from spcl_fast.models import Discriminator, SegmentationModel, build_model, wrap_model
+from spcl_fast.ops import labels_on
 from spcl_fast.train import lean
 from spcl_fast.train.absorb import AbsorbingSGD
 from spcl_fast.train.device import Precision
 from spcl_fast.train.lean import best_cuts, block_bytes, lean_model
+from spcl_fast.train.meter import Meter, Weighted
 
 CPU = torch.device("cpu")
 NETS = ("deeplab_v2_resnet18", "lite0", "tiny")
@@ -53,6 +55,13 @@ def bank_of(model: SegmentationModel, train: AdaptConfig = TRAIN) -> spcl.SPCLOb
     return bank
 
 
+def flat(values) -> dict[str, torch.Tensor]:
+    """What a step returned, the weight of a weighted value under its own name."""
+    weighted = {key: value for key, value in values.items() if isinstance(value, Weighted)}
+    weights = {f"{key}.weight": value.weight for key, value in weighted.items()}
+    return {**values, **{key: value.value for key, value in weighted.items()}, **weights}
+
+
 def adapted(name: str, absorb: bool = False, steps: int = 1, size=(32, 48), **loop):
     """State after adapt steps, momentum too."""
     net = net_of(name, **loop)
@@ -72,7 +81,7 @@ def adapted(name: str, absorb: bool = False, steps: int = 1, size=(32, 48), **lo
     state |= {
         f"momentum.{key}": optimizer.state[p]["momentum_buffer"] for key, p in own.items() if p in optimizer.state
     }
-    return state, values
+    return state, flat(values)
 
 
 def assert_close(got, expected, rtol=1e-4, share=1e-4):
@@ -153,6 +162,8 @@ def test_absorbed_gradients_and_parts_of_a_batch_are_the_plain_step(plain, name,
     assert_close(state, plain[name][0])
     for key in ("segmentation", "source_excess", "target_excess"):
         torch.testing.assert_close(values[key], plain[name][1][key], rtol=1e-5, atol=1e-5)
+    for key in ("source_excess.weight", "target_excess.weight", "source_agreement.weight"):
+        assert torch.equal(values[key], plain[name][1][key]), key
 
 
 @pytest.mark.parametrize("checkpoint, absorb, accumulate", [("none", False, 1), ("auto", True, 2)])
@@ -343,3 +354,23 @@ def test_compile_is_of_the_body_and_changes_no_key(monkeypatch):
     assert compiled.model.feature_extractor._compiled_call_impl is not None
     assert compiled.model.state_dict().keys() == plain.model.state_dict().keys()
     assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_where_no_pixel_counts_no_contrast_is_reported(accumulate):
+    net = net_of("tiny")
+    step = AdaptStep(net, bank_of(net.model), TRAIN, None, accumulate)
+    source, target = batch(0), batch(1)
+    void = dataclasses.replace(source, labels=torch.full_like(source.labels, 255))
+    meter = Meter()
+    meter.add(step((void, target), 0), 0)
+    found = meter.read().values
+    assert "source_excess" not in found and "source_agreement" not in found and "target_excess" in found
+    meter.reset()
+    meter.add(step((source, dataclasses.replace(target, labels=void.labels)), 1), 1)
+    found = meter.read().values
+    assert "target_excess" not in found and 0 < found["source_agreement"] < 1
+    with torch.no_grad():
+        predicted, labels = net(source.images)[1].argmax(1), labels_on(source.labels, net.grid(source.images))
+    known = labels != 255
+    assert found["source_agreement"] == pytest.approx((predicted == labels)[known].double().mean().item())
