@@ -57,13 +57,17 @@ bool pack_nodes(const Upsampled& a, const Window& window, int64_t row, float fac
   vi extreme = {};
   for (int64_t k = 0; k < x.dim; ++k, from += x.stride_d, out += stride) {
     int64_t n = 0;
+    auto put = [&](vf value) {
+      store(out + n, value);
+      extreme |= magnitude(value) > kExtreme;
+    };
     if (x.stride_w == 1) {
-      for (; n + V <= window.nodes; n += V) store(out + n, load(from + n) * factor);
-      if (n < window.nodes) store(out + n, load_first(from + n, window.nodes - n) * factor);
-    } else {
-      for (; n < window.nodes; ++n) out[n] = load_one(from + n * x.stride_w) * factor;
-      for (; n % V; ++n) out[n] = 0;
+      for (; n + V <= window.nodes; n += V) put(load(from + n) * factor);
+      if (n < window.nodes) put(load_first(from + n, window.nodes - n) * factor);
+      continue;
     }
+    for (; n < window.nodes; ++n) out[n] = load_one(from + n * x.stride_w) * factor;
+    for (; n % V; ++n) out[n] = 0;
     for (n = 0; n < window.nodes; n += V) extreme |= magnitude(load(out + n)) > kExtreme;
   }
   return any(extreme);

@@ -33,7 +33,7 @@ Best search(const float* rows, int64_t stride, int64_t num_classes, const Taps& 
 }
 
 // Stores the confidence and gives the labels.
-template <bool kNear, bool kLow>
+template <bool kNear, bool kLow> SPCL_INLINE
 vi predict(const UpsampledPrediction& a, const float* rows, const Taps& t, float* confidence) {
   const int64_t stride = node_stride(a), num_classes = a.logits.dim;
   vf top = interpolate<kNear, kLow>(rows + num_classes * stride, t);
@@ -47,14 +47,17 @@ vi predict(const UpsampledPrediction& a, const float* rows, const Taps& t, float
 template <class T>
 void write_labels(const UpsampledPrediction& a, int64_t at, vi label, const float* confidence, int count) {
   T* to = (T*)a.labels + at;
-  for (int i = 0; i < count; ++i) {
-    const bool below = a.thresholds && !(confidence[i] >= a.thresholds[label[i]]);  // a NaN is below
-    to[i] = below ? (T)a.ignore_index : (T)label[i];
-  }
+  alignas(64) int32_t lane[V];
+  memcpy(lane, &label, sizeof lane);
+  for (int i = 0; i < count; ++i) to[i] = (T)lane[i];
+  for (int i = 0; a.thresholds && i < count; ++i)
+    if (!(confidence[i] >= a.thresholds[lane[i]])) to[i] = (T)a.ignore_index;  // a NaN is below
 }
 
+// Not a part of its caller: there the constants of exp2 do not stay in registers.
 template <bool kLow>
-void row_of_pixels(const UpsampledPrediction& a, const Window& window, int64_t row, const float* blended) {
+__attribute__((noinline)) void row_of_pixels(const UpsampledPrediction& a, const Window& window, int64_t row,
+                                             const float* blended) {
   const int64_t at = (window.image * a.y.pixels + row) * a.x.pixels + window.first_pixel;
   alignas(64) float confidence[kPanel];
   for (int v = 0; v < window.count; v += V) {
