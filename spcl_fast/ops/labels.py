@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,7 @@ def _(labels, predictions, ignore_index, num_classes):
     return predictions.new_empty(predictions.shape, dtype=torch.int64)
 
 
-def labels_on(labels: Tensor, size: tuple[int, int]) -> Tensor:
+def labels_on(labels: Tensor, size: Sequence[int]) -> Tensor:
     """Labels [B, H, W] of any integer dtype on the grid `size` (height, width), as every op reads them: the nearest rule."""
     checks.check_labels_tensor("labels_on", labels, 3, "[B, H, W]")
     return resize_nearest(labels, *size)

@@ -153,12 +153,12 @@ void scale(Tensor dfeatures, Tensor grad_loss) {
 
 // What the schemas have in common.
 #define SPCL_SETTINGS "float temperature, bool normalize, int ignore_index"
-#define SPCL_OPTIONS                                                                                      \
+#define SPCL_OPTIONS                                                                                    \
   "Tensor? bias, Tensor? tensor_temperature, Tensor? weight_sum, float label_smoothing, float margin, " \
   "bool sigmoid, Tensor? variances, bool positive_variance"
 #define SPCL_PROBLEM "Tensor features, Tensor labels, Tensor prototypes, Tensor? class_weight, Tensor? pixel_weight"
 
-    SPCL_OPS(m) {
+SPCL_OPS(m) {
   m.def("prototype_contrastive_forward(" SPCL_PROBLEM ", Tensor(a!) flag, " SPCL_SETTINGS ", " SPCL_OPTIONS
         ", Tensor? given_denominator, bool mean, bool per_pixel, bool save, bool save_logits) "
         "-> (Tensor loss, Tensor denominator, Tensor lse, Tensor inv_norm, Tensor logits)");
