@@ -193,7 +193,7 @@ def on_check_data(args: argparse.Namespace) -> int:
         for split, labels in ((domain.train_split, side == "source" or args.labels), (domain.val_split, True)):
             reading = dataclasses.replace(config.loop, skip_bad_files=True)  # missing pairs belong into the report
             dataset = dataset_of(domain, split, labels=labels, reading=reading)
-            report = check_data(dataset, args.samples)
+            report = check_data(dataset, args.samples, training=labels and split == domain.train_split)
             print(f"--- {side}: {report.text()}\n")
             whole &= report.ok
     return 0 if whole else DataError.exit_code

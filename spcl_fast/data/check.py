@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..errors import DataError
-from .classes import IGNORE
+from .census import Census
 from .dataset import Dataset, Problem
 
 
@@ -70,9 +70,10 @@ class DataReport:
         return self.text()
 
 
-def check_data(dataset: Dataset, num_samples: int | None = None) -> DataReport:
+def check_data(dataset: Dataset, num_samples: int | None = None, *, training: bool | None = None) -> DataReport:
     """Decode every image and label (or num_samples spread evenly) and tell problems, sizes, unknown ids and class shares.
 
+    training: whether nets are to learn from these labels, so that a class that never occurs is a problem; None: if the split is "train".
     Never raises for a bad file. Open the data set with skip_bad_files=True so that missing pairs end up in the report too.
     """
     read = dataset.spread(num_samples)
@@ -85,21 +86,27 @@ def check_data(dataset: Dataset, num_samples: int | None = None) -> DataReport:
         dataset.classes.names,
         problems=[*dataset.problems, *dataset.left_out],
     )
-    pixels = np.zeros(256, np.int64)
-    images_with = np.zeros(256, np.int64)
+    census = Census(dataset.classes.names, dataset.table, len(dataset))
     for index, name in enumerate(read.names):
         try:
             image, label = read.load(index)
-            unknown = read.unknown_ids(index)
+            if label is not None:
+                census.add(read.label_ids(index))
         except DataError as error:
             report.problems.append(Problem(name, str(error)))
             continue
         report.sizes[image.size] += 1
-        report.unknown.update(unknown)
-        if label is not None:
-            counts = np.bincount(label.ravel(), minlength=256)
-            pixels += counts
-            images_with += counts > 0
     classes = len(dataset.classes)
-    report.pixels, report.images_with, report.ignored = pixels[:classes], images_with[:classes], int(pixels[IGNORE])
+    report.pixels, report.images_with = census.pixels[:classes], census.images_with[:classes]
+    report.ignored, report.unknown = census.ignored, census.unknown
+    training = dataset.split == "train" if training is None else training
+    for finding in census.findings():
+        # what few labels lack others may have, and what is drawn here is as it is meant to be
+        partly = finding.kind == "absent" and (len(read) < len(dataset) or not _is_files(dataset))
+        if not partly and (training or finding.kind in ("nothing", "unknown")):
+            report.problems.append(Problem("labels", finding.text))
     return report
+
+
+def _is_files(dataset: Dataset) -> bool:
+    return len(dataset) > 0 and all(dataset.image_path(index) is not None for index in (0, len(dataset) - 1))

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
 
 from ..errors import DataError
 from .cache import CACHE, file_key
-from .classes import ClassSet, LabelTable
+from .classes import IGNORE, ClassSet, LabelTable
 from .files import MAX_PIXELS, read_image
 
 
@@ -31,12 +32,21 @@ class Problem:
     what: str
 
 
+class LabelIds(NamedTuple):
+    """Pixels of one label: by train id, int64 [256]; by the set's own id; and of those that the set is not known to hold."""
+
+    train: np.ndarray
+    own: dict[int, int]
+    unknown: dict[int, int]
+
+
 class Dataset:
     """Images by index. `names` are relative, unique and safe to use as file names below any folder.
 
     `problems` holds what was left out when the set was built with skip_bad_files, `left_out` what its folders hold besides.
     """
 
+    table: LabelTable | None = None  # own ids -> train ids; None: the ids are train ids
     left_out: Sequence[Problem] = ()
     follow_links = False
     max_pixels = MAX_PIXELS
@@ -75,9 +85,17 @@ class Dataset:
         """The image and its labels. Raises DataError that names the file where either is broken or their sizes differ."""
         return self.image(index), self.label(index)
 
+    def label_ids(self, index: int) -> LabelIds:
+        """How many pixels of a label have which id. Raises DataError as `label` does, ValueError without labels."""
+        label = self.label(index)
+        if label is None:
+            raise ValueError(f"{self.kind}, split {self.split!r}, has no labels to count")
+        counts = np.bincount(label.ravel(), minlength=IGNORE + 1)
+        return LabelIds(counts, {int(k): int(counts[k]) for k in np.flatnonzero(counts)}, {})
+
     def unknown_ids(self, index: int) -> dict[int, int]:
         """Pixels by raw id, for ids this data set is not known to hold. They count as ignored."""
-        return {}
+        return self.label_ids(index).unknown if self.has_labels else {}
 
     def select(self, indices: Sequence[int]) -> Dataset:
         """The images of these indices, in this order, as a data set of its own."""
@@ -99,6 +117,8 @@ class Dataset:
 class FileDataset(Dataset):
     """Images and, if `label_files` is given, label files of the same size, read by `read_ids` and mapped by `table`."""
 
+    table: LabelTable
+
     _one_per_image = ("names", "_image_files", "_label_files")
 
     def __init__(
@@ -118,7 +138,7 @@ class FileDataset(Dataset):
         )
         self._image_files = list(files.values())
         self._label_files = label_files
-        self._table, self._read_ids = table, read_ids
+        self.table, self._read_ids = table, read_ids
         self.label_info: Path | None = (
             None  # the released scripts' file of which image holds which class, if the set came with one
         )
@@ -136,9 +156,24 @@ class FileDataset(Dataset):
         if self._label_files is None:
             return None
         path = self._label_files[index]
-        return CACHE.get(
-            ("label", path_key(path), self._table.key()), lambda: frozen(self._table.apply(self._read_ids(path)))
-        )
+        return CACHE.get(self._label_key(path), lambda: frozen(self.table.apply(self._read_ids(path))))
+
+    def _label_key(self, path: Path) -> tuple[object, ...]:
+        reader: Any = self._read_ids
+        how = (reader.func, *sorted(reader.keywords.items())) if isinstance(reader, functools.partial) else reader
+        return ("label", path_key(path), self.table.key(), how)
+
+    def label_ids(self, index: int) -> LabelIds:
+        if self._label_files is None:
+            raise ValueError(f"{self.kind}, split {self.split!r}, has no labels to count")
+        path = self._label_files[index]
+        ids = self._read_ids(path)
+        label = frozen(self.table.apply(ids))
+        CACHE.put(self._label_key(path), label)
+        counts = np.bincount(ids.ravel())
+        own = {int(k): int(counts[k]) for k in np.flatnonzero(counts)}
+        unknown = {k: count for k, count in own.items() if not self.table.known[k]}
+        return LabelIds(np.bincount(label.ravel(), minlength=IGNORE + 1), own, unknown)
 
     def load(self, index: int) -> tuple[Image.Image, np.ndarray | None]:
         image, label = self.image(index), self.label(index)
@@ -148,11 +183,6 @@ class FileDataset(Dataset):
                 f"{image.width}x{image.height}. Pairs must have one size: correct the pair, or pass --skip-bad-files."
             )
         return image, label
-
-    def unknown_ids(self, index: int) -> dict[int, int]:
-        if self._label_files is None:
-            return {}
-        return self._table.unknown(self._read_ids(self._label_files[index]))
 
 
 class Joined(Dataset):
@@ -175,6 +205,7 @@ class Joined(Dataset):
             kind, first.split, first.classes, names, has_labels=first.has_labels, skip_bad_files=first.skip_bad_files
         )
         self.problems = [*first.problems, *second.problems]
+        self.table = None if second.table is None else first.table  # what either can hold, the two can
         self.left_out = [*first.left_out, *second.left_out]
         self._places = [(part, index) for part in (first, second) for index in range(len(part))]
 
@@ -194,9 +225,9 @@ class Joined(Dataset):
         part, own = self._places[index]
         return part.load(own)
 
-    def unknown_ids(self, index: int) -> dict[int, int]:
+    def label_ids(self, index: int) -> LabelIds:
         part, own = self._places[index]
-        return part.unknown_ids(own)
+        return part.label_ids(own)
 
 
 def cached_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:

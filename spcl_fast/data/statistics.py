@@ -10,11 +10,13 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from ..errors import DataError
-from .dataset import Dataset, Problem
+from .census import Census
+from .classes import IGNORE
+from .dataset import Dataset, LabelIds, Problem
 from .label_info import presence_from_info
 
 log = logging.getLogger("spcl_fast.data")
-_COUNTED: WeakKeyDictionary[Dataset, dict[int | None, np.ndarray]] = WeakKeyDictionary()
+_COUNTED: WeakKeyDictionary[Dataset, dict[int | None, list[LabelIds]]] = WeakKeyDictionary()
 
 
 def class_counts(dataset: Dataset, max_images: int | None = None) -> np.ndarray:
@@ -27,6 +29,20 @@ def class_counts(dataset: Dataset, max_images: int | None = None) -> np.ndarray:
         raise DataError(
             f"{dataset.kind}, split {dataset.split!r} was opened without labels, so its classes cannot be counted."
         )
+    classes = len(dataset.classes)
+    return np.stack([label.train[:classes] for label in _label_ids(dataset, max_images)])
+
+
+def census(dataset: Dataset, max_images: int | None = None) -> Census:
+    """What the labels hold, of all images or of at most max_images spread evenly; read once for this and for `class_counts`."""
+    found = Census(dataset.classes.names, dataset.table, len(dataset))
+    for label in _label_ids(dataset, max_images):
+        if label.own:  # a label that cannot be read is none
+            found.add(label)
+    return found
+
+
+def _label_ids(dataset: Dataset, max_images: int | None) -> list[LabelIds]:
     known = _COUNTED.setdefault(dataset, {})
     if max_images is not None and max_images >= len(dataset):
         max_images = None
@@ -35,7 +51,7 @@ def class_counts(dataset: Dataset, max_images: int | None = None) -> np.ndarray:
             range(len(dataset)) if max_images is None else (np.arange(max_images) * len(dataset) // max_images).tolist()
         )
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            known[max_images] = np.stack(list(pool.map(lambda i: _count(dataset, i), picks)))
+            known[max_images] = list(pool.map(lambda i: _count(dataset, i), picks))
     return known[max_images]
 
 
@@ -62,17 +78,14 @@ def rarity(dataset: Dataset, max_images: int = 256, power: float = 0.5) -> np.nd
     return np.maximum(frequency, frequency[frequency > 0].min(initial=1.0)) ** -power
 
 
-def _count(dataset: Dataset, index: int) -> np.ndarray:
+def _count(dataset: Dataset, index: int) -> LabelIds:
     try:
-        label = dataset.label(index)
+        return dataset.label_ids(index)
     except DataError as error:
         if not dataset.skip_bad_files:
             raise
         note_problem(dataset, Problem(dataset.names[index], str(error)))
-        return np.zeros(len(dataset.classes), np.int64)
-    if label is None:
-        raise ValueError(f"{dataset.kind}, split {dataset.split!r}, has no labels to count")
-    return np.bincount(label.ravel(), minlength=256)[: len(dataset.classes)]
+        return LabelIds(np.zeros(IGNORE + 1, np.int64), {}, {})
 
 
 def note_problem(dataset: Dataset, problem: Problem) -> None:

@@ -30,6 +30,7 @@ class Context:
         self.device = choose_device(config.loop.device)
         self.precision = Precision(self.device, config.loop.precision)
         self.domains = Domains(config)
+        self.labels_checked: set[str] = set()  # domains
         self.stop = StopRequest()  # the run's own once it listens to signals
 
     @property

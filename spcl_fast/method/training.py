@@ -19,6 +19,7 @@ from ..train.schedule import poly_schedule
 from .context import Context
 from .domains import class_weight
 from .evaluation import evaluate_stage, keep_best
+from .labels import check_labels, check_pseudo_labels
 from .nets import Nets
 from .parts import Shown
 from .prototypes import read_prototypes
@@ -54,6 +55,8 @@ class RunNets(Nets):
 def train_stage(context: Context, row: catalog.Stage, stage: TrainedStage, forecast: Forecast | None) -> Trainee:
     """Fit the stage's net, or what is left of it, then evaluate it on the target's validation images."""
     train: TrainConfig = context.settings(row)
+    if context.run.done(row.name) is None:
+        _check_labels(context, row.name, stage.feeds(context.config))
     trainee = stage.build(context.config, RunNets(context, context.inputs(row)))
     model = trainee.net.model.train()
     result = fit(
@@ -78,6 +81,15 @@ def train_stage(context: Context, row: catalog.Stage, stage: TrainedStage, forec
         picked = context.config.evaluate.selection != "last"
         evaluate_stage(context, row.name, context.model_of(row.name) if picked else model)
     return trainee
+
+
+def _check_labels(context: Context, stage: str, feeds: tuple[Feed, ...]) -> None:
+    """Before the first step, and before the net is built."""
+    own = [feed for feed in feeds if feed.labels == OWN]
+    for feed in own:
+        check_labels(context, stage, feed.side, fed_dataset(context, feed))
+    pseudo = [fed_dataset(context, feed) for feed in feeds if feed.labels not in (OWN, NONE)]
+    check_pseudo_labels(context, stage, pseudo, alone=not own)
 
 
 def batches_of(context: Context, stage: str, train: TrainConfig, feeds: tuple[Feed, ...]) -> Batches:
