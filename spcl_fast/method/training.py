@@ -55,9 +55,14 @@ class RunNets(Nets):
 def train_stage(context: Context, row: catalog.Stage, stage: TrainedStage, forecast: Forecast | None) -> Trainee:
     """Fit the stage's net, or what is left of it, then evaluate it on the target's validation images."""
     train: TrainConfig = context.settings(row)
-    if context.run.done(row.name) is None:
-        _check_labels(context, row.name, stage.feeds(context.config))
+    feeds, todo = stage.feeds(context.config), context.run.done(row.name) is None
+    own = [feed for feed in feeds if feed.labels == OWN]
+    for feed in own if todo else ():
+        check_labels(context, row.name, feed.side, fed_dataset(context, feed))
     trainee = stage.build(context.config, RunNets(context, context.inputs(row)))
+    if todo:
+        pseudo = [fed_dataset(context, feed) for feed in feeds if feed.labels not in (OWN, NONE)]
+        check_pseudo_labels(context, row.name, pseudo, alone=not own)
     model = trainee.net.model.train()
     result = fit(
         stage=row.name,
@@ -81,15 +86,6 @@ def train_stage(context: Context, row: catalog.Stage, stage: TrainedStage, forec
         picked = context.config.evaluate.selection != "last"
         evaluate_stage(context, row.name, context.model_of(row.name) if picked else model)
     return trainee
-
-
-def _check_labels(context: Context, stage: str, feeds: tuple[Feed, ...]) -> None:
-    """Before the first step, and before the net is built."""
-    own = [feed for feed in feeds if feed.labels == OWN]
-    for feed in own:
-        check_labels(context, stage, feed.side, fed_dataset(context, feed))
-    pseudo = [fed_dataset(context, feed) for feed in feeds if feed.labels not in (OWN, NONE)]
-    check_pseudo_labels(context, stage, pseudo, alone=not own)
 
 
 def batches_of(context: Context, stage: str, train: TrainConfig, feeds: tuple[Feed, ...]) -> Batches:

@@ -5,7 +5,10 @@ Nothing in a file is ever run: `.npz` without pickles, safetensors, and `torch.l
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
+import re
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +23,13 @@ from . import lite0
 from .base import SegmentationModel
 
 State = dict[str, Tensor]
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
+_WRAPPERS = {
+    "module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+}  # of parallel, compiled and other shells
 READABLE = (
     "torchvision's ResNet or VGG16 state dict, a released SPCL checkpoint (feature_extractor, classifier), "
     "an EfficientNet-Lite0 encoder (.npz or .pth), or weights saved by spcl_fast (.safetensors)"
@@ -103,6 +113,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"model weights: there is no file {path}. Give {READABLE}; or leave model.weights empty to start from random weights."
         )
+    said: list[warnings.WarningMessage] = []  # torch names the pickle protocol in a warning alone
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
@@ -111,12 +122,14 @@ def _read(path: Path) -> dict[str, Any]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as error:
         raise ConfigError(f"reading {path} needs 'safetensors': pip install \"spcl_fast[train]\"") from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} holds more than tensors (or is damaged) and was not run: {_first_line(error)}. Save a plain state dict."
+            _more_than_tensors(path, "\n".join([str(error), *(str(one.message) for one in said)]))
         ) from error
     except (OSError, ValueError, RuntimeError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise CheckpointError(
@@ -133,15 +146,33 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
+def _more_than_tensors(path: Path, refusal: str) -> str:
+    """Why torch did not unpickle a file, in our words: its own advise to run whatever is in it."""
+    refusal = _ESCAPES.sub("", refusal)
+    protocol, asked = re.search(r"pickle protocol (\d+)", refusal), re.findall(r"GLOBAL ([\w.]+)", refusal)
+    if protocol is not None:
+        what = f"is saved with pickle protocol {protocol[1]}, and only protocol 2 is read, torch.save's default"
+    elif asked:
+        what = f"holds more than tensors ({', '.join(dict.fromkeys(asked))}) and was not run"
+    else:
+        what = "holds more than tensors, or is damaged, and was not run"
+    return (
+        f"{path} {what}. Save the tensors alone, in the program that wrote it:\n"
+        '    state = {key: value for key, value in model.state_dict().items()}\n    torch.save(state, "weights.pth")'
+    )
+
+
 def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return text[0][:200] if text else type(error).__name__
+    text = _ESCAPES.sub("", str(error)).strip().splitlines()
+    if not text or "weights_only" in text[0]:
+        return type(error).__name__
+    return text[0][:200]
 
 
 def _recognise(content: dict[str, Any], path: Path) -> _Found:
     if isinstance(content.get("feature_extractor"), dict):
         return _released(content)
-    for wrapper in ("state_dict", "model"):
+    for wrapper in ("state_dict", "model", "model_state_dict", "model_state", "net", "network", "weights", "params"):
         if isinstance(content.get(wrapper), dict):
             content = content[wrapper]
             break
@@ -152,19 +183,50 @@ def _recognise(content: dict[str, Any], path: Path) -> _Found:
         state = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
     if any(key.startswith("feature_extractor.") for key in state):
         return _Found("weights of spcl_fast", state)
+    body, rest = _without_prefix(state, path)
     for recognise in (_torchvision_resnet, _torchvision_vgg16, _lite0):
-        found = recognise(state)
+        found = recognise(body)
         if found is not None:
-            return found
+            return dataclasses.replace(found, unused=tuple(sorted({*found.unused, *rest})))
     some = ", ".join(map(str, list(content)[:5])) or "nothing"
     raise CheckpointError(f"{path} is in no format we know: its keys are {some} ... We read {READABLE}.")
 
 
 def _plain(state: State) -> State:
-    """Without the "module." of data-parallel wrappers and without BatchNorm's counters, which nothing here reads."""
-    if state and all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-    return {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    """Without the "module." and "_orig_mod." of wrappers, wherever in a key, and without counters, which nothing here reads."""
+    named = {".".join(part for part in key.split(".") if part not in _WRAPPERS): value for key, value in state.items()}
+    state = named if len(named) == len(state) else state
+    return {key: value for key, value in state.items() if not key.endswith(("num_batches_tracked", "n_averaged"))}
+
+
+_FIRST_KEYS = (  # two keys that a body has: what stands before both is the name that a program gave it
+    ("conv1.weight", "layer1.0.conv1.weight"),
+    ("features.0.weight", "features.28.weight"),
+    ("_conv_stem.weight", "_conv_stem.weight"),
+)
+
+
+def _without_prefix(state: State, path: Path) -> tuple[State, tuple[str, ...]]:
+    """The body in a larger net's state, such as "backbone.conv1.weight", under its own keys, and the keys of all else."""
+    for first, second in _FIRST_KEYS:
+        ends = [key.removesuffix(first) for key in state if key == first or key.endswith("." + first)]
+        prefixes = [prefix for prefix in ends if prefix + second in state]
+        if "Scale." in prefixes:
+            raise CheckpointError(
+                f"{path} holds Caffe's DeepLab weights (keys Scale.*): they want BGR images of 0-255 with a mean subtracted and the "
+                "stride in a block's first convolution, and this net takes RGB and has the stride in the second. "
+                "Start from torchvision's ResNet state dict."
+            )
+        if len(prefixes) > 1:
+            raise CheckpointError(
+                f"{path} holds {len(prefixes)} nets: {', '.join(prefix or '(no prefix)' for prefix in prefixes)}. "
+                "Save the state dict of the one to start from."
+            )
+        if prefixes:
+            (prefix,) = prefixes
+            body = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            return body, tuple(sorted(key for key in state if not key.startswith(prefix)))
+    return state, ()
 
 
 def _prefixed(prefix: str, state: State) -> State:
@@ -181,14 +243,18 @@ def _released(content: dict[str, Any]) -> _Found:
     return _Found("a released SPCL checkpoint", state, covers=tuple(name + "." for name in parts))
 
 
+_RESNET_HEADS = ("fc.", "layer5.", "layer6.", "classifier.", "aux_classifier.")
+_WITH_LAYER5 = "torchvision's ResNet state dict (heads layer5, layer6 not read; if it descends from Caffe's DeepLab it wants BGR images)"
+
+
 def _torchvision_resnet(state: State) -> _Found | None:
     if "conv1.weight" not in state or "layer1.0.conv1.weight" not in state:
         return None
-    body = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    # a classifier of ImageNet, or the heads of DeepLab's descendants and of torchvision's segmentation nets
+    body = {key: value for key, value in state.items() if not key.startswith(_RESNET_HEADS)}
     prefix = "feature_extractor.backbone."
-    return _Found(
-        "torchvision's ResNet state dict", _prefixed(prefix, body), tuple(sorted(state.keys() - body.keys())), (prefix,)
-    )
+    name = _WITH_LAYER5 if any(key.startswith("layer5.") for key in state) else "torchvision's ResNet state dict"
+    return _Found(name, _prefixed(prefix, body), tuple(sorted({*state} - {*body})), (prefix,))
 
 
 def _torchvision_vgg16(state: State) -> _Found | None:

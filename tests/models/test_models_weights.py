@@ -1,5 +1,6 @@
 """Reading weights: every format people own, every way a file can be wrong, and nothing in a file is ever run."""
 
+import argparse
 import os
 import pickle
 from pathlib import Path
@@ -231,3 +232,60 @@ def test_an_unknown_dictionary_is_refused_with_its_first_keys(tmp_path):
     torch.save([torch.zeros(2)], tmp_path / "list.pth")
     with pytest.raises(CheckpointError, match="holds a list"):
         build_model("tiny", 4, weights=tmp_path / "list.pth")
+
+
+# ---- what programs of this field write ----
+
+
+@pytest.mark.parametrize(
+    "prefix", ["_orig_mod.", "module._orig_mod.", "backbone.", "module.backbone.", "model.encoder.", "student.net."]
+)
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model_state_dict"])
+def test_a_body_is_found_under_whatever_a_program_called_it(tmp_path, resnet, prefix, wrapper):
+    body = {key.removeprefix("backbone."): value for key, value in resnet.feature_extractor.state_dict().items()}
+    heads = {"decode_head.conv_seg.weight": torch.zeros(19, 4)} if not prefix.endswith("_orig_mod.") else {}
+    state = {prefix + key: value for key, value in body.items()} | heads
+    torch.save(state if wrapper is None else {wrapper: state, "epoch": 3}, tmp_path / "w.pth")
+    other = build_model("deeplab_v2_resnet18", 3, weights=tmp_path / "w.pth")
+    assert same(state_of(other.feature_extractor), state_of(resnet.feature_extractor))
+    assert load_weights(other, tmp_path / "w.pth").unused == tuple(heads)
+
+
+def test_the_heads_of_deeplabs_descendants_are_left_out(tmp_path, resnet):
+    body = {key.removeprefix("backbone."): value for key, value in resnet.feature_extractor.state_dict().items()}
+    torch.save(body | {"layer5.conv2d_list.0.weight": torch.zeros(19, 4)}, tmp_path / "w.pth")
+    report = load_weights(build_model("deeplab_v2_resnet18", 3), tmp_path / "w.pth")
+    assert "BGR" in report.format and report.unused == ("layer5.conv2d_list.0.weight",)
+
+
+def test_caffes_weights_are_refused_with_the_reason(tmp_path, resnet):
+    body = resnet.feature_extractor.state_dict()
+    torch.save({"Scale." + key.removeprefix("backbone."): value for key, value in body.items()}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match="Caffe's DeepLab weights.*BGR.*stride.*torchvision's ResNet"):
+        load_weights(resnet, tmp_path / "w.pth")
+
+
+def test_two_nets_in_one_file_are_not_chosen_from(tmp_path, resnet):
+    body = {key.removeprefix("backbone."): value for key, value in resnet.feature_extractor.state_dict().items()}
+    torch.save({f"{name}.{key}": v for name in ("student", "teacher") for key, v in body.items()}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match="holds 2 nets: student., teacher."):
+        load_weights(resnet, tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize(
+    ("extra", "protocol", "told"),
+    [
+        (np.float64(1), 2, r"holds more than tensors \(numpy\.\S+\) and was not run"),
+        (argparse.Namespace(lr=1), 2, r"holds more than tensors \(argparse.Namespace\) and was not run"),
+        (None, 4, "is saved with pickle protocol 4, and only protocol 2 is read"),
+        (None, 5, "is saved with pickle protocol 5, and only protocol 2 is read"),
+    ],
+)
+def test_a_file_that_is_not_run_is_refused_in_our_words(tmp_path, extra, protocol, told):
+    content = {"state_dict": {"conv1.weight": torch.zeros(2)}, "extra": extra}
+    torch.save(content, tmp_path / "w.pth", pickle_protocol=protocol)
+    with pytest.raises(CheckpointError, match=told) as error:
+        build_model("tiny", 4, weights=tmp_path / "w.pth")
+    text = str(error.value)
+    assert 'torch.save(state, "weights.pth")' in text and "w.pth" in text
+    assert not any(word in text for word in ("\x1b", "weights_only", "safe_globals", "trust"))
