@@ -40,7 +40,9 @@ PAIRS = {  # file of result lines -> (its name for the reader, setting)
     "generated_camvid": ("generated scenes → CamVid", "near"),
     "camvid_day_dusk": ("CamVid day → dusk", "folders"),
 }
-NETS = ("source_only", "control", "adapted", "distilled", "oracle")
+NETS = {row.net: row for row in catalog.STAGES if row.net and row.role != "start"}  # key of summary.json -> its stage
+BASELINE = next(net for net, row in NETS.items() if row.role == "baseline")
+UNBOUND = tuple(net for net, row in NETS.items() if row.role != "bound")
 
 
 def read(name: str) -> dict:
@@ -91,16 +93,7 @@ def adaptation_table() -> str:
         gain = paired(lines, "distilled", lines, "control")
         cells = ["" if score is None else score.text() for score in scores]
         rows.append([title, str(len(lines)), *cells, "" if gain is None else gain.text("+.1f")])
-    header = [
-        "mIoU in percent",
-        "seeds",
-        "source-only",
-        "control",
-        "adapted",
-        "distilled",
-        "oracle",
-        "distilled − control",
-    ]
+    header = ["mIoU in percent", "seeds", *(row.title for row in NETS.values()), "distilled − control"]
     return markdown(header, rows)
 
 
@@ -111,10 +104,12 @@ def demo_table() -> str:
         ("seeds 3, 4, 5: never looked at", (3, 4, 5)),
     ):
         runs = [read(f"demo_seed_{seed}.json") for seed in seeds]
-        scores = [Spread(tuple(run[net]["miou"] for run in runs)).text() for net in NETS[:4]]
+        scores = [Spread(tuple(run[net]["miou"] for run in runs)).text() for net in UNBOUND]
         gain = Spread(tuple(run["distilled"]["miou"] - run["control"]["miou"] for run in runs)).text("+.1f")
         rows.append([title, *scores, gain])
-    return markdown(["generated pair, mIoU in percent", *NETS[:4], "distilled − control"], rows)
+    return markdown(
+        ["generated pair, mIoU in percent", *(NETS[net].title for net in UNBOUND), "distilled − control"], rows
+    )
 
 
 def backends_table() -> str:
@@ -244,13 +239,13 @@ def draw_overlays(run: Path, path: Path, rows: int = 3) -> None:
     classes = json.loads((run / "classes.json").read_text(encoding="utf-8"))
     palette = [tuple(colour) for colour in classes["palette"]]
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    final = next(net for net in ("distilled", "adapted") if summary.get(net))
-    folder = {"distilled": "distill", "adapted": "adapt"}[final]
+    final = [net for net, row in NETS.items() if row.role == "result" and summary.get(net)][-1]
+    folder, before = NETS[final].name, NETS[BASELINE].name
     samples = sorted((run / "report_samples").glob("**/*_image.png"))[:rows]
     figure, axes = _axes(9, 1.2 * len(samples) + 0.35)
     figure.clear()
     grid = figure.subplots(len(samples), 4, squeeze=False)
-    titles = ("target image", "true classes", f"source-only: {summary['source_only']['miou']:.0f} mIoU")
+    titles = ("target image", "true classes", f"source-only: {summary[BASELINE]['miou']:.0f} mIoU")
     for column, title in enumerate((*titles, f"{final}: {summary[final]['miou']:.0f} mIoU")):
         grid[0][column].set_title(title, fontsize=9)
     for cells, sample in zip(grid, samples, strict=True):
@@ -258,7 +253,7 @@ def draw_overlays(run: Path, path: Path, rows: int = 3) -> None:
         image = np.asarray(Image.open(sample).convert("RGB"))
         files = [
             sample.with_name(sample.name.replace("_image.png", "_truth.png")),
-            *(run / stage / "predictions" / f"{name}.png" for stage in ("source_only", folder)),
+            *(run / stage / "predictions" / f"{name}.png" for stage in (before, folder)),
         ]
         shown = [image, *(overlay(image, read_label_png(file), palette) for file in files)]
         for cell, picture in zip(cells, shown, strict=True):
