@@ -92,11 +92,14 @@ def contrast_backward(grad_loss: Tensor, contrast, saved, wanted, flag: Tensor, 
     if contrast.prototype_class is not None:
         with on_device_of(features):
             target = given_rows(contrast, target, weights, kept)
-        is_dot = (
-            contrast.variances is None and contrast.bias is None
-        )  # else they are computed again: they are not in the sum
-        kept = Saved(None, saved.inv_norm, saved.logits if is_dot else None)
+        kept = Saved(None, saved.inv_norm, dots_alone(contrast, saved.logits))
     return gradients(contrast, grad, target, weights, kept, wanted)
+
+
+def dots_alone(problem, row_logits: Tensor) -> Tensor | None:
+    """Logits of rows where they are what a backward takes for the dots; None: they hold a bias or a variance term, and the dots are
+    computed again, since taken out of a larger sum they would have lost their digits."""
+    return row_logits if problem.variances is None and problem.bias is None else None
 
 
 def _with_pixels(grad: Incoming, contrast, target: Target, weights) -> Target:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .. import catalog
 from ..errors import DataError
 from .census import Census
 from .dataset import Dataset, Problem
@@ -101,8 +102,13 @@ def check_data(dataset: Dataset, num_samples: int | None = None, *, training: bo
     report.ignored, report.unknown = census.ignored, census.unknown
     training = dataset.split == "train" if training is None else training
     for finding in census.findings():
-        # what few labels lack others may have, and what is drawn here is as it is meant to be
-        partly = finding.kind == "absent" and (len(read) < len(dataset) or not _is_files(dataset))
+        # what few labels lack others may have; what is drawn here is as it is meant to be; and a part of a known data set need not hold
+        # all of its classes, while a list of classes that somebody wrote is meant to be met
+        partly = finding.kind == "absent" and (
+            len(read) < len(dataset)
+            or not _is_files(dataset)
+            or (_has_classes_of_its_own(dataset) and not finding.stops)
+        )
         if not partly and (training or finding.kind in ("nothing", "unknown")):
             report.problems.append(Problem("labels", finding.text))
     return report
@@ -110,3 +116,8 @@ def check_data(dataset: Dataset, num_samples: int | None = None, *, training: bo
 
 def _is_files(dataset: Dataset) -> bool:
     return len(dataset) > 0 and all(dataset.image_path(index) is not None for index in (0, len(dataset) - 1))
+
+
+def _has_classes_of_its_own(dataset: Dataset) -> bool:
+    """Whether its reader brings the classes, as Cityscapes' does, and no file of the user's."""
+    return any(row.name == dataset.kind and row.num_classes for row in catalog.DATA_SETS)

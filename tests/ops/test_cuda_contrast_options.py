@@ -173,18 +173,46 @@ def run(cuda, c: Contrast, wanted: Wanted = ALL, grad: Tensor | None = None) -> 
     return [loss, *cuda.contrast_backward(grad, c, saved, wanted)]
 
 
-def check(cuda, c: Contrast, grad: Tensor | None = None) -> None:
-    """At most twice the error of the same formula in the features' dtype; what the kernels form in float32 has a few eps of that one."""
-    got = run(cuda, c, grad=grad)
-    eager, truth = transcribed(c, c.features.dtype, grad=grad), transcribed(c, torch.float64, grad=grad)
-    for name, g, e, t in zip(("loss", *ALL._fields), got, eager, truth, strict=True):
-        if name == "bias" and c.bias is None:
-            continue
-        slack = 4 * torch.finfo(c.features.dtype).eps / torch.finfo(g.dtype).eps
-        try:
-            oracle.assert_as_accurate(g, e, t, slack=slack)
-        except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from None
+def check(cuda, c: Contrast, grad: Tensor | None = None, *others: Contrast) -> None:
+    """At most twice the error of the same formula in the features' dtype; what the kernels form in float32 has a few eps of that one.
+
+    others: more draws of the same kind. A temperature's gradient is one number, whose error in eager is luck: over several draws it is not.
+    """
+    temperatures: list[tuple[Tensor, ...]] = []
+    for draw in (c, *others):
+        got = run(cuda, draw, grad=grad)
+        eager, truth = transcribed(draw, c.features.dtype, grad=grad), transcribed(draw, torch.float64, grad=grad)
+        for name, *each in zip(("loss", *ALL._fields), got, eager, truth, strict=True):
+            if name == "temperature":
+                temperatures += [tuple(each)] * _is_offered(draw)
+            elif name != "bias" or c.bias is not None:
+                _check_one(c, name, *each)
+    if temperatures:
+        _check_one(c, "temperature", *(torch.stack(numbers) for numbers in zip(*temperatures, strict=True)))
+
+
+def _is_offered(c: Contrast) -> bool:
+    """Whether the backend takes the gradient of the temperature upon itself for such a problem."""
+    needs = frozenset({"tensor_temperature", "dtemperature", *(("variances",) if c.variances is not None else ())})
+    ask = Ask("prototype_contrastive_loss", torch.device("cpu"), torch.float32, c.num_classes, c.features.shape[1])
+    return backends.module("cuda").why_not(ask._replace(needs=needs)) is None
+
+
+def test_the_temperatures_gradient_with_variances_of_deep_features_is_refused_with_the_reason(cuda):
+    ask = Ask("prototype_contrastive_loss", torch.device("cpu"), torch.float32, 19, 2048)
+    why_not = backends.module("cuda").why_not
+    assert why_not(ask._replace(needs=frozenset({"variances"}))) is None
+    needs = frozenset({"variances", "tensor_temperature", "dtemperature"})
+    assert "beyond 512 channels" in why_not(ask._replace(needs=needs))
+    assert why_not(ask._replace(needs=needs, dim=512)) is None
+
+
+def _check_one(c: Contrast, name: str, got: Tensor, eager: Tensor, truth: Tensor) -> None:
+    slack = 4 * torch.finfo(c.features.dtype).eps / torch.finfo(got.dtype).eps
+    try:
+        oracle.assert_as_accurate(got, eager, truth, slack=slack)
+    except AssertionError as error:
+        raise AssertionError(f"{name}: {error}") from None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -243,7 +271,8 @@ def test_options_with_classes_in_blocks(cuda, name):
 @pytest.mark.parametrize(("shape", "num_classes"), [((2, 37, 5, 13), 5), ((1, 37, 5, 13), 40), *MANY])
 @pytest.mark.parametrize("name", ["variances", "variances, not of the label"])
 def test_variances_of_any_number_of_classes_and_channels(cuda, name, shape, num_classes, dtype):
-    check(cuda, problem(shape, num_classes, dtype, **OPTIONS[name]))
+    draws = [problem(shape, num_classes, dtype, seed=seed, **OPTIONS[name]) for seed in range(3)]
+    check(cuda, draws[0], None, *draws[1:])
 
 
 @pytest.mark.parametrize("normalize", [True, False])

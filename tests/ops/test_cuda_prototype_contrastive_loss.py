@@ -309,6 +309,6 @@ def test_what_the_kernels_cannot_do_is_said_in_words(cuda):
     why_not = backends.module("cuda").why_not
     assert why_not(ask) is None
     assert "at most 65536 classes" in why_not(ask._replace(num_classes=65537))
-    assert "no `prototype_class`, no `variances`" in why_not(
-        ask._replace(needs=frozenset({"variances", "prototype_class", "bias"}))
+    assert "no `prototype_class`, no `teacher`" in why_not(
+        ask._replace(needs=frozenset({"teacher", "prototype_class", "bias"}))
     )
