@@ -20,6 +20,7 @@ from spcl_fast.backends import contract
 
 README, LOSSES, PICTURES = ROOT / "README.md", ROOT / "docs" / "losses.md", ROOT / "docs" / "pictures"
 LINES = ROOT / "benchmarks" / "adaptation" / "results"
+USERS = "users' formula"  # a peer of cpu_options.json
 OURS, GREY, DARK = "#0072B2", "#B0B0B0", "#5A5A5A"
 # op -> the formula that its users have, and the fastest other one
 PEERS = {
@@ -112,6 +113,36 @@ def demo_table() -> str:
     )
 
 
+def options_table() -> str:
+    """Each option next to what users write: times as fast, forward and backward, and where it was measured the peak."""
+    result = read("cpu_options.json")
+    rows = []
+    for row in result["rows"]:
+        faster = row["times_faster_than"]
+        compiled = f"{faster['compiled']:.1f}" if "compiled" in faster else ""
+        numbers = [f"{row['times']['ours']['median_ms']:.1f}", f"{faster[USERS]:.1f}", compiled]
+        rows.append([f"{row['option']}, {row['shape']}", *numbers, *_peaks(row)])
+    machine = result["machine"]
+    note = (
+        f"CPU, float32; medians on {machine['threads']} cores of an {machine['cpu']} ({machine['instructions']}), "
+        f"torch {machine['torch'].partition('+')[0]}, {machine['date']}."
+    )
+    header = [
+        "option and shape",
+        "ms",
+        "× users' formula",
+        "× the best compiled one",
+        "peak, MB",
+        "peak of the users' formula, MB",
+    ]
+    return markdown(header, rows) + f"\n\n{note}"
+
+
+def _peaks(row: dict) -> list[str]:
+    peaks = row.get("peak_bytes")
+    return ["", ""] if peaks is None else [f"{peaks[which] / 1e6:.1f}" for which in ("ours", "eager")]
+
+
 def backends_table() -> str:
     """Which option of which op each compiled backend has; what it lacks, `reference` does."""
     homes = {row.name: catalog.load(row.home) for row in catalog.BACKENDS if row.name != "reference"}
@@ -144,7 +175,7 @@ OPTION_WORDS = {
 }
 TABLES = {
     README: {"speed": speed_table, "memory": memory_table, "adaptation": adaptation_table, "demo": demo_table},
-    LOSSES: {"backends": backends_table},
+    LOSSES: {"backends": backends_table, "options": options_table},
 }
 
 
