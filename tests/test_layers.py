@@ -344,10 +344,3 @@ def test_a_stage_is_named_in_the_catalog_the_schema_and_its_own_file_only():
 def test_a_stage_that_is_named_elsewhere_is_seen():
     assert named_stages("def f(run):\n    return run.done('adapt') or \"distill\"\n") == {"adapt", "distill"}
     assert not named_stages("x = run.adapt  # adapt\n")
-
-
-def test_no_file_of_these_folders_is_long():
-    tops = ("spcl_fast/method", "spcl_fast/train", "spcl_fast/runs", "spcl_fast/memory_plan")
-    tops += ("tests/method", "tests/train", "tests/runs")
-    lines = {p: len(p.read_text(encoding="utf-8").splitlines()) for top in tops for p in (ROOT / top).glob("*.py")}
-    assert not {path.name: count for path, count in lines.items() if count > 400}
