@@ -13,7 +13,7 @@ WORKERS ?= 2
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format figures install bench kernels-check cuda-load gpu soak clean
+.PHONY: help demo test lint format figures install bench kernels-check traffic cuda-load gpu soak clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
@@ -57,6 +57,9 @@ figures: install ## README's tables and pictures from benchmarks/results (ARGS="
 
 kernels-check: install ## compile every GPU kernel without a GPU: registers, shared memory, spills
 	@$(BIN)/python -m benchmarks.kernels_check $(ARGS)
+
+traffic: install ## count what every GPU kernel moves, without a GPU: docs/gpu-evidence.md (ARGS="--only class_moments")
+	@$(BIN)/python -m benchmarks.traffic $(ARGS)
 
 # torch for CUDA is some 5 GB; nvcc must be there, a GPU need not
 cuda-load: ## build the CUDA module beside a CUDA build of torch, in build/cuda_load, and load it

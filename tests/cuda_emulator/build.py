@@ -25,22 +25,34 @@ FLAGS = [
     "-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-fno-gnu-unique", "-fvisibility=hidden", "-DSPCL_EMULATED",
     "-Wall", "-Wno-unknown-pragmas", f"-I{CUDA}", f"-I{ROOT / 'tests' / 'cuda_emulator'}",
 ]  # fmt: skip
+# Every load and store of a kernel's own source becomes a call, which traffic.cpp answers; as wide as the source has it.
+COUNTED = (
+    "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "-fno-tree-vectorize", "-fno-tree-slp-vectorize",
+    "-fno-store-merging", "-fno-tree-loop-distribute-patterns",
+)  # fmt: skip
 ORDERS = {"forward": (0, 0), "reverse": (1, 0), "random": (2, 1), "another random": (2, 2), "block by block": (3, 0)}
 
 
 def library(
-    name: str, sources: Sequence[str], replace: Sequence[tuple[str, str, str]] = (), flags: Sequence[str] = ()
+    name: str,
+    sources: Sequence[str],
+    replace: Sequence[tuple[str, str, str]] = (),
+    flags: Sequence[str] = (),
+    counted: bool = False,
 ) -> Path:
     """The shared library of these sources (paths from the root) and the emulator. Each object is kept for its text and its headers'.
 
-    replace: (file name, old, new) plants a bug: `old` must be there.
+    replace: (file name, old, new) plants a bug: `old` must be there. counted: its loads and stores can be asked for (traffic.cpp).
     """
     assert COMPILER is not None
     BUILT.mkdir(parents=True, exist_ok=True)
     with _lock():
         headers = _planted_headers(replace)
+        emulator = ["cuda_emulator.cpp", *(["traffic.cpp"] if counted else [])]
+        sources = (*(f"tests/cuda_emulator/{file}" for file in emulator), *sources)
         objects = [
-            _object(source, headers, replace, flags) for source in ("tests/cuda_emulator/cuda_emulator.cpp", *sources)
+            _object(source, headers, replace, (*flags, *(COUNTED if counted and source.endswith(".cu") else ())))
+            for source in sources
         ]
         linking = [f for f in flags if f.startswith(("-l", "-L", "-Wl"))]
         out = BUILT / f"{name}-{digest(*(o.name for o in objects), *flags)}.so"
@@ -83,15 +95,18 @@ def _however_it_is_wrapped(code: str) -> re.Pattern:
 def _object(source: str, headers: Path, replace, flags: Sequence[str]) -> Path:
     path = ROOT / source
     text = _planted(path, replace)
-    for_torch = [f for f in flags if not f.startswith(("-l", "-L", "-Wl"))] if path.name.startswith("bind") else []
+    bound = path.name.startswith("bind")
+    own_flags = (
+        [f for f in flags if not f.startswith(("-l", "-L", "-Wl"))] if bound else [f for f in flags if f in COUNTED]
+    )
     folder = headers / path.parent.relative_to(CUDA) if path.is_relative_to(CUDA) else path.parent
     text_of_headers = [_planted(header, replace) for header in _included(path)]
-    out = BUILT / f"{path.stem}-{digest(text, *text_of_headers, *FLAGS, *for_torch, torch.__version__)}.o"
+    out = BUILT / f"{path.stem}-{digest(text, *text_of_headers, *FLAGS, *own_flags, torch.__version__)}.o"
     if not out.exists():
         copy = out.with_suffix(".cpp")
         copy.write_text(f'#line 1 "{path}"\n{text}')
         command = [COMPILER, "-x", "c++", "-c", copy, "-o", out.with_suffix(".tmp")]
-        _run([*command, f"-I{folder}", f"-I{headers}", *FLAGS, *for_torch])
+        _run([*command, f"-I{folder}", f"-I{headers}", *FLAGS, *own_flags])
         out.with_suffix(".tmp").replace(out)
         copy.unlink()
     return out

@@ -16,6 +16,9 @@
 #include <unordered_map>
 #include <vector>
 
+// where this library begins and ends, from the linker
+extern "C" const char __ehdr_start __attribute__((visibility("hidden"))), _end __attribute__((visibility("hidden")));
+
 namespace emulator {
 namespace {
 
@@ -228,7 +231,34 @@ void schedule(Launch& l, std::mt19937& random) {
   }
 }
 
+int barriers_of(const Launch& l) {
+  unsigned all = 0;
+  for (const Block& block : l.blocks) all += block.barrier.generation;
+  return static_cast<int>(all);
+}
+
+template <class T> bool within(const void* address, const T* first, size_t bytes) {
+  const char *at = static_cast<const char*>(address), *start = reinterpret_cast<const char*>(first);
+  return at >= start && at < start + bytes;
+}
+
 }  // namespace
+
+bool running() { return now != nullptr; }
+
+Memory memory_of(const void* address) {
+  if (within(address, now->stack, kStackBytes)) return Memory::kRegisters;
+  for (const Block& block : launch_->blocks) {
+    if (within(address, block.memory.mapping, block.memory.mapped)) return Memory::kShared;
+    if (within(address, block.warps.data(), block.warps.size() * sizeof(Warp))) return Memory::kRegisters;
+  }
+  if (within(address, launch_->fibers.data(), launch_->fibers.size() * sizeof(Fiber))) return Memory::kRegisters;
+  // of the thread that launched: the arguments; of this library: constants
+  const char* stack = static_cast<const char*>(launch_->argument);
+  if (within(address, stack - (64 << 10), 1 << 20)) return Memory::kRegisters;
+  if (within(address, &__ehdr_start, &_end - &__ehdr_start)) return Memory::kRegisters;
+  return Memory::kGlobal;
+}
 
 const Place& here() { return now->place; }
 char* shared() { return now->block->memory.data; }
@@ -244,6 +274,7 @@ void copy_async(void* to, const void* from, int bytes, int given) {
   if (reinterpret_cast<uintptr_t>(to) % bytes || (given && reinterpret_cast<uintptr_t>(from) % bytes))
     fail("cp.async is misaligned");
   Copy copy{to, {}, bytes, now->group};
+  if (on_copy) on_copy(__builtin_return_address(0), to, from, bytes, given);
   if (given) memcpy(copy.data, from, given);
   memset(to, 0xff, bytes);
   now->copies.push_back(copy);
@@ -285,7 +316,8 @@ void fail(const char* format, ...) {
   siglongjmp(way_out, 1);
 }
 
-const char* run(Body body, void* argument, dim3 blocks, unsigned threads, unsigned cluster, size_t shared_bytes) {
+const char* run(const void* kernel, Body body, void* argument, dim3 blocks, unsigned threads, unsigned cluster,
+                size_t shared_bytes) {
   const size_t count = static_cast<size_t>(blocks.x) * blocks.y * blocks.z;
   if (threads % kWarp || threads == 0 || threads > 1024)
     return "a block must have a multiple of 32 threads, at most 1024";
@@ -300,6 +332,7 @@ const char* run(Body body, void* argument, dim3 blocks, unsigned threads, unsign
   for (size_t i = 0; i < launch.fibers.size(); ++i) launch.fibers[i].stack = stacks[i];
   for (Block& block : launch.blocks) block.memory = guarded(shared_bytes, 16);
   launch_ = &launch;
+  if (on_launch) on_launch(kernel, {blocks, threads, shared_bytes});
   std::mt19937 random(order_seed);
   const std::vector<size_t> turn = arranged(count / cluster, random);
   const Guard guard;
@@ -308,6 +341,7 @@ const char* run(Body body, void* argument, dim3 blocks, unsigned threads, unsign
     for (const size_t i : turn) {
       start(launch, blocks, i * cluster, threads, shared_bytes, blocks);
       schedule(launch, random);
+      if (on_blocks_ended) on_blocks_ended(barriers_of(launch));
     }
   } else {
     failed = true;

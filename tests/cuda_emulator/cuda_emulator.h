@@ -222,8 +222,9 @@ template <class T> inline T from_lane(const char* all, int lane) {
 }
 
 using Body = void (*)(void*);
-// Runs body(argument) as every thread of every block; nullptr, or what went wrong.
-const char* run(Body body, void* argument, dim3 blocks, unsigned threads, unsigned cluster, size_t shared_bytes);
+// Runs body(argument), a call of `kernel`, as every thread of every block; nullptr, or what went wrong.
+const char* run(const void* kernel, Body body, void* argument, dim3 blocks, unsigned threads, unsigned cluster,
+                size_t shared_bytes);
 int shared_limit();  // bytes a block may have
 
 template <class... P, class... A>
@@ -234,8 +235,23 @@ const char* launch(void (*kernel)(P...), dim3 blocks, unsigned threads, unsigned
     auto& [function, arguments] = *static_cast<decltype(call)*>(argument);
     std::apply(function, arguments);
   };
-  return run(body, &call, blocks, threads, cluster, shared_bytes);
+  return run(reinterpret_cast<const void*>(kernel), body, &call, blocks, threads, cluster, shared_bytes);
 }
+
+// What an address is on a card: the emulator's own memory (stacks, places, exchanges of a warp) stands for registers.
+enum class Memory { kRegisters, kShared, kGlobal };
+Memory memory_of(const void* address);
+bool running();  // is a thread of a kernel?
+
+// Defined where traffic is counted (traffic.cpp), nullptr elsewhere.
+struct Shape {
+  dim3 blocks;
+  unsigned threads;
+  size_t shared_bytes;
+};
+__attribute__((weak)) void on_launch(const void* kernel, const Shape& shape);
+__attribute__((weak)) void on_copy(const void* place, void* to, const void* from, int bytes, int given);
+__attribute__((weak)) void on_blocks_ended(int barriers);  // of the blocks of one cluster
 
 }  // namespace emulator
 

@@ -22,12 +22,12 @@ from . import build
 
 
 class Backend:
-    def __init__(self, *ops: str, replace: tuple[tuple[str, str, str], ...] = ()) -> None:
-        """ops: folders of csrc/cuda. replace: (file name, old, new) plants a bug."""
-        self.name = f"spcl_fast_cuda_{build.digest(repr(ops), repr(replace))}"
+    def __init__(self, *ops: str, replace: tuple[tuple[str, str, str], ...] = (), counted: bool = False) -> None:
+        """ops: folders of csrc/cuda. replace: (file name, old, new) plants a bug. counted: for benchmarks.traffic."""
+        self.name = f"spcl_fast_cuda_{build.digest(repr(ops), repr(replace), repr(counted))}"
         files = [file for op in ops for kind in ("*.cu", "bind_*.cpp") for file in sorted((build.CUDA / op).glob(kind))]
         sources = [str(file.relative_to(build.ROOT)) for file in files]
-        self.path = build.library(self.name, sources, replace, _torch_flags())
+        self.path = build.library(self.name, sources, replace, _torch_flags(), counted)
         os.environ["SPCL_EMULATED_NAME"] = self.name  # read by the library's registration
         self.handle = build.load(self.path)
         torch.ops.load_library(str(self.path))

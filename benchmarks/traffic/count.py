@@ -1,0 +1,108 @@
+"""One case through every backend and formula: rows for the result file, in units of the features' (or the up-sampled map's) bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from spcl_fast.backends import cuda
+
+from . import cuda_launches, eager, ledger, triton_launches
+from .cases import BACKENDS, PEERS, Case, prepared
+
+ARCH = "sm_90"
+FOLDERS = {
+    "upsampled_cross_entropy": ("upsampled_cross_entropy", "upsampled_prediction")
+}  # of csrc/cuda that an op needs
+
+
+def counted(case: Case, names: tuple[str, ...] = BACKENDS) -> Iterator[dict]:
+    for name in names:
+        if name == "cuda" and case.op not in cuda.OPTIONS:
+            continue
+        yield ours(case, name)
+    for name in PEERS[case.op]:
+        yield peer(case, name)
+
+
+def ours(case: Case, name: str, replace: tuple[tuple[str, str, str], ...] = ()) -> dict:
+    """replace: (file of csrc/cuda, old, new) plants a bug."""
+    run = prepared(case, name)
+    with _counting(case, name, replace) as forward:
+        value = run.forward()
+    with _counting(case, name, replace) as backward:
+        gradients = run.backward(value)
+    row = {"case": case.name, "by": name, "forward": _phase(forward, run.source, None, run.unit_bytes)}
+    if run.wanted:
+        row["backward"] = _phase(backward, run.source, gradients[0], run.unit_bytes)
+    return row
+
+
+@contextlib.contextmanager
+def _counting(case: Case, name: str, replace) -> Iterator[list[ledger.Launch]]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # numpy, in the interpreter
+        if name == "triton":
+            with triton_launches.counted(ARCH) as launches:
+                yield launches
+        else:
+            folders = FOLDERS.get(case.op, (case.op,))
+            with cuda_launches.counted(cuda_launches.backend(*folders, replace=replace)) as launches:
+                yield launches
+
+
+def _phase(launches: list[ledger.Launch], source: Tensor, gradient: Tensor | None, unit: int) -> dict:
+    """Figures in units; `kernels` in order of launch."""
+
+    def share(bytes_: int) -> float:
+        return round(bytes_ / unit, 3)
+
+    features, mine = ledger.all_moved(launches, source), ledger.all_moved(launches, gradient)
+    everything = ledger.total(launches)
+    return {
+        "read": share(features.read),
+        "read_sectors": share(features.read_sectors),
+        "compulsory": share(features.compulsory),
+        "again_in_block": share(features.again_in_block),
+        "gradient_written": share(mine.written),
+        "gradient_sectors": share(mine.written_sectors),
+        "all_requested": share(everything.read + everything.written),
+        "all_sectors": share(everything.read_sectors + everything.written_sectors),
+        "kernels": [_kernel(launch, source, unit) for launch in launches],
+    }
+
+
+def _kernel(launch: ledger.Launch, source: Tensor, unit: int) -> dict:
+    row = {
+        "name": launch.kernel,
+        "blocks": launch.blocks,
+        "read": round(ledger.moved(launch, source).read / unit, 3),
+        "block_footprint_bytes": launch.footprint,
+    }
+    if launch.threads is not None:
+        assert launch.shared_read is not None and launch.shared_written is not None
+        row |= {
+            "threads": launch.threads, "shared_bytes": launch.shared_bytes, "barriers_per_block": round(launch.barriers / launch.blocks, 1),
+            "shared_reads_over_ideal": _over_ideal(launch.shared_read), "shared_writes_over_ideal": _over_ideal(launch.shared_written),
+        }  # fmt: skip
+    return row
+
+
+def _over_ideal(wavefronts: ledger.Wavefronts) -> float | None:
+    return round(wavefronts.counted / wavefronts.ideal, 3) if wavefronts.ideal else None
+
+
+def peer(case: Case, name: str) -> dict:
+    run = prepared(case, name)
+    with eager.counted() as forward:
+        value = run.forward()
+    with eager.counted() as backward:
+        run.backward(value)
+    row = {"case": case.name, "by": name}
+    for phase, total in (("forward", forward), ("backward", backward)):
+        if phase == "forward" or run.wanted:
+            row[phase] = {"all_requested": round(total.bytes / run.unit_bytes, 3), "operations": total.operations}
+    return row
