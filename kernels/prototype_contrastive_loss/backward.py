@@ -52,7 +52,6 @@ def backward_resident_kernel(
     proto_ptr = prototypes.ptr
     if prototypes.stride_b is not None:
         proto_ptr += b * prototypes.stride_b
-    scale = inv * inverse_temperature(prototypes)
     out = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     c = tl.zeros([BLOCK_N], tl.float32)
     for k0 in range(0, size.K, BLOCK_K):
@@ -62,7 +61,9 @@ def backward_resident_kernel(
             mask=(offs_k < size.K)[:, None] & mask_d[None, :],
             other=0.0,
         )
-        z, linear, _ = logits_of(tl.dot(x, tl.trans(p)), out, scale, b, offs_k, prototypes, size.K)
+        acc = tl.dot(x, tl.trans(p))
+        scale = inv * inverse_temperature(prototypes)
+        z, linear, _ = logits_of(acc, acc, scale, b, offs_k, prototypes, size.K)
         z = with_margin(z, cls, offs_k, prototypes)
         weight = logit_weights(z, lse, offs_k, size.K, cls).to(x.dtype)
         c += tl.sum(weight.to(tl.float32) * linear, 1)
@@ -121,7 +122,7 @@ def backward_tile_kernel(
 
 
 @triton.jit
-def _store_temperature(temperature_ptr, s, c, at_label, cls, bad, prototypes):
+def store_temperature(temperature_ptr, s, c, at_label, cls, bad, prototypes):
     """The program's part of the temperature's gradient. at_label: the label's weight, whose logit holds the margin, too."""
     inverse = inverse_temperature(prototypes)
     cost = c
@@ -185,9 +186,12 @@ def backward_split_kernel(
             )
         weight = exact.to(prototypes.ptr.dtype.element_ty)
         c += tl.sum(weight.to(tl.float32) * linear, 1)
-        rows = image_offset(prototypes, b) + offs_k[:, None].to(tl.int64) * size.D + offs_d[None, :]
         mask_p = (offs_k < size.K)[:, None] & mask_d[None, :]
-        p = tl.load(prototypes.ptr + rows, mask=mask_p, other=0.0)
+        p = tl.load(
+            prototypes.ptr + image_offset(prototypes, b) + offs_k[:, None].to(tl.int64) * size.D + offs_d[None, :],
+            mask=mask_p,
+            other=0.0,
+        )
         out = tl.dot(weight, p, out, input_precision=PRECISION)
         if prototypes.margin is not None:
             at_label += tl.sum(tl.where(offs_k[None, :] == cls[:, None], exact, 0.0), 1)
@@ -195,11 +199,18 @@ def backward_split_kernel(
             if target.mean_variance is not None:
                 exact = tl.where((offs_k < size.K)[None, :], softmax_of(z, lse), 0.0)
             c += 2 * tl.sum(exact * variance, 1)
-            v = tl.load(prototypes.variances + rows, mask=mask_p, other=0.0)
+            v = tl.load(
+                prototypes.variances
+                + image_offset(prototypes, b)
+                + offs_k[:, None].to(tl.int64) * size.D
+                + offs_d[None, :],
+                mask=mask_p,
+                other=0.0,
+            )
             curved = tl.dot(exact, v, curved, input_precision=PRECISION if p.dtype == tl.float32 else "tf32")
     if temperature_ptr is not None:
         if tl.program_id(1) == 0:
-            _store_temperature(temperature_ptr, s, c, at_label, cls, bad, prototypes)
+            store_temperature(temperature_ptr, s, c, at_label, cls, bad, prototypes)
     if dfeatures.ptr is not None:
         mask = mask_n[:, None] & mask_d[None, :]
         x = tl.load(

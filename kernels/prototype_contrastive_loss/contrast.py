@@ -89,11 +89,15 @@ def contrast_backward(grad_loss: Tensor, contrast, saved, wanted, flag: Tensor, 
     kept = Saved(saved.lse, saved.inv_norm, saved.logits if saved.logits.numel() else None)
     if target.plain is None or contrast.prototype_class is not None:
         target = _with_pixels(grad, contrast, target._replace(plain=None), weights)
-    if contrast.prototype_class is not None:
-        with on_device_of(features):
-            target = given_rows(contrast, target, weights, kept)
-        kept = Saved(None, saved.inv_norm, dots_alone(contrast, saved.logits))
-    return gradients(contrast, grad, target, weights, kept, wanted)
+    if contrast.prototype_class is None:
+        return gradients(contrast, grad, target, weights, kept, wanted)
+    with on_device_of(features):
+        target, of_margin = given_rows(contrast, target, weights, kept, wanted)
+    kept = Saved(None, saved.inv_norm, dots_alone(contrast, saved.logits))
+    *parts, dtemperature = gradients(contrast._replace(margin=0.0), grad, target, weights, kept, wanted)
+    if of_margin is not None:
+        dtemperature = dtemperature + of_margin.sum(dtype=torch.float64).float()
+    return *parts, dtemperature
 
 
 def dots_alone(problem, row_logits: Tensor) -> Tensor | None:

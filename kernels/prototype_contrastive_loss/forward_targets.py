@@ -67,7 +67,7 @@ def target_forward_kernel(
             scale = inv * inverse_temperature(prototypes)
             z, linear, _ = logits_of(acc, quadratic, scale, b, offs_k, prototypes, size.K)
             save_logits(saved, linear, b, n, mask_n, offs_k, size)
-            z = with_margin(z, cls, offs_k, prototypes)
+        z = with_margin(z, cls, offs_k, prototypes)
         t = target_tile(target, cls, b, n, mask_n, k0, size, BLOCK_N, BLOCK_K, BLOCK_D, PRECISION)
         bad = find_bad(target, t, bad)
         seen += tl.sum(t, 1)

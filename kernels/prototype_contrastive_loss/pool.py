@@ -10,13 +10,15 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .. import launch
 from ..operands import Given, Saved, Target, feature_map, size_of
 from ..pixels import architecture, layout, pixel_offset, precision, tile_of
+from .backward import store_temperature
 from .logits import dots, inverse_norm, inverse_temperature, logits_of
 from .problem import prototypes_of
-from .targets import read_pixels, read_target, row_weights
+from .targets import read_pixels, read_target, row_weights, with_margin
 
 _PIXELS = 128
 
@@ -106,23 +108,29 @@ def unpool_kernel(
 
 @triton.jit
 def class_gradient_kernel(
-    target, weights, saved, logits_ptr, out_ptr, size,
+    target, prototypes, weights, saved, logits_ptr, out_ptr, temperature_ptr, size,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dz / s of given logits [B, K, P] -> out [B, K, P]."""
+    """dz / s of given logits [B, K, P] -> out [B, K, P]; of the temperature's gradient the margin's part, which is no row's."""
     b, n, mask_n = tile_of(size, BLOCK_N)
-    cls, _ = read_target(target, b, n, mask_n, size)
+    cls, bad = read_target(target, b, n, mask_n, size)
     mass = read_pixels(target.mass, b, n, mask_n, size)
     lse = tl.load(saved.lse + b * size.P + n, mask=mask_n, other=0.0)
+    at_label = tl.zeros([BLOCK_N], tl.float32)
     for k0 in range(0, size.K, BLOCK_K):
         offs_k = k0 + tl.arange(0, BLOCK_K)
         mask = mask_n[:, None] & (offs_k < size.K)[None, :]
         place = (b * size.K + offs_k[None, :]) * size.P + n[:, None]
-        z = tl.load(logits_ptr + place, mask=mask, other=0.0)
+        z = with_margin(tl.load(logits_ptr + place, mask=mask, other=0.0), cls, offs_k, prototypes)
         w = row_weights(
             z, lse, mass, target, weights, cls, b, n, mask_n, k0, size, BLOCK_N, BLOCK_K, BLOCK_D, PRECISION
         )
         tl.store(out_ptr + place, w, mask=mask)
+        if temperature_ptr is not None:
+            at_label += tl.sum(tl.where(offs_k[None, :] == cls[:, None], w, 0.0), 1)
+    if temperature_ptr is not None:
+        s = read_pixels(target.scale, b, n, mask_n, size)
+        store_temperature(temperature_ptr, s, tl.zeros([BLOCK_N], tl.float32), at_label, cls, bad, prototypes)
 
 
 def row_logits(problem, out, inv_norm) -> None:
@@ -176,8 +184,9 @@ def pooled_logits(contrast, saved: Saved):
     return pool(contrast, rows)[0]
 
 
-def given_rows(contrast, target: Target, weights, saved: Saved) -> Target:
-    """The gradient of the rows' logits, from the loss on the pooled ones. target: with scale and mass."""
+def given_rows(contrast, target: Target, weights, saved: Saved, wanted) -> tuple[Target, Tensor | None]:
+    """-> the gradient of the rows' logits, from the loss on the pooled ones; and what the margin adds to the temperature's gradient.
+    target: with scale and mass."""
     features = contrast.features
     size = size_of(features, contrast.num_classes)
     pooled, walk = pool(contrast, saved.logits)
@@ -186,8 +195,19 @@ def given_rows(contrast, target: Target, weights, saved: Saved) -> Target:
         architecture(features), "contrast_forward_target", features.dtype, size.D, size.K, layout(features)
     )
     programs = features.shape[0] * triton.cdiv(size.P, settings["BLOCK_N"])
+    with_margin_of = wanted.temperature and contrast.margin != 0
+    partial = features.new_empty(programs, dtype=torch.float32) if with_margin_of else None
     class_gradient_kernel[(programs,)](
-        target, weights, saved, pooled, dpooled, size, precision(features.dtype), **settings
+        target,
+        prototypes_of(contrast),
+        weights,
+        saved,
+        pooled,
+        dpooled,
+        partial,
+        size,
+        precision(features.dtype),
+        **settings,
     )
     rows = unpool(contrast, saved.logits, pooled, walk, dpooled)
-    return target._replace(labels=None, given=Given(rows, None))
+    return target._replace(labels=None, given=Given(rows, None)), partial

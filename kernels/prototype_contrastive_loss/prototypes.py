@@ -19,7 +19,7 @@ from .. import launch
 from ..operands import feature_map
 from ..pixels import INTERPRETED, architecture, layout, pixel_offset, precision, read_weights
 from .logits import inverse_temperature, logits_again
-from .targets import logit_weights, read_pixels, read_target, row_weights, with_margin
+from .targets import read_pixels, read_target, row_weights, softmax_of, with_margin
 
 _PROGRAMS = 1024  # aimed at; a constant, not the GPU's size
 _WORKSPACE_BYTES = 32 << 20
@@ -43,17 +43,13 @@ def _inverse_denominator(grad, target):
 
 
 @triton.jit
-def _scales(grad, inv_denominator, target, weights, b, n, mask_n, size, cls):
-    """s of each pixel, 0 where there is nothing to compare with."""
-    if target.plain is not None:
-        i = n // size.w
-        offs = b * grad.stride_b + i.to(tl.int64) * grad.stride_h + (n - i * size.w).to(tl.int64) * grad.stride_w
-        incoming = tl.load(grad.ptr + offs, mask=cls >= 0, other=0.0).to(tl.float32)
-        class_weight, pixel_weight = read_weights(weights, cls, b * size.P + n)
-        s = class_weight * pixel_weight * incoming * inv_denominator
-    else:
-        s = read_pixels(target.scale, b, n, mask_n, size)
-    return s
+def _factors(grad, weights, b, n, size, cls):
+    """What a plain target's s is the product of, but the denominator: incoming gradient, class weight, pixel weight."""
+    i = n // size.w
+    offs = b * grad.stride_b + i.to(tl.int64) * grad.stride_h + (n - i * size.w).to(tl.int64) * grad.stride_w
+    incoming = tl.load(grad.ptr + offs, mask=cls >= 0, other=0.0).to(tl.float32)
+    class_weight, pixel_weight = read_weights(weights, cls, b * size.P + n)
+    return incoming, class_weight, pixel_weight
 
 
 @triton.jit
@@ -85,12 +81,17 @@ def prototype_kernel(
         n = (tile % image_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
         mask_n = n < size.P
         cls, bad = read_target(target, b, n, mask_n, size)
+        if target.plain is not None:
+            incoming, class_weight, pixel_weight = _factors(grad, weights, b, n, size, cls)
         mass = read_pixels(target.mass, b, n, mask_n, size)
         lse = mass
         if saved.lse is not None:
             lse = tl.load(saved.lse + b * size.P + n, mask=mask_n, other=0.0)
         inv = tl.load(saved.inv_norm + b * size.P + n, mask=mask_n, other=0.0)
-        s = _scales(grad, inv_denominator, target, weights, b, n, mask_n, size, cls)
+        if target.plain is not None:
+            s = class_weight * pixel_weight * incoming * inv_denominator
+        else:
+            s = read_pixels(target.scale, b, n, mask_n, size)
         coefficient = tl.where(cls >= 0, s * inv, 0.0)
         largest = _largest(coefficient, bad)
         offs_n = pixel_offset(features, n, size.w)
@@ -114,7 +115,8 @@ def prototype_kernel(
         )
         z = with_margin(z, cls, offs_k, prototypes)
         if target.plain is not None:
-            w = logit_weights(z, lse, offs_k, size.K, cls)
+            q = softmax_of(z, lse)
+            w = tl.where(offs_k[None, :] == cls[:, None], q - 1.0, q)
         else:
             w = row_weights(
                 z, lse, mass, target, weights, cls, b, n, mask_n, k0, size, BLOCK_N, BLOCK_K, BLOCK_D, PRECISION
@@ -133,13 +135,13 @@ def prototype_kernel(
         acc += tl.dot(tl.trans(weight.to(x.dtype)), x, input_precision=PRECISION) * largest
     if partials.per_image is not None:
         group = group * tl.num_programs(2) + tl.program_id(2)
-    part = group.to(tl.int64) * size.K + offs_k
-    mask_k = offs_k < size.K
-    out = partials.prototypes + part[:, None] * size.D + offs_d[None, :]
-    tl.store(out, acc * inverse_temperature(prototypes), mask=mask_k[:, None] & (offs_d < size.D)[None, :])
+    first = group.to(tl.int64) * size.K
+    out = partials.prototypes + (first + offs_k[:, None]) * size.D + offs_d[None, :]
+    mask = (offs_k < size.K)[:, None] & (offs_d < size.D)[None, :]
+    tl.store(out, acc * inverse_temperature(prototypes), mask=mask)
     if partials.bias is not None:
         if tl.program_id(0) % blocks_o == 0:
-            tl.store(partials.bias + part, bias, mask=mask_k)
+            tl.store(partials.bias + first + offs_k, bias, mask=offs_k < size.K)
 
 
 @triton.jit

@@ -56,13 +56,6 @@ OPTIONS = {  # the ops, and the options that each has
     "upsampled_confusion": frozenset(),
     "balance_": frozenset(),
 }  # fmt: skip
-_NOT_TOGETHER = (  # no kernel for both
-    {"no_positive_variance", "label_smoothing"},
-    {"no_positive_variance", "sigmoid"},
-    {"no_positive_variance", "prototype_class"},
-    {"margin", "prototype_class"},
-    {"teacher", "prototype_class"},
-)
 _MAX_CLASSES = {"upsampled_cross_entropy": 4096, "upsampled_binary_cross_entropy": 4096}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -76,8 +69,6 @@ def why_not(ask: Ask) -> str | None:
     missing = ask.needs - OPTIONS[op]
     if missing:
         return f"{op} in Triton has no {', no '.join(f'`{need}`' for need in sorted(missing))}; use backend='reference'"
-    if both := next((pair for pair in _NOT_TOGETHER if pair <= ask.needs), None):
-        return f"{op} in Triton has no {' with '.join(f'`{need}`' for need in sorted(both))}; use backend='reference'"
     if device.type == "cpu" and not kernels.INTERPRETED:
         return "Triton needs an NVIDIA GPU; on the CPU it runs in its interpreter only (set TRITON_INTERPRET=1 before importing triton)"
     if device.type == "cpu" and (trouble := kernels.interpreter_trouble()):
