@@ -74,6 +74,7 @@ BACKENDS = (  # the first usable one is taken, unless another was measured to be
 
 LOSSES = (
     Loss("spcl", "spcl_fast.losses.spcl:objective", "prototype-contrastive loss and moving prototypes, arXiv 2111.12358"),
+    Loss("protoseg", "spcl_fast.losses.protoseg:objective", "several prototypes per class, assigned by Sinkhorn, arXiv 2203.15102"),
 )  # fmt: skip
 
 NETS = (

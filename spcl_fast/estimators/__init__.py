@@ -1,6 +1,7 @@
 """What is kept from step to step: the prototypes and the thresholds of pseudo-labels. The only state of the package outside of nets."""
 
 from .bank import PrototypeBank
+from .clusters import PrototypeClusters
 from .thresholds import PseudoLabelThresholds
 
-__all__ = ["PrototypeBank", "PseudoLabelThresholds"]
+__all__ = ["PrototypeBank", "PrototypeClusters", "PseudoLabelThresholds"]

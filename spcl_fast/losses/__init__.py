@@ -2,10 +2,15 @@
 
 from .heads import CosineHead, LinearHead
 from .modules import PrototypeContrastiveLoss, UpsampledCrossEntropyLoss
+from .protoseg import ProtoSegLoss, pixel_prototype_contrast, pixel_prototype_distance, prototype_class_logits
 
 __all__ = [
     "CosineHead",
     "LinearHead",
+    "ProtoSegLoss",
     "PrototypeContrastiveLoss",
     "UpsampledCrossEntropyLoss",
+    "pixel_prototype_contrast",
+    "pixel_prototype_distance",
+    "prototype_class_logits",
 ]

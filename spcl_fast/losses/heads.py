@@ -32,7 +32,8 @@ class _Head(nn.Module):
 
     def loss(self, features: Tensor, labels: Tensor, **options: Any) -> Tensor:
         """upsampled_cross_entropy of this head's logits; options are those of that op. features [B, D, h, w], labels [B, H, W]."""
-        return ops.upsampled_cross_entropy(self(features), labels, **{"backend": self.backend} | options)
+        options.setdefault("backend", self.backend)
+        return ops.upsampled_cross_entropy(self(features), labels, **options)
 
     def _check(self, features: Tensor) -> None:
         if features.dim() not in (2, 4) or features.shape[1] != self.weight.shape[1]:
@@ -114,7 +115,7 @@ class CosineHead(_Head):
 
 def _affine_of(bn: nn.BatchNorm2d, features: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and shift [D] with which bn(x) = scale x + shift on this batch; in training the running statistics move, as bn's own do."""
-    if bn.training or bn.running_mean is None:
+    if bn.training or bn.running_mean is None or bn.running_var is None:
         axes = (0, 2, 3) if features.dim() == 4 else (0,)
         count = features.numel() // features.shape[1]
         if count < 2:
