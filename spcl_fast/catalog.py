@@ -75,6 +75,7 @@ BACKENDS = (  # the first usable one is taken, unless another was measured to be
 LOSSES = (
     Loss("spcl", "spcl_fast.losses.spcl:objective", "prototype-contrastive loss and moving prototypes, arXiv 2111.12358"),
     Loss("protoseg", "spcl_fast.losses.protoseg:objective", "several prototypes per class, assigned by Sinkhorn, arXiv 2203.15102"),
+    Loss("gmmseg", "spcl_fast.losses.gmmseg:objective", "a mixture of Gaussians per class, fitted to the source, arXiv 2210.02025"),
 )  # fmt: skip
 
 NETS = (

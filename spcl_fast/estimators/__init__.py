@@ -2,6 +2,7 @@
 
 from .bank import PrototypeBank
 from .clusters import PrototypeClusters
+from .mixture import GaussianMixture
 from .thresholds import PseudoLabelThresholds
 
-__all__ = ["PrototypeBank", "PrototypeClusters", "PseudoLabelThresholds"]
+__all__ = ["GaussianMixture", "PrototypeBank", "PrototypeClusters", "PseudoLabelThresholds"]

@@ -97,16 +97,7 @@ class PrototypeClusters(Float32Statistics):
     @torch.no_grad()
     def load_(self, prototypes: Tensor) -> PrototypeClusters:
         """Take over prototypes [K, M, D]; from [K, D] each class's M start around that one, drawn with a fixed seed."""
-        shape = self.prototypes.shape
-        if prototypes.shape == (shape[0], shape[2]):
-            noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(prototypes.device)
-            around = F.normalize(prototypes.float(), dim=1)[:, None]
-            prototypes = around + 0.1 * F.normalize(noise, dim=-1)
-        if prototypes.shape != shape:
-            raise ValueError(
-                f"PrototypeClusters: expected prototypes {list(shape)} or {[shape[0], shape[2]]}, got {list(prototypes.shape)}"
-            )
-        self.prototypes.copy_(F.normalize(prototypes.float(), dim=-1))
+        self.prototypes.copy_(spread_around("PrototypeClusters", prototypes, self.prototypes.shape))
         return self
 
     def _assignment(self, features: Tensor, labels: Tensor) -> tuple[LabelledGrid, Assignment]:
@@ -123,6 +114,19 @@ class PrototypeClusters(Float32Statistics):
     def extra_repr(self) -> str:
         num_classes, per_class, dim = self.prototypes.shape
         return f"num_classes={num_classes}, dim={dim}, per_class={per_class}, keep={self.keep}"
+
+
+def spread_around(name: str, prototypes: Tensor, shape: torch.Size) -> Tensor:
+    """Unit prototypes [K, M, D] as they are; from [K, D], M around each one, drawn with a fixed seed."""
+    if prototypes.shape == (shape[0], shape[2]):
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(prototypes.device)
+        around = F.normalize(prototypes.float(), dim=1)[:, None]
+        prototypes = around + 0.1 * F.normalize(noise, dim=-1)
+    if prototypes.shape != shape:
+        raise ValueError(
+            f"{name}: expected prototypes {list(shape)} or {[shape[0], shape[2]]}, got {list(prototypes.shape)}"
+        )
+    return F.normalize(prototypes.float(), dim=-1)
 
 
 def sampled_index(probabilities: Tensor) -> Tensor:
