@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,19 @@ def shared_dir() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip(f"needs the real images in {SHARED / 'data'}, which are not part of the repository")
     return SHARED
+
+
+@pytest.fixture(autouse=True)
+def emulated_cuda(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test whose `backend` is "cuda" runs its kernels in the emulator, where there is no GPU."""
+    backend = request.node.callspec.params.get("backend") if hasattr(request.node, "callspec") else None
+    if backend != "cuda" or torch.cuda.is_available():
+        yield
+        return
+    from cuda_emulator import emulated
+
+    with emulated.taken_on_demand():
+        yield
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -15,6 +15,7 @@ LABEL_DTYPES = [
     torch.uint64,
 ]
 LAYOUTS = ["nchw", "channels_last", "transposed", "cropped", "every_other"]
+MORE_LAYOUTS = [*LAYOUTS, "misaligned", "every_other_image"]
 
 
 def laid_out(features: torch.Tensor, layout: str) -> torch.Tensor:
@@ -32,4 +33,13 @@ def laid_out(features: torch.Tensor, layout: str) -> torch.Tensor:
         room = torch.full((batch, 2 * dim, height, 2 * width), torch.nan, dtype=features.dtype)
         room[:, ::2, :, ::2] = features
         return room[:, ::2, :, ::2]
+    if layout == "misaligned":
+        return torch.cat([features.new_zeros(1), features.flatten()])[1:].view(features.shape)
+    if layout == "every_other_image":
+        return features.repeat_interleave(2, 0)[::2]
     return features
+
+
+def as_rows(maps: torch.Tensor) -> torch.Tensor:
+    """[B, D, h, w] as [B * h * w, D]."""
+    return maps.permute(0, 2, 3, 1).flatten(0, 2)

@@ -1,4 +1,4 @@
-"""Problems, shapes and backends for the tests of the ops, each in one place."""
+"""The problems that the ops are tested with, the shapes and the options: each in one place."""
 
 from __future__ import annotations
 
@@ -7,59 +7,54 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
+from on_backends import ALL, asked, check_ops, on_each_backend, usable  # noqa: F401 - also to be had from here
 from torch import Tensor
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from spcl_fast import backends, catalog
-from spcl_fast.backends.contract import Ask
+import spcl_fast as sf
 
-
-def asked(op: str, *needs: str, device: str | torch.device = "cpu", dtype=torch.float32, num_classes=5, dim=16) -> Ask:
-    """What a test of `op` asks a backend for."""
-    return Ask(op, torch.device(device), dtype, num_classes, dim, needs=frozenset(needs))
+CONTRAST, LOGITS, MOMENTS = "prototype_contrastive_loss", "prototype_logits", "class_moments"
+CROSS, BINARY = "upsampled_cross_entropy", "upsampled_binary_cross_entropy"
+PREDICTION, CONFUSION = "upsampled_prediction", "upsampled_confusion"
 
 
-ALL = catalog.names(
-    catalog.BACKENDS
-)  # on a CPU triton runs in its interpreter; cuda does not: tests/cuda_emulator runs it
-ON_CPU = tuple(row.name for row in catalog.BACKENDS if "cpu" in row.devices)
-
-
-def usable(op: str, *needs: str, among: tuple[str, ...] = ON_CPU) -> list[str]:
-    """The backends, of `among`, that can do `op` with these options on this machine's CPU."""
-    return [name for name in among if backends.why_not(name, asked(op, *needs)) is None]
-
-
-# The options of prototype_contrastive_loss: a name, what a backend is asked for, and the settings with the problem's own tensors in them.
-class Option(NamedTuple):
-    name: str
-    needs: tuple[str, ...]
-    settings: Callable[[Options], dict]
-    leaves: tuple[str, ...] = ("features", "prototypes")  # what a gradient is wanted for
-
-
-class Options(NamedTuple):
-    """Tensors for every option, of one problem of B images, D channels, K classes and M = K + 2 rows."""
+class Problem(NamedTuple):
+    """Tensors for every op and every option, of one problem of B images, D channels, K classes and M = K + 2 rows."""
 
     features: Tensor  # [B, D, h, w]
-    labels: Tensor  # [B, h, w]
+    labels: Tensor  # [B, H, W], some of them 255
     prototypes: Tensor  # [K, D]
     per_image: Tensor  # [B, K, D]
     rows: Tensor  # [M, D]
     row_class: Tensor  # [M]
     variances: Tensor  # [K, D]
+    variances_per_image: Tensor  # [B, K, D]
+    variances_of_rows: Tensor  # [M, D]
     bias: Tensor  # [K]
     bias_per_image: Tensor  # [B, K]
     bias_of_rows: Tensor  # [M]
     temperature: Tensor  # []
-    probabilities: Tensor  # [B, K, h, w], some pixels without any
-    class_weight: Tensor  # [K]
+    probabilities: Tensor  # [B, K, h, w], some pixels certain, some without any
+    class_weight: Tensor  # [K], one of them 0
     pixel_weight: Tensor  # [B, h, w]
+    teacher: sf.TeacherTargets
+    logits: Tensor  # [B, K, h, w], to be up-sampled
+    nodes: Tensor  # [B, K, g, f]: probabilities to be up-sampled, the first row of the first image without any
+    label_weight: Tensor  # [B, H, W]
+    size: tuple[int, int]  # (H, W)
 
 
-def options(shape=(2, 16, 5, 7), num_classes=5, dtype=torch.float32, temperature=0.3, seed=0) -> Options:
+def problem(
+    shape=(2, 16, 5, 7), num_classes=5, size=None, dtype=torch.float32, *, temperature=0.3, seed=0, ignored=0.2, patch=(1, 1), scale=3.0,
+    grid=None,
+) -> Problem:  # fmt: skip
+    """shape: [B, D, h, w] of the features; size: (H, W) of the labels; grid: (g, f) of the probabilities to be up-sampled.
+
+    patch: (rows, columns) of equal labels. scale: of the logits.
+    """
     generator = torch.Generator().manual_seed(seed)
+    batch, dim, height, width = shape
+    rows, columns = size = size or (height, width)
 
     def randn(*size: int) -> Tensor:
         return torch.randn(size, generator=generator)
@@ -67,32 +62,115 @@ def options(shape=(2, 16, 5, 7), num_classes=5, dtype=torch.float32, temperature
     def rand(*size: int) -> Tensor:
         return torch.rand(size, generator=generator)
 
-    batch, dim, *grid = shape
-    labels = torch.randint(0, num_classes, (batch, *grid), generator=generator)
-    labels[rand(batch, *grid) < 0.2] = 255
-    probabilities = rand(batch, num_classes, *grid).softmax(1) * (rand(batch, 1, *grid) > 0.2)
-    unit = torch.nn.functional.normalize
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    row_class = torch.cat([torch.arange(num_classes), torch.tensor([0, num_classes - 1])])
-    rows = unit(randn(num_classes + 2, dim), dim=1)
-    small = (
-        unit(randn(num_classes, dim), dim=1), unit(randn(batch, num_classes, dim), dim=2), rows, row_class,
-        rand(num_classes, dim) * temperature**2, randn(num_classes), randn(batch, num_classes), randn(num_classes + 2),
-        torch.tensor(temperature), probabilities, rand(num_classes) + 0.1, rand(batch, *grid),
+    def unit(*size: int) -> Tensor:
+        return F.normalize(randn(*size), dim=-1)
+
+    coarse = torch.randint(0, num_classes, (batch, -(-rows // patch[0]), -(-columns // patch[1])), generator=generator)
+    labels = coarse.repeat_interleave(patch[0], 1).repeat_interleave(patch[1], 2)[:, :rows, :columns].contiguous()
+    labels[rand(batch, rows, columns) < ignored] = 255
+    soft = (3 * randn(batch, num_classes, height, width)).softmax(1)
+    certain = F.one_hot(soft.argmax(1), num_classes).movedim(3, 1).float()
+    kind = rand(batch, 1, height, width)
+    class_weight = rand(num_classes) + 0.1
+    class_weight[3:4] = 0
+    nodes = (2 * randn(batch, num_classes, *(grid or (height, width)))).softmax(1)
+    nodes[:1, :, 0] = 0
+    teacher = sf.TeacherTargets(F.normalize(randn(batch, 12, height, width), dim=1), unit(num_classes, 12), 0.2)
+    scores = torch.einsum("bdhw,kd->bkhw", teacher.features, teacher.prototypes) / 0.2
+    teacher = teacher._replace(u=0.1 - scores.logsumexp(1), v=0.3 * randn(num_classes))
+    made = Problem(
+        features=randn(*shape), labels=labels, prototypes=unit(num_classes, dim), per_image=unit(batch, num_classes, dim),
+        rows=unit(num_classes + 2, dim), row_class=torch.cat([torch.arange(num_classes), torch.tensor([0, num_classes - 1])]),
+        variances=rand(num_classes, dim) * temperature**2, variances_per_image=rand(batch, num_classes, dim) * temperature**2,
+        variances_of_rows=rand(num_classes + 2, dim) * temperature**2, bias=randn(num_classes), bias_per_image=randn(batch, num_classes),
+        bias_of_rows=randn(num_classes + 2), temperature=torch.tensor(temperature),
+        probabilities=soft.where(kind < 0.6, certain).where(kind < 0.8, 0), class_weight=class_weight,
+        pixel_weight=rand(batch, width, height).mT, teacher=teacher, logits=scale * randn(batch, num_classes, height, width), nodes=nodes,
+        label_weight=rand(batch, columns, rows).mT, size=size,
     )  # fmt: skip
-    small = tuple(tensor.to(wide) if tensor.is_floating_point() else tensor for tensor in small)
-    return Options(randn(*shape).to(dtype), labels, *small)
+    return _as(made, dtype)
+
+
+def _as(made: Problem, dtype: torch.dtype) -> Problem:
+    """Features and logits in `dtype`, all else in float32 or, with float64, in that."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    floating = {
+        name: t.to(wide) for name, t in made._asdict().items() if isinstance(t, Tensor) and t.is_floating_point()
+    }
+    teacher = sf.TeacherTargets(*(part.to(wide) if isinstance(part, Tensor) else part for part in made.teacher))
+    return made._replace(**floating)._replace(
+        features=made.features.to(dtype), logits=made.logits.to(dtype), teacher=teacher
+    )
+
+
+# ---- shapes ----------------------------------------------------------------------------------------------------------
+
+
+class Shape(NamedTuple):
+    name: str
+    shape: tuple[int, int, int, int]  # [B, D, h, w] of the features; of logits to be up-sampled D is K
+    num_classes: int
+    size: tuple[int, int] | None = None  # of the labels, where it is not the features' own
+    too_slow: tuple[str, ...] = ()  # backends whose interpreter or emulator takes too long for it
+    needs: tuple[str, ...] = ()
+
+    def problem(self, dtype=torch.float32, **more) -> Problem:
+        return problem(self.shape, self.num_classes, self.size, dtype, **more)
+
+
+def _upsampled(name: str, low: tuple[int, int], high: tuple[int, int], num_classes=4, batch=2, too_slow=()) -> Shape:
+    return Shape(name, (batch, num_classes, *low), num_classes, high, too_slow)
+
+
+SHAPES = {
+    MOMENTS: (
+        Shape("labels of another size", (2, 16, 7, 9), 5, (15, 23)),
+        Shape("smaller labels", (2, 20, 7, 9), 5, (4, 3)),
+        Shape("ragged", (2, 40, 7, 9), 5),
+        Shape("many pixels", (1, 33, 61, 67), 19, too_slow=("triton",)),
+        Shape("one channel and class", (3, 1, 1, 1), 1),
+        Shape("many classes", (1, 7, 5, 5), 1000),
+        Shape("classes in blocks", (1, 33, 3, 7), 70),
+        Shape("aligned rows", (1, 130, 8, 32), 19),
+        Shape("few pixels a tile", (1, 1100, 5, 13), 2),
+        Shape("norms in a pass of their own", (1, 2100, 3, 7), 4),
+        Shape("few ranges", (2, 33, 5, 7), 600),
+        Shape("one tile", (1, 16, 16, 16), 4),
+        Shape("more classes than a block can note", (1, 70, 9, 40), 5000, too_slow=("triton",)),
+    ),
+}  # fmt: skip
+
+
+def on_each_shape(op: str, *needs: str, among: tuple[str, ...] = ALL, shapes: tuple[Shape, ...] | None = None) -> list:
+    """(backend, shape), with readable ids."""
+    return [
+        pytest.param(backend, shape, id=f"{shape.name}-{backend}")
+        for shape in (SHAPES[op] if shapes is None else shapes)
+        for backend in usable(op, *needs, *shape.needs, among=among, num_classes=shape.num_classes, dim=shape.shape[1])
+        if backend not in shape.too_slow
+    ]
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+# The options of prototype_contrastive_loss: a name, what a backend is asked for, and the settings with the problem's own tensors in them.
+class Option(NamedTuple):
+    name: str
+    needs: tuple[str, ...]
+    settings: Callable[[Problem], dict]
+    leaves: tuple[str, ...] = ("features", "prototypes")  # what a gradient is wanted for
 
 
 _WEIGHTS = ("class_weight", "pixel_weight")
 
 
-def _with(*names: str, **settings) -> Callable[[Options], dict]:
+def _with(*names: str, **settings) -> Callable[[Problem], dict]:
     """Settings whose tensors are those of the problem, by name; `prototypes=...` and `labels=...` name other ones to be used."""
     return lambda o: (
         {name: getattr(o, name) for name in names}
         | {
-            key: getattr(o, value) if isinstance(value, str) and value in Options._fields else value
+            key: getattr(o, value) if isinstance(value, str) and value in Problem._fields else value
             for key, value in settings.items()
         }
     )
@@ -141,30 +219,4 @@ OPTIONS = (
 )  # fmt: skip
 
 
-def on_each_backend(op: str, cases: tuple[Option, ...]) -> list:
-    """(backend, case) for every backend that can do it, with readable ids."""
-    return [
-        pytest.param(backend, case, id=f"{case.name}-{backend}")
-        for case in cases
-        for backend in usable(op, *case.needs, among=ALL)
-    ]
-
-
-class _Calls(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "spcl_fast":
-            self.seen.append((func, pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, args), kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def check_ops(call: Callable[[], object], *tests: str) -> None:
-    """torch.library.opcheck of each op that `call` dispatches, with the arguments that it has there; all of its checks by default."""
-    with _Calls() as calls:
-        call()
-    assert calls.seen, "nothing of ours was called"
-    for op, args, kwargs in calls.seen:
-        torch.library.opcheck(op, args, kwargs, **({"test_utils": tests} if tests else {}))
+options = problem

@@ -266,8 +266,10 @@ def test_the_toy_data_set_is_checked(house, run):
 def test_the_tests_of_an_op_run_on_the_toy_backend(house):
     tests = house / "tests"
     shutil.copytree(ROOT / "tests" / "ops", tests / "ops", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("conftest.py", "problems.py", "oracle.py", "interpreter_bounds.py"):
-        shutil.copy(ROOT / "tests" / name, tests / name)
+    shutil.copytree(ROOT / "tests" / "cuda_emulator", tests / "cuda_emulator")
+    for path in (ROOT / "tests").glob("*.py"):
+        if not path.name.startswith("test_"):
+            shutil.copy(path, tests / path.name)
     shutil.copy(ROOT / "pyproject.toml", house / "pyproject.toml")
     out = python(house, "-m", "pytest", "tests/ops/test_class_moments.py", "-k", "toy", "-rP", "-p", "no:cacheprovider")
     assert " passed" in out and "failed" not in out and "toy class_moments" in out

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from spcl_fast.backends import cpu
-from spcl_fast.backends.contract import Ask, Balance, Moments
+from spcl_fast.backends.contract import Ask, Balance
 
 REASON = cpu.why_not(Ask("balance_", torch.device("cpu"), torch.float32, num_classes=2, dim=2))
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -72,20 +72,3 @@ def test_a_half_step_of_sinkhorn_is_the_logsumexp_of_all_scores(sizes, dtype):
     assert rows.dtype == columns.dtype == torch.float32
     assert torch.allclose(rows.double(), (scores + v).logsumexp(1), rtol=2e-6, atol=2e-5)
     assert torch.allclose(columns.double(), (scores + u[:, None]).logsumexp(0), rtol=2e-6, atol=2e-5)
-
-
-@pytest.mark.parametrize("normalize", [True, False])
-def test_weighted_moments_are_sums_of_weighted_pixels(normalize):
-    features, labels = torch.randn(2, 70, 9, 13), torch.randint(0, 5, (2, 9, 13))
-    labels[torch.rand(labels.shape) < 0.2] = 255
-    weight = torch.rand(2, 9, 13)
-    sums, counts, squares = cpu.class_moments(Moments(features, labels, 6, normalize, 255, True, weight))
-    unit = F.normalize(features.double(), dim=1) if normalize else features.double()
-    share = F.one_hot(labels.where(labels != 255, 6), 7)[..., :6] * weight.double()[..., None]
-    assert counts.dtype == torch.float32 and torch.allclose(counts.double(), share.sum((0, 1, 2)), rtol=1e-6)
-    assert torch.allclose(sums.double(), torch.einsum("bdhw,bhwk->kd", unit, share), atol=2e-5)
-    assert torch.allclose(squares.double(), torch.einsum("bdhw,bhwk->kd", unit.square(), share), atol=2e-5)
-    ones = cpu.class_moments(Moments(features, labels, 6, normalize, 255, True, torch.ones(2, 9, 13)))
-    plain = cpu.class_moments(Moments(features, labels, 6, normalize, 255, True))
-    assert plain[1].dtype == torch.int64 and torch.equal(ones[1], plain[1].float())
-    assert torch.allclose(ones[0], plain[0], atol=2e-5) and torch.allclose(ones[2], plain[2], atol=2e-5)

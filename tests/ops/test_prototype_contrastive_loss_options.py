@@ -69,7 +69,7 @@ def test_the_reference_is_exact_in_float64(case):
 )
 def test_gradcheck(name):
     case = next(case for case in OPTIONS if case.name == name)
-    leaves, rest = arguments(case, options((1, 3, 2, 2), 3, torch.float64))
+    leaves, rest = arguments(case, options((1, 3, 2, 2), 3, dtype=torch.float64))
     names, tensors = leaves.keys(), [leaf.requires_grad_() for leaf in leaves.values()]
     torch.autograd.gradcheck(
         lambda *values: sf.prototype_contrastive_loss(**dict(zip(names, values, strict=True)), **rest), tensors

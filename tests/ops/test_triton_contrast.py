@@ -229,15 +229,13 @@ def test_every_element_of_every_output_is_written(dtype, monkeypatch):
     expected = value_and_gradients(
         sf.prototype_contrastive_loss, features, labels, prototypes, temperature=0.2, backend="triton"
     )
-    moments = sf.class_moments(features, labels, 5, squares=True, backend="triton")
     monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(real_empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(real_like(*a, **k)))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(real_new(*a, **k)))
     got = value_and_gradients(
         sf.prototype_contrastive_loss, features, labels, prototypes, temperature=0.2, backend="triton"
     )
-    got = (*got, *sf.class_moments(features, labels, 5, squares=True, backend="triton"))
-    assert all(torch.equal(a, b) for a, b in zip((*expected, *moments), got, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
 
 
 def test_float16_gradients_survive_the_loss_scale():
@@ -269,43 +267,6 @@ def test_float16_gradients_survive_the_loss_scale():
     assert tiny[2].abs().max() > 0  # dprototypes are float32: far below float16's smallest number they are still there
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("shape", "num_classes"), [((2, 16, 5, 7), 5), ((1, 33, 3, 7), 70), ((3, 1, 1, 1), 1), ((1, 20, 5, 5), 1000)]
-)
-@pytest.mark.parametrize("normalize", [True, False])
-def test_moments(dtype, shape, num_classes, normalize):
-    features, labels, _ = problem(shape, num_classes, (6, 8), dtype)
-    settings = {"normalize": normalize, "ignore_index": 100_000 if num_classes > 255 else 255}
-    got = sf.class_moments(features, labels, num_classes, squares=True, backend="triton", **settings)
-    truth = oracle.moments(features.cpu(), labels.cpu(), num_classes, **settings)
-    eager = oracle.moments(
-        features.cpu(), labels.cpu(), num_classes, **settings, dtype=torch.float32
-    )  # better than the half-float formula
-    assert torch.equal(got.counts.cpu(), truth[1]) and got.counts.dtype == torch.int64
-    for index, name in ((0, "sums"), (2, "squares")):
-        slack = (
-            4 if dtype == torch.float32 or index == 2 else 512
-        )  # x̂ in two half floats: 2**-17 for bfloat16, 2**-22 for float16
-        oracle.assert_as_accurate(getattr(got, name).cpu(), eager[index], truth[index], slack=slack)
-
-
-def test_moments_keep_nan_within_its_class_and_leave_bad_labels_out():
-    features, labels, _ = problem((2, 40, 3, 5), size=(3, 5), ignored=0)
-    expected = sf.class_moments(features, labels, 5, backend="reference")
-    wrong = labels.clone()
-    wrong[0, 0, 0] = 17
-    got = sf.class_moments(features, wrong, 5, backend="triton")
-    assert got.counts.sum() == expected.counts.sum() - 1 and label_flag(DEVICE) == 17
-    label_flag(DEVICE).fill_(torch.iinfo(torch.int64).min)
-    labels[1, 1, 1] = 2
-    features[1, 0, 1, 1] = torch.nan
-    sums = sf.class_moments(features, labels, 5, backend="triton").sums
-    assert sums[2].isnan().all() and sums[[0, 1, 3, 4]].isfinite().all()
-    labels[1, 1, 1] = 255
-    assert sf.class_moments(features, labels, 5, backend="triton").sums.isfinite().all()
-
-
 @pytest.mark.parametrize("shape", [(0, 8, 3, 3), (1, 8, 1, 1)])
 def test_empty_batch_and_single_pixel(shape):
     features, labels, prototypes = problem(shape, size=shape[2:], ignored=0)
@@ -313,7 +274,6 @@ def test_empty_batch_and_single_pixel(shape):
         sf.prototype_contrastive_loss, features, labels, prototypes, temperature=1.0, backend="triton"
     )
     assert loss.isfinite() and dfeatures.shape == shape and dprototypes.isfinite().all() and (shape[0] > 0 or loss == 0)
-    assert sf.class_moments(features, labels, 5, backend="triton").counts.sum() == shape[0]
 
 
 def test_forward_here_and_backward_elsewhere_fit_together():

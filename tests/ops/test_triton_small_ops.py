@@ -114,23 +114,3 @@ def test_a_teachers_targets_are_computed_not_stored(classes):
     expected = [truth.detach(), *torch.autograd.grad(truth, exact)]
     for g, e in zip(got, expected, strict=True):
         torch.testing.assert_close(g.double().cpu(), e, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("normalize", [True, False])
-def test_weighted_moments(normalize, dtype):
-    features, weight = rand(2, 33, 3, 5).to(dtype), rand(2, 5, 3, seed=1).abs().mT
-    labels = torch.randint(0, 6, (2, 3, 5), generator=torch.Generator().manual_seed(2))
-    labels[0, 1] = 255
-    got = sf.class_moments(
-        features.to(DEVICE), labels.to(DEVICE), 6, normalize=normalize, squares=True, pixel_weight=weight.to(DEVICE), backend="triton"
-    )  # fmt: skip
-    rows = features.double().permute(0, 2, 3, 1).flatten(0, 2)
-    rows = F.normalize(rows, dim=1) if normalize else rows
-    hit = (
-        F.one_hot(torch.where(labels == 255, 6, labels).flatten(), 7)[:, :6].double()
-        * weight.double().flatten()[:, None]
-    )
-    torch.testing.assert_close(got.counts.double().cpu(), hit.sum(0), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(got.sums.double().cpu(), hit.T @ rows, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(got.squares.double().cpu(), hit.T @ rows.square(), rtol=1e-4, atol=1e-5)

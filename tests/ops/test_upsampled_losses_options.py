@@ -151,7 +151,7 @@ def test_at_equal_size_it_is_cross_entropy(backend, soft, reduction, smoothing, 
 def test_finite_logits_however_low_give_a_finite_loss(op, low_logit, high):
     logits, labels, _ = problem(CASES[0], (5, 7), high)
     logits[:, 3], labels = low_logit, labels.where(labels != 3, 255)
-    for backend in usable(op, among=ALL):
+    for backend in usable(op, among=("reference", "cpu", "triton")):
         got = run(getattr(sf, op), logits, labels, backend=backend)
         kept = run(getattr(sf, op), logits[:, :3], labels, backend="reference")
         torch.testing.assert_close(got[0], kept[0])
@@ -165,7 +165,7 @@ def test_a_class_that_is_minus_infinity_everywhere_has_probability_0(op, high):
     logits, labels, _ = problem(CASES[0], (5, 7), high)
     logits[:, 3], labels = -torch.inf, labels.where(labels != 3, 255)
     kept = run(getattr(sf, op), logits[:, :3], labels, backend="reference")
-    for backend in usable(op, among=ALL):
+    for backend in usable(op, among=("reference", "cpu", "triton")):
         got = run(getattr(sf, op), logits, labels, backend=backend)
         torch.testing.assert_close(got[0], kept[0])
         torch.testing.assert_close(got[1][:, :3], kept[1], rtol=1e-4, atol=1e-7)
