@@ -170,8 +170,8 @@ def upsampled(
         target = F.one_hot(index, classes).permute(0, 3, 1, 2).to(dtype)
     smooth = target * (1 - label_smoothing) + label_smoothing / classes
     if gamma is not None:
-        log_q = F.logsigmoid(torch.where(target > 0, z, -z))
-        nll = -(weight * (1 - log_q.exp()) ** gamma * log_q).sum(1)
+        wrong = smooth * (-z).sigmoid() + (1 - smooth) * z.sigmoid()
+        nll = (weight * F.binary_cross_entropy_with_logits(z, smooth, reduction="none") * wrong**gamma).sum(1)
     else:
         nll = torch.where(smooth == 0, 0, weight * smooth * (z.logsumexp(1, keepdim=True) - z)).sum(1)
     counted = labelled.to(dtype) if soft or gamma is not None else weight[:, 0, 0][index] * labelled

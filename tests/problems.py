@@ -112,7 +112,6 @@ class Shape(NamedTuple):
     num_classes: int
     size: tuple[int, int] | None = None  # of the labels, where it is not the features' own
     too_slow: tuple[str, ...] = ()  # backends whose interpreter or emulator takes too long for it
-    needs: tuple[str, ...] = ()
 
     def problem(self, dtype=torch.float32, **more) -> Problem:
         return problem(self.shape, self.num_classes, self.size, dtype, **more)
@@ -131,12 +130,41 @@ SHAPES = {
         Shape("one channel and class", (3, 1, 1, 1), 1),
         Shape("many classes", (1, 7, 5, 5), 1000),
         Shape("classes in blocks", (1, 33, 3, 7), 70),
-        Shape("aligned rows", (1, 130, 8, 32), 19),
-        Shape("few pixels a tile", (1, 1100, 5, 13), 2),
-        Shape("norms in a pass of their own", (1, 2100, 3, 7), 4),
-        Shape("few ranges", (2, 33, 5, 7), 600),
+        Shape("aligned rows", (1, 130, 8, 32), 19, too_slow=("triton",)),
+        Shape("few pixels a tile", (1, 1100, 5, 13), 2, too_slow=("triton",)),
+        Shape("norms in a pass of their own", (1, 2100, 3, 7), 4, too_slow=("triton",)),
+        Shape("few ranges", (2, 33, 5, 7), 600, too_slow=("triton",)),
         Shape("one tile", (1, 16, 16, 16), 4),
         Shape("more classes than a block can note", (1, 70, 9, 40), 5000, too_slow=("triton",)),
+    ),
+    CROSS: (
+        _upsampled("8 times", (5, 7), (40, 56), 5, too_slow=("triton",)),
+        _upsampled("8 times, small", (3, 5), (24, 40), 3, 1),
+        _upsampled("a broken ratio", (5, 7), (33, 50), 5),
+        _upsampled("a broken ratio, small", (3, 4), (13, 17)),
+        _upsampled("4 times", (3, 5), (12, 20)),
+        _upsampled("a tail of one pixel a cell", (2, 3), (11, 22)),
+        _upsampled("3.3 times", (7, 6), (23, 20), 3, 1),
+        _upsampled("down", (13, 9), (6, 4), 5),
+        _upsampled("down, 0.4", (10, 15), (4, 6), 3, 1),
+        _upsampled("down, small", (7, 5), (3, 2)),
+        _upsampled("down, cells without a pixel inside a band", (150, 9), (40, 12), 5, too_slow=("triton", "cuda")),
+        _upsampled("the same size", (5, 7), (5, 7), 5),
+        _upsampled("one node", (1, 1), (8, 13), 3),
+        _upsampled("one pixel", (6, 6), (1, 1), 5),
+        _upsampled("one row of nodes", (1, 9), (4, 3), 5),
+        _upsampled("wider than a tile of cells", (2, 35), (3, 70)),
+        _upsampled("several tiles", (2, 70), (8, 280), 3, 1, too_slow=("triton",)),
+        _upsampled("several strips", (20, 2), (80, 8), 3, 1, too_slow=("triton",)),
+        _upsampled("lanes that share a cell", (2, 33), (5, 350), 3, 1, too_slow=("triton",)),
+        _upsampled("cells of more pixels than lanes can share", (2, 2), (3, 500), 3, 1, too_slow=("triton",)),
+        _upsampled("bands of many rows", (70, 6), (100, 13), 5, 8, too_slow=("triton", "cuda")),
+        _upsampled("bands of many rows, down", (70, 6), (23, 13), 5, 8, too_slow=("triton", "cuda")),
+        _upsampled("one class", (4, 5), (15, 19), 1),
+        _upsampled("two classes", (4, 5), (15, 19), 2),
+        _upsampled("19 classes", (4, 5), (15, 19), 19),
+        _upsampled("150 classes", (4, 5), (15, 19), 150, too_slow=("triton",)),
+        _upsampled("1000 classes", (2, 3), (5, 9), 1000),
     ),
 }  # fmt: skip
 
@@ -146,7 +174,7 @@ def on_each_shape(op: str, *needs: str, among: tuple[str, ...] = ALL, shapes: tu
     return [
         pytest.param(backend, shape, id=f"{shape.name}-{backend}")
         for shape in (SHAPES[op] if shapes is None else shapes)
-        for backend in usable(op, *needs, *shape.needs, among=among, num_classes=shape.num_classes, dim=shape.shape[1])
+        for backend in usable(op, *needs, among=among, num_classes=shape.num_classes, dim=shape.shape[1])
         if backend not in shape.too_slow
     ]
 
@@ -160,6 +188,20 @@ class Option(NamedTuple):
     needs: tuple[str, ...]
     settings: Callable[[Problem], dict]
     leaves: tuple[str, ...] = ("features", "prototypes")  # what a gradient is wanted for
+    op: str = CONTRAST
+
+    def given(self, problem: Problem, **more) -> dict:
+        """The arguments of the op."""
+        if self.op in (CROSS, BINARY):
+            plain = {"logits": problem.logits, "labels": problem.labels}
+        else:
+            plain = {
+                "features": problem.features,
+                "labels": problem.labels,
+                "prototypes": problem.prototypes,
+                "temperature": 0.3,
+            }
+        return plain | self.settings(problem) | more
 
 
 _WEIGHTS = ("class_weight", "pixel_weight")
@@ -217,6 +259,51 @@ OPTIONS = (
     Option("sigmoid, probabilities", ("sigmoid", "probabilities"), _with(labels="probabilities", loss="sigmoid")),
     Option("sigmoid, map", ("sigmoid",), _with("class_weight", loss="sigmoid", reduction="none")),
 )  # fmt: skip
+
+
+def _upsampled_option(name: str, needs: tuple[str, ...], *names: str, op=CROSS, **settings) -> Option:
+    weights = {"pixel_weight": "label_weight"} if "class_weight" in names else {}
+    return Option(name, needs, _with(*names, **weights, **settings), ("logits",), op)
+
+
+_SOFT = {"labels": "nodes", "size": "size"}
+UPSAMPLED_OPTIONS = (
+    _upsampled_option("plain", ()),
+    _upsampled_option("weights, temperature", (), "class_weight", temperature=1.8),
+    _upsampled_option("smoothing", ("label_smoothing",), label_smoothing=0.15),
+    _upsampled_option("smoothing, weights, temperature", ("label_smoothing",), "class_weight", label_smoothing=0.15, temperature=1.8),
+    _upsampled_option("smoothing, low temperature", ("label_smoothing",), label_smoothing=0.2, temperature=0.05),
+    _upsampled_option("smoothing, sum", ("label_smoothing",), "class_weight", label_smoothing=0.1, temperature=0.7, reduction="sum"),
+    _upsampled_option("smoothing, map", ("label_smoothing",), "class_weight", label_smoothing=0.1, reduction="none"),
+    _upsampled_option("all pixels", ("denominator",), "class_weight", denominator="all"),
+    _upsampled_option("a denominator", ("denominator",), denominator=torch.tensor(7.5)),
+    _upsampled_option("a denominator, weights", ("denominator",), "class_weight", denominator=torch.tensor(50.0), temperature=0.7),
+    _upsampled_option("probabilities", ("probabilities",), **_SOFT),
+    _upsampled_option("probabilities, weights", ("probabilities",), "class_weight", temperature=1.8, **_SOFT),
+    _upsampled_option("probabilities, weights, smoothing", ("probabilities", "label_smoothing"), "class_weight", label_smoothing=0.1,
+                      temperature=1.3, **_SOFT),
+    _upsampled_option("probabilities, map", ("probabilities",), reduction="none", **_SOFT),
+    _upsampled_option("probabilities, weights, sum", ("probabilities",), "class_weight", reduction="sum", **_SOFT),
+    _upsampled_option("probabilities, a denominator", ("probabilities", "denominator"), denominator=torch.tensor(50.0), **_SOFT),
+    _upsampled_option("binary", (), op=BINARY),
+    _upsampled_option("binary, weights, temperature", (), "class_weight", op=BINARY, temperature=1.8),
+    _upsampled_option("binary, low temperature", (), op=BINARY, temperature=0.05),
+    _upsampled_option("binary, all pixels", ("denominator",), op=BINARY, denominator="all"),
+    _upsampled_option("binary, a denominator", ("denominator",), "class_weight", op=BINARY, denominator=torch.tensor(50.0)),
+    _upsampled_option("binary, map", (), "class_weight", op=BINARY, reduction="none"),
+    _upsampled_option("focal", ("focal",), op=BINARY, gamma=2.0),
+    _upsampled_option("focal, weights", ("focal",), "class_weight", op=BINARY, gamma=2.0),
+    _upsampled_option("focal below 1", ("focal",), "class_weight", op=BINARY, gamma=0.5),
+    _upsampled_option("focal, low temperature", ("focal",), op=BINARY, gamma=1.0, temperature=0.1),
+    _upsampled_option("focal, weights, sum", ("focal",), "class_weight", op=BINARY, gamma=1.5, reduction="sum"),
+    _upsampled_option("focal, map", ("focal",), "class_weight", op=BINARY, gamma=1.5, reduction="none"),
+)  # fmt: skip
+
+
+def named(options: tuple[Option, ...], *names: str) -> tuple[Option, ...]:
+    """Those of the options, in this order."""
+    found = {option.name: option for option in options}
+    return tuple(found[name] for name in names)
 
 
 options = problem

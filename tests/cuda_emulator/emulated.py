@@ -65,6 +65,10 @@ def claimed() -> Iterator[None]:
         cuda._DEVICES, cuda.missing = before
 
 
+def is_taken() -> bool:
+    return "cpu" in cuda._DEVICES
+
+
 # ---- what the tests of the ops share ---------------------------------------------------------------------------------
 
 
