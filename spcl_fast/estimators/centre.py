@@ -1,0 +1,50 @@
+"""TeacherCentre: the running mean of a teacher's logits, from its features alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import distributed
+from .float32 import Float32Statistics
+
+
+class TeacherCentre(Float32Statistics):
+    """centre_k <- keep centre_k + (1 - keep) mean over pixels of <f_n, prototype_k>, which is <mean f_n, prototype_k>.
+
+    num_prototypes  K of `.centre`, a [K] float32 buffer that starts at 0.
+    keep            share of the OLD centre (0.9).
+    With torch.distributed initialised the mean is over the pixels of all ranks. Memory: O(K + D); the [N, K] logits are never there.
+    Source: Caron et al., DINO, arXiv 2104.14294; `DINOLoss.update_center` of the authors' code.
+    """
+
+    centre: Tensor
+
+    def __init__(self, num_prototypes: int, *, keep: float = 0.9) -> None:
+        super().__init__()
+        if num_prototypes < 1:
+            raise ValueError(f"TeacherCentre: num_prototypes must be at least 1, got {num_prototypes}")
+        if not 0 <= keep <= 1:
+            raise ValueError(f"TeacherCentre: keep must be in [0, 1], got {keep}")
+        self.keep = keep
+        self.register_buffer("centre", torch.zeros(num_prototypes))
+
+    @torch.no_grad()
+    def update_(self, features: Tensor, prototypes: Tensor) -> TeacherCentre:
+        """features [N, E] or [..., E] as they meet the prototypes [K, E]. No host sync."""
+        if features.shape[-1] != prototypes.shape[1] or len(prototypes) != len(self.centre):
+            raise ValueError(
+                f"TeacherCentre: features must be [..., E] and prototypes [{len(self.centre)}, E], got {list(features.shape)} and "
+                f"{list(prototypes.shape)}"
+            )
+        rows = features.reshape(-1, features.shape[-1])
+        packed = torch.cat([rows.sum(0, dtype=torch.float64), rows.new_tensor([len(rows)], dtype=torch.float64)])
+        distributed.all_reduce_([packed])
+        mean = packed[:-1] / packed[-1].clamp_min(1)
+        logits = (prototypes.double() @ mean).to(self.centre.dtype)
+        self.centre = torch.where(packed[-1] > 0, self.keep * self.centre + (1 - self.keep) * logits, self.centre)
+        return self
+
+    def potentials(self, temperature: float) -> Tensor:
+        """v [K] of `TeacherTargets`: what subtracting the centre from the logits is."""
+        return -self.centre / temperature

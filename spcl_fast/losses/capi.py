@@ -1,0 +1,88 @@
+"""CAPI (Darcet et al., arXiv 2502.08769): clusters of a teacher's patches, balanced position by position, predicted from masked images."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+
+
+class CAPIClustering(nn.Module):
+    """The teacher's clustering head: forward(x [positions, batch, E]) -> (TeacherTargets of [positions * batch] rows, its own loss).
+
+        s = <x/|x|, weight_k> + bias_k;  t = Sinkhorn of s / target_temperature, over the batch at each position (or over all rows)
+        loss = mean over rows of  - sum over k of t_nk log softmax over k of s / prediction_temperature
+
+    The student's loss is `capi_loss` against these targets. Defaults: target_temperature 0.06, prediction_temperature 0.12, 3 iterations.
+    bias drops out of the balance, which its first step removes.
+    Memory: O(N (E + positions) + positions K); the [N, K] assignments, which the authors store, are never there.
+    Source: `OnlineClustering` in model.py of facebookresearch/capi. Different: rows of length below 1e-7 are normalised to length 1.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_prototypes: int,
+        *,
+        bias: bool = True,
+        target_temperature: float = 0.06,
+        prediction_temperature: float = 0.12,
+        iterations: int = 3,
+        positionwise: bool = True,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        if dim < 1 or num_prototypes < 1:
+            raise ValueError(
+                f"CAPIClustering: dim and num_prototypes must be at least 1, got {dim} and {num_prototypes}"
+            )
+        self.layer = nn.Linear(dim, num_prototypes, bias=bias)
+        nn.init.normal_(self.layer.weight, std=1)
+        if bias:
+            nn.init.zeros_(self.layer.bias)
+        self.target_temperature, self.prediction_temperature = target_temperature, prediction_temperature
+        self.iterations, self.positionwise, self.backend = iterations, positionwise, backend
+
+    def forward(self, x: Tensor) -> tuple[ops.TeacherTargets, Tensor]:
+        if x.dim() != 3 or x.shape[2] != self.layer.in_features:
+            raise ValueError(
+                f"CAPIClustering: x must be [positions, batch, {self.layer.in_features}], got shape {list(x.shape)}"
+            )
+        targets = self.targets(x)
+        return targets, capi_loss(
+            x.flatten(0, 1), targets, self.layer.weight, self.layer.bias, temperature=self.prediction_temperature,
+            backend=self.backend,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def targets(self, x: Tensor) -> ops.TeacherTargets:
+        rows, weight = F.normalize(x.detach(), dim=-1), self.layer.weight.detach()
+        settings = {"temperature": self.target_temperature, "iterations": self.iterations, "backend": self.backend}
+        if not self.positionwise:
+            flat = rows.flatten(0, 1)
+            u, v = ops.balance_(flat, weight, **settings)
+            return ops.TeacherTargets(flat, weight, self.target_temperature, u, v)
+        potentials = [ops.balance_(at_position, weight, **settings) for at_position in rows]
+        u = torch.cat([u for u, _ in potentials])
+        return _with_own_potentials(rows, weight, self.target_temperature, u, torch.stack([v for _, v in potentials]))
+
+
+def capi_loss(
+    features: Tensor, targets: ops.TeacherTargets, prototypes: Tensor, bias: Tensor | None = None, *, temperature: float = 0.12,
+    backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """mean over rows of - sum over k of t_nk log softmax over k of (<x/|x|, prototype_k> + bias_k) / temperature. features [N, D] -> []."""
+    return ops.prototype_contrastive_loss(
+        features, targets, prototypes, temperature=temperature, bias=None if bias is None else bias / temperature,
+        backend=backend,
+    )  # fmt: skip
+
+
+def _with_own_potentials(rows: Tensor, weight: Tensor, temperature: float, u: Tensor, v: Tensor) -> ops.TeacherTargets:
+    """Targets whose v [positions, K] differs from position to position: v is the product of a one-hot position and further channels."""
+    positions, batch, _ = rows.shape
+    at = torch.eye(positions, device=rows.device, dtype=v.dtype).repeat_interleave(batch, 0)
+    wide = torch.cat([rows.flatten(0, 1).to(v.dtype), at], 1)
+    return ops.TeacherTargets(wide, torch.cat([weight.to(v.dtype), temperature * v.t()], 1), temperature, u)

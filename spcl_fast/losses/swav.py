@@ -1,0 +1,64 @@
+"""SwAV (Caron et al., arXiv 2006.09882): each crop predicts the balanced assignment of another crop of its image.
+
+q = Sinkhorn of <f_n, P_k> / epsilon: rows sum to 1, columns to N/K           f: the crop that is assigned, a constant
+loss = mean over assigned crops i and other crops v of  - sum over k of q_nk log softmax over k of <x_n, P_k> / temperature
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+
+
+class SwAVLoss(nn.Module):
+    """forward(crops, prototypes, queues=None) -> [].
+
+    temperature 0.1, epsilon 0.05, iterations 3, crops_for_assign (0, 1): the authors' defaults. With torch.distributed initialised the
+    balance is over all ranks. Neither scores nor assignment, [N, K], are ever there. Memory: O(N D + K) and the gradients.
+    Prototypes are used as they are: the authors normalise them, in place, before each step.
+    Source: `train` and `distributed_sinkhorn` in main_swav.py of facebookresearch/swav.
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 0.1,
+        epsilon: float = 0.05,
+        iterations: int = 3,
+        crops_for_assign: Sequence[int] = (0, 1),
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not crops_for_assign:
+            raise ValueError("SwAVLoss: crops_for_assign must name at least one crop")
+        self.temperature, self.epsilon, self.iterations = temperature, epsilon, iterations
+        self.crops_for_assign, self.backend = tuple(crops_for_assign), backend
+
+    def forward(self, crops: Sequence[Tensor], prototypes: Tensor, queues: Sequence[Tensor] | None = None) -> Tensor:
+        """crops of [N, D], normalised features; prototypes [K, D]; queues: for each assigned crop earlier features [Q, D], which take part
+        in the balance and in nothing else."""
+        if len(crops) < 2 or max(self.crops_for_assign) >= len(crops):
+            raise ValueError(
+                f"SwAVLoss: {len(crops)} crops, but {list(self.crops_for_assign)} are to be assigned to the others"
+            )
+        losses = []
+        for place, index in enumerate(self.crops_for_assign):
+            targets = self.targets(crops[index], prototypes, None if queues is None else queues[place])
+            losses += [self._swapped(x, targets, prototypes) for v, x in enumerate(crops) if v != index]
+        return torch.stack(losses).mean()
+
+    def targets(self, crop: Tensor, prototypes: Tensor, queue: Tensor | None = None) -> ops.TeacherTargets:
+        """The balanced assignment of a crop, computed where it is used."""
+        features, heads = crop.detach(), prototypes.detach()
+        balanced = features if queue is None else torch.cat([queue.to(features.dtype), features])
+        u, v = ops.balance_(balanced, heads, temperature=self.epsilon, iterations=self.iterations, backend=self.backend)
+        return ops.TeacherTargets(features, heads, self.epsilon, u[len(balanced) - len(features) :], v)
+
+    def _swapped(self, student: Tensor, targets: ops.TeacherTargets, prototypes: Tensor) -> Tensor:
+        return ops.prototype_contrastive_loss(
+            student, targets, prototypes, temperature=self.temperature, normalize=False, backend=self.backend
+        )
