@@ -1,4 +1,4 @@
-// The softmax loss over many classes, streamed: its schemas, tensors as plain structs, the order in which tiles and
+// The loss over many classes, streamed: its schemas, tensors as plain structs, the order in which tiles and
 // groups of classes are worked on. No arithmetic on features here.
 #include <torch/csrc/stable/library.h>
 
@@ -36,29 +36,33 @@ struct Teacher {
 
 // The tensors behind a Streamed.
 struct StreamedProblem {
-  std::vector<float> bias, share, background;
+  std::vector<float> bias, share, background, class_scale;
   std::optional<LabelMap> map;
 
   StreamedProblem(Streamed* a, const Tensor& features, const Tensor& prototypes, const OptionalTensor& class_weight,
-                  const OptionalTensor& bias_tensor, const StreamedSettings& s, bool normalize) {
+                  const OptionalTensor& bias_tensor, const OptionalTensor& variances, const StreamedSettings& s,
+                  bool normalize, bool sigmoid) {
     a->x = as_features(features);
     const bool per_image = prototypes.dim() == 3;
     const int64_t K = prototypes.size(per_image);
     a->num_classes = K, a->prototypes = as_floats(prototypes), a->prototypes_stride = per_image ? K * a->x.dim : 0;
     a->temperature = static_cast<float>(s.temperature), a->normalize = normalize;
     a->margin = static_cast<float>(s.margin / s.temperature);
-    a->class_weight = as_floats(class_weight);
+    a->class_weight = as_floats(class_weight), a->variances = as_floats(variances), a->sigmoid = sigmoid;
     if (bias_tensor)
       a->bias = as_floats(*bias_tensor), a->bias_stride = bias_tensor->dim() == 2 ? K : 0;
     else
       bias.resize(K), a->bias = bias.data();
     for (int64_t k = 0; k < K; ++k) {
-      const double weight = a->class_weight ? a->class_weight[k] : 1.0;
+      const double scale = a->class_weight ? a->class_weight[k] : 1.0, weight = sigmoid ? 1.0 : scale;
+      if (sigmoid) class_scale.push_back(static_cast<float>(scale));
       share.push_back(static_cast<float>((1 - s.label_smoothing) * weight));
       if (s.label_smoothing != 0) background.push_back(static_cast<float>(s.label_smoothing / K * weight));
       a->background_sum += s.label_smoothing / K * weight;
     }
     a->share = share.data(), a->background = background.empty() ? nullptr : background.data();
+    a->class_scale = class_scale.data();
+    if (sigmoid) a->class_weight = nullptr;  // the denominator counts pixels
   }
   StreamedProblem(const StreamedProblem&) = delete;
 
@@ -72,7 +76,9 @@ struct StreamedProblem {
     a->class_weight = nullptr;  // the denominator counts pixels
     a->teacher = as_features(*teacher.features), a->teacher_prototypes = as_floats(*teacher.prototypes);
     a->teacher_temperature = static_cast<float>(s.teacher_temperature);
-    a->teacher_u = as_floats(*teacher.u), a->teacher_v = as_floats(*teacher.v);
+    STD_TORCH_CHECK(teacher.u->scalar_type() == ScalarType::Double && teacher.u->is_contiguous(),
+                    "spcl_fast_cpu: the teacher's u must be contiguous float64");
+    a->teacher_u = static_cast<const double*>(teacher.u->data_ptr()), a->teacher_v = as_floats(*teacher.v);
   }
 };
 
@@ -87,12 +93,12 @@ void run_forward(StreamedForward& a, std::vector<double>& partial) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> streamed_forward(
     Tensor features, OptionalTensor labels, Tensor prototypes, OptionalTensor class_weight, OptionalTensor pixel_weight,
-    OptionalTensor bias, OptionalTensor given_denominator, OptionalTensor teacher_features,
+    OptionalTensor bias, OptionalTensor variances, OptionalTensor given_denominator, OptionalTensor teacher_features,
     OptionalTensor teacher_prototypes, OptionalTensor u, OptionalTensor v, std::vector<double> numbers, bool normalize,
-    int64_t ignore_index, int64_t reduction, bool save) {
+    bool sigmoid, int64_t ignore_index, int64_t reduction, bool save) {
   const StreamedSettings s(numbers);
   StreamedForward a{};
-  StreamedProblem problem(&a, features, prototypes, class_weight, bias, s, normalize);
+  StreamedProblem problem(&a, features, prototypes, class_weight, bias, variances, s, normalize, sigmoid);
   problem.set_targets(&a, labels, {teacher_features, teacher_prototypes, u, v}, pixel_weight, ignore_index, s);
   const int64_t B = a.x.batch, P = a.x.height * a.x.width;
   Tensor loss = reduction == kNone ? empty_floats({B, a.x.height, a.x.width}) : empty_floats({}),
@@ -118,8 +124,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> streamed_forward(
 // logsumexp over the classes of <x, P_k> / temperature + bias_k -> [B, P] float64.
 Tensor streamed_log_sum_exp(Tensor features, Tensor prototypes, OptionalTensor bias, double temperature) {
   StreamedForward a{};
-  const StreamedProblem problem(&a, features, prototypes, std::nullopt, bias, StreamedSettings({temperature, 0, 0, 1}),
-                                false);
+  const StreamedProblem problem(&a, features, prototypes, std::nullopt, bias, std::nullopt,
+                                StreamedSettings({temperature, 0, 0, 1}), false, false);
   a.share = nullptr;
   Tensor lse = torch::stable::empty({a.x.batch, a.x.height * a.x.width}, ScalarType::Double);
   a.lse = static_cast<double*>(lse.data_ptr());
@@ -138,13 +144,14 @@ struct TileBuffers {
   explicit TileBuffers(StreamedBackward* a) {
     const int64_t panels = a->tiles.panels, D = a->x.dim, E = a->teacher.data ? a->teacher.dim : 0;
     const int64_t chunks = a->dproto ? (D + kPanel - 1) / kPanel * kPanel : 0;
-    const int64_t rows[] = {panels * D, panels * E, panels * chunks, a->dx.data ? a->groups * panels * D : 0};
-    float** parts[] = {&a->packed, &a->packed_teacher, &a->turned, &a->gradient};
-    const int64_t all = std::accumulate(rows, rows + 4, int64_t{0}) * kPanel;
+    const int64_t gradient = a->dx.data ? a->groups * panels * D : 0;
+    const int64_t rows[] = {panels * D, panels * E, panels * chunks, gradient, a->variances ? gradient : 0};
+    float** parts[] = {&a->packed, &a->packed_teacher, &a->turned, &a->gradient, &a->variance_gradient};
+    const int64_t all = std::accumulate(rows, rows + 5, int64_t{0}) * kPanel;
     data.reset(static_cast<float*>(std::aligned_alloc(64, std::max<int64_t>(all, 16) * sizeof(float))));
     STD_TORCH_CHECK(data != nullptr, "spcl_fast_cpu: out of memory for ", all * sizeof(float), " bytes of scratch");
     float* next = data.get();
-    for (int i = 0; i < 4; ++i) *parts[i] = next, next += rows[i] * kPanel;
+    for (int i = 0; i < 5; ++i) *parts[i] = next, next += rows[i] * kPanel;
     pixels.resize(panels), a->pixels = pixels.data();
   }
 };
@@ -173,14 +180,14 @@ Tensor zeros_like_large(const Tensor& t) {
 std::tuple<Tensor, Tensor, Tensor> streamed_backward(Tensor grad_loss, Tensor features, OptionalTensor labels,
                                                      Tensor prototypes, OptionalTensor class_weight,
                                                      OptionalTensor pixel_weight, OptionalTensor bias,
-                                                     OptionalTensor teacher_features, OptionalTensor teacher_prototypes,
+                                                     OptionalTensor variances, OptionalTensor teacher_features, OptionalTensor teacher_prototypes,
                                                      OptionalTensor u, OptionalTensor v, Tensor lse, Tensor inv_norm,
                                                      Tensor denominator, Tensor dfeatures, std::vector<double> numbers,
-                                                     bool normalize, int64_t ignore_index,
+                                                     bool normalize, bool sigmoid, int64_t ignore_index,
                                                      std::vector<int64_t> wanted) {
   const StreamedSettings s(numbers);
   StreamedBackward a{};
-  StreamedProblem problem(&a, features, prototypes, class_weight, bias, s, normalize);
+  StreamedProblem problem(&a, features, prototypes, class_weight, bias, variances, s, normalize, sigmoid);
   problem.set_targets(&a, labels, {teacher_features, teacher_prototypes, u, v}, pixel_weight, ignore_index, s);
   a.grad = as_pixel_map(grad_loss), a.denominator = *as_floats(denominator);
   STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Double && lse.is_contiguous(),
@@ -211,17 +218,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(spcl_fast_cpu, m) {
   // teacher
   m.def(
       "streamed_forward(Tensor features, Tensor? labels, Tensor prototypes, Tensor? class_weight, Tensor? "
-      "pixel_weight, Tensor? bias, "
+      "pixel_weight, Tensor? bias, Tensor? variances, "
       "Tensor? denominator, Tensor? teacher_features, Tensor? teacher_prototypes, Tensor? u, Tensor? v, float[] "
-      "numbers, bool normalize, "
+      "numbers, bool normalize, bool sigmoid, "
       "int ignore_index, int reduction, bool save) -> (Tensor loss, Tensor denominator, Tensor lse, Tensor inv_norm, "
       "Tensor report)");
   m.def(
       "streamed_backward(Tensor grad_loss, Tensor features, Tensor? labels, Tensor prototypes, Tensor? class_weight, "
       "Tensor? pixel_weight, "
-      "Tensor? bias, Tensor? teacher_features, Tensor? teacher_prototypes, Tensor? u, Tensor? v, Tensor lse, Tensor "
+      "Tensor? bias, Tensor? variances, Tensor? teacher_features, Tensor? teacher_prototypes, Tensor? u, Tensor? v, Tensor lse, Tensor "
       "inv_norm, "
-      "Tensor denominator, Tensor(a!) dfeatures, float[] numbers, bool normalize, int ignore_index, int[] wanted) "
+      "Tensor denominator, Tensor(a!) dfeatures, float[] numbers, bool normalize, bool sigmoid, int ignore_index, int[] wanted) "
       "-> (Tensor dprototypes, Tensor dbias, Tensor dtemperature)");
   m.def("streamed_log_sum_exp(Tensor features, Tensor prototypes, Tensor? bias, float temperature) -> Tensor");
 }

@@ -102,9 +102,9 @@ struct ContrastBackward : Contrast {
   double* dtemperature;   // [groups], zeroed; nullptr: not wanted
 };
 
-// The softmax loss with its classes streamed: prototypes are read as they lie, a block of rows at a time, and neither
-// logits nor packed prototypes of all classes are held. Of labels, or of a teacher whose targets are exp(<f, Q_k> /
-// temperature + u + v_k).
+// The loss with its classes streamed: prototypes are read as they lie, a block of rows at a time, and neither logits nor
+// packed prototypes of all classes are held. Of labels, or of a teacher whose targets are exp(<f, Q_k> / temperature + u
+// + v_k).
 struct Streamed {
   Features x;
   Labels labels;
@@ -112,6 +112,7 @@ struct Streamed {
   const float* class_weight;  // [K] or nullptr: what a labelled pixel adds to the denominator
   const float* prototypes;    // [K][D], or one such matrix for each image
   int64_t prototypes_stride;  // floats between two images'; 0: shared
+  const float* variances;     // of the prototypes' shape; nullptr: none
   int64_t num_classes;
   float temperature;
   bool normalize;
@@ -120,12 +121,14 @@ struct Streamed {
   const float* share;       // [K], as in ContrastOptions; nullptr: no loss, only the logsumexp
   const float* background;  // [K] or nullptr
   double background_sum;
+  const float* class_scale;         // [K], the sigmoid loss alone
+  bool sigmoid;
   float margin;                     // over the temperature
   Features teacher;                 // [B, E, h, w]; no data: labels
   const float* teacher_prototypes;  // [K][E]
   float teacher_temperature;
-  const float* teacher_u;  // [B, P]
-  const float* teacher_v;  // [K]
+  const double* teacher_u;  // [B, P]: of scores in the thousands the seventh digit is not enough
+  const float* teacher_v;   // [K]
   Tiles tiles;
 };
 
@@ -154,6 +157,7 @@ struct StreamedBackward : Streamed {
   float* packed_teacher;  // [panels][E][kPanel]
   float* turned;          // [panels][chunks of kPanel channels][kPanel pixels][kPanel]: unit features / temperature
   float* gradient;        // [groups][panels][D][kPanel]: each group's sum_k w_k P_k
+  float* variance_gradient;  // the same of the variances
   struct StreamedPixels* pixels;  // [panels]
 };
 
@@ -163,7 +167,7 @@ struct StreamedPixels {
   float factor[kPanel];             // inv_norm / temperature
   float scale[kPanel];              // of the loss's slope
   float high[kPanel], low[kPanel];  // their sum is lse
-  float u[kPanel];
+  float u[kPanel], u_low[kPanel];   // of the teacher, the same way
   int labelled;
 };
 

@@ -1,4 +1,4 @@
-// The softmax loss over many classes, backward: a tile of pixels is packed once for all, then each group of classes
+// The loss over many classes, backward: a tile of pixels is packed once for all, then each group of classes
 // streams past it, adds its part of the pixels' gradient to its own sum and its classes' gradient where it belongs:
 // nobody else writes there. Compiled once per instruction set.
 #include "streamed.h"
@@ -23,9 +23,8 @@ void read_pixels(const StreamedBackward& a, const Span& s, StreamedPixels& to) {
     const bool use = to.label[p] >= 0;
     to.inv_norm[p] = use ? a.inv_norm[at + p] : 0.0f;
     to.factor[p] = to.inv_norm[p] / a.temperature;
-    to.high[p] = use ? (float)a.lse[at + p] : 0.0f;
-    to.low[p] = use ? (float)(a.lse[at + p] - to.high[p]) : 0.0f;
-    to.u[p] = use && a.teacher.data ? a.teacher_u[at + p] : 0.0f;
+    split(use ? a.lse[at + p] : 0.0, to.high + p, to.low + p);
+    split(use && a.teacher.data ? a.teacher_u[at + p] : 0.0, to.u + p, to.u_low + p);
     scale[p] = use && a.denominator != 0 ? 1.0f / a.denominator : 0.0f;
   }
   scale_by(a.pixel_weight, a.x, s, to.label, scale);
@@ -50,35 +49,67 @@ void turn(const StreamedBackward& a, const float* packed, const StreamedPixels& 
   }
 }
 
-struct Buffers {
-  float *block, *targets, *rest;  // [kBlock][kPanel]
+struct Buffers : BlockBuffers {
+  float* rest;  // [kBlock][kPanel]
 };
 
-// Products of a block -> the loss's slopes by its logits.
+int64_t place(const StreamedBackward& a, float* scratch, Buffers* to) {
+  to->rest = scratch;
+  return kBlock * kPanel + place_block(a, scratch + kBlock * kPanel, to);
+}
+
+// The slope of log(1 + exp(z)) - t z, without cancellation where t is 0 or 1.
+SPCL_INLINE
+vf sigmoid_slope(vf z, vf t) {
+  vf e = exp(-magnitude(z)), small = e / (1.0f + e);
+  return select(z != z, z, select(z > 0.0f, (1.0f - t) - small, small - t));
+}
+
+// Products of a block -> the loss's slopes by its logits; their part of the temperature's, added to `dtemperature`. The
+// softmax's slopes of a pixel sum to 0, so there any one number may be taken off all logits first.
+template <bool kSigmoid, bool kTemperature>
 void weigh_block(const StreamedBackward& a, const StreamedPixels& pixels, int64_t image, int64_t first, int64_t count,
-                 const float* targets, float* block, double* dtemperature) {
-  const float* bias = streamed_bias_of(a, image) + first;
+                 const BlockBuffers& b, double* dtemperature) {
   vf slopes = {};
   for (int v = 0; v < kPanel; v += V) {
-    const vf factor = load(pixels.factor + v), high = load(pixels.high + v), low = load(pixels.low + v),
-             scale = load(pixels.scale + v);
-    const vi used = load(pixels.label + v) >= 0,
-             own = targets ? splat((int32_t)-1) : load(pixels.label + v) - (int32_t)first;
+    const BlockLogits logit(a, image, first, pixels.factor, v, b);
+    const BlockTargets target(a, first, pixels.label, v, b.targets);
+    const vf high = load(pixels.high + v), low = load(pixels.low + v), scale = load(pixels.scale + v);
+    const vf zero_point = kSigmoid ? vf{} : high;
+    const vi used = load(pixels.label + v) >= 0;
     vf slope = {};
     for (int64_t k = 0; k < count; ++k) {
-      const vf dot = load(block + k * kPanel + v) * factor;
-      const vi mine = own == (int32_t)k;
-      const vf margin = select(mine, splat(a.margin), vf{});
-      vf t = targets ? load(targets + k * kPanel + v)
-                     : select(mine, splat(a.share[first + k]), vf{}) + (a.background ? a.background[first + k] : 0.0f);
-      vf w = (exp((dot + bias[k] - margin - high) - low) - t) * scale;
+      const vf margin = select(target.own == (int32_t)k, splat(a.margin), vf{}), z = logit.at(k) - margin,
+               t = target.at(k);
+      vf w;
+      if constexpr (kSigmoid)
+        w = sigmoid_slope(z, t) * (scale * a.class_scale[first + k]);
+      else
+        w = (exp((z - high) - low) - t) * scale;
       w = select(used, w, vf{});
-      slope += w * (dot - margin);
-      store(block + k * kPanel + v, w);
+      if constexpr (kTemperature) slope += w * ((logit.slope(k) - margin) - zero_point);
+      store(b.dots + k * kPanel + v, w);
     }
     slopes += select(used, slope, vf{});
   }
-  for (int i = 0; dtemperature && i < V; ++i) *dtemperature += slopes[i];
+  for (int i = 0; kTemperature && i < V; ++i) *dtemperature += slopes[i];
+}
+
+void weigh_block(const StreamedBackward& a, const StreamedPixels& pixels, int64_t image, int64_t first, int64_t count,
+                 const BlockBuffers& b, int64_t group) {
+  double* to = a.dtemperature ? a.dtemperature + group : nullptr;
+  if (a.sigmoid)
+    (to ? weigh_block<true, true> : weigh_block<true, false>)(a, pixels, image, first, count, b, to);
+  else
+    (to ? weigh_block<false, true> : weigh_block<false, false>)(a, pixels, image, first, count, b, to);
+}
+
+void add_to_bias(int64_t count, const float* weights, double* dbias) {
+  for (int64_t k = 0; k < count; ++k) {
+    vf sum = {};
+    for (int v = 0; v < kPanel; v += V) sum += load(weights + k * kPanel + v);
+    for (int i = 0; i < V; ++i) dbias[k] += sum[i];
+  }
 }
 
 // dproto [count][D] += weights [count][kPanel] x turned pixels.
@@ -113,34 +144,36 @@ void streamed_take(const StreamedBackward& a, int64_t tile, int64_t panel) {
   if (a.dproto) turn(a, packed, pixels, a.turned + panel * turned_size(a));
 }
 
-int64_t streamed_backward_scratch(const StreamedBackward&) { return 3 * kBlock * kPanel; }
+int64_t streamed_backward_scratch(const StreamedBackward& a) {
+  Buffers none;
+  return place(a, nullptr, &none);
+}
 
 void streamed_backward(const StreamedBackward& a, int64_t tile, int64_t group, float* scratch) {
   const TileSpan t = tile_span(a.tiles, a.x, tile);
   const int64_t start = group * a.num_classes / a.groups, end = (group + 1) * a.num_classes / a.groups, dim = a.x.dim;
-  const Buffers b = {scratch, scratch + kBlock * kPanel, scratch + 2 * kBlock * kPanel};
+  Buffers b;
+  place(a, scratch, &b);
   for (int64_t first = start; first < end; first += kBlock) {
-    const int64_t count = smaller(kBlock, end - first);
-    const float* rows = prototypes_of(a, t.image) + first * dim;
+    const int64_t count = smaller(kBlock, end - first), at = t.image * a.prototypes_stride + first * dim;
     for (int64_t m = 0; m < t.panels; ++m) {
       const StreamedPixels& pixels = a.pixels[m];
       if (!pixels.labelled) continue;
-      block_product(rows, count, dim, a.packed + m * dim * kPanel, b.block);
+      block_products(a, t.image, first, count, a.packed + m * dim * kPanel, b);
       if (a.teacher.data) {
         const int64_t E = a.teacher.dim;
         block_product(a.teacher_prototypes + first * E, count, E, a.packed_teacher + m * E * kPanel, b.targets);
-        teacher_targets(a, first, count, pixels.u, b.targets, nullptr);
+        teacher_targets(a, first, count, pixels.u, pixels.u_low, b.targets);
       }
-      weigh_block(a, pixels, t.image, first, count, a.teacher.data ? b.targets : nullptr, b.block,
-                  a.dtemperature ? a.dtemperature + group : nullptr);
-      for (int64_t k = 0; a.dbias && k < count; ++k)
-        for (int p = 0; p < kPanel; ++p) a.dbias[t.image * a.bias_stride + first + k] += b.block[k * kPanel + p];
+      weigh_block(a, pixels, t.image, first, count, b, group);
+      if (a.dbias) add_to_bias(count, b.dots, a.dbias + t.image * a.bias_stride + first);
       if (a.dproto)
-        add_to_prototypes(a, count, b.block, a.turned + m * turned_size(a), b.rest,
-                          a.dproto + t.image * a.prototypes_stride + first * dim);
-      if (a.dx.data)
-        strided_product(rows, dim, 1, dim, count, b.block, a.gradient + (group * a.tiles.panels + m) * dim * kPanel,
-                        kPanel, first > start);
+        add_to_prototypes(a, count, b.dots, a.turned + m * turned_size(a), b.rest, a.dproto + at);
+      if (!a.dx.data) continue;
+      const int64_t to = (group * a.tiles.panels + m) * dim * kPanel;
+      strided_product(a.prototypes + at, dim, 1, dim, count, b.dots, a.gradient + to, kPanel, first > start);
+      if (a.variances)
+        strided_product(a.variances + at, dim, 1, dim, count, b.dots, a.variance_gradient + to, kPanel, first > start);
     }
   }
 }
@@ -151,8 +184,9 @@ void streamed_give(const StreamedBackward& a, int64_t tile, int64_t panel) {
   if (panel >= t.panels) return;
   const StreamedPixels& pixels = a.pixels[panel];
   const Span span = span_of(a.dx, t, panel);
-  const int64_t size = a.x.dim * kPanel;
+  const int64_t size = a.x.dim * kPanel, stride = a.tiles.panels * size;
   float* sum = a.gradient + panel * size;
+  const float* variance = a.variances ? a.variance_gradient + panel * size : nullptr;
   const float* x = a.packed + panel * size;
   if (!pixels.labelled) memset(sum, 0, size * sizeof(float));
   for (int v = 0; pixels.labelled && v < kPanel; v += V) {
@@ -160,8 +194,10 @@ void streamed_give(const StreamedBackward& a, int64_t tile, int64_t panel) {
     const vi used = load(pixels.label + v) >= 0;
     LongSum radial;
     for (int64_t i = v; i < size; i += kPanel) {
-      vf total = load(sum + i);
-      for (int64_t g = 1; g < a.groups; ++g) total += load(sum + g * a.tiles.panels * size + i);
+      vf total = load(sum + i), of_variances = {};
+      for (int64_t g = 1; g < a.groups; ++g) total += load(sum + g * stride + i);
+      for (int64_t g = 0; variance && g < a.groups; ++g) of_variances += load(variance + g * stride + i);
+      if (variance) total += of_variances * (load(x + i) * factor);
       total *= factor;
       store(sum + i, total);
       radial.add(total * load(x + i));

@@ -64,7 +64,7 @@ class Teacher(NamedTuple):
     features: Tensor  # [B, E, h, w]
     prototypes: Tensor  # [K, E]
     temperature: float
-    u: Tensor  # [B, P] wide
+    u: Tensor  # [B, P] float64: minus a logsumexp of scores that may be in the thousands
     v: Tensor  # [K] wide
 
 
@@ -308,7 +308,7 @@ class Backend(Protocol):
         ...
 
     def balance_rows(self, problem: Balance, v: Tensor) -> Tensor:
-        """-> [N] float32: logsumexp over k of s_nk + v_k."""
+        """-> [N] float32, or v's dtype where that is wider and the backend can: logsumexp over k of s_nk + v_k."""
         ...
 
     def balance_columns(self, problem: Balance, u: Tensor) -> Tensor:

@@ -42,7 +42,6 @@ OPTIONS = {  # the ops, and the options that each has
     "upsampled_binary_cross_entropy": _LOSS | {"focal"},
     "balance_": set(),
 }
-_NOT_STREAMED = {"variances", "prototype_class", "sigmoid"}  # not together with a teacher's targets
 _TILE_ROWS = 4096  # more classes are streamed: up to here a panel's logits and their weights fit an L2 cache
 _LARGE_BYTES = 4 << 20
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -77,8 +76,6 @@ def why_not(ask: Ask) -> str | None:
     missing = ask.needs - OPTIONS[ask.op]
     if missing:
         return f"the C++ backend's {ask.op} has no {', no '.join(f'`{need}`' for need in sorted(missing))}; the reference backend has"
-    if "teacher" in ask.needs and ask.needs & _NOT_STREAMED:
-        return f"the C++ backend has TeacherTargets without {', '.join(sorted(ask.needs & _NOT_STREAMED))}; the reference backend has both"
     return None
 
 
@@ -103,7 +100,7 @@ def contrast_forward(contrast: Contrast, wanted: Wanted) -> tuple[Tensor, Saved]
     if _streams(c):
         operands = _streamed_operands(c)
         loss, denominator, lse, inv_norm, report = _ops.streamed_forward(
-            *operands[:6], _floats(c.denominator), *operands[6:], reduction, save
+            *operands[:7], _floats(c.denominator), *operands[7:], reduction, save
         )
         saved = Saved(denominator, lse, inv_norm, denominator.new_empty(0), no_gradient)
     else:
@@ -123,12 +120,12 @@ def contrast_backward(grad_loss: Tensor, contrast: Contrast, saved: Saved, wante
         operands = _streamed_operands(c)
         small = _ops.streamed_backward(
             grad_loss,
-            *operands[:-3],
+            *operands[:-4],
             saved.lse,
             saved.inv_norm,
             saved.denominator,
             dfeatures,
-            *operands[-3:],
+            *operands[-4:],
             list(wanted),
         )
     else:
@@ -143,10 +140,8 @@ def _streams(c: Contrast) -> bool:
     """Whether classes are streamed past the pixels; else a tile of pixels holds the logits of all of them."""
     if isinstance(c.labels, Teacher):
         return True
-    pooled = c.prototype_class is not None
-    return c.prototypes.shape[-2] > _TILE_ROWS and not (
-        pooled or c.variances is not None or c.loss == "sigmoid" or c.labels.is_floating_point()
-    )
+    of_rows = c.prototype_class is not None or (c.variances is not None and not c.positive_variance)
+    return c.prototypes.shape[-2] > _TILE_ROWS and not (of_rows or c.labels.is_floating_point())
 
 
 def _labels(c: Contrast) -> Tensor:
@@ -173,19 +168,21 @@ def _settings(c: Contrast) -> tuple[list[float], list[int]]:
 
 
 def _streamed_operands(c: Contrast) -> tuple:
-    """What the streamed forward and backward share, in the order of their schemas: six operands, the teacher's four, three settings."""
+    """What the streamed forward and backward share, in the order of their schemas: seven operands, the teacher's four, four settings."""
     teacher = c.labels if isinstance(c.labels, Teacher) else None
     labels = None if teacher else c.labels
-    shared = (c.features, labels, _plain(c.prototypes), _plain(c.class_weight), _floats(c.pixel_weight), _plain(c.bias))
+    shared = (
+        c.features, labels, _plain(c.prototypes), _plain(c.class_weight), _floats(c.pixel_weight), _plain(c.bias), _plain(c.variances),
+    )  # fmt: skip
     numbers = [_number(c.temperature), c.label_smoothing, c.margin, teacher.temperature if teacher else 1.0]
-    settings = (numbers, c.normalize, c.ignore_index)
+    settings = (numbers, c.normalize, c.loss == "sigmoid", c.ignore_index)
     if teacher is None:
         return *shared, None, None, None, None, *settings
     return (
         *shared,
         teacher.features.detach(),
         _plain(teacher.prototypes),
-        _plain(teacher.u),
+        teacher.u.detach().to(torch.float64).contiguous(),
         _plain(teacher.v),
         *settings,
     )

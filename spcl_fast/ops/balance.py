@@ -48,9 +48,14 @@ def balance_(
     return u, v
 
 
-def row_potentials(features: Tensor, prototypes: Tensor, temperature: float, v: Tensor) -> Tensor:
-    """u [N] with which the rows sum to 1."""
-    return -_rows(features.detach(), prototypes.detach(), v, float(temperature), "")
+def row_potentials(
+    features: Tensor, prototypes: Tensor, temperature: float, v: Tensor, backend: str | None = None
+) -> Tensor:
+    """u [N] in float64 with which the rows sum to 1; `backend` where it can."""
+    if backend in backends.BACKENDS and backends.why_not(backend, _ask(features, prototypes)) is not None:
+        backend = None
+    line = dispatched.line(f"@{backend}" if backend else "")
+    return -_rows(features.detach(), prototypes.detach(), v.double(), float(temperature), line)
 
 
 def _check(features: Tensor, prototypes: Tensor) -> None:
@@ -90,15 +95,19 @@ def _over_ranks(columns: Tensor) -> Tensor:
     return torch.stack(parts).logsumexp(0)
 
 
+def _ask(features: Tensor, prototypes: Tensor) -> Ask:
+    return Ask(_OP, features.device, features.dtype, prototypes.shape[0], prototypes.shape[1])
+
+
 def _problem(features: Tensor, prototypes: Tensor, temperature: float, line: str):
-    ask = Ask(_OP, features.device, features.dtype, prototypes.shape[0], prototypes.shape[1])
-    return backends.choose(ask, dispatched.named_backend(line)), Balance(features, prototypes, temperature)
+    used = backends.choose(_ask(features, prototypes), dispatched.named_backend(line))
+    return used, Balance(features, prototypes, temperature)
 
 
 @torch.library.custom_op("spcl_fast::balance_rows", mutates_args=())
 def _rows(features: Tensor, prototypes: Tensor, v: Tensor, temperature: float, line: str) -> Tensor:
     used, problem = _problem(features, prototypes, temperature, line)
-    return used.balance_rows(problem, v)
+    return used.balance_rows(problem, v).to(v.dtype)
 
 
 @_rows.register_fake

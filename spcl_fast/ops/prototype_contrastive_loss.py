@@ -87,7 +87,7 @@ def prototype_contrastive_loss(
         _OP, ignore_index=ignore_index, backend=backend, normalize=normalize, positive_variance=positive_variance
     )
     checks.check_reduction(_OP, reduction)
-    targets = _labels(pixels, labels, classes)
+    targets = _labels(pixels, labels, classes, backend)
     if class_weight is not None:
         class_weight = _class_weight(pixels, class_weight, classes)
     contrast = Contrast(
@@ -110,9 +110,11 @@ def _is_default(denominator: str | Tensor) -> bool:
     return isinstance(denominator, str) and denominator == "labelled"
 
 
-def _labels(pixels: Pixels, labels: Tensor | TeacherTargets, classes: int) -> Tensor | Teacher:
+def _labels(
+    pixels: Pixels, labels: Tensor | TeacherTargets, classes: int, backend: str | None
+) -> Tensor | Teacher:
     if isinstance(labels, TeacherTargets):
-        return teacher_of(_OP, pixels, labels.resolved(), classes)
+        return teacher_of(_OP, pixels, labels.resolved(backend), classes)
     if isinstance(labels, Tensor) and labels.dtype in checks.FLOATS and labels.dim() == len(pixels.grid) + 1:
         return probabilities_of(_OP, pixels, labels, classes)
     return labels_of(_OP, pixels, labels)

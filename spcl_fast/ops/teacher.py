@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..backends.contract import Teacher
@@ -30,8 +31,8 @@ class TeacherTargets(NamedTuple):
     u: Tensor | None = None  # [N], or the features' grid [B, h, w]
     v: Tensor | None = None  # [K]
 
-    def resolved(self) -> Teacher:
-        """With both potentials, checked."""
+    def resolved(self, backend: str | None = None) -> Teacher:
+        """With both potentials, checked. backend: that of the loss, so that its scores are those that u was made of."""
         features, prototypes, temperature, u, v = self
         checks.check_float(_NAME, "features", features, tuple(range(2, 10)), "[B, E, h, w] or [N, E]")
         checks.check_float(_NAME, "prototypes", prototypes, (2,), "[K, E]")
@@ -52,11 +53,11 @@ class TeacherTargets(NamedTuple):
         if u is None:
             from .balance import row_potentials
 
-            u = row_potentials(rows_of(features), prototypes, temperature, v)
+            u = row_potentials(rows_of(features), prototypes, temperature, v, backend)
         if u.numel() != pixels:
             raise ValueError(f"{_NAME}: u must have one value for each of {pixels} pixels, got shape {list(u.shape)}")
         checks.check_device(_NAME, features, "features", prototypes=prototypes, u=u, v=v)
-        return Teacher(features, prototypes, float(temperature), u.to(wide), v)
+        return Teacher(features, prototypes, float(temperature), u.to(torch.float64), v)
 
 
 def rows_of(features: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def _blocks(problem: Balance) -> Iterator[tuple[slice, Tensor]]:
 def balance_rows(problem: Balance, v: Tensor) -> Tensor:
     out = v.new_empty(len(problem.features))
     for part, scores in _blocks(problem):
-        out[part] = (scores + v).logsumexp(1)
+        out[part] = (scores + v.to(scores.dtype)).to(v.dtype).logsumexp(1)
     return out
 
 

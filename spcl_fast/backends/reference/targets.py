@@ -57,7 +57,7 @@ def targets_of_image(contrast: Contrast, goal: Goal, b: int, dtype: torch.dtype)
     c, labels = contrast, contrast.labels
     if isinstance(labels, Teacher):
         scores = matmul(labels.prototypes.to(dtype), labels.features[b].flatten(1).to(dtype)) / labels.temperature
-        target = (scores + labels.u[b] + labels.v[:, None]).exp()
+        target = (scores + labels.v[:, None] + labels.u[b]).exp().to(dtype)
     elif goal.index is None:
         target = labels[b].flatten(1).to(dtype)
     else:
