@@ -180,11 +180,11 @@ Tensor zeros_like_large(const Tensor& t) {
 std::tuple<Tensor, Tensor, Tensor> streamed_backward(Tensor grad_loss, Tensor features, OptionalTensor labels,
                                                      Tensor prototypes, OptionalTensor class_weight,
                                                      OptionalTensor pixel_weight, OptionalTensor bias,
-                                                     OptionalTensor variances, OptionalTensor teacher_features, OptionalTensor teacher_prototypes,
-                                                     OptionalTensor u, OptionalTensor v, Tensor lse, Tensor inv_norm,
-                                                     Tensor denominator, Tensor dfeatures, std::vector<double> numbers,
-                                                     bool normalize, bool sigmoid, int64_t ignore_index,
-                                                     std::vector<int64_t> wanted) {
+                                                     OptionalTensor variances, OptionalTensor teacher_features,
+                                                     OptionalTensor teacher_prototypes, OptionalTensor u,
+                                                     OptionalTensor v, Tensor lse, Tensor inv_norm, Tensor denominator,
+                                                     Tensor dfeatures, std::vector<double> numbers, bool normalize,
+                                                     bool sigmoid, int64_t ignore_index, std::vector<int64_t> wanted) {
   const StreamedSettings s(numbers);
   StreamedBackward a{};
   StreamedProblem problem(&a, features, prototypes, class_weight, bias, variances, s, normalize, sigmoid);
@@ -226,9 +226,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(spcl_fast_cpu, m) {
   m.def(
       "streamed_backward(Tensor grad_loss, Tensor features, Tensor? labels, Tensor prototypes, Tensor? class_weight, "
       "Tensor? pixel_weight, "
-      "Tensor? bias, Tensor? variances, Tensor? teacher_features, Tensor? teacher_prototypes, Tensor? u, Tensor? v, Tensor lse, Tensor "
+      "Tensor? bias, Tensor? variances, Tensor? teacher_features, Tensor? teacher_prototypes, Tensor? u, Tensor? v, "
+      "Tensor lse, Tensor "
       "inv_norm, "
-      "Tensor denominator, Tensor(a!) dfeatures, float[] numbers, bool normalize, bool sigmoid, int ignore_index, int[] wanted) "
+      "Tensor denominator, Tensor(a!) dfeatures, float[] numbers, bool normalize, bool sigmoid, int ignore_index, "
+      "int[] wanted) "
       "-> (Tensor dprototypes, Tensor dbias, Tensor dtemperature)");
   m.def("streamed_log_sum_exp(Tensor features, Tensor prototypes, Tensor? bias, float temperature) -> Tensor");
 }

@@ -102,8 +102,9 @@ struct ContrastBackward : Contrast {
   double* dtemperature;   // [groups], zeroed; nullptr: not wanted
 };
 
-// The loss with its classes streamed: prototypes are read as they lie, a block of rows at a time, and neither logits nor
-// packed prototypes of all classes are held. Of labels, or of a teacher whose targets are exp(<f, Q_k> / temperature + u
+// The loss with its classes streamed: prototypes are read as they lie, a block of rows at a time, and neither logits
+// nor packed prototypes of all classes are held. Of labels, or of a teacher whose targets are exp(<f, Q_k> /
+// temperature + u
 // + v_k).
 struct Streamed {
   Features x;
@@ -121,7 +122,7 @@ struct Streamed {
   const float* share;       // [K], as in ContrastOptions; nullptr: no loss, only the logsumexp
   const float* background;  // [K] or nullptr
   double background_sum;
-  const float* class_scale;         // [K], the sigmoid loss alone
+  const float* class_scale;  // [K], the sigmoid loss alone
   bool sigmoid;
   float margin;                     // over the temperature
   Features teacher;                 // [B, E, h, w]; no data: labels
@@ -153,10 +154,10 @@ struct StreamedBackward : Streamed {
   double* dbias;         // of the bias's shape, zeroed; nullptr: not wanted
   double* dtemperature;  // [groups], zeroed; nullptr: not wanted
   // A tile's pixels, which all groups read
-  float* packed;          // [panels][D][kPanel]
-  float* packed_teacher;  // [panels][E][kPanel]
-  float* turned;          // [panels][chunks of kPanel channels][kPanel pixels][kPanel]: unit features / temperature
-  float* gradient;        // [groups][panels][D][kPanel]: each group's sum_k w_k P_k
+  float* packed;             // [panels][D][kPanel]
+  float* packed_teacher;     // [panels][E][kPanel]
+  float* turned;             // [panels][chunks of kPanel channels][kPanel pixels][kPanel]: unit features / temperature
+  float* gradient;           // [groups][panels][D][kPanel]: each group's sum_k w_k P_k
   float* variance_gradient;  // the same of the variances
   struct StreamedPixels* pixels;  // [panels]
 };

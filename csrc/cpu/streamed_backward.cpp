@@ -65,8 +65,7 @@ vf sigmoid_slope(vf z, vf t) {
   return select(z != z, z, select(z > 0.0f, (1.0f - t) - small, small - t));
 }
 
-// Products of a block -> the loss's slopes by its logits; their part of the temperature's, added to `dtemperature`. The
-// softmax's slopes of a pixel sum to 0, so there any one number may be taken off all logits first.
+// Products of a block -> the loss's slopes by its logits; their part of the temperature's joins `dtemperature`.
 template <bool kSigmoid, bool kTemperature>
 void weigh_block(const StreamedBackward& a, const StreamedPixels& pixels, int64_t image, int64_t first, int64_t count,
                  const BlockBuffers& b, double* dtemperature) {
@@ -75,7 +74,6 @@ void weigh_block(const StreamedBackward& a, const StreamedPixels& pixels, int64_
     const BlockLogits logit(a, image, first, pixels.factor, v, b);
     const BlockTargets target(a, first, pixels.label, v, b.targets);
     const vf high = load(pixels.high + v), low = load(pixels.low + v), scale = load(pixels.scale + v);
-    const vf zero_point = kSigmoid ? vf{} : high;
     const vi used = load(pixels.label + v) >= 0;
     vf slope = {};
     for (int64_t k = 0; k < count; ++k) {
@@ -87,7 +85,7 @@ void weigh_block(const StreamedBackward& a, const StreamedPixels& pixels, int64_
       else
         w = (exp((z - high) - low) - t) * scale;
       w = select(used, w, vf{});
-      if constexpr (kTemperature) slope += w * ((logit.slope(k) - margin) - zero_point);
+      if constexpr (kTemperature) slope += w * (logit.slope(k) - margin);
       store(b.dots + k * kPanel + v, w);
     }
     slopes += select(used, slope, vf{});
@@ -167,8 +165,7 @@ void streamed_backward(const StreamedBackward& a, int64_t tile, int64_t group, f
       }
       weigh_block(a, pixels, t.image, first, count, b, group);
       if (a.dbias) add_to_bias(count, b.dots, a.dbias + t.image * a.bias_stride + first);
-      if (a.dproto)
-        add_to_prototypes(a, count, b.dots, a.turned + m * turned_size(a), b.rest, a.dproto + at);
+      if (a.dproto) add_to_prototypes(a, count, b.dots, a.turned + m * turned_size(a), b.rest, a.dproto + at);
       if (!a.dx.data) continue;
       const int64_t to = (group * a.tiles.panels + m) * dim * kPanel;
       strided_product(a.prototypes + at, dim, 1, dim, count, b.dots, a.gradient + to, kPanel, first > start);

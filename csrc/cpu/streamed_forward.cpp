@@ -107,8 +107,7 @@ void add_sigmoid(const StreamedForward& a, Gathered& g, const int32_t* label, in
 }
 
 // Products of a block join what was gathered.
-void gather_block(const StreamedForward& a, StreamedPanel& panel, int64_t first, int64_t count,
-                  const BlockBuffers& b) {
+void gather_block(const StreamedForward& a, StreamedPanel& panel, int64_t first, int64_t count, const BlockBuffers& b) {
   const bool is_one = aims_at_one(a);
   const vf margin = splat(a.teacher.data || !a.share ? 0.0f : a.margin);
   for (int v = 0; v < kPanel; v += V) {

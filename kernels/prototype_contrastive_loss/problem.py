@@ -49,7 +49,11 @@ def _teacher(teacher) -> Teacher:
     prototypes = teacher.prototypes.to(features.dtype).contiguous()
     dots = Prototypes(prototypes, None, 1 / teacher.temperature, None, None, None, None, None)
     return Teacher(
-        Map(features, *features.stride()), dots, features.shape[1], teacher.u.float().contiguous(), teacher.v.contiguous()
+        Map(features, *features.stride()),
+        dots,
+        features.shape[1],
+        teacher.u.float().contiguous(),
+        teacher.v.contiguous(),
     )
 
 

@@ -110,9 +110,7 @@ def _is_default(denominator: str | Tensor) -> bool:
     return isinstance(denominator, str) and denominator == "labelled"
 
 
-def _labels(
-    pixels: Pixels, labels: Tensor | TeacherTargets, classes: int, backend: str | None
-) -> Tensor | Teacher:
+def _labels(pixels: Pixels, labels: Tensor | TeacherTargets, classes: int, backend: str | None) -> Tensor | Teacher:
     if isinstance(labels, TeacherTargets):
         return teacher_of(_OP, pixels, labels.resolved(backend), classes)
     if isinstance(labels, Tensor) and labels.dtype in checks.FLOATS and labels.dim() == len(pixels.grid) + 1:

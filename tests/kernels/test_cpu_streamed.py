@@ -18,7 +18,7 @@ REASON = cpu.why_not(Ask("balance_", torch.device("cpu"), torch.float32, num_cla
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 MEMORY = """
-import resource, torch
+import resource, sys, torch
 from spcl_fast.backends import cpu
 from spcl_fast.backends.contract import Contrast, Teacher, Wanted
 
@@ -26,7 +26,9 @@ def peak_mb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 def run(features, prototypes, teacher):
-    c = Contrast(features, teacher, prototypes, None, None, None, 0.1, True, 255, "mean")
+    variances = 0.01 * prototypes.square() if sys.argv[1] == "variances" else None
+    loss = "sigmoid" if sys.argv[1] == "sigmoid" else "softmax"
+    c = Contrast(features, teacher, prototypes, None, None, variances, 0.1, True, 255, "mean", loss=loss)
     wanted = Wanted(True, True)
     loss, saved = cpu.contrast_forward(c, wanted)
     return loss, cpu.contrast_backward(torch.ones(()), c, saved, wanted)
@@ -38,7 +40,8 @@ def problem(classes, pixels, dim):
 
 run(*problem(100, 70, 64))
 inputs = problem(65536, 700, 256)
-gradients = torch.ones_like(inputs[0]), torch.ones_like(inputs[1])  # their pages are counted before and after
+inputs_of_run = 1 + (sys.argv[1] == "variances")  # the variances are one, too
+gradients = [torch.ones_like(inputs[1]) for _ in range(inputs_of_run)]  # their pages are counted before and after
 before = peak_mb()
 del gradients
 loss, _ = run(*inputs)
@@ -46,15 +49,16 @@ print(peak_mb() - before, float(loss))
 """
 
 
-def test_a_head_of_65536_classes_with_a_teacher_takes_less_than_64_mb_beside_inputs_and_gradients():
+@pytest.mark.parametrize("option", ["softmax", "variances", "sigmoid"])
+def test_a_head_of_65536_classes_with_a_teacher_takes_less_than_64_mb_next_to_inputs_and_gradients(option):
     done = subprocess.run(
-        [sys.executable, "-c", MEMORY], cwd=Path(__file__).parents[2], env=os.environ | {"OMP_NUM_THREADS": "2"},
+        [sys.executable, "-c", MEMORY, option], cwd=Path(__file__).parents[2], env=os.environ | {"OMP_NUM_THREADS": "2"},
         capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     megabytes, loss = map(float, done.stdout.split())
     assert megabytes < 64, f"forward and backward took {megabytes:.0f} MB; [700, 65536] float32 is 183 MB"
-    assert 0 < loss < 100
+    assert 0 < loss < (1e6 if option == "sigmoid" else 100)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -156,7 +156,7 @@ def of_formula(leaves: dict, rest: dict, dtype: torch.dtype) -> list:
     return differentiated(functools.partial(oracle.contrast_with_options, dtype=dtype), leaves, rest, dtype)
 
 
-@pytest.mark.parametrize("backend", usable(OP, among=("triton",)))
+@pytest.mark.parametrize("backend", usable(OP, among=("cpu", "triton")))
 @pytest.mark.parametrize(
     "given", problems_of_all(), ids=lambda given: "-".join(map(str, given.values())).replace(" ", "_")
 )
@@ -179,7 +179,7 @@ def test_what_is_left_out_is_refused_by_name(pair):
         sf.prototype_contrastive_loss(**leaves, **rest, backend="reference")
 
 
-@pytest.mark.parametrize("backend", ["reference", *usable(OP, among=("triton",))])
+@pytest.mark.parametrize("backend", ["reference", *usable(OP, among=("cpu", "triton"))])
 def test_no_set_of_options_is_refused_by_a_backend(backend):
     """Whatever is asked for at once: an op refuses what means nothing before a backend is asked."""
     of_the_op = [need for need in NEEDS if need not in ("pixel_weight", "focal", "int32_labels")]
