@@ -18,7 +18,7 @@ import numpy as np
 
 from tests.cuda_emulator import emulated
 
-from .ledger import Launch, Sectors, Wavefronts
+from .ledger import Launch, Place, Sectors, Wavefronts
 
 FIELDS = 14  # of traffic_launch in traffic.cpp
 
@@ -49,8 +49,25 @@ def _launch(cuda: emulated.Backend, index: int) -> Launch:
     cuda.handle.traffic_sectors(index, rows.ctypes.data_as(ctypes.c_void_p))
     return Launch(
         _name(cuda.path, _offset(cuda.path, kernel)), blocks, threads, Sectors(*rows[rows[:, 0].argsort()].T.copy()),
-        footprint, shared_bytes, barriers, Wavefronts(*shared[:3]), Wavefronts(*shared[3:]),
+        footprint, shared_bytes, barriers, Wavefronts(*shared[:3]), Wavefronts(*shared[3:]), _places(cuda, index),
     )  # fmt: skip
+
+
+def _places(cuda: emulated.Backend, index: int) -> tuple[Place, ...]:
+    rows = np.zeros((cuda.handle.traffic_places(index), 5), np.int64)
+    cuda.handle.traffic_place(index, rows.ctypes.data_as(ctypes.c_void_p))
+    if not len(rows):
+        return ()
+    offsets = [
+        hex(_offset(cuda.path, address) - 1) for address in rows[:, 0].tolist()
+    ]  # of the call, not of its return
+    command = ["addr2line", "-e", cuda.path, *offsets]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    found: dict[tuple[str, bool], Wavefronts] = {}
+    for line, (_, written, *counts) in zip(lines, rows.tolist(), strict=True):
+        key = Path(line.partition(" (")[0]).name, bool(written)
+        found[key] = Wavefronts(*(a + b for a, b in zip(found.get(key, (0, 0, 0)), counts, strict=True)))
+    return tuple(Place(line, written, counts) for (line, written), counts in sorted(found.items()))
 
 
 def _offset(path: Path, address: int) -> int:

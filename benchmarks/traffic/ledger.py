@@ -33,6 +33,14 @@ class Wavefronts(NamedTuple):
     requests: int
 
 
+class Place(NamedTuple):
+    """A line of a kernel's source that reads or writes shared memory."""
+
+    line: str  # file.cuh:123
+    written: bool
+    wavefronts: Wavefronts
+
+
 class Launch(NamedTuple):
     kernel: str
     blocks: int
@@ -43,6 +51,7 @@ class Launch(NamedTuple):
     barriers: int | None = None
     shared_read: Wavefronts | None = None
     shared_written: Wavefronts | None = None
+    places: tuple[Place, ...] = ()
 
 
 class Moved(NamedTuple):

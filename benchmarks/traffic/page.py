@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from benchmarks import ROOT
 
+IN_FLIGHT = 264  # blocks: two on each multiprocessor of an H100
 PAGE = ROOT / "docs" / "gpu-evidence.md"
 TITLES = {
     "prototype_contrastive_loss": "Contrast: unit S, the bytes of the features",
@@ -64,8 +65,9 @@ launches on sm_90, CUDA's in the emulator of the tests. No time is derived from 
 
 * *read*: bytes of the features that a pass asks for. The floor is 1.00 each for forward and backward, as the backward's
   gradient depends on a sum over the whole forward.
-* *again*: sectors that a block reads and had read before. The farthest such reuse is the block's *footprint*: where all
-  blocks in flight on a GPU together hold less than its L2 (50 MB on an H100 or H200), it is served from there.
+* *again*: sectors that a block reads and had read before. No such reuse is farther apart than all that the block touches;
+  *in flight* is that of 264 blocks, two on each of the 132 multiprocessors of an H100 or H200. Where it is below their L2
+  of 50 MB, the second read is served from there.
 * *sectors*: what moves for it in whole sectors of 32 bytes. More than *read*: rows that are not aligned to a sector,
   where neighbouring tiles both move the sector that they share.
 * *all*: every byte that is asked for, labels, prototypes, saved values and workspaces included. On these few pixels the
@@ -93,7 +95,7 @@ def _cells(phase: dict, upsampled: bool) -> list[str]:
     footprint = max((k["block_footprint_bytes"] for k in phase["kernels"] if k["read"]), default=0)
     gradient = [f"{phase['gradient_written']:.2f}", f"{phase['gradient_sectors']:.2f}"]
     return [
-        f"{phase['read']:.2f}", f"{phase['read_sectors']:.2f}", f"{phase['again_in_block']:.2f}", f"{footprint / 1024:.0f}",
+        f"{phase['read']:.2f}", f"{phase['read_sectors']:.2f}", f"{phase['again_in_block']:.2f}", f"{IN_FLIGHT * footprint / 2**20:.0f}",
         *([] if upsampled else gradient), _over_ideal(phase, "shared_reads_over_ideal"), _over_ideal(phase, "shared_writes_over_ideal"),
         f"{phase['all_requested']:.2f}",
     ]  # fmt: skip
@@ -108,7 +110,7 @@ def table(op: str, rows: list[dict]) -> str:
                 lines.append([row["case"].partition(", ")[2], row["by"], name, *_cells(row[name], upsampled)])
     gradient = [] if upsampled else ["gradient written", "its sectors"]
     header = [
-        "shape, type, rows", "by", "pass", "read", "sectors", "again", "footprint KB", *gradient, "shared r", "shared w", "all",
+        "shape, type, rows", "by", "pass", "read", "sectors", "again", "in flight MB", *gradient, "shared r", "shared w", "all",
     ]  # fmt: skip
     return markdown(header, lines)
 

@@ -100,10 +100,13 @@ def why_not(ask: Ask) -> str | None:
     return missing()
 
 
-def saves_logits(num_classes: int, dim: int, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether 4 K bytes a pixel are saved for the backward: where they are few beside the features, and a block's 64 pixels are too many
-    bytes to be found in L2 when they are read again. Not yet measured on a GPU."""
-    return num_classes * 4 <= dim and dim * dtype.itemsize > _CACHED_BYTES
+def saves_logits(
+    num_classes: int, dim: int, dtype: torch.dtype = torch.float32, learned_prototypes: bool = False
+) -> bool:
+    """Whether 4 K bytes per pixel are saved for the backward: where they are few next to the features, and a block's 64 pixels are too many
+    bytes to be found in L2 when they are read again, or the prototypes' gradient would have each of its blocks form them anew (counted in
+    docs/gpu-evidence.md: features read 7 times instead of 2). Not yet measured on a GPU."""
+    return num_classes * 4 <= dim and (learned_prototypes or dim * dtype.itemsize > _CACHED_BYTES)
 
 
 _one_pass_asked = False  # not yet measured on a GPU
@@ -140,13 +143,13 @@ def takes_one_pass(features: Tensor, num_classes: int) -> bool:
 def saved_like(contrast: Contrast, wanted: Wanted) -> SavedLike:
     if _in_one_pass(contrast, wanted):
         return SavedLike(torch.float64, one_pass=True)
-    return SavedLike(torch.float64, any(wanted) and _saves_logits(contrast))
+    return SavedLike(torch.float64, any(wanted) and _saves_logits(contrast, wanted))
 
 
-def _saves_logits(c: Contrast) -> bool:
+def _saves_logits(c: Contrast, wanted: Wanted) -> bool:
     """A bias may be -inf: what is saved could not be taken apart again; nor could a variance term."""
     num_rows, dim = c.prototypes.shape[-2:]
-    return c.bias is None and c.variances is None and saves_logits(num_rows, dim, c.features.dtype)
+    return c.bias is None and c.variances is None and saves_logits(num_rows, dim, c.features.dtype, wanted.prototypes)
 
 
 def _in_one_pass(contrast: Contrast, wanted: Wanted) -> bool:
@@ -165,7 +168,7 @@ def contrast_forward(contrast: Contrast, wanted: Wanted) -> tuple[Tensor, Saved]
         return reference.contrast_forward(c, wanted)
     loss, denominator, lse, inv_norm, logits = _ops.prototype_contrastive_forward(
         *_problem(c), label_flag(c.features.device), *_settings(c), c.denominator, c.reduction == "mean", c.reduction == "none",
-        any(wanted), _saves_logits(c),
+        any(wanted), _saves_logits(c, wanted),
     )  # fmt: skip
     return loss, Saved(denominator, lse, inv_norm, logits, c.features.new_empty(0))
 

@@ -27,7 +27,8 @@ FLAGS = [
 ]  # fmt: skip
 # Every load and store of a kernel's own source becomes a call, which traffic.cpp answers; as wide as the source has it.
 COUNTED = (
-    "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "-fno-tree-vectorize", "-fno-tree-slp-vectorize",
+    "-g1", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "-fno-tree-vectorize", "-fno-tree-slp-vectorize",
+    "-fno-tree-sra", "-fno-ipa-sra",  # a float4 is one load of 16 bytes, not four
     "-fno-store-merging", "-fno-tree-loop-distribute-patterns",
 )  # fmt: skip
 ORDERS = {"forward": (0, 0), "reverse": (1, 0), "random": (2, 1), "another random": (2, 2), "block by block": (3, 0)}

@@ -40,8 +40,8 @@ struct Shared {
 struct Counts {
   const void* kernel;
   Shape shape;
-  uint64_t barriers = 0, requests = 0, footprint = 0;  // footprint: of the block that touches most sectors, in bytes
-  Shared read, written;
+  uint64_t barriers = 0, requests = 0, footprint = 0;     // footprint: of the block that touches most sectors, in bytes
+  std::map<std::pair<const void*, bool>, Shared> places;  // of shared memory: place in the code, is it written?
   std::unordered_map<uint64_t, Sector> sectors;
 };
 
@@ -55,8 +55,7 @@ struct Request {
 };
 using Key = std::tuple<const void*, uint16_t, bool, bool, uint32_t>;  // place, bytes, write, shared, n
 
-void count_shared(Counts& counts, const Request& request, int bytes, bool write) {
-  Shared& side = write ? counts.written : counts.read;
+void count_shared(Shared& side, const Request& request, int bytes) {
   ++side.requests;
   const int phases = std::max(1, bytes / kWord), lanes = kWarp / phases;
   for (int first = 0; first < kWarp; first += lanes) {
@@ -108,7 +107,7 @@ void count_warp(Counts& counts, size_t first_thread, Touched& touched) {
   for (const auto& [key, request] : requests) {
     const auto [place, bytes, write, shared, n] = key;
     if (shared)
-      count_shared(counts, request, bytes, write);
+      count_shared(counts.places[{place, write}], request, bytes);
     else
       count_global(counts, request, bytes, write, touched);
   }
@@ -134,6 +133,13 @@ void on_launch(const void* kernel, const Shape& shape) {
 void on_copy(const void* place, void* to, const void* from, int bytes, int given) {
   if (given) note(place, from, given, false);
   note(place, to, bytes, true);
+}
+
+Shared all_of(const Counts& counts, bool write) {
+  Shared all;
+  for (const auto& [place, s] : counts.places)
+    if (place.second == write) all.wavefronts += s.wavefronts, all.ideal += s.ideal, all.requests += s.requests;
+  return all;
 }
 
 void on_blocks_ended(int barriers) {
@@ -193,6 +199,7 @@ int traffic_launches() { return static_cast<int>(emulator::launches.size()); }
 void traffic_launch(int index, uint64_t* out) {
   const emulator::Counts& c = emulator::launches.at(index);
   const dim3& b = c.shape.blocks;
+  const emulator::Shared read = emulator::all_of(c, false), written = emulator::all_of(c, true);
   const uint64_t values[] = {reinterpret_cast<uint64_t>(c.kernel),
                              static_cast<uint64_t>(b.x) * b.y * b.z,
                              c.shape.threads,
@@ -200,14 +207,26 @@ void traffic_launch(int index, uint64_t* out) {
                              c.barriers,
                              c.requests,
                              c.footprint,
-                             c.read.wavefronts,
-                             c.read.ideal,
-                             c.read.requests,
-                             c.written.wavefronts,
-                             c.written.ideal,
-                             c.written.requests,
+                             read.wavefronts,
+                             read.ideal,
+                             read.requests,
+                             written.wavefronts,
+                             written.ideal,
+                             written.requests,
                              c.sectors.size()};
   memcpy(out, values, sizeof(values));
+}
+
+int traffic_places(int index) { return static_cast<int>(emulator::launches.at(index).places.size()); }
+
+// By place: its address, is it written?, wavefronts, ideal, requests
+void traffic_place(int index, uint64_t* out) {
+  for (const auto& [place, s] : emulator::launches.at(index).places) {
+    const uint64_t values[] = {reinterpret_cast<uint64_t>(place.first), place.second, s.wavefronts, s.ideal,
+                               s.requests};
+    memcpy(out, values, sizeof(values));
+    out += 5;
+  }
 }
 
 // By sector: its address, bytes and requests that read it, the same of writes, how many blocks read it

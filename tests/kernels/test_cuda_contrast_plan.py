@@ -123,7 +123,7 @@ def test_shared_memory_does_not_overlap_and_fits(plan, width):
     for forms_logits, groups in itertools.product((0, 1), (1, 2, 4)):
         _, _, _, weights_at, pixels_at, total, _ = shared(plan.plan_prototype_shared, forms_logits, groups)
         rows = max(32, groups * (20 if width == 4 else 32))  # of weights, and four warps' sums of them for the bias
-        assert weights_at % 16 == 0 and pixels_at % 16 == 0 and pixels_at - weights_at == rows * 68 * 4
+        assert weights_at % 16 == 0 and pixels_at % 16 == 0 and pixels_at - weights_at == rows * 72 * 4
         assert total + 4 * rows * 4 <= 99 * KIB
 
 
@@ -177,8 +177,8 @@ def test_the_weights_of_a_pixel_are_found_by_their_words(plan):
     for cls in range(32):
         for pixel in range(TILE):
             assert plan.plan_pixel_of_word(2, plan.plan_weight_place(cls, pixel) // 2) == pixel
-            assert plan.plan_pixel_of_word(4, cls * 68 + pixel) == pixel
-    assert all(plan.plan_pixel_of_word(4, cls * 68 + beyond) >= TILE for cls in range(32) for beyond in range(TILE, 68))
+            assert plan.plan_pixel_of_word(4, cls * 72 + pixel) == pixel
+    assert all(plan.plan_pixel_of_word(4, cls * 72 + beyond) >= TILE for cls in range(32) for beyond in range(TILE, 72))
 
 
 @pytest.mark.parametrize("pixels", [1, 255, 256, 257, 14651, 262_144, 2**33 + 7])

@@ -80,7 +80,7 @@ def test_a_bank_conflict_shows_in_the_wavefronts(result):
 
 def test_a_second_pass_over_the_features_shows(result, monkeypatch):
     case = Case(CONTRAST, "A", "float32", "odd")
-    monkeypatch.setattr(cuda, "saves_logits", lambda *_: False)
+    monkeypatch.setattr(cuda, "saves_logits", lambda *_, **__: False)
     assert count.ours(case, "cuda")["backward"]["read"] > 1.9 * committed(result, case, "cuda")["backward"]["read"]
 
 

@@ -45,16 +45,16 @@ template <> struct ContrastDots<float> {
   using Shape = ContrastShape<4>;
   float sums[Shape::kSums];  // [class][pixel of 4], then squares [4]
 
-  // Channels of one stage: x [kChunk][kRow], proto [kChunk][padded classes]. kSquare: of x² instead of x, and no norms.
+  // Channels of one stage: x [kChunk][kRow], proto [kChunk][row of classes]. kSquare: of x² instead of x, and no norms.
   template <bool kSquare>
-  __device__ __forceinline__ void add(const float* x, const float* proto, int padded, const ContrastWarps& warps,
+  __device__ __forceinline__ void add(const float* x, const float* proto, int row, const ContrastWarps& warps,
                                       const ContrastPart& part, int) {
     const int own = Shape::kChunk / warps.slices, first = part.slice * own;
 #pragma unroll 2
     for (int c = first + part.lane / 16; c < first + own; c += 2) {
       float4 v = *reinterpret_cast<const float4*>(x + c * Shape::kRow + part.lane % 16 * 4);
       if constexpr (kSquare) v = make_float4(v.x * v.x, v.y * v.y, v.z * v.z, v.w * v.w);
-      const float4* p = reinterpret_cast<const float4*>(proto + c * padded + part.group * Shape::kClasses);
+      const float4* p = reinterpret_cast<const float4*>(proto + c * row + part.group * Shape::kClasses);
 #pragma unroll
       for (int k = 0; k < Shape::kClasses; k += 4) {
         const float4 q = p[k / 4];
@@ -233,7 +233,7 @@ __device__ void tile_dots(const Input& a, const ContrastTile& tile, const Contra
     load(chunk + shared.stages - 1);
     const T *x = reinterpret_cast<const T*>(memory + x_slot(shared, chunk, chunk)),
             *p = reinterpret_cast<const T*>(memory + proto_slot(shared, chunk));
-    if (part.group < warps.groups) dots.template add<kSquare>(x, p, padded, warps, part, shifts);
+    if (part.group < warps.groups) dots.template add<kSquare>(x, p, column_row(padded), warps, part, shifts);
   }
   copy_async_wait<0>();
   __syncthreads();

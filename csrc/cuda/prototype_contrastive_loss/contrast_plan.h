@@ -22,7 +22,7 @@ template <int kBytes> struct ContrastShape {
   static constexpr int kRow =
       kHalf ? 72 : 68;  // elements of a staged row of pixels: 64, one more where it is shifted, and padding
   static constexpr int kProtoRow = kHalf ? 72 : 36;   // elements of a staged row of channels of a prototype
-  static constexpr int kWeightRow = kHalf ? 32 : 68;  // 4-byte words that the weights of one class need
+  static constexpr int kWeightRow = kHalf ? 32 : 72;  // 4-byte words that the weights of one class need
   static constexpr int kSums =
       kClasses * (kHalf ? 2 : 4) + (kHalf ? 8 : 4);  // floats that a lane accumulates: logits, squares
 };
@@ -66,9 +66,15 @@ template <int kBytes> SPCL_BOTH int64_t pixels_bytes() {
 template <int kBytes> SPCL_BOTH int64_t padded_classes(const ContrastWarps& warps) {
   return warps.groups * ContrastShape<kBytes>::kClasses;
 }
+// Floats between two channels of the prototypes' columns: a multiple of 4, as they are read, but not of 8: where they
+// are written, 8 channels x 4 classes meet in 32 different banks.
+SPCL_BOTH int column_row(int classes) { return classes % 8 ? classes : classes + 4; }
+
 template <int kBytes> SPCL_BOTH int64_t prototypes_bytes(const ContrastWarps& warps) {
   using Shape = ContrastShape<kBytes>;
-  return padded_classes<kBytes>(warps) * (Shape::kHalf ? Shape::kProtoRow : Shape::kChunk) * kBytes;
+  const int64_t classes = padded_classes<kBytes>(warps);
+  return kBytes *
+         (Shape::kHalf ? classes * Shape::kProtoRow : int64_t{column_row(static_cast<int>(classes))} * Shape::kChunk);
 }
 template <int kBytes> SPCL_BOTH int64_t exchange_bytes(const ContrastWarps& warps) {
   return warps.slices / 2 * static_cast<int64_t>(warps.groups) * ContrastShape<kBytes>::kSums * 32 * 4;
@@ -113,7 +119,7 @@ template <int kBytes> SPCL_BOTH int64_t streamed_chunks(int64_t dim, int64_t lef
 // The same for the prototypes' gradient: a block owns kBlockChannels channels and the classes of `groups` warps, which
 // form the logits as the forward did, channel by channel in the same order: logsumexp fits the logits to the last bit.
 constexpr int kBlockChannels = 64;
-constexpr int kOwnRow = 68;  // floats between two classes' weights
+constexpr int kOwnRow = 72;  // floats between two classes' weights
 
 SPCL_BOTH int prototype_groups(int64_t num_classes, int classes_of_warp) {
   const int groups = contrast_warps(num_classes, classes_of_warp).groups;

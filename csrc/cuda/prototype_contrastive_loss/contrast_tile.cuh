@@ -207,13 +207,15 @@ __device__ __forceinline__ void stage_prototypes(const T* proto, int64_t num_cla
       stage_one(proto + (k0 + k) * dim + d0 + c, k0 + k < num_classes && d0 + c < dim, to + k * Shape::kProtoRow + c);
 }
 
-// The same, transposed: -> to [kChunk][rows].
+// The same, transposed: -> to [kChunk][column_row(rows)]. A warp takes 8 channels (a sector) of 4 classes at once.
 __device__ __forceinline__ void stage_prototype_columns(const float* proto, int64_t num_classes, int64_t dim,
                                                         int64_t k0, int rows, int64_t d0, float* to) {
-  static_assert(ContrastShape<4>::kChunk == 32);
-  const int c = threadIdx.x % 32;
-  for (int k = threadIdx.x / 32; k < rows; k += blockDim.x / 32)
-    stage_one(proto + (k0 + k) * dim + d0 + c, k0 + k < num_classes && d0 + c < dim, to + c * rows + k);
+  static_assert(ContrastShape<4>::kChunk == 32 && ContrastShape<4>::kClasses % 4 == 0);
+  const int lane = threadIdx.x % 32, row = column_row(rows);
+  for (int piece = threadIdx.x / 32; piece < rows; piece += blockDim.x / 32) {
+    const int c = piece % 4 * 8 + lane % 8, k = piece / 4 * 4 + lane / 8;
+    stage_one(proto + (k0 + k) * dim + d0 + c, k0 + k < num_classes && d0 + c < dim, to + c * row + k);
+  }
 }
 
 // Pixels in registers ----------------------------------------------------------------------------------------------
