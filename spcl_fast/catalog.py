@@ -38,6 +38,12 @@ class DataSet(NamedTuple):
     joins: bool = False  # "folders+NAME" adds its images to those of a source data set that has files
 
 
+class Remedy(NamedTuple):
+    text: str
+    setting: str = ""  # advised only where this setting
+    on: bool = True  # is on, or off (0, null, false)
+
+
 class Stage(NamedTuple):
     name: str  # in settings, run folders and logs
     home: str  # a TrainedStage or an UntrainedStage of method/stage.py
@@ -54,7 +60,7 @@ class Stage(NamedTuple):
         ""  # class of its section ("module:class", importable without torch) where config/schema.py has none
     )
     absent: str = ""  # what a report lacks where this stage was not run
-    remedy: str = "Lower the learning rate"  # what helps where its net predicts one class for nearly every pixel
+    remedies: tuple[Remedy, ...] = ()  # what helps where its net predicts one class for nearly every pixel
 
 
 ROLES = {
@@ -117,7 +123,7 @@ STAGES = (  # in the order in which they run
         "warmup", "spcl_fast.method.warmup:STAGE", "warmup", "warmup",
         "adversarial warm-up on both domains", "--preset demo --name mine",
         title="warm-up", net="warmup", role="start", after=(".init",),
-        remedy="Lower warmup.adversarial_weight or warmup.lr",
+        remedies=(Remedy("lower warmup.adversarial_weight", "warmup.adversarial_weight"), Remedy("lower warmup.lr")),
     ),
     Stage(
         "prototypes", "spcl_fast.method.prototypes:STAGE", "prototypes", "prototypes",
@@ -134,7 +140,10 @@ STAGES = (  # in the order in which they run
         "segmentation and prototype-contrastive loss on both domains", "--run-folder runs/mine --adapt.contrast_temperature 0.1",
         title="adapted", net="adapted", role="result", after=("warmup|source_only", "prototypes", "pseudo_labels"),
         absent="there is no adapted net yet",
-        remedy="Lower adapt.contrast_weight or adapt.lr, and look at the pseudo-labels that it started from",
+        remedies=(
+            Remedy("lower adapt.contrast_weight", "adapt.contrast_weight"), Remedy("lower adapt.lr"),
+            Remedy("look at the pseudo-labels that it started from"),
+        ),
     ),
     Stage(
         "pseudo_labels_2", "spcl_fast.method.pseudo_labels:SECOND", "pseudo_label", "pseudo-label",
@@ -145,7 +154,10 @@ STAGES = (  # in the order in which they run
         "distill", "spcl_fast.method.distill:STAGE", "distill", "distill",
         "self-training of the adapted net on its own pseudo-labels", "--run-folder runs/mine",
         title="distilled", net="distilled", role="result", after=("adapt", "pseudo_labels_2"),
-        remedy="Set distill.source_weight above 0, or train for fewer distill.iterations",
+        remedies=(
+            Remedy("set distill.source_weight above 0", "distill.source_weight", on=False),
+            Remedy("train for fewer distill.iterations"), Remedy("lower distill.lr"),
+        ),
     ),
     Stage(
         "oracle", "spcl_fast.method.supervised:ORACLE", "oracle", "oracle",
@@ -202,6 +214,18 @@ def with_role(*roles: str) -> tuple[Stage, ...]:
 def title(name: str) -> str:
     """What a reader calls a stage; the name itself where the catalog has none, as in a run of another version."""
     return next((stage.title for stage in STAGES if stage.name == name), name)
+
+
+def remedy(name: str, setting: Callable[[str], Any]) -> str:
+    """What to do where the net of a stage predicts one class for nearly every pixel, given the values of the settings (None: unknown)."""
+    row = next((stage for stage in STAGES if stage.name == name), None)
+    offered = [
+        one.text
+        for one in (row.remedies if row is not None else ())
+        if not one.setting or (value := setting(one.setting)) is None or bool(value) == one.on
+    ]
+    text = ", or ".join(offered) or "lower the learning rate"
+    return text[0].upper() + text[1:]
 
 
 def rounds(command: str) -> tuple[Stage, ...]:

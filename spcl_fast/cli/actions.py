@@ -8,12 +8,13 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import catalog
 from ..config import load as settings
 from ..config.rules import check_config, check_domains
 from ..errors import ConfigError, DataError
+from ..runs import layout
 
 if TYPE_CHECKING:
     from ..config import Config, DataConfig
@@ -39,10 +40,30 @@ def on_stages(args: argparse.Namespace) -> int:
     from ..memory_plan.peak import forecast
     from ..method.run import run_stages
 
-    run_stages(config, stages, forecast=forecast)
-    if not rounds and os.environ.get("RANK", "0") == "0":
-        show_end(Path(config.runs_dir) / config.name)
+    run_stages(config, stages, forecast=forecast, **_begins_with(args))
+    run = Path(config.runs_dir) / config.name
+    if os.environ.get("RANK", "0") == "0":
+        if not rounds:
+            show_end(run)
+        elif (run / layout.REPORT).is_file():  # of the run without this stage
+            on_report(argparse.Namespace(folder=run))
     return 0
+
+
+def _begins_with(args: argparse.Namespace) -> dict[str, Any]:
+    """`--redo STAGE` and `--fork RUN` for run_stages; stages by their own names or those of their commands."""
+    given: dict[str, Any] = {}
+    redo = [word.replace("-", "_") for word in getattr(args, "redo", None) or ()]
+    if redo:
+        known = catalog.names(catalog.STAGES)
+        unknown = next((name for name in redo if name not in known), None)
+        if unknown is not None:
+            hint = settings.suggestion(unknown, known)
+            raise ConfigError(f"--redo {unknown}: there is no such stage{hint or '; there are ' + ', '.join(known)}")
+        given["redo"] = redo
+    if getattr(args, "fork", None) is not None:
+        given["fork_of"] = args.fork
+    return given
 
 
 def show_end(run: Path) -> None:

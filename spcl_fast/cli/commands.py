@@ -57,6 +57,21 @@ def _side(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _begin(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--redo",
+        metavar="STAGE",
+        action="append",
+        help="do a finished stage again if its settings changed, and all that started from it; may repeat",
+    )
+    parser.add_argument(
+        "--fork",
+        metavar="RUN",
+        type=Path,
+        help="take over from that run's folder the finished stages that these settings would make alike",
+    )
+
+
 def _run_folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="RUN", type=Path, help="a run folder, such as runs/demo")
 
@@ -97,12 +112,13 @@ def _stage_commands() -> dict[str, Command]:
                 f"spcl-fast {stage.command} {stage.example}",
                 actions.on_stages,
                 (*_RECIPE, stage.section, "evaluate"),
-                _round if len(catalog.rounds(stage.command)) > 1 else None,
+                _round if len(catalog.rounds(stage.command)) > 1 else _begin,
             )
     return commands
 
 
 def _round(parser: argparse.ArgumentParser) -> None:
+    _begin(parser)
     rounds = catalog.rounds(parser.prog.split()[-1])
     later = "; ".join(f"{number}: {stage.summary}" for number, stage in enumerate(rounds, 1) if number > 1)
     parser.add_argument("--round", type=int, choices=range(1, len(rounds) + 1), default=1, help=f"{later} (default: 1)")
@@ -122,12 +138,14 @@ COMMANDS: dict[str, Command] = {
         "spcl-fast demo --seed 1 --name demo_1",
         actions.on_stages,
         _ALL,
+        _begin,
     ),
     "run": Command(
         "all stages of a run, skipping those that are complete",
         f"spcl-fast run {_FOLDERS} --name first",
         actions.on_stages,
         _ALL,
+        _begin,
     ),
     **_stage_commands(),
     "evaluate": Command(

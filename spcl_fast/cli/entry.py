@@ -7,6 +7,7 @@ config/schema.py. Here: words to settings, errors to one message and an exit cod
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import textwrap
@@ -32,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in argv
     name = argv[0] if argv and argv[0] in COMMANDS else None
     title = f"spcl-fast {name}" if name else "spcl-fast"
+    for stream in (sys.stdout, sys.stderr):  # an ASCII terminal shows the names of classes and files in escapes
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         if name is None:
             return _top_level(argv)

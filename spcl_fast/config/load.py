@@ -228,16 +228,16 @@ def build_config(given: Mapping[str, GivenValue]) -> Config:
             problems.append(f"{key} ({item.origin}): got {shown}, expected {error}")
     if problems:
         raise ConfigError("\n  ".join(problems))
-    return _filled(Config(), values, "")
+    return with_values(Config(), values)
 
 
-def _filled(section: Any, values: Mapping[str, Any], prefix: str) -> Any:
-    """`section` with the values whose dotted names begin with `prefix`."""
+def with_values(section: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
+    """`section` with the values, of the right types, whose dotted names begin with `prefix`."""
     changed = {}
     for item in dataclasses.fields(section):
         key, value = prefix + item.name, getattr(section, item.name)
         if dataclasses.is_dataclass(value):
-            changed[item.name] = _filled(value, values, f"{key}.")
+            changed[item.name] = with_values(value, values, f"{key}.")
         elif key in values:
             changed[item.name] = values[key]
     return dataclasses.replace(section, **changed)

@@ -73,6 +73,10 @@ class Dataset:
         """The file of an image; None where there is none (generated scenes)."""
         return None
 
+    def label_path(self, index: int) -> Path | None:
+        """The label file of an image; None where there is none."""
+        return None
+
     def image(self, index: int) -> Image.Image:
         """PIL RGB, shared with the cache: do not write into it."""
         raise NotImplementedError
@@ -212,6 +216,10 @@ class Joined(Dataset):
     def image_path(self, index: int) -> Path | None:
         part, own = self._places[index]
         return part.image_path(own)
+
+    def label_path(self, index: int) -> Path | None:
+        part, own = self._places[index]
+        return part.label_path(own)
 
     def image(self, index: int) -> Image.Image:
         part, own = self._places[index]

@@ -18,6 +18,7 @@ from ..method.nets import Module, Nets
 from ..method.parts import Step
 from ..method.stage import TrainedStage, UntrainedStage
 from ..models import SegmentationModel
+from ..models.norm import enough_pixels
 from ..ops import upsampled_prediction
 from ..runs.layout import PHASES
 from ..train import memory
@@ -91,7 +92,7 @@ def peak_memory(config: Config, stage: str, *, num_classes: int | None = None) -
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     num_classes = num_classes_of(config) if num_classes is None else num_classes
-    with FakeTensorMode():
+    with FakeTensorMode(), enough_pixels(catalog.find(catalog.STAGES, stage).section):
         return peak_of(stage, step_of(config, stage, num_classes), on_cpu=config.loop.device == "cpu")
 
 

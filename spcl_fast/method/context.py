@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 from .. import catalog
 from ..config import Config
+from ..config.load import all_settings
 from ..data import ClassSet, Dataset
+from ..data.content import content_of, content_of_path
 from ..errors import CheckpointError, DataError
 from ..models import SegmentationModel
 from ..runs import layout
 from ..runs.checkpoint import Checkpoint
 from ..runs.folder import Run
+from ..runs.identity import CONTENT, INPUTS
 from ..runs.tensorfile import read_tensors
 from ..train.device import Precision, choose_device
 from ..train.resume import load_modules
@@ -60,9 +64,10 @@ class Context:
 
     def inputs(self, stage: catalog.Stage) -> tuple[str, ...]:
         """The stages that this one starts from; the first one's net, if it starts from a net."""
-        return catalog.inputs(stage, lambda name: self.run.done(name) is not None, self._setting)
+        return catalog.inputs(stage, lambda name: self.run.done(name) is not None, self.setting)
 
-    def _setting(self, name: str) -> Any:
+    def setting(self, name: str) -> Any:
+        """A setting by its dotted name."""
         value: Any = self.config
         for part in name.split("."):
             value = getattr(value, part)
@@ -77,9 +82,29 @@ class Context:
             "model": config.model,
             "evaluate": self._picks(),
             stage.name: self.settings(stage),
-            "inputs": {name: (self.run.done(name) or {}).get("settings_sha256") for name in self.inputs(stage)},
+            INPUTS: {name: (self.run.done(name) or {}).get("settings_sha256") for name in self.inputs(stage)},
             "run_seed": config.seed,
+            CONTENT: self._contents(stage),
         }
+
+    def _contents(self, stage: catalog.Stage) -> dict[str, str]:
+        """By path setting of the identity, what lies there: data that were moved are the same data."""
+        found = {f"{side}.root": self._content_of_images(side) for side in ("source", "target")}
+        for key, setting in all_settings().items():
+            section, _, rest = key.partition(".")
+            if setting.about.path and section in ("source", "target", "model", stage.section) and rest != "root":
+                path = self.setting(key)
+                name = f"{stage.name if section == stage.section else section}.{rest}"
+                found[name] = None if path is None else self._content_of_path(path)
+        return {key: content for key, content in found.items() if content is not None}
+
+    @functools.cache  # noqa: B019  lives as long as its run
+    def _content_of_images(self, side: str) -> str | None:
+        return content_of(self.domains.dataset(side, "train", labels=side == "source"))
+
+    @functools.cache  # noqa: B019  lives as long as its run
+    def _content_of_path(self, path: str) -> str | None:
+        return content_of_path(Path(path))
 
     def _picks(self) -> dict[str, Any]:
         """Which of its nets a stage hands on and is evaluated by, and the settings by which it is picked."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from ..config.load import dump_config
 from ..runs import layout
 from ..train import memory
 from ..train.signals import stop_requests
+from .accept import accept, as_ran, fork
 from .context import Context
 from .samples import keep_samples
 from .stage import BANK, UntrainedStage
@@ -19,22 +21,37 @@ from .summary import write_summary
 from .training import Forecast, train_stage
 
 
-def run_stages(config: Config, names: Sequence[str] | None = None, *, forecast: Forecast | None = None) -> None:
+def run_stages(
+    config: Config,
+    names: Sequence[str] | None = None,
+    *,
+    forecast: Forecast | None = None,
+    redo: Sequence[str] = (),
+    fork_of: Path | None = None,
+) -> None:
     """Do the named stages (default: those of the settings) in the catalog's order; what is complete is skipped. Then write summary.json.
 
     forecast: what predicts the memory of a stage for its log, such as `memory_plan.peak.forecast`; None: nothing does.
+    redo: stages that are thrown away, with all that started from them, where their settings changed. fork_of: the folder of a run whose
+    finished stages are taken over where these settings would make them alike.
+
+    Raises CheckpointError before the first step where the folder holds stages of other settings, or where a stage lacks one that it
+    starts from.
     """
     wanted = config.stages if names is None else names
     with distributed.session(config.loop.device):
         context = Context(config)
         with context.run.exclusive(), stop_requests() as stop:
             context.stop = stop
-            _introduce(context)
-            for row in catalog.STAGES:
-                if row.name in wanted:
-                    memory.reset_peak(context.device)
-                    _do(context, row, forecast)
-                    _keep_settings(context)  # the stage has accepted them
+            if fork_of is not None and distributed.is_main():
+                fork(context, fork_of)
+            distributed.barrier()
+            rows = [row for row in catalog.STAGES if row.name in wanted]
+            accept(context, rows, redo)
+            _introduce(context, rows)
+            for row in rows:
+                memory.reset_peak(context.device)
+                _do(context, row, forecast)
             write_summary(context)
         context.run.close()
 
@@ -61,17 +78,11 @@ def _write(context: Context, row: catalog.Stage, stage: UntrainedStage) -> None:
     distributed.barrier()
 
 
-def _introduce(context: Context) -> None:
-    """What the folder says of itself while the run goes on: its classes, and its settings unless a stage has accepted others already."""
+def _introduce(context: Context, rows: Sequence[catalog.Stage]) -> None:
+    """What the folder says of itself while the run goes on: its classes and settings, which what it holds has accepted."""
     classes, run = context.classes, context.run
     palette = [list(colour) for colour in classes.palette]
     run.write_json(
         layout.CLASSES, {"names": list(classes.names), "palette": palette, "ignore_index": classes.ignore_index}
     )
-    started = any(run.path(name).exists() for name in catalog.names(catalog.STAGES))
-    if not (run.path(layout.CONFIG).is_file() and started):
-        _keep_settings(context)
-
-
-def _keep_settings(context: Context) -> None:
-    context.run.write_text(layout.CONFIG, dump_config(context.config))
+    run.write_text(layout.CONFIG, dump_config(as_ran(context, rows)))

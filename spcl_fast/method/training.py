@@ -11,7 +11,9 @@ from torch import Tensor
 from .. import catalog
 from ..config import Config, TrainConfig
 from ..data import Dataset, with_pseudo_labels
+from ..errors import ConfigError
 from ..models import SegmentationModel
+from ..models.norm import enough_pixels
 from ..runs import layout
 from ..runs.signs import signs
 from ..train.loop import fit
@@ -64,22 +66,23 @@ def train_stage(context: Context, row: catalog.Stage, stage: TrainedStage, forec
         pseudo = [fed_dataset(context, feed) for feed in feeds if feed.labels not in (OWN, NONE)]
         check_pseudo_labels(context, row.name, pseudo, alone=not own)
     model = trainee.net.model.train()
-    result = fit(
-        stage=row.name,
-        run=context.run,
-        modules=trainee.modules,
-        optimizers=trainee.optimizers,
-        step=trainee.step,
-        batches=trainee.around(batches_of(context, row.name, train, stage.feeds(context.config))),
-        iterations=train.iterations,
-        schedule=poly_schedule(train),
-        seed=context.config.seed,
-        settings=context.config.loop,
-        identity=context.identity(row),
-        at_checkpoint=lambda done: keep_best(context, row.name, model, done),
-        predicted_peak=lambda: _predicted_peak(context, row.name, forecast),
-        watch=warn_of_collapse(context),
-    )
+    with enough_pixels(row.section):
+        result = fit(
+            stage=row.name,
+            run=context.run,
+            modules=trainee.modules,
+            optimizers=trainee.optimizers,
+            step=trainee.step,
+            batches=trainee.around(batches_of(context, row.name, train, stage.feeds(context.config))),
+            iterations=train.iterations,
+            schedule=poly_schedule(train),
+            seed=context.config.seed,
+            settings=context.config.loop,
+            identity=context.identity(row),
+            at_checkpoint=lambda done: keep_best(context, row.name, model, done),
+            predicted_peak=lambda: _predicted_peak(context, row.name, forecast),
+            watch=warn_of_collapse(context),
+        )
     if result.skipped:
         context.run.say(f"{row.name}: finished before ({result.steps} iterations)")
     if not result.skipped or context.run.read_json(layout.of_stage(row.name, layout.EVALUATION)) is None:
@@ -115,7 +118,7 @@ def warn_of_collapse(context: Context) -> Callable[[Mapping[str, Any]], None]:
     said: set[str] = set()
 
     def watch(record: Mapping[str, Any]) -> None:
-        for sign in signs(record, context.classes.names, context.domains.source_shares):
+        for sign in signs(record, context.classes.names, context.domains.source_shares, context.setting):
             if sign.title not in said:
                 context.run.say(f"warning: {sign.title}. {sign.text}")
             said.add(sign.title)
@@ -135,6 +138,8 @@ def _predicted_peak(context: Context, stage: str, forecast: Forecast | None) -> 
         record = forecast(dataclasses.replace(context.config, loop=loop), stage, len(context.classes))
         context.run.write_json(layout.of_stage(stage, layout.PLAN), record)
         return record["peak_bytes"]
+    except ConfigError:
+        raise  # the step would end in the same
     except Exception as error:
         context.run.say(f"{stage}: its memory could not be predicted: {type(error).__name__}: {error}")
         return None

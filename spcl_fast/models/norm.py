@@ -7,12 +7,17 @@ nothing saved for it.
 
 from __future__ import annotations
 
+import contextlib
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from ..errors import ConfigError
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -54,6 +59,21 @@ class FrozenBatchNorm2d(nn.Module):
 
 def batch_norm(channels: int, *, frozen: bool, eps: float) -> nn.Module:
     return FrozenBatchNorm2d(channels, eps) if frozen else nn.BatchNorm2d(channels, eps)
+
+
+@contextlib.contextmanager
+def enough_pixels(stage: str) -> Iterator[None]:
+    """Turn torch's refusal to take statistics of a single value per channel into a ConfigError that names what to change."""
+    try:
+        yield
+    except ValueError as error:
+        if not re.match(r"Expected more than 1 (value per channel|spatial element) when training", str(error)):
+            raise
+        raise ConfigError(
+            f"{stage}: a layer of trained BatchNorm gets one value per channel: the images of the batch are too small or too few for it. "
+            f"Raise the crop ({stage}.augment.crop) or the size of the images, raise {stage}.batch_size, or keep BatchNorm fixed "
+            "(freeze_bn true)."
+        ) from error
 
 
 def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:

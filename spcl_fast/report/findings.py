@@ -56,7 +56,10 @@ def _collapse(run: RunFolder) -> list[Finding]:
         last = next(
             (record for record in reversed(records) if "predicted_share" in record or "prototype_nearest" in record), {}
         )
-        found += [Finding("bad", sign.title, sign.text) for sign in signs(last, run.classes, lambda: true_share)]
+        found += [
+            Finding("bad", sign.title, sign.text)
+            for sign in signs(last, run.classes, lambda: true_share, lambda name: run.setting(*name.split(".")))
+        ]
     for stage, record in run.thresholds.items():
         predicted, kept = (
             sum(value for value in map(number, record[key].values()) if value)
@@ -115,7 +118,7 @@ def _lost(run: RunFolder) -> list[Finding]:
     if after >= before - 0.5:
         return []
     text = f"{after:.1f} after, {before:.1f} mIoU before. "
-    if f"{last.section}.source_weight" in all_settings():
+    if f"{last.section}.source_weight" in all_settings() and not run.setting(last.section, "source_weight"):
         text += f"Self-training without source images drifts to rare classes: set {last.section}.source_weight, or leave the stage out."
     return [Finding("note", f"The {last.title} net lost what the {results[-2].title} net had won", text.strip())]
 

@@ -15,6 +15,7 @@ from ..runs.reading import RunFolder, number, read_run
 from . import memory_rows as memory
 from . import pictures, plots
 from .findings import findings_of
+from .lettering import undrawn
 
 SELECTION = {
     "last": "Every net is the last one of its stage. No label was used to choose it.",
@@ -83,6 +84,7 @@ def render(run: RunFolder) -> str:
         findings=findings_of(run),
         table=_table(run),
         legend=list(zip(run.classes, (f"rgb{colour}" for colour in run.palette), strict=True)),
+        undrawn=undrawn(run.classes),
         samples=samples,
         figures=figures,
         pseudo_labels=_pseudo_labels(run),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from typing import Any
@@ -24,13 +24,13 @@ from matplotlib.ticker import MaxNLocator
 from .. import catalog
 from ..runs.layout import COLUMNS
 from ..runs.reading import SAFE_COLOURS, RunFolder, number
+from .lettering import families, plot_names
 
 BLUE, RED, GREEN, ORANGE, SKY, PINK, BLACK, BROWN = SAFE_COLOURS
 INK, FAINT = "#1f2933", "#9aa5b1"
 _RESULTS = (BLUE, RED, GREEN, PINK, BROWN)  # of the adapted nets, in the order in which they are trained
 _LOOKS = {"baseline": ("#7b8794", "o"), "matched": (SKY, "D"), "start": (ORANGE, "s"), "bound": (BLACK, "|")}
 STYLE = {
-    "font.family": "DejaVu Sans",
     "font.size": 9,
     "text.color": INK,
     "text.parse_math": False,  # a class or loss called "$" is text
@@ -66,9 +66,9 @@ def look_of(stage: str) -> tuple[str, str]:
 
 
 @contextmanager
-def _figure(width: float, height: float) -> Iterator[Figure]:
-    """A figure in the report's style, apart from any state of pyplot or the user's settings."""
-    style: Any = {**matplotlib.rcParamsDefault, **STYLE, "backend": "agg"}
+def _figure(width: float, height: float, names: Sequence[str] = ()) -> Iterator[Figure]:
+    """A figure in the report's style, apart from pyplot's state and the user's settings. names: of classes, which need their letters."""
+    style: Any = {**matplotlib.rcParamsDefault, **STYLE, "backend": "agg", "font.family": families(names)}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
@@ -91,8 +91,8 @@ def class_scores(run: RunFolder) -> bytes | None:
     stages = evaluated(run)
     if not stages or not run.classes:
         return None
-    rows = [*run.classes, "mIoU"]
-    with _figure(8.6, 0.9 + 0.3 * len(rows)) as figure:
+    rows = [*plot_names(run.classes), "mIoU"]
+    with _figure(8.6, 0.9 + 0.3 * len(rows), run.classes) as figure:
         axes = figure.subplots()
         values = {
             stage: [run.evaluations[stage].iou.get(name) for name in run.classes] + [run.evaluations[stage].miou]
@@ -216,9 +216,9 @@ def class_shares(run: RunFolder) -> bytes | None:
         return None
     columns = min(5, len(run.classes))
     rows = math.ceil(len(run.classes) / columns)
-    with _figure(10.6, 0.35 + 1.45 * rows) as figure:
+    with _figure(10.6, 0.35 + 1.45 * rows, run.classes) as figure:
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
-        for index, (axes, name) in enumerate(zip(grid, run.classes, strict=False)):
+        for index, (axes, name) in enumerate(zip(grid, plot_names(run.classes), strict=False)):
             for found, colour, label in ((kept, ORANGE, "has a pseudo-label"), (predicted, BLUE, "predicted")):
                 if found is not None:
                     steps, values = found
@@ -263,9 +263,9 @@ def prototype_norms(run: RunFolder) -> bytes | None:
     if found is None:
         return None
     steps, values = found
-    with _figure(5.2, 3.9) as figure:
+    with _figure(5.2, 3.9, run.classes) as figure:
         axes = figure.subplots()
-        for index, name in enumerate(run.classes):
+        for index, name in enumerate(plot_names(run.classes)):
             colour = np.array(run.palette[index]) / 255
             axes.plot(steps, values[:, index], color=colour, marker=_mark(steps), ms=4)
             lead = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 1}
@@ -306,7 +306,8 @@ def confusion(run: RunFolder) -> bytes | None:
     count = len(run.classes)
     side, many = max(3.6, 0.4 * count), count > 12  # side by side, many classes would be too small to read
     rows, columns = (len(matrices), 1) if many else (1, len(matrices))
-    with _figure(1.2 + (side + 0.2) * columns, (side + 1.5) * rows) as figure:
+    names = plot_names(run.classes)
+    with _figure(1.2 + (side + 0.2) * columns, (side + 1.5) * rows, run.classes) as figure:
         grid = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
         for axes, (stage, matrix) in zip(grid, matrices.items(), strict=True):
             share = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
@@ -316,8 +317,8 @@ def confusion(run: RunFolder) -> bytes | None:
                 value = share[row, column]
                 colour = "white" if value > 45 else INK
                 axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=colour)
-            axes.set_xticks(range(count), run.classes, rotation=45, ha="right", rotation_mode="anchor")
-            axes.set_yticks(range(count), run.classes)
+            axes.set_xticks(range(count), names, rotation=45, ha="right", rotation_mode="anchor")
+            axes.set_yticks(range(count), names)
             axes.grid(False)
             axes.tick_params(length=0)
             for spine in axes.spines.values():
@@ -338,7 +339,8 @@ def feature_map(run: RunFolder) -> bytes | None:
     points, prototypes = _plane(sample.features, sample.prototypes, unit=unit)
     colours = np.array([*run.palette, (203, 210, 217)]) / 255
     labels = np.where((sample.labels >= 0) & (sample.labels < len(run.palette)), sample.labels, len(run.palette))
-    with _figure(10.6, 4.9) as figure:
+    names = plot_names(run.classes)
+    with _figure(10.6, 4.9, run.classes) as figure:
         grid = figure.subplots(1, 2, sharex=True, sharey=True)
         for domain, (axes, title) in enumerate(zip(grid, ("source", "target"), strict=True)):
             own, other = sample.domain == domain, sample.domain != domain
@@ -360,8 +362,7 @@ def feature_map(run: RunFolder) -> bytes | None:
             axes.grid(False)
         present = [index for index in range(len(run.palette)) if (labels == index).any()]
         handles = [
-            Line2D([], [], marker="o", linestyle="", color=colours[index], label=run.classes[index])
-            for index in present
+            Line2D([], [], marker="o", linestyle="", color=colours[index], label=names[index]) for index in present
         ]
         handles.append(Line2D([], [], marker="*", linestyle="", ms=11, mfc="white", mec=INK, label="prototype"))
         figure.legend(

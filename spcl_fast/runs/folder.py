@@ -251,8 +251,11 @@ def _belongs(line: bytes, stage: str, step: int) -> bool:
 
 
 def tell(output: TextIO, line: str) -> None:
-    """Print a line. Where nobody reads any more (`| head`, a `tee` that died) training goes on, unheard."""
+    """Print a line, with escapes for letters that the output cannot show. Where nobody reads any more (`| head`, a `tee` that died)
+    training goes on, unheard.
+    """
+    encoding = getattr(output, "encoding", None) or "utf-8"
     try:
-        print(line, file=output, flush=True)
+        print(line.encode(encoding, "backslashreplace").decode(encoding), file=output, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())  # what is still in the buffer, too

@@ -31,15 +31,36 @@ def flat_settings(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix: value if value is None or isinstance(value, bool | int | float | str) else str(value)}
 
 
+CONTENT = "content"  # of an identity: path setting -> what lies there
+INPUTS = "inputs"  # of an identity: earlier stage -> hash of its settings
+_ABSENT = "(absent)"
+
+
 def settings_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """What differs, in words: `adapt.lr: 0.1 -> 0.2; seed: 0 -> 1`. Empty if nothing does.
 
-    A setting that the old ones lack counts as its default: a run of a version before that setting did what the default does.
+    A setting that the old ones lack counts as its default: a run of a version before that setting did what the default does. A path is
+    compared by what lies there where both know it: the same data in another folder are the same.
     """
-    absent = "(absent)"
     old = {**{key: default for key, default in _defaults().items() if key in new}, **old}
-    keys = [key for key in {**old, **new} if old.get(key, absent) != new.get(key, absent)]
-    return "; ".join(f"{key}: {old.get(key, absent)!r} -> {new.get(key, absent)!r}" for key in keys)
+    keys = [key for key in {**old, **new} if old.get(key, _ABSENT) != new.get(key, _ABSENT)]
+    return "; ".join(_words(key, old, new) for key in keys if _counts(key, old, new))
+
+
+def _counts(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether a difference of this key is one: content is compared where both have it, and a path where one lacks it."""
+    if key.startswith(f"{CONTENT}."):
+        return key in old and key in new
+    content = f"{CONTENT}.{key}"
+    return content not in old or content not in new
+
+
+def _words(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    section, _, name = key.partition(".")
+    if section == INPUTS and None not in (before := (old.get(key), new.get(key))) and _ABSENT not in before:
+        return f"{name} was done again with other settings"
+    shown = f"what {name} holds" if section == CONTENT else key
+    return f"{shown}: {old.get(key, _ABSENT)!r} -> {new.get(key, _ABSENT)!r}"
 
 
 @functools.cache

@@ -19,17 +19,25 @@ class Sign:
     text: str
 
 
+def _unknown(name: str) -> None:
+    return None
+
+
 def signs(
-    record: Mapping[str, Any], classes: Sequence[str], expected: Callable[[], Mapping[str, float]] = dict
+    record: Mapping[str, Any],
+    classes: Sequence[str],
+    expected: Callable[[], Mapping[str, float]] = dict,
+    setting: Callable[[str], Any] = _unknown,
 ) -> list[Sign]:
     """What a logged line of a stage shows; values of the wrong kind say nothing.
 
     expected: share of each class in the labels, asked for only where one class takes most of the pixels: where most are background, a
     net that says so is right.
+    setting: value of a setting by its dotted name, None where it is not known: what is off is not to be lowered.
     """
     stage = str(record.get("stage"))
     share, nearest = (_by_class(record.get(name), classes) for name in ("predicted_share", "prototype_nearest"))
-    found = (_one_class(stage, share, expected), _alike(nearest), *_nothing_counts(stage, record))
+    found = (_one_class(stage, share, expected, setting), _alike(nearest), *_nothing_counts(stage, record))
     return [sign for sign in found if sign is not None]
 
 
@@ -50,7 +58,12 @@ def _by_class(values: Any, classes: Sequence[str]) -> dict[str, float]:
     return dict(zip(classes, values, strict=False))
 
 
-def _one_class(stage: str, share: Mapping[str, float], expected: Callable[[], Mapping[str, float]]) -> Sign | None:
+def _one_class(
+    stage: str,
+    share: Mapping[str, float],
+    expected: Callable[[], Mapping[str, float]],
+    setting: Callable[[str], Any],
+) -> Sign | None:
     most = max(share, key=share.__getitem__, default=None)
     if most is None or not share[most] > COLLAPSED:
         return None
@@ -58,8 +71,7 @@ def _one_class(stage: str, share: Mapping[str, float], expected: Callable[[], Ma
     if share[most] <= (1 + true) / 2:  # halfway from the labels' share to all pixels
         return None
     text = f"{share[most]:.0%} of the target batch was predicted {most} in {stage}. A falling loss means nothing then. "
-    remedy = next((row.remedy for row in catalog.STAGES if row.name == stage), "Lower the learning rate")
-    return Sign("One class takes over during training", f"{text}{remedy}.")
+    return Sign("One class takes over during training", f"{text}{catalog.remedy(stage, setting)}.")
 
 
 def _alike(nearest: Mapping[str, float]) -> Sign | None:

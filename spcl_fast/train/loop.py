@@ -233,6 +233,8 @@ class _Loop:
             if stop.requested:  # a signal to the whole process group ended the data-loading processes too
                 return None
             raise
+        except KeyboardInterrupt:
+            self._interrupted(whole=True)
         finally:
             pace.waited += time.monotonic() - started
 
@@ -242,7 +244,7 @@ class _Loop:
         torch.manual_seed(step_seed(self.seed, self.stage, it, distributed.rank()))
         self.state.set_rates(schedule(it))
         self.state.remember()
-        updating, failed = False, False
+        updating, failed, interrupted = False, False, False
         try:
             values = step(move(batch, self.device), it)
             self.state.reduce_gradients()
@@ -252,6 +254,10 @@ class _Loop:
             if not memory.is_out_of_memory(error):
                 raise
             failed = True
+        except KeyboardInterrupt:  # the second one: this step is not waited for
+            interrupted = True
+        if interrupted:
+            self._interrupted(whole=not updating and self.state.forget_step())
         if failed:  # outside of `except`, whose traceback keeps the step's tensors alive
             self._out_of_memory(it, whole=not updating and self.state.forget_step())
         self.meter.add(values, it)
@@ -318,6 +324,16 @@ class _Loop:
         where = f"its state is in {self.store.paths()[0]}" if self.store.paths() else "before its first step"
         raise Interrupted(
             f"Stopped by {stop.name} at step {self.done} of {self.stage}; {where}. Start the same command again to go on."
+        )
+
+    def _interrupted(self, whole: bool) -> NoReturn:
+        """A second Ctrl-C. `whole`: the state is that before the step. Several processes save nothing: one of them waits for the others."""
+        if whole and self.done > 0 and distributed.world_size() == 1:
+            self._save()
+        paths = self.store.paths()
+        where = f"the newest state is in {paths[0]}" if paths else "there was no state to save yet"
+        raise Interrupted(
+            f"Interrupted within step {self.done} of {self.stage}; {where}. Start the same command again to go on."
         )
 
     @contextlib.contextmanager

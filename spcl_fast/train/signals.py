@@ -1,6 +1,7 @@
 """A stop asked for by a signal becomes a flag that long work reads where its state is whole.
 
-SIGTERM, SIGUSR1 (batch systems' early warning) and the first SIGINT (Ctrl-C) set the flag; a second SIGINT interrupts at once.
+SIGTERM, SIGUSR1 (batch systems' early warning), SIGHUP (a terminal that is closed; not under nohup) and the first SIGINT (Ctrl-C) set
+the flag; a second SIGINT interrupts at once, and the loop saves the state before the interrupted step.
 """
 
 from __future__ import annotations
@@ -53,9 +54,10 @@ def stop_requests() -> Iterator[StopRequest]:
         yield _current or StopRequest()
         return
     request = StopRequest()
-    before = {
-        number: signal.signal(number, request._handle) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    }
+    numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, request._handle) for number in numbers}
     _current = request
     try:
         yield request

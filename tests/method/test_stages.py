@@ -17,7 +17,7 @@ from tiny_run import STAGES, TRAINED, tiny_config
 
 from spcl_fast.compat.spcl import load_semantic_prototype, load_thres_const
 from spcl_fast.data import build_dataset, read_label_png
-from spcl_fast.errors import CheckpointError, DataError, Interrupted, NumericError
+from spcl_fast.errors import CheckpointError, ConfigError, DataError, Interrupted, NumericError
 from spcl_fast.memory_plan.peak import forecast
 from spcl_fast.method.context import Context
 from spcl_fast.method.domains import Domains, class_weight
@@ -278,6 +278,27 @@ def test_a_lean_run_logs_plan_and_phases_and_resumes_bit_for_bit(tmp_path):
     run_stages(config, stages, forecast=forecast)
     again = context.checkpoint("adapt").tensors
     assert again.keys() == whole.keys() and all(torch.equal(again[key], value) for key, value in whole.items())
+
+
+@pytest.mark.parametrize("frozen", ["true", "false"])
+def test_trained_batch_norm_with_one_value_per_channel_is_a_wrong_setting(tmp_path, frozen):
+    small = {
+        "model.name": "lite0",
+        "model.freeze_bn": frozen,
+        "source_only.augment.crop": "16,16",
+        "source.size": "32,32",
+    }
+    config = tiny_config(tmp_path, **{**small, "source_only.batch_size": "1"})
+    for work in (
+        lambda: run_stages(config, ("source_only",)),
+        lambda: run_stages(config, ("source_only",), forecast=forecast),
+        lambda: forecast(config, "source_only", 5),
+    ):
+        if frozen == "true":
+            work()
+            continue
+        with pytest.raises(ConfigError, match=r"BatchNorm.*source_only.augment.crop.*source_only.batch_size"):
+            work()
 
 
 def test_what_is_not_the_releases_is_refused_in_words(tmp_path):

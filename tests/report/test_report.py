@@ -3,6 +3,8 @@
 import json
 import re
 import sys
+import types
+import warnings
 from html.parser import HTMLParser
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from made_run import CLASSES, make_run
 
 from spcl_fast.errors import CheckpointError
-from spcl_fast.report import write_report
+from spcl_fast.report import lettering, write_report
 from spcl_fast.report.findings import findings_of
 from spcl_fast.report.pictures import label_overlay
 from spcl_fast.report.tables import iou_table
@@ -267,3 +269,45 @@ def test_a_log_of_before_plans_existed_has_no_ledger(tmp_path):
     kept = [{k: v for k, v in line.items() if k not in ("predicted_peak_bytes", "phase_peak_bytes")} for line in lines]
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, kept)) + "\n")
     assert "Memory by phase of a step" not in write_report(run).read_text()
+
+
+def renamed(folder, names):
+    """The classes of a made run under other names, in every file."""
+    new = dict(zip(CLASSES, names, strict=True))
+    for path in folder.rglob("*.json"):
+        content = json.loads(path.read_text())
+        for key in ("iou", "predicted_share", "true_share", "thresholds", "predicted_pixels", "kept_pixels"):
+            if isinstance(content.get(key), dict):
+                content[key] = {new[name]: value for name, value in content[key].items()}
+        for key in ("names", "classes"):
+            if key in content:
+                content[key] = names
+        path.write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize("last", ["天空", "سيارة", "डगर", "🚗"])
+def test_names_that_no_font_can_draw_are_numbers_in_the_plots_and_said_in_the_page(tmp_path, last):
+    names = [*CLASSES[:-1], last]
+    folder = renamed(make_run(tmp_path / "run"), names)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        page = Page(write_report(folder).read_text(encoding="utf-8"))
+    drawn = lettering.font_of(last) is not None
+    assert (f"class 7 is {last}." in page.text) is not drawn
+    assert last in page.text and "could not be drawn" not in page.text
+    assert lettering.plot_names(names)[:7] == tuple(CLASSES[:7])
+
+
+def test_a_font_that_has_the_letters_draws_them(monkeypatch):
+    entry = types.SimpleNamespace(name="Made Up", fname="made.ttf", style="normal")
+    letters = {"made.ttf": frozenset(map(ord, "天空"))}
+    real = lettering._letters
+    monkeypatch.setattr(lettering, "_letters", lambda path: letters.get(path) or real(path))
+    monkeypatch.setattr(lettering.font_manager.fontManager, "ttflist", [entry])
+    lettering.font_of.cache_clear()
+    try:
+        assert lettering.plot_names(["天空", "road", "空 x"]) == ("天空", "road", "class 2")
+        assert lettering.families(["天空", "road"]) == ["DejaVu Sans", "Made Up"]
+    finally:
+        lettering.font_of.cache_clear()

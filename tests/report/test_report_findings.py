@@ -5,6 +5,8 @@ import json
 import numpy as np
 from made_run import CLASSES, TRUE, confusion_matrix, edited, write_confusion
 
+from spcl_fast.runs.signs import signs
+
 
 def test_a_collapse_is_said_in_words(tmp_path):
     collapsed = np.zeros((8, 8), int)
@@ -78,3 +80,14 @@ def test_selection_on_target_labels_is_called_what_it_is(tmp_path):
 
     findings = edited(tmp_path, edit)
     assert findings["The checkpoint was chosen on target labels"].level == "bad"
+
+
+def test_advice_against_a_collapse_names_no_setting_that_is_there_already():
+    record = {"stage": "distill", "predicted_share": [0.99, 0.01]}
+    off, on = ({"distill.source_weight": value}.get for value in (0.0, 1.0))
+    assert "Set distill.source_weight above 0, or train for fewer" in signs(record, ["a", "b"], dict, off)[0].text
+    assert "source_weight" not in signs(record, ["a", "b"], dict, on)[0].text
+    adapted = record | {"stage": "adapt"}
+    assert "adapt.contrast_weight" not in signs(adapted, ["a", "b"], dict, {"adapt.contrast_weight": 0.0}.get)[0].text
+    assert "Lower adapt.contrast_weight, or lower adapt.lr" in signs(adapted, ["a", "b"])[0].text
+    assert "Lower the learning rate." in signs(record | {"stage": "of another version"}, ["a", "b"])[0].text

@@ -108,8 +108,9 @@ def test_done_holds_for_the_same_settings_and_names_what_differs(tmp_path):
     other = AdaptConfig(lr=1.0, augment=AugmentConfig(crop=(64, 32)))
     with pytest.raises(CheckpointError, match="finished with other settings") as caught:
         run.is_done("adapt", {"adapt": other, "inputs": {"warmup": "abd"}})
-    assert "(adapt.lr: 0.00025 -> 1.0; adapt.augment.crop: None -> [64, 32]; inputs.warmup: 'abc' -> 'abd')" in str(
-        caught.value
+    assert (
+        "(adapt.lr: 0.00025 -> 1.0; adapt.augment.crop: None -> [64, 32]; warmup was done again with other settings)"
+        in str(caught.value)
     )
 
 
@@ -278,6 +279,12 @@ def test_training_goes_on_where_nobody_reads_its_lines():
         for step in (10, 20):
             Progress("adapt", 40, 0, output).report({**RECORD, "step": step}, eta_seconds=1)
             Run("unused", output=output).say("one more")
+
+
+def test_letters_that_the_output_cannot_show_do_not_stop_training():
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    Run("unused", output=output).say("pseudo-labels: never predicted on target: 天空")
+    assert output.buffer.getvalue() == b"pseudo-labels: never predicted on target: \\u5929\\u7a7a\n"
 
 
 def test_a_plain_line_is_exactly_this():

@@ -49,12 +49,23 @@ def test_seconds_add_up_over_a_restart(tmp_path):
 
 
 def test_signal_handlers_are_put_back(tmp_path):
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
     TinyStage().fit(tmp_path, iterations=1)
-    assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    assert before == [signal.getsignal(number) for number in numbers]
 
 
-def test_a_second_interrupt_from_the_keyboard_stops_at_once(tmp_path):
+def test_a_closed_terminal_does_not_stop_what_runs_under_nohup(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stage = TinyStage()
+        stage.after_step = lambda it: os.kill(os.getpid(), signal.SIGHUP) if it == 1 else None
+        assert stage.fit(tmp_path, iterations=3).steps == 3
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_second_interrupt_from_the_keyboard_stops_at_once_and_saves_the_state_before_the_step(tmp_path, undisturbed):
     stage = TinyStage()
 
     def twice(it):
@@ -63,9 +74,12 @@ def test_a_second_interrupt_from_the_keyboard_stops_at_once(tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
 
     stage.after_step = twice
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted, match="Interrupted within step 4 of tiny; the newest state is in .*step_00000004"):
         stage.fit(tmp_path)
-    assert Run(tmp_path).checkpoints("tiny").steps() == [3]
+    assert Run(tmp_path).checkpoints("tiny").steps() == [4, 3]
+    again = TinyStage()
+    again.fit(tmp_path)
+    assert again.calls[0] == 4 and same_bits(again.state(), undisturbed[0])
 
 
 def test_a_stop_in_the_last_step_finishes_the_stage_and_still_stops_the_run(tmp_path):
