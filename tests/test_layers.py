@@ -11,6 +11,7 @@ import pytest
 
 import spcl_fast
 from spcl_fast import catalog
+from spcl_fast.runs import layout
 
 ROOT = Path(__file__).resolve().parent.parent
 # word -> words it may import; a word is a file or folder of spcl_fast/ (kernels/ lies next to it: spcl_fast.kernels)
@@ -344,3 +345,41 @@ def test_a_stage_is_named_in_the_catalog_the_schema_and_its_own_file_only():
 def test_a_stage_that_is_named_elsewhere_is_seen():
     assert named_stages("def f(run):\n    return run.done('adapt') or \"distill\"\n") == {"adapt", "distill"}
     assert not named_stages("x = run.adapt  # adapt\n")
+
+
+# who else may say such a name: the classes.json of a data set is no file of a run
+OWN_FILES = {(f"data/{name}.py", layout.CLASSES) for name in ("layouts", "build")}
+
+
+def file_names() -> set[str]:
+    """What runs/layout.py calls the files of a run, and the folder of its pictures."""
+    values = [value for name, value in vars(layout).items() if name.isupper() and isinstance(value, str)]
+    return {value for value in values if "." in value[1:]} | {layout.SAMPLES}
+
+
+def said_names(path: Path, names: set[str]):
+    """(line, name) of the strings of a file, docstrings aside, that hold a name of a run's file as a path's last part."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    texts = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in texts:
+            for name in names:
+                if node.value == name or node.value.endswith("/" + name):
+                    yield node.lineno, name
+
+
+def test_a_file_of_a_run_is_named_in_its_layout_alone():
+    top, wrong = ROOT / "spcl_fast", []
+    for path in sorted(top.rglob("*.py")):
+        where = path.relative_to(top).as_posix()
+        if where != "runs/layout.py":
+            said = [(line, name) for line, name in said_names(path, file_names()) if (where, name) not in OWN_FILES]
+            wrong += [f"{where}:{line}: {name!r}; take it from runs/layout.py" for line, name in said]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_file_name_that_stands_elsewhere_is_seen(tmp_path):
+    path = tmp_path / "x.py"
+    path.write_text('"""summary.json"""\nopen("summary.json")\nfolder / f"{stage}/done.json"\nx = "no.json"\n')
+    assert list(said_names(path, file_names())) == [(2, "summary.json"), (3, "done.json")]
+    assert {"config.yaml", "metrics.jsonl", "report_samples", "_truth.png"} <= file_names()

@@ -15,18 +15,28 @@ from ..config import load as settings
 from ..config.rules import check_config, check_domains
 from ..errors import ConfigError, DataError
 from ..runs import layout
+from . import places
 
 if TYPE_CHECKING:
     from ..config import Config, DataConfig
 
 
 def _resolve(args: argparse.Namespace, *, preset: str | None = None) -> Config | None:
-    """The checked Config of a command, or None after --print-config printed it."""
+    """The Config of a command, or None after --print-config printed it; what is printed obeys the rules that a run has."""
     config = settings.load_config(args.preset or preset, args.config, args.set, args.given)
     if args.print_config:
+        check_config(config, _stages(args, config), reading=False)
         print(settings.dump_config(config), end="")
         return None
     return config
+
+
+def _stages(args: argparse.Namespace, config: Config) -> tuple[str, ...]:
+    """The stages that a command is about to do."""
+    rounds = catalog.rounds(args.command)
+    if rounds:
+        return (rounds[getattr(args, "round", 1) - 1].name,)
+    return config.stages if args.command in ("run", "demo") else ()
 
 
 def on_stages(args: argparse.Namespace) -> int:
@@ -34,14 +44,15 @@ def on_stages(args: argparse.Namespace) -> int:
     config = _resolve(args, preset="demo" if args.command == "demo" else None)
     if config is None:
         return 0
-    rounds = catalog.rounds(args.command)
-    stages = (rounds[getattr(args, "round", 1) - 1].name,) if rounds else config.stages
+    stages, rounds = _stages(args, config), catalog.rounds(args.command)
     check_config(config, stages)
+    run = Path(config.runs_dir) / config.name
+    if os.environ.get("RANK", "0") == "0":
+        places.check_folder(run, "the run's folder")
     from ..memory_plan.peak import forecast
     from ..method.run import run_stages
 
     run_stages(config, stages, forecast=forecast, **_begins_with(args))
-    run = Path(config.runs_dir) / config.name
     if os.environ.get("RANK", "0") == "0":
         if not rounds:
             show_end(run)
@@ -72,8 +83,8 @@ def show_end(run: Path) -> None:
     from ..report.tables import iou_table
 
     report = write_report(run)
-    print(iou_table(json.loads((run / "summary.json").read_text(encoding="utf-8"))))
-    print(f"summary: {run / 'summary.json'}\nreport:  {report}")
+    print(iou_table(json.loads((run / layout.SUMMARY).read_text(encoding="utf-8"))))
+    print(f"summary: {run / layout.SUMMARY}\nreport:  {report}")
 
 
 def on_doctor(args: argparse.Namespace) -> int:
@@ -96,22 +107,32 @@ def on_plan(args: argparse.Namespace) -> None:
     if config is None:
         return
     check_config(config, ())
-    from ..memory_plan import fitting, table
+    from ..memory_plan import cards, fitting, table
 
     stages, fitted = fitting.stages_of(config, args.stage), None
     check_config(
         dataclasses.replace(config, source=_rooted(config.source), target=_rooted(config.target)), tuple(stages)
     )
-    if args.fit:
-        fitted = fitting.settings_within(config, stages, fitting.parse_bytes(args.fit))
+    card = cards.card(args.gpu) if args.gpu else None
+    if args.fit or card:
+        limit = fitting.parse_bytes(args.fit) if args.fit or card is None else card.usable_bytes
+        bf16 = not args.no_bf16 and (card is None or card.bf16)
+        fitted = fitting.settings_within(config, stages, limit, bf16=bf16, say=_progress)
         config = fitted.config
-    found = fitting.peaks(config, stages) if fitted is None else fitted.peaks
+    found = fitting.peaks(config, stages, _progress) if fitted is None else fitted.peaks
     if args.json:
         print(json.dumps(table.as_json(found, config, fitted), indent=1))
         return
     print(table.as_table(found, config))
     if fitted is not None:
-        print(f"\nfits into {args.fit}{': ' + fitted.words() if fitted.flags else ' as it is'}")
+        into = args.fit or f"{card.name if card else ''} ({limit / 2**30:g} GiB and 1 GiB to spare)"
+        print(f"\nfits into {into}{': ' + fitted.words() if fitted.flags else ' as it is'}")
+        if fitted.flags.get("loop.precision") == "bf16" and card is None:
+            print("bf16 needs a card of compute capability 8.0 (Ampere) or newer; for an older one add --no-bf16")
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _rooted(domain: DataConfig) -> DataConfig:
@@ -149,14 +170,12 @@ def on_tune(args: argparse.Namespace) -> int:
 
 def _of_trained_net(args: argparse.Namespace) -> Config | None:
     """Settings for `evaluate` and `predict`: those of the run that the weights lie in, unless others are named."""
-    from ..method.trained import run_of
-
-    run = run_of(args.weights)
+    run = layout.run_of(args.weights)
+    if not args.weights.exists() and not args.print_config:
+        raise ConfigError(f"{args.weights}: there is no such run folder, checkpoint folder or weights file.")
     if run is not None and not args.preset and not args.config:
-        args.config.append(run / "config.yaml")
+        args.config.append(run / layout.CONFIG)
     elif not args.preset and not args.config and not args.print_config:
-        if not args.weights.exists():
-            raise ConfigError(f"{args.weights}: there is no such run folder, checkpoint folder or weights file.")
         raise ConfigError(
             f"{args.weights} lies in no run folder, so the net is unknown: give --preset NAME or --config FILE.yaml."
         )
@@ -168,10 +187,13 @@ def on_evaluate(args: argparse.Namespace) -> None:
     if config is None:
         return
     check_domains(config, {"target": args.command})
+    if args.output:
+        places.check_file(args.output, "--output")
     from ..method.trained import evaluate_trained
 
     result = evaluate_trained(args.weights, config, args.stage)
     if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(result, indent=1), encoding="utf-8")
         print(f"figures: {args.output}")
 
@@ -181,6 +203,11 @@ def on_predict(args: argparse.Namespace) -> None:
     if config is None:
         return
     check_domains(config, {})
+    if not args.images.exists():
+        raise DataError(f"{args.images}: there is no such folder or image. Expected a folder of PNG or JPEG images.")
+    places.check_folder(args.output, "predict: the output folder")
+    places.check_apart(args.images, args.output)
+    from ..data.left_out import counted
     from ..method.trained import load_trained, parse_size, predict_folder
 
     size = parse_size(args.size) if args.size else config.target.eval_size
@@ -196,7 +223,7 @@ def on_predict(args: argparse.Namespace) -> None:
         follow_links=loop.follow_links,
         max_pixels=loop.max_pixels,
     )
-    print(f"{count} images: masks and overlays are in {args.output} (weights: {trained.weights})")
+    print(f"{counted(count, 'image')}: masks and overlays are in {args.output} (weights: {trained.weights})")
 
 
 def on_check_data(args: argparse.Namespace) -> int:
@@ -206,15 +233,18 @@ def on_check_data(args: argparse.Namespace) -> int:
         return 0
     sides = [args.side] if args.side else ["source", "target"]
     check_domains(config, {side: args.command for side in sides})
-    from ..data import check_data, dataset_of
+    from ..data.check import check_domain, check_same_classes
 
-    whole = True
+    reports = {}
     for side in sides:
-        domain: DataConfig = getattr(config, side)
-        for split, labels in ((domain.train_split, side == "source" or args.labels), (domain.val_split, True)):
-            reading = dataclasses.replace(config.loop, skip_bad_files=True)  # missing pairs belong into the report
-            dataset = dataset_of(domain, split, labels=labels, reading=reading)
-            report = check_data(dataset, args.samples, training=labels and split == domain.train_split)
+        training = side == "source" or args.labels
+        reading = dataclasses.replace(config.loop, skip_bad_files=True)  # missing pairs belong into the report
+        reports[side] = []
+        for report in check_domain(
+            getattr(config, side), reading, args.samples, training=training, needs=side == "source"
+        ):
             print(f"--- {side}: {report.text()}\n")
-            whole &= report.ok
-    return 0 if whole else DataError.exit_code
+            reports[side].append(report)
+    if len(sides) == 2:
+        check_same_classes(*(reports[side][0].classes for side in sides))
+    return 0 if all(report.ok for found in reports.values() for report in found) else DataError.exit_code

@@ -79,6 +79,14 @@ def _run_folder(parser: argparse.ArgumentParser) -> None:
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("stage", nargs="?", help="a stage, such as adapt (default: all of the run)")
     parser.add_argument("--fit", metavar="SIZE", help="find the fastest settings that fit into this, such as 4GiB")
+    parser.add_argument(
+        "--gpu",
+        metavar="CARD",
+        help="fit into this card, such as rtx2080ti: its memory less 1 GiB, bf16 only if it has that",
+    )
+    parser.add_argument(
+        "--no-bf16", action="store_true", help="with --fit: the card has no bfloat16 (older than Ampere)"
+    )
     parser.add_argument("--json", action="store_true", help="as JSON")
 
 

@@ -10,15 +10,18 @@ import argparse
 import io
 import os
 import sys
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from ..config import load as settings
-from ..config.values import as_text
 from ..errors import ConfigError, SpclFastError
+from ..runs import layout
 from .commands import COMMANDS, Command
+from .help import settings_help
+
+if TYPE_CHECKING:
+    from ..config import Config
 
 # import name -> the extra that brings it; torch, numpy and triton come with the package itself
 _EXTRA = {
@@ -80,8 +83,14 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Answer as for every other wrong setting: one message, exit 2."""
         unknown = message.removeprefix("unrecognized arguments: ")
-        if unknown == message or not unknown.startswith("-"):
-            raise ConfigError(f"{message.removeprefix('unrecognized arguments: ')}: {self.format_usage().strip()}")
+        if unknown == message:  # such as a missing argument
+            wanted = " ".join(str(action.metavar or action.dest) for action in self._get_positional_actions())
+            raise ConfigError(f"{message}; usage: {self.prog} {wanted} ({self.prog} -h explains)")
+        if not unknown.startswith("-"):
+            first, *rest = unknown.split()
+            known = [option.lstrip("-") for option in self._option_string_actions if option.startswith("--")]
+            meant = f"; did you mean --{' '.join([first, *rest])}?" if first in known else ""
+            raise ConfigError(f"there is no place for {unknown!r} here{meant} ({self.prog} -h explains)")
         word = unknown.split()[0].partition("=")[0]
         known = [option.lstrip("-") for option in self._option_string_actions if option.startswith("--")]
         takes_settings = "preset" in known
@@ -91,28 +100,34 @@ class _Parser(argparse.ArgumentParser):
 
 def _split(words: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
     """Settings (`--adapt.lr 1e-4`, `--seed=3`, `--skip-bad-files`) and all other words."""
-    given, others = [], []
+    given, shared, others = [], [], []
     rest = iter(range(len(words)))
     for i in rest:
         name, equals, value = words[i].removeprefix("--").partition("=")
         key = settings.canonical(name)
+        everywhere = settings.of_every_stage(key)
         if not words[i].startswith("--") or not (
-            "." in name or key in settings.all_settings() or key in settings.sections()
+            "." in name or everywhere or key in settings.all_settings() or key in settings.sections()
         ):
             others.append(words[i])
             continue
-        settings.check_setting(key, "command line")
+        if not everywhere:
+            settings.check_setting(key, "command line")
         following = words[i + 1] if i + 1 < len(words) else None
         if equals:
-            given.append((key, value))
+            text = value
         elif settings.is_flag(key) and (following is None or following.lower() not in ("true", "false")):
-            given.append((key, "true"))
+            text = "true"
         elif following is None or following.startswith("--"):
-            raise ConfigError(f"--{name}: a value is missing, expected {settings.all_settings()[key].expected()}")
+            raise ConfigError(
+                f"--{name}: a value is missing, expected {settings.all_settings()[(everywhere or [key])[0]].expected()}"
+            )
         else:
-            given.append((key, following))
+            text = following
             next(rest)
-    return given, others
+        shared += [(one, text) for one in everywhere]
+        given += [] if everywhere else [(key, text)]
+    return [*shared, *given], others  # a stage's own setting wins, wherever it stands
 
 
 def _parse(name: str, words: list[str]) -> argparse.Namespace:
@@ -121,7 +136,7 @@ def _parse(name: str, words: list[str]) -> argparse.Namespace:
     if command.sections is None:
         return parser.parse_args(words)
     if {"-h", "--help"} & set(words):
-        parser.parse_args(["-h"])
+        _parser(name, command, _named_before(words)).parse_args(["-h"])
     given, others = _split(words)
     args = parser.parse_args(others)
     if args.run_folder is not None:
@@ -133,16 +148,26 @@ def _parse(name: str, words: list[str]) -> argparse.Namespace:
 
 
 def _config_of_run(run: Path) -> Path:
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(f"--run-folder {run}: expected the folder of a run, with config.yaml in it")
-    return run / "config.yaml"
+    if not (run / layout.CONFIG).is_file():
+        raise ConfigError(f"--run-folder {run}: expected the folder of a run, with {layout.CONFIG} in it")
+    return run / layout.CONFIG
 
 
-def _parser(name: str, command: Command) -> _Parser:
+def _named_before(words: list[str]) -> Config | None:
+    """The settings of --preset and --set, for a help text that shows their values; None where no preset is named."""
+    named: dict[str, list[str]] = {"--preset": [], "--set": []}
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        option, equals, value = word.partition("=")
+        if option in named:
+            named[option].append(value if equals else following)
+    return settings.load_config(named["--preset"][-1], (), named["--set"]) if named["--preset"] else None
+
+
+def _parser(name: str, command: Command, shown: Config | None = None) -> _Parser:
     parser = _Parser(
         prog=f"spcl-fast {name}",
         description=command.summary,
-        epilog=f"example:\n  {command.example}\n{_settings_help(command)}",
+        epilog=f"example:\n  {command.example}\n{'' if command.sections is None else settings_help(command.sections, shown)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -161,21 +186,6 @@ def _parser(name: str, command: Command) -> _Parser:
     if command.arguments:
         command.arguments(parser)
     return parser
-
-
-def _settings_help(command: Command) -> str:
-    if command.sections is None:
-        return ""
-    lines = ["", "settings (--name value; default of the package in brackets, presets change it):"]
-    for key, setting in settings.all_settings().items():
-        section, dot, _ = key.partition(".")
-        if not dot or section in command.sections:
-            text = "; ".join(filter(None, [setting.about.help, " | ".join(setting.choices)]))
-            name = f"  --{key} [{as_text(setting.default)}]".ljust(48)
-            lines += textwrap.wrap(
-                f"{name} {text}", 140, subsequent_indent=" " * 49, drop_whitespace=True, break_on_hyphens=False
-            ) or [name]
-    return "\n".join(lines)
 
 
 def _top_level(argv: list[str]) -> int:

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from .. import catalog
 from ..errors import ConfigError
 from .schema import About, Config
 from .values import Setting, plain
@@ -35,6 +36,9 @@ ALIASES = {
     "selection": "evaluate.selection",
     "weights": "model.weights",
 }
+
+
+_EVERY_STAGE = ("iterations", "batch_size")  # --iterations 100 is that of every stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +85,14 @@ def canonical(name: str) -> str:
         return ALIASES[name]
     name = name.replace("-", "_")
     return ALIASES.get(name, name)
+
+
+def of_every_stage(key: str) -> list[str]:
+    """`iterations` -> `source_only.iterations`, `warmup.iterations`, ...: what every trained stage has; nothing for other names."""
+    if "." in key or key not in _EVERY_STAGE:
+        return []
+    stages = dict.fromkeys(stage.section for stage in catalog.trained())
+    return [name for section in stages if (name := f"{section}.{key}") in all_settings()]
 
 
 def suggestion(name: str, among: Iterable[str]) -> str:

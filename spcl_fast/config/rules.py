@@ -16,14 +16,17 @@ from .schema import Config, DataConfig, DistillConfig, LoopConfig, TrainConfig
 from .values import as_text
 
 
-def check_config(config: Config, stages: tuple[str, ...] | None = None) -> None:
-    """Raise ConfigError with every broken rule, if any; `stages` are those about to run (default: the config's own)."""
+def check_config(config: Config, stages: tuple[str, ...] | None = None, *, reading: bool = True) -> None:
+    """Raise ConfigError with every broken rule, if any; `stages` are those about to run (default: the config's own).
+
+    reading: their data are about to be read, so each domain needs its folder.
+    """
     stages = config.stages if stages is None else stages
     rows = [stage for stage in catalog.STAGES if stage.name in stages]
     problems = [*_values(config), *_scales(config), *_windows(config), *_run(config)]
     for section in dict.fromkeys(stage.section for stage in rows):
         problems += _stage(config, section, getattr(config, section))
-    first = {side: [stage.name for stage in rows if side in stage.reads] for side in ("source", "target")}
+    first = {side: [stage.name for stage in rows if side in stage.reads and reading] for side in ("source", "target")}
     problems += _domains(config, {side: readers[0] for side, readers in first.items() if readers})
     _refuse(problems)
 

@@ -75,7 +75,7 @@ class AugmentConfig:
 
     crop: tuple[int, int] | None = setting(None, "size of a random crop; null: none", least=1)
     scale: tuple[float, float] = setting((1.0, 1.0), "factor on `size`, drawn uniformly in the logarithm", above=0)
-    flip: float = setting(0.0, "probability", least=0, most=1)
+    flip: float = setting(0.0, "probability of the mirror image", least=0, most=1)
     jitter: float = setting(0.0, "strength of brightness, contrast and saturation; hue gets a quarter", least=0)
     blur: float = setting(0.0, "probability of a Gaussian blur", least=0, most=1)
     rare_crop: float = setting(0.0, "probability that a rare class is at a crop's centre", least=0, most=1)

@@ -17,9 +17,13 @@ from .dataset import Dataset, FileDataset, Joined, Problem
 from .files import MAX_PIXELS, Search, inside, read_ids, searching
 from .label_names import LabelBelow, missing_label
 from .layouts import Layout, ids_reader
-from .left_out import labels_without_image, left_out_images
+from .left_out import counted, labels_without_image, left_out_images
 
 log = logging.getLogger("spcl_fast.data")
+
+
+class UnlabelledError(DataError):
+    """Not one image of a split has a label: meant for a target, a mistake for a source."""
 
 
 def build_dataset(
@@ -153,6 +157,10 @@ def _pair(
             problems.append(Problem(name, str(error)))
             continue
         images[name] = path
+    if without and without == len(problems) and not images:
+        raise UnlabelledError(
+            f"{kind} {root}, split {split!r}: none of {counted(without, 'image')} has a label. {problems[0].what}"
+        )
     if problems and (not skip_bad_files or not images):
         more = f" ({len(problems)} files of {len(layout.images)} have such a problem.)" if len(problems) > 1 else ""
         advice = (

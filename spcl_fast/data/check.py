@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from .. import catalog
+from ..config import DataConfig, LoopConfig
 from ..errors import DataError
+from .build import UnlabelledError, dataset_of
 from .census import Census
 from .dataset import Dataset, Problem
+from .left_out import counted
 
 
 @dataclass
@@ -41,7 +45,7 @@ class DataReport:
 
     def text(self, most: int = 20) -> str:
         """A table for people; at most `most` problems are spelt out."""
-        lines = [f"{self.kind}, split {self.split!r}: {self.images} images, {self.checked} checked"]
+        lines = [f"{self.kind}, split {self.split!r}: {counted(self.images, 'image')}, {self.checked} checked"]
         lines.append(
             "sizes: "
             + ", ".join(f"{w}x{h} ({n})" for (w, h), n in self.sizes.most_common(6))
@@ -61,7 +65,7 @@ class DataReport:
                 "ids that this data set is not known to hold, counted as ignored: "
                 + ", ".join(f"{k} ({n} pixels)" for k, n in sorted(self.unknown.items()))
             )
-        lines += ["", f"{len(self.problems)} problems" if self.problems else "no problems"]
+        lines += ["", counted(len(self.problems), "problem") if self.problems else "no problems"]
         lines += [f"- {problem.name}: {problem.what}" for problem in self.problems[:most]]
         if len(self.problems) > most:
             lines.append(f"... and {len(self.problems) - most} more")
@@ -112,6 +116,34 @@ def check_data(dataset: Dataset, num_samples: int | None = None, *, training: bo
         if not partly and (training or finding.kind in ("nothing", "unknown")):
             report.problems.append(Problem("labels", finding.text))
     return report
+
+
+def check_domain(
+    domain: DataConfig, reading: LoopConfig, num_samples: int | None, *, training: bool, needs: bool
+) -> Iterator[DataReport]:
+    """Reports of both splits of a domain. training: the labels of its training images are looked at, too.
+
+    needs: nothing works without labels; else validation images without any are no problem, as nothing but the scores needs them.
+    """
+    yield check_data(
+        dataset_of(domain, domain.train_split, labels=training, reading=reading), num_samples, training=training
+    )
+    try:
+        dataset = dataset_of(domain, domain.val_split, reading=reading)
+    except UnlabelledError:
+        if needs:
+            raise
+        dataset = dataset_of(domain, domain.val_split, labels=False, reading=reading)
+    yield check_data(dataset, num_samples, training=False)
+
+
+def check_same_classes(source: Sequence[str], target: Sequence[str]) -> None:
+    """Raise DataError where the domains have different classes: their ids would mean different things."""
+    if tuple(source) != tuple(target):
+        raise DataError(
+            f"source and target have different classes: {', '.join(source)} and {', '.join(target)}. "
+            "Give both domains the same ones: source.classes and target.classes may name one JSON file with a table for each."
+        )
 
 
 def _is_files(dataset: Dataset) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .dataset import Dataset
+from .left_out import counted
 
 
 def content_of(dataset: Dataset) -> str | None:
@@ -46,4 +47,4 @@ def _summary(lines: Iterable[str], what: str) -> str | None:
     if not lines:
         return None
     digest = hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
-    return f"{len(lines)} {what}{'' if len(lines) == 1 else 's'}, {digest[:16]}"
+    return f"{counted(len(lines), what)}, {digest[:16]}"

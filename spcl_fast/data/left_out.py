@@ -68,8 +68,13 @@ def _is_picture(path: Path) -> bool:
     return start.startswith(_FIRST_BYTES) or start[:4] == b"RIFF" and start[8:12] == b"WEBP"
 
 
+def counted(number: int, what: str) -> str:
+    """1 image, 2 images."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def _count(files: list, what: str = "file") -> str:
-    return f"{len(files)} {what}{'' if len(files) == 1 else 's'}"
+    return counted(len(files), what)
 
 
 def _listed(names: Iterable[str]) -> str:

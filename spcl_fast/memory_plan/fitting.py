@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from .. import catalog
@@ -41,9 +42,22 @@ def _stage(named: str) -> catalog.Stage:
     return found[0]
 
 
-def peaks(config: Config, stages: list[str]) -> list[PeakMemory]:
+def silent(line: str) -> None:
+    pass
+
+
+def peaks(config: Config, stages: list[str], say: Callable[[str], None] = silent) -> list[PeakMemory]:
+    """say: hears which stage is being counted, which can take many seconds."""
     num_classes = num_classes_of(config)
-    return [peak_memory(config, stage, num_classes=num_classes) for stage in stages]
+    return [_counted(config, stage, num_classes, f"{at} of {len(stages)}", say) for at, stage in enumerate(stages, 1)]
+
+
+def _counted(config: Config, stage: str, num_classes: int, at: str, say: Callable[[str], None]) -> PeakMemory:
+    start = time.monotonic()
+    say(f"counting {stage} ({at}) ...")
+    found = peak_memory(config, stage, num_classes=num_classes)
+    say(f"  {found.peak_bytes / GIB:.2f} GiB ({time.monotonic() - start:.0f} s)")
+    return found
 
 
 # ---- settings that fit ---------------------------------------------------------------------------------------------------------------
@@ -61,27 +75,32 @@ class Fitted:
         return " ".join(f"--{key} {as_text(value)}" for key, value in self.flags.items())
 
 
-def settings_within(config: Config, stages: list[str], limit_bytes: int) -> Fitted:
+def settings_within(
+    config: Config, stages: list[str], limit_bytes: int, *, bf16: bool = True, say: Callable[[str], None] = silent
+) -> Fitted:
     """The settings with the fewest operations a step whose peak is within the limit, at the largest images for which there are any.
 
     Tried in this order, each on top of what is given: nothing; gradients absorbed; bfloat16; then recomputation, parts of the batch, both
     (the one that fits with the fewest counted operations); offload; smaller images. Raises ConfigError that names the least peak found.
+    bf16: whether the card has bfloat16. say: hears what is being counted.
     """
     trained = [stage for stage in stages if _trains(stage)] or stages
     num_classes = num_classes_of(config)
 
     @functools.cache
     def of(changed: Config, stage: str) -> PeakMemory:
-        return peak_memory(changed, stage, num_classes=num_classes)
+        tried.append(stage)
+        return _counted(changed, stage, num_classes, f"trial {len(tried)}", say)
 
+    tried: list[str] = []
     hungry = max((of(config, stage) for stage in trained), key=lambda p: p.peak_bytes).stage
     least: PeakMemory | None = None
     for scale in _SCALES:
-        for group in _candidates(config, trained, scale):
-            tried = [(flags, of(apply_flags(config, flags), hungry)) for flags in group]
-            smallest = min((p for _, p in tried), key=lambda p: p.peak_bytes)
+        for group in _candidates(config, trained, scale, bf16=bf16):
+            peaks_of = [(flags, of(apply_flags(config, flags), hungry)) for flags in group]
+            smallest = min((p for _, p in peaks_of), key=lambda p: p.peak_bytes)
             least = smallest if least is None or smallest.peak_bytes < least.peak_bytes else least
-            fitting = [(flags, p) for flags, p in tried if p.peak_bytes <= limit_bytes]
+            fitting = [(flags, p) for flags, p in peaks_of if p.peak_bytes <= limit_bytes]
             for flags, _ in sorted(fitting, key=lambda pair: pair[1].flops):
                 changed = apply_flags(config, flags)
                 found = [of(changed, stage) for stage in stages]
@@ -97,7 +116,7 @@ def settings_within(config: Config, stages: list[str], limit_bytes: int) -> Fitt
     )
 
 
-def _candidates(config: Config, stages: list[str], scale: float) -> Iterator[list[dict[str, Any]]]:
+def _candidates(config: Config, stages: list[str], scale: float, *, bf16: bool) -> Iterator[list[dict[str, Any]]]:
     """Groups of flags, the cheapest group first."""
     base: dict[str, Any] = {} if scale == 1 else _smaller(config, scale)
     if scale == 1:
@@ -107,8 +126,11 @@ def _candidates(config: Config, stages: list[str], scale: float) -> Iterator[lis
         base = base | {"loop.absorb_gradients": True}
         if scale == 1:
             yield [base]
-    base = base | {"loop.precision": "bf16"}
-    yield [base]
+    if bf16:
+        base = base | {"loop.precision": "bf16"}
+        yield [base]
+    elif scale != 1:
+        yield [base]
     recomputed = base | {"loop.checkpoint": "auto"}
     parts = min((train.batch_size for train in trains), default=1)
     divided = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from .. import catalog
 from ..config import Config
 from ..config.load import all_settings
 from ..data import ClassSet, Dataset
+from ..data.build import UnlabelledError
 from ..data.content import content_of, content_of_path
 from ..errors import CheckpointError, DataError
 from ..models import SegmentationModel
@@ -45,16 +47,28 @@ class Context:
     def nets(self) -> Nets:
         return Nets(self.config, len(self.classes), self.device, self.precision)
 
-    @property
+    @functools.cached_property
     def evaluation_data(self) -> Dataset | None:
-        """The target's labelled validation images, or None where it has none."""
+        """The target's labelled validation images, or None where it has none, which is said once."""
+        split = self.config.target.val_split
         try:
             return self.domains.dataset("target", "val")
-        except DataError as error:
+        except UnlabelledError:
             self.run.say(
-                f"not evaluated: the target's {self.config.target.val_split!r} split cannot be read with labels: {error}"
+                f"not evaluated: the target's {split!r} split has no labels, so there are pictures and no scores"
             )
-            return None
+        except DataError as error:
+            self.run.say(f"not evaluated: the target's {split!r} split cannot be read with labels: {error}")
+        return None
+
+    @functools.cached_property
+    def pictured(self) -> Dataset | None:
+        """The target's images whose predictions the report shows: of those that are evaluated, else of those without labels."""
+        dataset = self.evaluation_data
+        for split in ("val", "train"):
+            with contextlib.suppress(DataError):
+                dataset = dataset or self.domains.dataset("target", split, labels=False)
+        return None if dataset is None else self.domains.pictured(dataset)
 
     # --- stages ---------------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import distributed
 from ..config import AugmentConfig, Config, TrainConfig
 from ..data import Batch, ClassSet, Dataset, class_frequency, dataset_of, train_batches
+from ..data.check import check_same_classes
 from ..data.statistics import rarity
 from ..errors import DataError
 from ..runs.identity import step_seed
@@ -35,11 +36,7 @@ class Domains:
     def classes(self) -> ClassSet:
         """The classes of both domains. Raises DataError where they differ: their ids would mean different things."""
         source, target = self.dataset("source", "train").classes, self.dataset("target", "train", labels=False).classes
-        if source.names != target.names:
-            raise DataError(
-                f"source and target have different classes: {', '.join(source.names)} and {', '.join(target.names)}. "
-                "Give both domains the same ones: source.classes and target.classes may name one JSON file with a table for each."
-            )
+        check_same_classes(source.names, target.names)
         return source
 
     def unlabelled_target(self) -> Dataset:

@@ -7,22 +7,29 @@ from collections.abc import Callable
 import numpy as np
 
 from .. import distributed
-from ..data import write_label_png
+from ..data import Dataset, eval_batches, write_label_png
+from ..data.left_out import counted
 from ..errors import DataError
 from ..models import SegmentationModel
 from ..runs import layout
 from ..runs.tensorfile import replace_tensors
-from ..train.evaluate import evaluate_model, mean_text
+from ..train.evaluate import evaluate_model, label_map, mean_text, predict_logits
 from ..train.windows import windows_of
 from .context import Context
 
 
 def evaluate_stage(context: Context, stage: str, model: SegmentationModel) -> None:
-    """Write the stage's evaluation.json and a few predictions for the report. The main process works; the others wait."""
+    """Write the stage's evaluation.json and a few predictions for the report. The main process works; the others wait.
+
+    Without labels of the target there are predictions alone.
+    """
     dataset, run = context.evaluation_data, context.run
+    if distributed.is_main() and dataset is None and context.pictured is not None:
+        _predict_pictured(context, stage, model, context.pictured)
     if distributed.is_main() and dataset is not None:
         evaluate = context.config.evaluate
-        shown = {*context.domains.pictured(dataset).names}
+        assert context.pictured is not None  # some of what is evaluated
+        shown = {*context.pictured.names}
 
         def keep(index: int, name: str, predicted: Callable[[], np.ndarray]) -> None:
             context.stop.raise_if_requested(f"evaluating {stage}")
@@ -44,8 +51,25 @@ def evaluate_stage(context: Context, stage: str, model: SegmentationModel) -> No
         )
         run.write_json(layout.of_stage(stage, layout.EVALUATION), scores.as_json())
         count = len(dataset.spread(evaluate.images))
-        run.say(f"{stage}: {mean_text(scores.miou)} on {count} target validation images")
+        run.say(f"{stage}: {mean_text(scores.miou)} on {counted(count, 'target validation image')}")
     distributed.barrier()
+
+
+def _predict_pictured(context: Context, stage: str, model: SegmentationModel, dataset: Dataset) -> None:
+    evaluate, mode = context.config.evaluate, model.training
+    model.eval()
+    try:
+        for image, _, name in eval_batches(dataset, context.config.target.eval_size, labels=False):
+            context.stop.raise_if_requested(f"predicting with {stage}")
+            logits = predict_logits(
+                model, image.to(context.device), name, tta=evaluate.tta, windows=windows_of(evaluate)
+            )
+            predicted = label_map(logits, (image.shape[2], image.shape[3]))
+            write_label_png(
+                context.run.path(stage, layout.PREDICTIONS, f"{name}.png"), predicted, context.classes.palette
+            )
+    finally:
+        model.train(mode)
 
 
 def keep_best(context: Context, stage: str, model: SegmentationModel, done: int) -> None:

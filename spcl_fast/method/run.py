@@ -12,6 +12,7 @@ from ..config import Config
 from ..config.load import dump_config
 from ..runs import layout
 from ..train import memory
+from ..train.device import crowded
 from ..train.signals import stop_requests
 from .accept import accept, as_ran, fork
 from .context import Context
@@ -49,6 +50,8 @@ def run_stages(
             rows = [row for row in catalog.STAGES if row.name in wanted]
             accept(context, rows, redo)
             _introduce(context, rows)
+            if context.device.type == "cpu" and (warning := crowded()) is not None:
+                context.run.say(warning)
             for row in rows:
                 memory.reset_peak(context.device)
                 _do(context, row, forecast)

@@ -51,9 +51,9 @@ def keep_samples(context: Context, model: SegmentationModel, prototypes: Tensor)
 
 
 def _keep_pictures(context: Context) -> None:
-    if context.evaluation_data is None:
+    run, dataset = context.run, context.pictured
+    if dataset is None:
         return
-    run, dataset = context.run, context.domains.pictured(context.evaluation_data)
     for index, name in enumerate(dataset.names):
         try:
             image, label = dataset.load(index)
@@ -61,8 +61,8 @@ def _keep_pictures(context: Context) -> None:
             if not dataset.skip_bad_files:
                 raise
             continue  # the evaluation has no prediction of it either
-        assert label is not None  # evaluation_data has labels
         path = run.path(layout.SAMPLES, name + layout.IMAGE_SUFFIX)
         path.parent.mkdir(parents=True, exist_ok=True)
         (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(path)
-        write_label_png(run.path(layout.SAMPLES, name + layout.TRUTH_SUFFIX), label, context.classes.palette)
+        if label is not None:
+            write_label_png(run.path(layout.SAMPLES, name + layout.TRUTH_SUFFIX), label, context.classes.palette)

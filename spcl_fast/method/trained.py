@@ -17,7 +17,7 @@ from ..config import Config
 from ..config.schema import EvaluateConfig
 from ..data.classes import CITYSCAPES_16, CITYSCAPES_19, THIRTEEN_OF_SIXTEEN, ClassSet, read_classes
 from ..data.files import MAX_PIXELS, Search, find_images, inside, read_image, searching
-from ..data.left_out import left_out_images
+from ..data.left_out import counted, left_out_images
 from ..data.palette import overlay, write_label_png
 from ..errors import CheckpointError, ConfigError, DataError
 from ..runs import layout
@@ -34,14 +34,6 @@ class Trained:
     classes: ClassSet
     weights: Path
     device: torch.device
-
-
-def run_of(path: Path) -> Path | None:
-    """The run folder that `path` is or lies in, if any."""
-    for folder in (path, *path.resolve().parents):
-        if (folder / layout.CONFIG).is_file():
-            return folder
-    return None
 
 
 def final_first() -> tuple[str, ...]:
@@ -101,7 +93,7 @@ def load_trained(path: Path, config: Config, stage: str | None = None) -> Traine
 
 def _classes(path: Path, config: Config) -> ClassSet:
     """The names and colours that the run kept, so that a net works where its training data is not; else those of the target's data set."""
-    run = run_of(path)
+    run = layout.run_of(path)
     if run is not None and (run / layout.CLASSES).is_file():
         return read_classes(run / layout.CLASSES)[0]
     if config.target.classes is not None:
@@ -161,7 +153,7 @@ def _cell(percent: float | None) -> str:
 
 def _score_table(result: dict[str, Any]) -> str:
     lines = [
-        f"{result['weights']} on {result['images']} images",
+        f"{result['weights']} on {counted(result['images'], 'image')}",
         f"{'class':<16}{'IoU':>7}{'predicted':>12}{'true':>9}",
     ]
     for name, iou in result["iou"].items():
@@ -218,13 +210,13 @@ def predict_folder(
     done = 0
     for name, image in _readable(files, root, skip_bad_files, search, max_pixels, say):
         labels = predict_image(trained, image, size, evaluate, name)
-        write_label_png(output / "masks" / f"{name}.png", labels, trained.classes.palette)
-        target = output / "overlays" / f"{name}.png"
+        write_label_png(output / layout.MASKS / f"{name}.png", labels, trained.classes.palette)
+        target = output / layout.OVERLAYS / f"{name}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(overlay(np.asarray(image), labels, trained.classes.palette)).save(target)
         done += 1
         if done % 50 == 0:
-            say(f"{done} of {len(files)} images")
+            say(f"{done} of {counted(len(files), 'image')}")
     names = {
         "names": trained.classes.names,
         "palette": trained.classes.palette,
@@ -255,7 +247,7 @@ def _readable(
             skipped += 1
             say(f"skipped: {error}")
     if skipped:
-        say(f"{skipped} of {len(files)} images skipped")
+        say(f"{skipped} of {counted(len(files), 'image')} skipped")
 
 
 @torch.inference_mode()

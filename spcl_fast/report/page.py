@@ -11,6 +11,7 @@ import jinja2
 
 from .. import catalog
 from ..errors import CheckpointError
+from ..runs import layout
 from ..runs.reading import RunFolder, number, read_run
 from . import memory_rows as memory
 from . import pictures, plots
@@ -42,8 +43,8 @@ def write_report(run_folder: Path | str) -> Path:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a run folder: there is no such folder. Expected one such as runs/demo.")
     page = render(read_run(folder))
-    path = folder / "report.html"
-    part = path.with_name(f".report.html.{os.getpid()}.part")
+    path = folder / layout.REPORT
+    part = path.with_name(f".{layout.REPORT}.{os.getpid()}.part")
     try:
         part.write_text(page, encoding="utf-8")
         os.replace(part, path)

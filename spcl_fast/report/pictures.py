@@ -13,6 +13,7 @@ from PIL import Image
 
 from .. import catalog
 from ..data.palette import overlay, read_label_png
+from ..runs import layout
 from ..runs.reading import RunFolder
 
 WIDTH = 480  # of a picture in the report, in pixels: four of them stand side by side
@@ -47,24 +48,32 @@ def data_uri(data: bytes, kind: str) -> str:
 
 
 def samples(run: RunFolder) -> list[tuple[str, list[Picture]]]:
-    """For every saved validation image: its name, and image | baseline | final net | truth."""
-    nets = [stage for stage in (run.baseline, run.final) if stage]
+    """For every saved image of the target: its name, and image | baseline | final net | truth, where there is one."""
+    nets = [stage for stage in (run.baseline, run.final) if stage] or _unscored(run)
     rows = []
-    folder = run.folder / "report_samples"
-    for path in sorted(folder.rglob("*_image.png")):
-        name = path.relative_to(folder).as_posix().removesuffix("_image.png")
+    folder = run.folder / layout.SAMPLES
+    with_truth = any(folder.rglob(f"*{layout.TRUTH_SUFFIX}"))
+    for path in sorted(folder.rglob(f"*{layout.IMAGE_SUFFIX}")):
+        name = path.relative_to(folder).as_posix().removesuffix(layout.IMAGE_SUFFIX)
         try:
             with Image.open(path) as opened:
                 image = np.asarray(_shrunk(opened.convert("RGB")))
         except OSError as error:
-            run.missing.append(f"report_samples/{name}_image.png cannot be read ({error}); this picture was left out")
+            run.missing.append(f"{path.relative_to(run.folder)} cannot be read ({error}); this picture was left out")
             continue
-        labels = [(catalog.title(stage), run.folder / stage / "predictions" / f"{name}.png") for stage in nets]
-        labels.append(("truth", folder / f"{name}_truth.png"))
+        labels = [(catalog.title(stage), run.folder / stage / layout.PREDICTIONS / f"{name}.png") for stage in nets]
+        labels += [("truth", folder / f"{name}{layout.TRUTH_SUFFIX}")] * with_truth
         row = [Picture("target image", _jpeg(image))]
         row += [Picture(caption, _overlaid(run, image, file)) for caption, file in labels]
         rows.append((name, row))
     return rows
+
+
+def _unscored(run: RunFolder) -> list[str]:
+    """Baseline and final net of a run whose target has no labels: the first and the last one that left predictions."""
+    order = (*catalog.with_role("baseline", "start"), *catalog.with_role("result"))
+    there = [row.name for row in order if (run.folder / row.name / layout.PREDICTIONS).is_dir()]
+    return list(dict.fromkeys([*there[:1], *there[-1:]]))
 
 
 def _overlaid(run: RunFolder, image: np.ndarray, path: Path) -> str | None:

@@ -42,6 +42,10 @@ THRESHOLDS = "thresholds.json"
 STATE = "state.json"
 MANIFEST = "manifest.json"
 
+# of `spcl-fast predict`, in the folder that it writes
+MASKS = "masks"
+OVERLAYS = "overlays"
+
 PHASES = ("data", "forward", "loss", "backward", "step")  # of one training step, in order
 
 
@@ -65,6 +69,14 @@ COLUMNS = frozenset(LogLine.__annotations__)
 def folder_of(config: Config) -> Path:
     """The run folder of these settings."""
     return Path(config.runs_dir) / config.name
+
+
+def run_of(path: Path) -> Path | None:
+    """The run folder that `path` is or lies in, if any."""
+    for folder in (path, *path.resolve().parents):
+        if (folder / CONFIG).is_file():
+            return folder
+    return None
 
 
 def of_stage(stage: str, name: str) -> str:

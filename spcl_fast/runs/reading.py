@@ -241,21 +241,23 @@ def _say_what_is_missing(run: RunFolder) -> None:
     say = run.missing.append
     absent = [stage for stage in NETS if stage not in run.evaluations]
     started = [stage for stage in absent if stage in run.metrics or stage in run.done]
+    unscored = [NETS[stage][1] for stage in started if stage in run.done]
+    if unscored:
+        say(f"scores of {', '.join(unscored)}: the target has no labelled validation images")
     for stage in started:
-        where = (
-            "finished but was not evaluated: the target has no labelled validation images"
-            if stage in run.done
-            else (
-                f"stopped after step {run.metrics[stage][-1]['step']}; the same command goes on from its last checkpoint"
+        if stage not in run.done:
+            step = run.metrics[stage][-1]["step"]
+            say(
+                f"{NETS[stage][1]}: the stage stopped after step {step}; the same command goes on from its last checkpoint"
             )
-        )
-        say(f"{NETS[stage][1]}: the stage {where}")
     for row in catalog.trained():
         if row.absent and row.name in absent and row.name not in started:
             say(f"{row.title}: {row.absent} (stage {row.name})")
     if not run.metrics:
         say(f"{layout.METRICS}: no logged step, so there are no curves")
+    adapted = any(row.name in run.done for row in catalog.with_role("result"))
+    later = "" if adapted else " (written when adaptation ends)"
     if run.features is None and not any(layout.FEATURES in line for line in run.missing):
-        say(f"{layout.FEATURES}: no sample of features (written when adaptation ends)")
+        say(f"{layout.FEATURES}: no sample of features{later}")
     if not list(run.folder.glob(f"{layout.SAMPLES}/**/*{layout.IMAGE_SUFFIX}")):
-        say(f"{layout.SAMPLES}: no pictures (written when adaptation ends)")
+        say(f"{layout.SAMPLES}: no pictures{later}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,8 +24,14 @@ class Precision:
     def __post_init__(self) -> None:
         if self.name not in ("fp32", "bf16"):
             raise ConfigError(f"loop.precision: {self.name!r} is not known; expected fp32 or bf16.")
-        if self.name == "bf16" and self.device.type == "cuda" and not torch.cuda.is_bf16_supported():
-            raise ConfigError(f"loop.precision: {torch.cuda.get_device_name(self.device)} has no bfloat16; use fp32.")
+        if (
+            self.name == "bf16"
+            and self.device.type == "cuda"
+            and not torch.cuda.is_bf16_supported(including_emulation=False)
+        ):
+            raise ConfigError(
+                f"loop.precision: {torch.cuda.get_device_name(self.device)} has no bfloat16 (compute capability 8.0 or newer has); use fp32."
+            )
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.name == "fp32":
@@ -66,3 +73,22 @@ def move(batch: Any, device: torch.device) -> Any:
             batch, **{field.name: move(getattr(batch, field.name), device) for field in dataclasses.fields(batch)}
         )
     return batch
+
+
+def crowded(load: float | None = None) -> str | None:
+    """What to say where threads of torch will wait for each other, because other processes keep the machine busy; None where they will not.
+
+    load: processes that want to run, averaged over a minute; None: as the system says.
+    """
+    threads, cores = (
+        torch.get_num_threads(),
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+    )
+    if load is None:
+        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if threads < 2 or "OMP_NUM_THREADS" in os.environ or load + threads <= 1.5 * cores:
+        return None
+    return (
+        f"warning: other processes keep this machine busy (load {load:.1f} on {cores} cores), and {threads} threads that wait for each "
+        "other can be several times slower than one. Wait until it is idle, or set OMP_NUM_THREADS=1."
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -100,6 +101,25 @@ def test_predict_follows_no_link_out_of_the_folder(run, images, tmp_path, capsys
     assert "leads out of" in capsys.readouterr().err
 
 
+def test_predict_follows_links_and_raises_the_size_limit_where_it_is_told_to(run, images, tmp_path, capsys):
+    elsewhere = tmp_path / "blobs"
+    elsewhere.mkdir()
+    (images / "a.png").rename(elsewhere / "0123")
+    (images / "a.png").symlink_to(elsewhere / "0123")
+    (images / "deeper").rename(tmp_path / "deeper")
+    (images / "linked").symlink_to(tmp_path / "deeper")
+    out, words = tmp_path / "out", ["predict", str(run / "weights"), str(images), str(tmp_path / "out")]
+    assert main([*words, "--skip-bad-files"]) == 0 and not (out / "masks" / "a.png").exists()
+    said = capsys.readouterr().out
+    assert "linked" in said and "--follow-links" in said and said.startswith(str(images))
+    assert main([*words, "--follow-links"]) == 0
+    assert (out / "masks" / "a.png").is_file() and (out / "masks" / "linked" / "grey.png").is_file()
+    assert main([*words, "--follow-links", "--loop.max_pixels", "1000"]) == 3
+    err = capsys.readouterr().err
+    assert "a.png" in err and "--loop.max_pixels 1961" in err
+    assert main([*words, "--follow-links", "--loop.max_pixels", "1961"]) == 0
+
+
 # ---------------------------------------------------------------------------------------------- check-data
 
 
@@ -133,6 +153,28 @@ def test_check_data_exits_3_for_a_missing_label_and_an_unknown_id(folders, tmp_p
     assert "77 (48 pixels)" in out and "target" not in out
     assert main(["check-data", "--preset", "folders", "--side", "target"]) == 2
     assert "--target.root" in capsys.readouterr().err
+
+
+def test_check_data_refuses_two_lists_of_classes_as_run_does(folders, tmp_path, capsys):
+    (tmp_path / "target" / "classes.json").write_text(json.dumps({"names": ["road", "sky"], "palette": PALETTE[:2]}))
+    said = {}
+    for words in (
+        ["check-data", *folders],
+        ["run", *folders, "--loop.device", "cpu", "--runs_dir", str(tmp_path / "runs")],
+    ):
+        assert main(words) == 3
+        said[words[0]] = capsys.readouterr().err.split(": ", 1)[1]
+    assert "source and target have different classes: road, sky, car and road, sky" in said["check-data"] == said["run"]
+
+
+def test_check_data_takes_a_target_without_labels_as_it_is(folders, tmp_path, capsys):
+    shutil.rmtree(tmp_path / "target" / "labels")
+    assert main(["check-data", *folders]) == 0
+    out = capsys.readouterr().out
+    assert out.count("labels: none used") == 2 and "Give every image a label" not in out
+    shutil.rmtree(tmp_path / "source" / "labels" / "val")
+    assert main(["check-data", *folders]) == 3
+    assert "none of 1 image has a label" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------- evaluate

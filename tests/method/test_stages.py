@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_run import STAGES, TRAINED, tiny_config
+from tiny_run import STAGES, TRAINED, save_scenes, tiny_config
 
 from spcl_fast.compat.spcl import load_semantic_prototype, load_thres_const
 from spcl_fast.data import build_dataset, read_label_png
@@ -24,6 +24,7 @@ from spcl_fast.method.domains import Domains, class_weight
 from spcl_fast.method.prototypes import read_prototypes
 from spcl_fast.method.run import run_stages
 from spcl_fast.method.training import warn_of_collapse
+from spcl_fast.report import write_report
 from spcl_fast.runs.folder import Run
 from spcl_fast.runs.signs import signs
 from spcl_fast.runs.tensorfile import replace_tensors
@@ -278,6 +279,21 @@ def test_a_lean_run_logs_plan_and_phases_and_resumes_bit_for_bit(tmp_path):
     run_stages(config, stages, forecast=forecast)
     again = context.checkpoint("adapt").tensors
     assert again.keys() == whole.keys() and all(torch.equal(again[key], value) for key, value in whole.items())
+
+
+def test_a_target_without_labels_has_pictures_of_every_net_and_is_said_to_be_so_once(tmp_path, capsys):
+    root = save_scenes(tmp_path / "target", "generated_target")
+    shutil.rmtree(root / "labels")
+    config = tiny_config(tmp_path, **{"target.dataset": "folders", "target.root": str(root)})
+    run_stages(config, ("source_only", "prototypes", "pseudo_labels", "adapt"))
+    assert capsys.readouterr().out.count("not evaluated: the target's 'val' split has no labels") == 1
+    run = Context(config).run
+    for stage in ("source_only", "adapt"):
+        assert {path.name for path in run.path(stage, "predictions").glob("*.png")} == {"0.png", "2.png"}
+    page = write_report(run.folder).read_text()
+    assert "Images of the target, which has no labels." in page and "No pictures were saved." not in page
+    assert "written when adaptation ends" not in page
+    assert page.count("the target has no labelled validation images") == 1
 
 
 @pytest.mark.parametrize("frozen", ["true", "false"])
