@@ -80,11 +80,11 @@ def _begins_with(args: argparse.Namespace) -> dict[str, Any]:
 def show_end(run: Path) -> None:
     """The end of a whole run: table, summary, report."""
     from ..report import write_report
-    from ..report.tables import iou_table
+    from ..report.tables import gain_note, iou_table
 
-    report = write_report(run)
-    print(iou_table(json.loads((run / layout.SUMMARY).read_text(encoding="utf-8"))))
-    print(f"summary: {run / layout.SUMMARY}\nreport:  {report}")
+    report, summary = write_report(run), json.loads((run / layout.SUMMARY).read_text(encoding="utf-8"))
+    print(iou_table(summary))
+    print(f"{gain_note(summary)}summary: {run / layout.SUMMARY}\nreport:  {report}")
 
 
 def on_doctor(args: argparse.Namespace) -> int:

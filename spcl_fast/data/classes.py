@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +31,18 @@ class ClassSet:
 
     def __len__(self) -> int:
         return len(self.names)
+
+
+def distinct(names: Sequence[str]) -> tuple[str, ...]:
+    """The names, a number behind one that an earlier class has: "tree", "road", "tree (2)". A file with such classes is refused."""
+    found: list[str] = []
+    for name in names:
+        number, shown = 1, name
+        while shown in found:
+            number += 1
+            shown = f"{name} ({number})"
+        found.append(shown)
+    return tuple(found)
 
 
 CITYSCAPES_19 = ClassSet(

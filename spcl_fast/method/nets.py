@@ -53,6 +53,7 @@ class Nets:
             model.name,
             self.num_classes,
             weights=model.weights if weights else None,
+            body_only=model.body_only,
             feature_dim=model.feature_dim,
             freeze_bn=model.freeze_bn if freeze_bn is None else freeze_bn,
             frozen_bn_eps=model.frozen_bn_eps,

@@ -21,6 +21,7 @@ def build_model(
     num_classes: int,
     *,
     weights: str | Path | None = None,
+    body_only: bool = False,
     feature_dim: int = 64,
     freeze_bn: bool = True,
     frozen_bn_eps: float = 1e-5,
@@ -29,7 +30,7 @@ def build_model(
 
     `feature_dim`: D of lite0 and tiny; DeepLab-v2 has its backbone's. `freeze_bn`: BatchNorm with fixed statistics and affine parameters,
     in training mode too; a checkpoint saved with it loads without it and the other way round. `frozen_bn_eps`: of DeepLab's frozen
-    BatchNorm (0 in the released code); lite0 keeps its published 1e-3. Raises ConfigError for an unknown name, and what `load_weights`
+    BatchNorm (0 in the released code); `body_only`: the classifier is not taken from `weights`; lite0 keeps its published 1e-3. Raises ConfigError for an unknown name, and what `load_weights`
     raises.
     """
     if num_classes < 1 or feature_dim < 1:
@@ -42,7 +43,7 @@ def build_model(
     build = catalog.load(catalog.find(catalog.NETS, name).home)
     model = build(num_classes, NetSettings(feature_dim, freeze_bn, frozen_bn_eps))
     if weights is not None:
-        load_weights(model, weights)
+        load_weights(model, weights, body_only=body_only)
     return model
 
 

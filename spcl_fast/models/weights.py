@@ -57,8 +57,10 @@ class _Found:
     leaves: tuple[str, ...] = ()  # prefixes inside those that it does not have
 
 
-def load_weights(model: SegmentationModel, path: str | Path) -> LoadedWeights:
+def load_weights(model: SegmentationModel, path: str | Path, *, body_only: bool = False) -> LoadedWeights:
     """Copy the weights of a file into `model`; all of them or, on any error, none.
+
+    body_only: the classifier keeps its values and the file's is not read: for weights of a net with other classes.
 
     Reads torchvision state dicts (ResNet, VGG16), released SPCL checkpoints (with or without "module."), the EfficientNet-Lite0 encoder
     and our own safetensors (a file, or a folder that holds one). Raises ConfigError for a path without a file and for weights of another
@@ -66,10 +68,14 @@ def load_weights(model: SegmentationModel, path: str | Path) -> LoadedWeights:
     """
     path = Path(path)
     found = _recognise(_read(path), path)
+    if body_only:
+        found = _without_classifier(found)
     expected = {key for key in model.state_dict() if not key.endswith("num_batches_tracked")}
     wanted = {
         key for key in expected if key.startswith(found.covers) and not (found.leaves and key.startswith(found.leaves))
     }
+    if body_only:
+        wanted = {key for key in wanted if not key.startswith(_CLASSIFIER)}
     if not any(key in wanted for key in found.state):
         raise ConfigError(
             f"{path} holds {found.format}, and the net is {model.name}: not one key fits. Change model.name or model.weights."
@@ -77,6 +83,15 @@ def load_weights(model: SegmentationModel, path: str | Path) -> LoadedWeights:
     _check(model, found, wanted, path)
     model.load_state_dict(found.state, strict=False)
     return LoadedWeights(found.format, tuple(sorted(wanted)), tuple(sorted(expected - wanted)), found.unused)
+
+
+_CLASSIFIER = "classifier."
+
+
+def _without_classifier(found: _Found) -> _Found:
+    unread = sorted(key for key in found.state if key.startswith(_CLASSIFIER))
+    state = {key: value for key, value in found.state.items() if key not in unread}
+    return dataclasses.replace(found, state=state, unused=tuple(sorted({*found.unused, *unread})))
 
 
 def _check(model: SegmentationModel, found: _Found, wanted: set[str], path: Path) -> None:
@@ -88,11 +103,17 @@ def _check(model: SegmentationModel, found: _Found, wanted: set[str], path: Path
         if found.state[key].shape != own[key].shape
     ]
     problems = [
-        f"{len(keys)} {what}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}"
+        f"{len(keys)} {what}: {', '.join(keys[:2])}{', ...' if len(keys) > 2 else ''}"
         for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
         if keys
     ]
     if problems:
+        others = [*missing, *unexpected, *shapes]
+        if others and all(key.startswith(_CLASSIFIER) for key in others):
+            raise CheckpointError(
+                f"{path} looks like {found.format}, whose classifier does not fit {model.num_classes} classes: {'; '.join(problems)}. "
+                "Nothing was loaded. To start from all but the classifier, pass --model.body_only."
+            )
         raise CheckpointError(
             f"{path} looks like {found.format} but does not fit {model.name} with {model.num_classes} classes: {'; '.join(problems)}. "
             "Nothing was loaded; check model.name, the number of classes and model.feature_dim."
@@ -188,7 +209,7 @@ def _recognise(content: dict[str, Any], path: Path) -> _Found:
         found = recognise(body)
         if found is not None:
             return dataclasses.replace(found, unused=tuple(sorted({*found.unused, *rest})))
-    some = ", ".join(map(str, list(content)[:5])) or "nothing"
+    some = ", ".join(str(key)[:60] for key in list(content)[:3]) or "nothing"
     raise CheckpointError(f"{path} is in no format we know: its keys are {some} ... We read {READABLE}.")
 
 

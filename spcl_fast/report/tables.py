@@ -28,7 +28,7 @@ def iou_table(summary: dict[str, Any]) -> str:
     classes = [str(name) for name in summary.get("classes") or next(iter(nets.values()))["iou"]]
     rows = [_row(name, {net: number(value["iou"].get(name)) for net, value in nets.items()}, gain) for name in classes]
     rows.append(_row("mIoU", {net: number(value["miou"]) for net, value in nets.items()}, gain))
-    return _rendered(header, rows) + _gap(summary) + (_uncontrolled(nets) if gain else "")
+    return _rendered(header, rows) + _gap(summary)
 
 
 def _nets(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -55,12 +55,15 @@ def _gap(summary: dict[str, Any]) -> str:
     return "" if gap is None else f"gap between {between} closed: {100 * gap:.0f}%\n"
 
 
-def _uncontrolled(nets: dict[str, dict[str, Any]]) -> str:
-    """What the gain is where no net was trained for as long without adaptation."""
+def gain_note(summary: dict[str, Any]) -> str:
+    """What the table's gain is where no net was trained for as long without adaptation; empty where one was, or where there is no gain."""
+    nets = _nets(summary)
+    base = next((row for row in catalog.with_role("baseline") if row.net in nets), None)
+    if base is None or not any(row.net in nets for row in catalog.with_role("result")):
+        return ""
     absent = [row for row in catalog.with_role("matched") if row.net not in nets]
-    base = next(row.title for row in catalog.with_role("baseline"))
     return "".join(
-        f"gain: over {base}, which was trained for less time; part of it may come from more training alone. "
+        f"gain: over {base.title}, which was trained for less time; part of it may come from more training alone. "
         f"The {row.title} (spcl-fast {row.command} --run-folder RUN) shows how much.\n"
         for row in absent
     )

@@ -30,7 +30,7 @@ class Precision:
             and not torch.cuda.is_bf16_supported(including_emulation=False)
         ):
             raise ConfigError(
-                f"loop.precision: {torch.cuda.get_device_name(self.device)} has no bfloat16 (compute capability 8.0 or newer has); use fp32."
+                f"loop.precision: {torch.cuda.get_device_name(self.device)} has no bfloat16 (compute capability below 8.0); use fp32."
             )
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..data import ClassSet, Dataset, eval_batches
+from ..data.classes import distinct
 from ..errors import NumericError
 from ..models import SegmentationModel
 from ..ops import upsampled_confusion, upsampled_prediction
@@ -28,23 +29,25 @@ class Scores:
     confusion: np.ndarray
 
     @property
-    def iou(self) -> dict[str, float | None]:
-        """In percent by class; None where the class is neither there nor predicted."""
+    def by_index(self) -> list[float | None]:
+        """IoU in percent of each class; None where it is neither there nor predicted."""
         hit = np.diag(self.confusion)
         union = self.confusion.sum(0) + self.confusion.sum(1) - hit
-        return {
-            name: 100 * float(h) / float(u) if u else None
-            for name, h, u in zip(self.classes.names, hit, union, strict=True)
-        }
+        return [100 * float(h) / float(u) if u else None for h, u in zip(hit, union, strict=True)]
+
+    @property
+    def iou(self) -> dict[str, float | None]:
+        """`by_index` by name."""
+        return dict(zip(distinct(self.classes.names), self.by_index, strict=True))
 
     @property
     def miou(self) -> float | None:
         """Mean IoU in percent over the classes that occur or are predicted; None where no pixel is labelled."""
-        return mean_iou([*self.iou.values()])
+        return mean_iou(self.by_index)
 
     def as_json(self) -> dict[str, Any]:
         total = max(int(self.confusion.sum()), 1)
-        names = self.classes.names
+        names = distinct(self.classes.names)
         return {
             "miou": self.miou,
             "iou": self.iou,

@@ -14,7 +14,7 @@ from spcl_fast.config.load import all_settings, load_config
 from spcl_fast.errors import ConfigError
 from spcl_fast.memory_plan import cards, fitting
 from spcl_fast.memory_plan.fitting import settings_within
-from spcl_fast.report.tables import iou_table
+from spcl_fast.report.tables import gain_note
 from spcl_fast.train import device
 
 
@@ -174,9 +174,9 @@ def test_plan_says_what_it_is_counting(capsys):
 
 def test_a_gain_without_a_control_says_what_it_is():
     nets = {name: {"miou": 50.0, "iou": {"a": 50.0}} for name in ("source_only", "adapted")}
-    assert "part of it may come from more training alone" in iou_table({"classes": ["a"], **nets})
-    with_control = {**nets, "control": nets["adapted"]}
-    assert "more training alone" not in iou_table({"classes": ["a"], **with_control})
+    assert "part of it may come from more training alone" in gain_note({"classes": ["a"], **nets})
+    assert gain_note({"classes": ["a"], **nets, "control": nets["adapted"]}) == ""
+    assert gain_note({"classes": ["a"], "source_only": nets["source_only"], "adapted": None}) == ""
 
 
 def test_threads_on_a_busy_machine_are_warned_of(monkeypatch):

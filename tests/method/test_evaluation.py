@@ -12,6 +12,7 @@ from PIL import Image
 from tiny_run import tiny_config
 
 from spcl_fast.cli import main
+from spcl_fast.data.classes import ClassSet, distinct
 from spcl_fast.errors import CheckpointError, NumericError
 from spcl_fast.method.context import Context
 from spcl_fast.method.run import run_stages
@@ -47,6 +48,14 @@ def test_scores_are_those_of_a_hand_count():
     assert scores.iou == {"a": pytest.approx(500 / 9), "b": pytest.approx(20.0), "c": None}
     assert scores.miou == pytest.approx((500 / 9 + 20) / 2)
     assert scores.as_json()["predicted_share"] == {"a": 0.8, "b": 0.2, "c": 0.0}
+
+
+def test_two_classes_of_one_name_are_counted_apart():
+    scores = Scores(ClassSet(("tree", "road", "tree"), ((0, 0, 0),) * 3), np.array([[9, 0, 0], [0, 8, 2], [0, 5, 5]]))
+    assert scores.by_index == [pytest.approx(100), pytest.approx(800 / 15), pytest.approx(500 / 12)]
+    assert scores.miou == pytest.approx(np.mean([100, 800 / 15, 500 / 12]))
+    assert list(scores.iou) == list(scores.as_json()["true_share"]) == ["tree", "road", "tree (2)"]
+    assert distinct(("a", "a (2)", "a", "a")) == ("a", "a (2)", "a (3)", "a (4)")
 
 
 def test_scores_agree_with_torchmetrics(finished):

@@ -289,3 +289,21 @@ def test_a_file_that_is_not_run_is_refused_in_our_words(tmp_path, extra, protoco
     text = str(error.value)
     assert 'torch.save(state, "weights.pth")' in text and "w.pth" in text
     assert not any(word in text for word in ("\x1b", "weights_only", "safe_globals", "trust"))
+
+
+def test_weights_of_a_net_with_other_classes_load_without_their_classifier_when_asked(tmp_path, resnet):
+    save_file(resnet.state_dict(), tmp_path / "model.safetensors")
+    released = {part: getattr(resnet, part).state_dict() for part in ("feature_extractor", "classifier")}
+    torch.save(released, tmp_path / "released.pth")
+    for path in (tmp_path / "model.safetensors", tmp_path / "released.pth"):
+        other = build_model("deeplab_v2_resnet18", 3)
+        before = state_of(other)
+        with pytest.raises(CheckpointError, match="classifier does not fit 3 classes.*--model.body_only") as caught:
+            load_weights(other, path)
+        assert same(state_of(other), before) and len(str(caught.value)) < 700
+        report = load_weights(other, path, body_only=True)
+        assert set(report.fresh) == {key for key in before if key.startswith("classifier.")} == set(report.unused)
+        assert same(state_of(other.feature_extractor), state_of(resnet.feature_extractor))
+        assert all(torch.equal(other.state_dict()[key], before[key]) for key in report.fresh)
+    built = build_model("deeplab_v2_resnet18", 3, weights=tmp_path / "released.pth", body_only=True)
+    assert same(state_of(built.feature_extractor), state_of(resnet.feature_extractor))
