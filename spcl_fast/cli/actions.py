@@ -233,18 +233,25 @@ def on_check_data(args: argparse.Namespace) -> int:
         return 0
     sides = [args.side] if args.side else ["source", "target"]
     check_domains(config, {side: args.command for side in sides})
-    from ..data.check import check_domain, check_same_classes
+    if args.page:
+        places.check_file(args.page, "--page")
+    from ..data.check import DataReport, check_domain, check_same_classes
 
-    reports = {}
+    reports: dict[str, list[DataReport]] = {}
     for side in sides:
         training = side == "source" or args.labels
         reading = dataclasses.replace(config.loop, skip_bad_files=True)  # missing pairs belong into the report
+        domain: DataConfig = getattr(config, side)
         reports[side] = []
-        for report in check_domain(
-            getattr(config, side), reading, args.samples, training=training, needs=side == "source"
-        ):
+        for report in check_domain(domain, reading, args.samples, training=training, needs=side == "source"):
             print(f"--- {side}: {report.text()}\n")
             reports[side].append(report)
+    whole = all(report.ok for found in reports.values() for report in found)
+    if args.page:
+        from ..report.data_page import write_data_page
+
+        write_data_page(args.page, reports, "No problem was found." if whole else "There are problems.")
+        print(f"pictures: {args.page}")
     if len(sides) == 2:
         check_same_classes(*(reports[side][0].classes for side in sides))
-    return 0 if all(report.ok for found in reports.values() for report in found) else DataError.exit_code
+    return 0 if whole else DataError.exit_code

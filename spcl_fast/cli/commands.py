@@ -51,6 +51,12 @@ def _side(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--side", choices=("source", "target"), help="only this domain")
     parser.add_argument("--samples", metavar="N", type=int, help="look at N images of each split only, spread evenly")
     parser.add_argument(
+        "--page",
+        metavar="FILE.html",
+        type=Path,
+        help="write a page of pictures: labels over images, classes of both domains",
+    )
+    parser.add_argument(
         "--labels",
         action="store_true",
         help="look at labels of the target's training images too (only an oracle needs them)",
@@ -171,8 +177,8 @@ COMMANDS: dict[str, Command] = {
         _predict_arguments,
     ),
     "check-data": Command(
-        "missing pairs, broken files, unknown ids, class shares",
-        f"spcl-fast check-data {_FOLDERS}",
+        "missing pairs, broken files, unknown ids, class shares; a page of pictures",
+        f"spcl-fast check-data {_FOLDERS} --page data.html",
         actions.on_check_data,
         ("source", "target"),
         _side,

@@ -33,6 +33,7 @@ class DataReport:
     ignored: int = 0  # pixels
     unknown: Counter = field(default_factory=Counter)  # id -> pixels
     problems: list[Problem] = field(default_factory=list)
+    dataset: Dataset | None = field(default=None, repr=False)  # what was looked at
 
     @property
     def ok(self) -> bool:
@@ -90,6 +91,7 @@ def check_data(dataset: Dataset, num_samples: int | None = None, *, training: bo
         dataset.has_labels,
         dataset.classes.names,
         problems=[*dataset.problems, *dataset.left_out],
+        dataset=dataset,
     )
     census = Census(dataset.classes.names, dataset.table, len(dataset))
     for index, name in enumerate(read.names):

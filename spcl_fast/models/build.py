@@ -26,11 +26,11 @@ def build_model(
     freeze_bn: bool = True,
     frozen_bn_eps: float = 1e-5,
 ) -> SegmentationModel:
-    """A net of the catalog (`MODEL_NAMES`) on the CPU, from the weights of a file or from random ones.
+    """A net of the catalog (`MODEL_NAMES`) on the CPU, from a file's weights (`body_only`: all but its classifier) or from random ones.
 
     `feature_dim`: D of lite0 and tiny; DeepLab-v2 has its backbone's. `freeze_bn`: BatchNorm with fixed statistics and affine parameters,
     in training mode too; a checkpoint saved with it loads without it and the other way round. `frozen_bn_eps`: of DeepLab's frozen
-    BatchNorm (0 in the released code); `body_only`: the classifier is not taken from `weights`; lite0 keeps its published 1e-3. Raises ConfigError for an unknown name, and what `load_weights`
+    BatchNorm (0 in the released code); lite0 keeps its published 1e-3. Raises ConfigError for an unknown name, and what `load_weights`
     raises.
     """
     if num_classes < 1 or feature_dim < 1:

@@ -56,16 +56,21 @@ def write_report(run_folder: Path | str) -> Path:
     return path
 
 
-def render(run: RunFolder) -> str:
-    environment = jinja2.Environment(
+def environment() -> jinja2.Environment:
+    """The package's templates; whatever comes from a file is text in them."""
+    found = jinja2.Environment(
         loader=jinja2.PackageLoader("spcl_fast.report", "."),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["percent"] = lambda value: "–" if value is None else f"{value:.1f}"
-    environment.filters["share"] = lambda value: "–" if value is None else f"{100 * value:.1f}%"
+    found.filters["percent"] = lambda value: "–" if value is None else f"{value:.1f}"
+    found.filters["share"] = lambda value: "–" if value is None else f"{100 * value:.1f}%"
+    return found
+
+
+def render(run: RunFolder) -> str:
     figures = {
         name: _drawn(run, draw)
         for name, draw in {
@@ -78,25 +83,29 @@ def render(run: RunFolder) -> str:
         }.items()
     }
     samples = pictures.samples(run)  # before `missing` is shown: a damaged picture adds a line to it
-    return environment.get_template("template.html").render(
-        title=str(run.setting("name", default=run.folder.resolve().name)),
-        subtitle=_subtitle(run),
-        cards=_cards(run),
-        findings=findings_of(run),
-        table=_table(run),
-        legend=list(zip(run.classes, (f"rgb{colour}" for colour in run.palette), strict=True)),
-        undrawn=undrawn(run.classes),
-        samples=samples,
-        figures=figures,
-        pseudo_labels=_pseudo_labels(run),
-        stages=_stages(run),
-        memory=memory.ledger(run),
-        machine=_machine(run),
-        selection=SELECTION.get(str(run.summary.get("selection")), ""),
-        settings=run.settings,
-        missing=run.missing,
-        baseline=catalog.title(run.baseline) if run.baseline else None,
-        final=catalog.title(run.final) if run.final else None,
+    return (
+        environment()
+        .get_template("template.html")
+        .render(
+            title=str(run.setting("name", default=run.folder.resolve().name)),
+            subtitle=_subtitle(run),
+            cards=_cards(run),
+            findings=findings_of(run),
+            table=_table(run),
+            legend=list(zip(run.classes, (f"rgb{colour}" for colour in run.palette), strict=True)),
+            undrawn=undrawn(run.classes),
+            samples=samples,
+            figures=figures,
+            pseudo_labels=_pseudo_labels(run),
+            stages=_stages(run),
+            memory=memory.ledger(run),
+            machine=_machine(run),
+            selection=SELECTION.get(str(run.summary.get("selection")), ""),
+            settings=run.settings,
+            missing=run.missing,
+            baseline=catalog.title(run.baseline) if run.baseline else None,
+            final=catalog.title(run.final) if run.final else None,
+        )
     )
 
 

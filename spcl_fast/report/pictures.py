@@ -57,13 +57,13 @@ def samples(run: RunFolder) -> list[tuple[str, list[Picture]]]:
         name = path.relative_to(folder).as_posix().removesuffix(layout.IMAGE_SUFFIX)
         try:
             with Image.open(path) as opened:
-                image = np.asarray(_shrunk(opened.convert("RGB")))
+                image = np.asarray(shrunk(opened.convert("RGB")))
         except OSError as error:
             run.missing.append(f"{path.relative_to(run.folder)} cannot be read ({error}); this picture was left out")
             continue
         labels = [(catalog.title(stage), run.folder / stage / layout.PREDICTIONS / f"{name}.png") for stage in nets]
         labels += [("truth", folder / f"{name}{layout.TRUTH_SUFFIX}")] * with_truth
-        row = [Picture("target image", _jpeg(image))]
+        row = [Picture("target image", jpeg(image))]
         row += [Picture(caption, _overlaid(run, image, file)) for caption, file in labels]
         rows.append((name, row))
     return rows
@@ -80,19 +80,19 @@ def _overlaid(run: RunFolder, image: np.ndarray, path: Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        return _jpeg(label_overlay(image, read_label_png(path), run.palette))
+        return jpeg(label_overlay(image, read_label_png(path), run.palette))
     except Exception as error:  # a damaged file must not cost the report
         run.missing.append(f"{path.relative_to(run.folder)} cannot be read ({error}); this picture was left out")
         return None
 
 
-def _shrunk(image: Image.Image) -> Image.Image:
+def shrunk(image: Image.Image) -> Image.Image:
     if image.width <= 1.5 * WIDTH:
         return image
     return image.resize((WIDTH, max(1, round(image.height * WIDTH / image.width))), Image.Resampling.LANCZOS)
 
 
-def _jpeg(image: np.ndarray) -> str:
+def jpeg(image: np.ndarray) -> str:
     data = BytesIO()
     Image.fromarray(image).save(data, format="JPEG", quality=88, subsampling=0)
     return data_uri(data.getvalue(), "jpeg")

@@ -385,3 +385,29 @@ def _plane(features: np.ndarray, prototypes: np.ndarray, *, unit: bool) -> tuple
     axes = directions[:, :-3:-1]
     axes = axes * np.sign(axes[np.abs(axes).argmax(0), range(2)])  # an eigenvector's sign is arbitrary: fix it
     return centred @ axes, (prototypes - mean) @ axes
+
+
+def class_histogram(classes: Sequence[str], shares: dict[str, np.ndarray]) -> bytes | None:
+    """Share of each class in the labelled pixels, a bar per domain or split next to each other; shares: title -> [K]."""
+    if not shares or not classes:
+        return None
+    names, places = plot_names(classes), np.arange(len(classes))
+    width = 0.8 / len(shares)
+    with _figure(8.6, 0.9 + (0.14 + 0.16 * len(shares)) * len(classes), classes) as figure:
+        axes = figure.subplots()
+        for number, (title, values) in enumerate(shares.items()):
+            offset = (number - (len(shares) - 1) / 2) * width
+            bars = axes.barh(
+                places + offset, 100 * values, width, color=SAFE_COLOURS[number % len(SAFE_COLOURS)], label=title
+            )
+            axes.bar_label(
+                bars, [f"{100 * v:.2g}" if v else "never" for v in values], padding=3, fontsize=7, color="#52606d"
+            )
+        axes.set_yticks(places, names)
+        axes.set_ylim(len(classes) - 0.4, -0.6)
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0)
+        axes.margins(x=0.12)
+        axes.set_xlabel("% of the labelled pixels")
+        figure.legend(loc="outside upper left", ncols=len(shares))
+        return _png(figure)

@@ -177,6 +177,24 @@ def test_check_data_takes_a_target_without_labels_as_it_is(folders, tmp_path, ca
     assert "none of 1 image has a label" in capsys.readouterr().err
 
 
+def test_check_data_writes_a_page_of_pictures_that_needs_nothing_else(folders, tmp_path, capsys):
+    (tmp_path / "source" / "images" / "train" / "a.png").rename(tmp_path / "source" / "images" / "train" / "<b>&.png")
+    (tmp_path / "source" / "labels" / "train" / "a.png").rename(tmp_path / "source" / "labels" / "train" / "<b>&.png")
+    page = tmp_path / "deeper" / "data.html"
+    assert main(["check-data", *folders, "--page", str(page)]) == 0
+    assert f"pictures: {page}" in capsys.readouterr().out
+    text = page.read_text(encoding="utf-8")
+    assert text.count('<img src="data:image/jpeg') == 4 + 3, (
+        "labels over all images but those of the target's training split"
+    )
+    assert text.count('src="data:image/png') == 1 and "No problem was found." in text
+    assert "&lt;b&gt;&amp;" in text and "<b>&" not in text and "http" not in text.replace("http-equiv", "")
+    assert all(f"<h2>{side}, {split}</h2>" in text for side in ("source", "target") for split in ("train", "val"))
+    (tmp_path / "source" / "labels" / "val" / "a.png").write_bytes(b"")
+    assert main(["check-data", *folders, "--page", str(page)]) == 3
+    assert "There are problems." in page.read_text() and "is empty (0 bytes)" in page.read_text()
+
+
 # ---------------------------------------------------------------------------------------------- evaluate
 
 
