@@ -80,7 +80,8 @@ def _begins_with(args: argparse.Namespace) -> dict[str, Any]:
 def show_end(run: Path) -> None:
     """The end of a whole run: table, summary, report."""
     from ..report import write_report
-    from ..report.tables import gain_note, iou_table
+    from ..report.tables import iou_table
+    from ..runs.signs import gain_note
 
     report, summary = write_report(run), json.loads((run / layout.SUMMARY).read_text(encoding="utf-8"))
     print(iou_table(summary))

@@ -112,7 +112,7 @@ def _check(model: SegmentationModel, found: _Found, wanted: set[str], path: Path
         if others and all(key.startswith(_CLASSIFIER) for key in others):
             raise CheckpointError(
                 f"{path} looks like {found.format}, whose classifier does not fit {model.num_classes} classes: {'; '.join(problems)}. "
-                "Nothing was loaded. To start from all but the classifier, pass --model.body_only."
+                "Nothing was loaded; check the number of classes. To start from all but the classifier, pass --model.body_only."
             )
         raise CheckpointError(
             f"{path} looks like {found.format} but does not fit {model.name} with {model.num_classes} classes: {'; '.join(problems)}. "

@@ -55,20 +55,6 @@ def _gap(summary: dict[str, Any]) -> str:
     return "" if gap is None else f"gap between {between} closed: {100 * gap:.0f}%\n"
 
 
-def gain_note(summary: dict[str, Any]) -> str:
-    """What the table's gain is where no net was trained for as long without adaptation; empty where one was, or where there is no gain."""
-    nets = _nets(summary)
-    base = next((row for row in catalog.with_role("baseline") if row.net in nets), None)
-    if base is None or not any(row.net in nets for row in catalog.with_role("result")):
-        return ""
-    absent = [row for row in catalog.with_role("matched") if row.net not in nets]
-    return "".join(
-        f"gain: over {base.title}, which was trained for less time; part of it may come from more training alone. "
-        f"The {row.title} (spcl-fast {row.command} --run-folder RUN) shows how much.\n"
-        for row in absent
-    )
-
-
 def _rendered(header: list[str], rows: list[list[str]]) -> str:
     if sys.stdout.isatty():
         try:

@@ -52,6 +52,20 @@ def nearly_all_kept(stage: str, predicted: float, kept: float) -> Sign | None:
     return Sign("Nearly every pixel got a pseudo-label", text)
 
 
+def gain_note(summary: Mapping[str, Any]) -> str:
+    """What a gain over the baseline is where no net was trained for as long without adaptation; empty where one was, or where there is no gain."""
+    nets = {name for name, value in summary.items() if isinstance(value, dict) and "miou" in value}
+    base = next((row for row in catalog.with_role("baseline") if row.net in nets), None)
+    if base is None or not any(row.net in nets for row in catalog.with_role("result")):
+        return ""
+    absent = [row for row in catalog.with_role("matched") if row.net not in nets]
+    return "".join(
+        f"gain: over {base.title}, which was trained for less time; part of it may come from more training alone. "
+        f"The {row.title} (spcl-fast {row.command} --run-folder RUN) shows how much.\n"
+        for row in absent
+    )
+
+
 def _by_class(values: Any, classes: Sequence[str]) -> dict[str, float]:
     if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
         return {}

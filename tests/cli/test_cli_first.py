@@ -14,7 +14,7 @@ from spcl_fast.config.load import all_settings, load_config
 from spcl_fast.errors import ConfigError
 from spcl_fast.memory_plan import cards, fitting
 from spcl_fast.memory_plan.fitting import settings_within
-from spcl_fast.report.tables import gain_note
+from spcl_fast.runs.signs import gain_note
 from spcl_fast.train import device
 
 
