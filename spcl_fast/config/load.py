@@ -17,6 +17,7 @@ from typing import Any
 from .. import catalog
 from ..errors import ConfigError
 from .schema import About, Config
+from .text import read_text
 from .values import Setting, plain
 
 PRESETS = Path(__file__).parent / "presets"
@@ -167,10 +168,10 @@ def read_settings(path: Path, origin: str) -> dict[str, GivenValue]:
     import yaml
 
     try:
-        content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_loader())
+        content = yaml.load(read_text(path), Loader=_loader())
     except FileNotFoundError:
         raise ConfigError(f"--config {path}: there is no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeError) as error:
         raise ConfigError(f"--config {path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from ..config.text import read_text
 from ..errors import DataError
 
 IGNORE = 255
@@ -148,10 +149,12 @@ def read_label_colours(path: Path) -> tuple[tuple[tuple[int, int, int], int], ..
 
 def _read(path: Path, parse: Callable[[Any], Parsed]) -> Parsed:
     try:
-        return parse(json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once))
-    except (OSError, ValueError, RecursionError) as error:  # a JSON or UTF-8 error is a ValueError, too
+        return parse(json.loads(read_text(path), object_pairs_hook=_once))
+    except RecursionError as error:
+        raise DataError(f"classes file {path} cannot be used: its brackets are too deep.") from error
+    except (OSError, ValueError) as error:  # a JSON or UTF-8 error is a ValueError, too
         raise DataError(
-            f'classes file {path} cannot be used: {error}. Expected {{"names": [..], "palette": [[r, g, b], ..]}}; see docs/data.md.'
+            f'classes file {path} cannot be used: {str(error).rstrip(".?")}. Expected {{"names": [..], "palette": [[r, g, b], ..]}}; see docs/data.md.'
         ) from error
 
 
@@ -169,9 +172,11 @@ def _parsed(content: Any) -> tuple[ClassSet, dict[str, dict[int, int]]]:
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, not an object")
     _check_keys(content)
-    names = tuple(_by_id(content.get("names"), "names"))
-    if any(not isinstance(name, str) or not name.strip() for name in names):
-        raise ValueError("a name is no text, or empty")
+    given = _by_id(content.get("names"), "names")
+    odd = next((name for name in given if not isinstance(name, str) or not name.strip()), None)
+    if odd is not None or None in given:
+        raise ValueError(f"a name is no text, or empty ({odd!r})")
+    names = tuple(" ".join(name.split()) for name in given)  # line ends and spaces of a file that was cut into names
     if not 2 <= len(names) <= 255:
         raise ValueError(f"{len(names)} names; between 2 and 255 classes are supported")
     if len(set(names)) < len(names):  # scores are by name: one of the two would be lost

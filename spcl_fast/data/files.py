@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from ..config.text import read_text
 from ..errors import DataError
 from .colours import LabelColours, ids_of_colours
 from .orientation import upright
@@ -34,11 +35,12 @@ _NOT_IN_NAMES = {
     "Zl",
     "Zp",
 }  # control characters, bytes that are no text, line separators; any space is fine
-_NOT_OURS = "__MACOSX"  # what macOS adds to a zip file; hidden folders (.ipynb_checkpoints) are passed over, too
+# folders that systems add: macOS to a zip file, Synology and QNAP for thumbnails, Windows and Linux for what was removed or found
+_NOT_OURS = {"__MACOSX", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 MAX_PIXELS = (
     1 << 26
 )  # 67 M pixels: twice the largest driving picture; above it a small file may be a decompression bomb
-_COLOUR_MODES = ("RGB", "RGBA", "P", "L")  # what becomes RGB without guessing
+_COLOUR_MODES = ("RGB", "RGBA", "P", "L", "LA", "1")  # what becomes RGB without guessing
 _GREY_16 = ("I;16", "I;16B", "I")
 _LABEL_MODES = ("1", "L", "P", "RGB", "RGBA", *_GREY_16)
 _LOW_BITS = {"L;2": 3, "L;4": 15}  # grey samples that Pillow stretches to 0..255; it leaves palette indices as they are
@@ -116,7 +118,7 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 def read_ids(path: Path, colours: LabelColours | None = None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """A label picture with one id per pixel as uint8 or uint16 [H, W]: the samples of a grey or palette PNG of 1 to 16 bits as they are,
-    one channel of an RGB PNG whose channels are equal, or the ids of `colours`, which must name every colour in the picture exactly.
+    one channel of an RGB PNG whose channels are equal (alpha must be opaque), or the ids of `colours`, which must name every colour in the picture exactly.
 
     An orientation is applied as it is to images. A JPEG raises DataError whatever its name ends in, and so does every other mode.
     """
@@ -269,7 +271,7 @@ def linked_folders(folder: Path) -> list[Path]:
 
 
 def _is_ours(name: str) -> bool:
-    return not name.startswith(".") and name != _NOT_OURS
+    return not name.startswith(".") and name not in _NOT_OURS
 
 
 def _is_loop(where: str, name: str) -> bool:
@@ -282,8 +284,8 @@ def _is_loop(where: str, name: str) -> bool:
 def read_list(path: Path) -> list[str]:
     """Names of a list file, one a line, without picture suffix; empty lines and lines that start with # are passed over."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(path).splitlines()
+    except (OSError, UnicodeError) as error:
         raise DataError(f"list file {path} cannot be read: {error}. Expected one file name a line, UTF-8.") from error
     names = []
     for number, line in enumerate(lines, 1):

@@ -42,7 +42,7 @@ def missing_label(image: Path, expected: Path) -> str:
     """Says that an image has no label, and which file may be meant."""
     text = f"image {image} has no label: expected {expected}."
     if not expected.parent.is_dir():
-        text += f" The folder {expected.parent} does not exist."
+        text += f" The folder {expected.parent} does not exist{folders_there(expected.parent)}."
     for folder in dict.fromkeys((expected.parent, image.parent)):
         near = _nearest(image.stem, [file for file in _files(folder) if folder / file != image])
         if near is None:
@@ -51,6 +51,8 @@ def missing_label(image: Path, expected: Path) -> str:
         way = "Rename it"
         if PurePath(near).suffix.lower() in (".jpg", ".jpeg"):
             way = "A label is never a JPEG: export it as PNG"
+        elif PurePath(near).suffix.lower() != ".png" and folder == expected.parent:
+            way = "Labels are read from PNG files alone: save it as one, with the ending .png"
         elif ending != near and not ending[:1].isalnum() and folder == expected.parent:
             way = f"If labels are named so, pass --source.label_ending {ending} (or --target.label_ending)"
         elif folder == image.parent:
@@ -59,10 +61,20 @@ def missing_label(image: Path, expected: Path) -> str:
     return text
 
 
+def folders_there(missing: Path) -> str:
+    """ ", where there are images, masks" of the nearest folder above a missing one; empty where that has none."""
+    above = next((folder for folder in missing.parents if folder.is_dir()), None)
+    if above is None:
+        return ""
+    there = sorted(path.name for path in above.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return f"; in {above} there are {', '.join(there[:6])}" if there else ""
+
+
 def _nearest(stem: str, files: list[str]) -> str | None:
     longer = sorted((file for file in files if file.startswith(stem)), key=lambda file: (len(file), file))
     # a name with a number more is another image's: f1 is not the label of f10
     longer = [file for file in longer if not file[len(stem) :][:1].isalnum()]
+    longer += sorted((file for file in files if PurePath(file).stem.endswith(stem)), key=lambda file: (len(file), file))
     by_stem = {PurePath(file).stem.casefold(): file for file in files[:10_000]}
     close = difflib.get_close_matches(stem.casefold(), by_stem, n=1, cutoff=0.75)
     return next(iter(longer), None) or next((by_stem[one] for one in close), None)

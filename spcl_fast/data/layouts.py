@@ -30,7 +30,7 @@ from .classes import (
 from .colours import Colour, LabelColours
 from .dataset import ReadIds
 from .files import find_images, read_ids, read_ids_first_channel_16bit, read_list
-from .label_names import LabelBelow, same_name
+from .label_names import LabelBelow, folders_there, same_name
 
 log = logging.getLogger("spcl_fast.data")
 
@@ -177,7 +177,7 @@ def _cityscapes_classes(num_classes: int, known: range) -> tuple[ClassSet, Label
 def images_below(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise DataError(
-            f"the folder {folder} does not exist. Check the root; docs/data.md shows the layout of each data set."
+            f"the folder {folder} does not exist{folders_there(folder)}. Check the root; docs/data.md shows the layout of each data set."
         )
     return find_images(folder)
 

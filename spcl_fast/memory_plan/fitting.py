@@ -116,7 +116,9 @@ def settings_within(
     )
 
 
-def _candidates(config: Config, stages: list[str], scale: float, *, bf16: bool) -> Iterator[list[dict[str, Any]]]:
+def _candidates(
+    config: Config, stages: list[str], scale: float, *, bf16: bool = True
+) -> Iterator[list[dict[str, Any]]]:
     """Groups of flags, the cheapest group first."""
     base: dict[str, Any] = {} if scale == 1 else _smaller(config, scale)
     if scale == 1:

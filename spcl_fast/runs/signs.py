@@ -53,7 +53,7 @@ def nearly_all_kept(stage: str, predicted: float, kept: float) -> Sign | None:
 
 
 def gain_note(summary: Mapping[str, Any]) -> str:
-    """What a gain over the baseline is where no net was trained for as long without adaptation; empty where one was, or where there is no gain."""
+    """What a gain over the baseline is where no net was trained for as long without adaptation; else empty."""
     nets = {name for name, value in summary.items() if isinstance(value, dict) and "miou" in value}
     base = next((row for row in catalog.with_role("baseline") if row.net in nets), None)
     if base is None or not any(row.net in nets for row in catalog.with_role("result")):

@@ -336,3 +336,10 @@ def test_the_package_default_is_a_valid_config_and_frozen():
     rules.check_config(load_config(overrides=ROOTS))
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().seed = 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_settings_file_is_read_as_editors_save_it(tmp_path, encoding):
+    (tmp_path / "c.yaml").write_text("adapt:\n  lr: 0.25\nname: größe\n", encoding=encoding)
+    config = load_config(None, [tmp_path / "c.yaml"])
+    assert (config.adapt.lr, config.name) == (0.25, "größe")

@@ -20,6 +20,10 @@ from spcl_fast.errors import DataError
         ('{"names": ["a", "b"], "from": {"town": {"70000": 1}}}', "maps 70000 to 1"),
         ("[]", "holds a list, not an object"),
         ("{}", '"names" is missing'),
+        ("[" * 100_000, "brackets are too deep"),
+        ('{"names": ["sky", "road", "sky "]}', "two classes are called 'sky'"),
+        ('{"names": [{"id": 0, "name": "sky"}, "b"]}', "a name is no text, or empty"),
+        ('{"names": ["a", "b"],}', "double quotes"),
         ('{"names": "a b"}', '"names" is a str, not a list'),
         ('{"names": ["tree", "road", "tree"]}', "two classes are called 'tree'"),
         ('{"names": ["a", ""]}', "a name is no text, or empty"),
@@ -50,6 +54,20 @@ def test_bad_classes_file_is_named(tmp_path, content, told):
     with pytest.raises(DataError, match=told) as error:
         read_classes(path)
     assert "classes.json" in str(error.value)
+
+
+def test_line_ends_and_spaces_around_names_are_no_part_of_them(tmp_path):
+    (tmp_path / "classes.json").write_text('{"names": [" sky", "road ", "traffic  light\\r\\n"]}')
+    assert read_classes(tmp_path / "classes.json")[0].names == ("sky", "road", "traffic light")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_classes_file_is_read_as_editors_save_it(tmp_path, encoding):
+    (tmp_path / "classes.json").write_text('{"names": ["天空", "road"]}', encoding=encoding)
+    assert read_classes(tmp_path / "classes.json")[0].names == ("天空", "road")
+    (tmp_path / "classes.json").write_bytes('{"names": ["sky",\n"straße"]}'.encode("latin-1"))
+    with pytest.raises(DataError, match="line 2 is not UTF-8 .byte 0xdf.; save it as UTF-8"):
+        read_classes(tmp_path / "classes.json")
 
 
 def test_names_by_id_are_taken_by_id(tmp_path):

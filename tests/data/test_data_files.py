@@ -168,7 +168,7 @@ def test_16_bit_grey_label_keeps_its_ids(tmp_path):
         read_label_png(tmp_path / "l.png")
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "RGB"])
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "RGB"])
 def test_ordinary_modes_become_rgb(tmp_path, mode):
     Image.new("RGB", (W, H), (204, 204, 204)).convert(mode).save(tmp_path / "i.png")
     image = read_image(tmp_path / "i.png")
@@ -250,7 +250,7 @@ def test_a_name_with_a_control_character_is_refused(root, name):
         build_dataset("folders", root, "train")
 
 
-@pytest.mark.parametrize("folder", [".ipynb_checkpoints", "__MACOSX", ".git/objects"])
+@pytest.mark.parametrize("folder", [".ipynb_checkpoints", "__MACOSX", ".git/objects", "@eaDir", "$RECYCLE.BIN"])
 @pytest.mark.parametrize("labels", [True, False])
 def test_hidden_folders_beside_the_images_are_passed_over(root, folder, labels):
     extra = root / "images" / "train" / folder
@@ -260,8 +260,9 @@ def test_hidden_folders_beside_the_images_are_passed_over(root, folder, labels):
     assert list(find_images(extra)) == ["0-checkpoint"]  # asked for by name it is read
 
 
-def test_a_list_file_with_a_byte_order_mark_is_read(root):
-    (root / "train.txt").write_bytes(b"\xef\xbb\xbf2\r\n0\r\n")
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_list_file_is_read_as_editors_save_it(root, encoding):
+    (root / "train.txt").write_bytes("2\r\n0\r\n".encode(encoding))
     assert build_dataset("folders", root, "train").names == ["2", "0"]
 
 

@@ -112,6 +112,9 @@ def test_a_name_composed_otherwise_is_the_same_name(root, forms):
         ("f1.png.png", r"nearest name is .*f1.png.png. If labels are named so, pass --source.label_ending .png.png"),
         ("f1.jpg", r"nearest name is .*f1.jpg. A label is never a JPEG: export it as PNG"),
         ("F1.png", r"nearest name is .*F1.png. Rename it"),
+        ("mask_f1.png", r"nearest name is .*mask_f1.png. Rename it"),
+        ("f1.tif", r"nearest name is .*f1.tif. Labels are read from PNG files alone: save it as one"),
+        ("f1", r"nearest name is .*labels/train/f1. Labels are read from PNG files alone"),
         (
             "../../images/train/f1_gt.txt",
             r"nearest name is .*images/train/f1_gt.txt. Labels lie in a folder of their own",
@@ -140,7 +143,10 @@ def test_labels_with_a_suffix_are_read_by_the_setting(root, capsys):
 
 def test_a_missing_label_folder_is_told(root):
     (root / "labels/train").rename(root / "labels/Train2")
-    with pytest.raises(DataError, match="The folder .*labels/train does not exist"):
+    with pytest.raises(DataError, match="The folder .*labels/train does not exist; in .*labels there are Train2"):
+        build(root)
+    (root / "images").rename(root / "Images")
+    with pytest.raises(DataError, match="images does not exist; in .* there are Images, labels"):
         build(root)
 
 
