@@ -10,6 +10,8 @@ def read_text(path: Path) -> str:
     """The text of a file. Raises OSError, and UnicodeError for bytes that are none of these."""
     data = path.read_bytes()
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        if len(data) == 2:
+            raise UnicodeError("it begins as UTF-16 and ends there")
         return data.decode("utf-16")
     try:
         return data.decode("utf-8-sig")

@@ -154,7 +154,8 @@ def _read(path: Path, parse: Callable[[Any], Parsed]) -> Parsed:
         raise DataError(f"classes file {path} cannot be used: its brackets are too deep.") from error
     except (OSError, ValueError) as error:  # a JSON or UTF-8 error is a ValueError, too
         raise DataError(
-            f'classes file {path} cannot be used: {str(error).rstrip(".?")}. Expected {{"names": [..], "palette": [[r, g, b], ..]}}; see docs/data.md.'
+            f"classes file {path} cannot be used: {str(error).rstrip('.?')}. "
+            'Expected {"names": [..], "palette": [[r, g, b], ..]}; see docs/data.md.'
         ) from error
 
 

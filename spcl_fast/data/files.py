@@ -118,7 +118,8 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 def read_ids(path: Path, colours: LabelColours | None = None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """A label picture with one id per pixel as uint8 or uint16 [H, W]: the samples of a grey or palette PNG of 1 to 16 bits as they are,
-    one channel of an RGB PNG whose channels are equal (alpha must be opaque), or the ids of `colours`, which must name every colour in the picture exactly.
+    one channel of an RGB PNG whose channels are equal (alpha must be opaque), or the ids of `colours`, which must name every colour in
+    the picture exactly.
 
     An orientation is applied as it is to images. A JPEG raises DataError whatever its name ends in, and so does every other mode.
     """

@@ -9,7 +9,6 @@ import dataclasses
 import pickle
 import re
 import warnings
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,13 +101,19 @@ def _check(model: SegmentationModel, found: _Found, wanted: set[str], path: Path
         for key in sorted(wanted & found.state.keys())
         if found.state[key].shape != own[key].shape
     ]
+    odd = [key for key in sorted(wanted & found.state.keys()) if not _has_values(found.state[key], own[key])]
     problems = [
         f"{len(keys)} {what}: {', '.join(keys[:2])}{', ...' if len(keys) > 2 else ''}"
-        for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        for what, keys in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", shapes),
+            ("of no such values", odd),
+        )
         if keys
     ]
     if problems:
-        others = [*missing, *unexpected, *shapes]
+        others = [*missing, *unexpected, *shapes, *odd]
         if others and all(key.startswith(_CLASSIFIER) for key in others):
             raise CheckpointError(
                 f"{path} looks like {found.format}, whose classifier does not fit {model.num_classes} classes: {'; '.join(problems)}. "
@@ -118,6 +123,11 @@ def _check(model: SegmentationModel, found: _Found, wanted: set[str], path: Path
             f"{path} looks like {found.format} but does not fit {model.name} with {model.num_classes} classes: {'; '.join(problems)}. "
             "Nothing was loaded; check model.name, the number of classes and model.feature_dim."
         )
+
+
+def _has_values(given: Tensor, own: Tensor) -> bool:
+    """Whether a file's tensor can be copied: not integers for numbers, and neither sparse nor without data."""
+    return given.layout == torch.strided and not given.is_meta and given.is_floating_point() == own.is_floating_point()
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -149,17 +159,17 @@ def _read(path: Path) -> dict[str, Any]:
     except ImportError as error:
         raise ConfigError(f"reading {path} needs 'safetensors': pip install \"spcl_fast[train]\"") from error
     except pickle.UnpicklingError as error:
+        with open(path, "rb") as file:
+            start = file.read(64).lstrip()
+        if any(start.startswith(begin) for begin, _ in _NO_WEIGHTS):
+            raise CheckpointError(f"{path} cannot be read: {_why_unread(path, error)}.") from error
         raise CheckpointError(
             _more_than_tensors(path, "\n".join([str(error), *(str(one.message) for one in said)]))
         ) from error
-    except (OSError, ValueError, RuntimeError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {_first_line(error)}. It may be cut short; fetch it again."
-        ) from error
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":  # imported only where it is used
-            raise
-        raise CheckpointError(f"{path} is no whole safetensors file: {_first_line(error)}. Copy it again.") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # readers of damaged files raise anything
+        raise CheckpointError(f"{path} cannot be read: {_why_unread(path, error)}.") from error
     if not isinstance(content, dict):
         raise CheckpointError(
             f"{path} holds a {type(content).__name__}, expected a dictionary of tensors. We read {READABLE}."
@@ -183,17 +193,44 @@ def _more_than_tensors(path: Path, refusal: str) -> str:
     )
 
 
-def _first_line(error: Exception) -> str:
-    text = _ESCAPES.sub("", str(error)).strip().splitlines()
-    if not text or "weights_only" in text[0]:
-        return type(error).__name__
-    return text[0][:200]
+# how a file begins that is something else: who fetched it by the wrong address gets one of these
+_NO_WEIGHTS = (
+    (
+        b"version https://git-lfs",
+        "it is a pointer of Git LFS, not the file itself: run `git lfs pull` where it comes from",
+    ),
+    (b"<", "it is a web page: fetch the file itself"),
+    (b"\x89HDF", "it is HDF5, as Keras writes it, and is not read"),
+)
+
+
+def _why_unread(path: Path, error: Exception) -> str:
+    """In our words: what libraries say of a damaged file is about their own inside, or advises to run what is in it."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    try:
+        with open(path, "rb") as file:
+            start = file.read(64).lstrip()
+    except OSError:
+        start = b""
+    if not start:
+        return "it is empty"
+    named = next((words for begin, words in _NO_WEIGHTS if start.startswith(begin)), None)
+    return (
+        named or f"no whole {path.suffix or 'file'} file, or one that holds more than tensors; fetch or save it again"
+    )
+
+
+_HOLDERS = (  # keys that hold the state dict, the first one there is taken; averaged weights only where there are no others
+    "state_dict", "model", "model_state_dict", "model_state", "net", "network", "weights", "params",
+    "state_dict_ema", "model_ema", "ema_state_dict", "ema", "teacher",
+)  # fmt: skip
 
 
 def _recognise(content: dict[str, Any], path: Path) -> _Found:
     if isinstance(content.get("feature_extractor"), dict):
         return _released(content)
-    for wrapper in ("state_dict", "model", "model_state_dict", "model_state", "net", "network", "weights", "params"):
+    for wrapper in _HOLDERS:
         if isinstance(content.get(wrapper), dict):
             content = content[wrapper]
             break

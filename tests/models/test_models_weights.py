@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from spcl_fast.errors import CheckpointError, ConfigError
 from spcl_fast.models import build_model, load_weights
@@ -307,3 +308,56 @@ def test_weights_of_a_net_with_other_classes_load_without_their_classifier_when_
         assert all(torch.equal(other.state_dict()[key], before[key]) for key in report.fresh)
     built = build_model("deeplab_v2_resnet18", 3, weights=tmp_path / "released.pth", body_only=True)
     assert same(state_of(built.feature_extractor), state_of(resnet.feature_extractor))
+
+
+@pytest.mark.parametrize("ending", ["pth", "npz", "safetensors"])
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "it is empty|whole safetensors"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
+        (b"<!doctype html><title>404</title>", "it is a web page"),
+        (b"PK\x03\x04 cut short", "fetch or save it again"),
+        (b"\x80\x02.", "fetch or save it again"),
+        (b"\x80\x04}.", "fetch or save it again"),
+        (b"junk", "fetch or save it again|more than tensors, or is damaged"),
+    ],
+)
+def test_a_file_that_holds_no_weights_is_told_in_our_words(tmp_path, resnet, ending, content, told):
+    path = tmp_path / f"w.{ending}"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=told) as caught:
+        load_weights(resnet, path)
+    others = (
+        "allow_pickle",
+        "weights_only",
+        "unsafely",
+        "miniz",
+        "PytorchStream",
+        "trust",
+        "\x1b",
+        "pop from",
+        "magic number",
+    )
+    assert not [word for word in others if word in str(caught.value)], str(caught.value)
+
+
+@pytest.mark.parametrize("spoil", [Tensor.int, Tensor.to_sparse, lambda tensor: tensor.to("meta")])
+def test_tensors_without_the_values_of_weights_are_refused_by_name(tmp_path, resnet, spoil):
+    state = {key.removeprefix("backbone."): value for key, value in resnet.feature_extractor.state_dict().items()}
+    torch.save(state | {"conv1.weight": spoil(state["conv1.weight"])}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match="1 of no such values: .*conv1.weight"):
+        load_weights(resnet, tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("holder", ["state_dict_ema", "model_ema", "ema", "teacher"])
+def test_averaged_weights_are_read_where_there_are_no_others(tmp_path, resnet, holder):
+    state = {"module." + key: value for key, value in resnet.state_dict().items()}
+    zeros = {key: torch.zeros_like(value) for key, value in state.items()}
+    torch.save({holder: state, "epoch": 3}, tmp_path / "w.pth")
+    other = build_model("deeplab_v2_resnet18", 5)
+    load_weights(other, tmp_path / "w.pth")
+    assert same(state_of(other), state_of(resnet))
+    torch.save({holder: zeros, "model": state}, tmp_path / "both.pth")
+    load_weights(other, tmp_path / "both.pth")
+    assert same(state_of(other), state_of(resnet))
