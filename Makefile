@@ -61,6 +61,16 @@ kernels-check: install ## compile every GPU kernel without a GPU: registers, sha
 traffic: install ## count what every GPU kernel moves, without a GPU: docs/gpu-evidence.md (ARGS="--only class_moments")
 	@$(BIN)/python -m benchmarks.traffic $(ARGS)
 
+# the package with instrumented C++, beside .venv's: found first through PYTHONPATH; leaks are the interpreter's own, and not looked for
+SANITIZED := build/sanitize
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1
+SANITIZED_TESTS ?= tests/ops/test_cpu_ops.py tests/kernels/test_cpu_contrast_options.py tests/kernels/test_cpu_streamed.py tests/kernels/test_cpu_upsampled_options.py tests/ops/test_leaks.py
+
+sanitize: install ## the C++ kernels built with address and undefined-behaviour checks, and their tests on that build
+	@CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" SPCL_FAST_NO_CUDA=1 $(PIP) install --quiet --no-build-isolation --no-deps --upgrade --target $(SANITIZED) .
+	@ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		PYTHONPATH=$(SANITIZED) $(BIN)/python -m pytest -p no:cacheprovider $(SANITIZED_TESTS) $(ARGS)
+
 # torch for CUDA is some 5 GB; nvcc must be there, a GPU need not
 cuda-load: ## build the CUDA module beside a CUDA build of torch, in build/cuda_load, and load it
 	@test -x build/cuda_load/bin/python || $(PYTHON) -m venv build/cuda_load
