@@ -13,7 +13,7 @@ WORKERS ?= 2
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format figures install bench kernels-check traffic cuda-load gpu soak clean
+.PHONY: help demo test lint format figures reliability install bench kernels-check traffic cuda-load gpu soak clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
@@ -54,6 +54,9 @@ bench: install ## the benchmarks, peers in the same run (ARGS="-k moments")
 
 figures: install ## README's tables and pictures from benchmarks/results (ARGS="--overlays runs/demo")
 	@$(BIN)/python -m benchmarks.figures $(ARGS)
+
+reliability: install ## docs/reliability.md from the tests that it names
+	@$(BIN)/python -m benchmarks.reliability
 
 kernels-check: install ## compile every GPU kernel without a GPU: registers, shared memory, spills
 	@$(BIN)/python -m benchmarks.kernels_check $(ARGS)

@@ -1,0 +1,30 @@
+"""docs/reliability.md says what benchmarks/reliability.txt and the tests say."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.reliability import PAGE, TABLE, WAYS, Line, Run, page, read_table
+
+USERS, MACHINERY = read_table(TABLE.read_text(encoding="utf-8"))
+
+
+def test_the_page_is_current():
+    assert PAGE.read_text(encoding="utf-8") == page(USERS, MACHINERY), "out of date: make reliability"
+
+
+def test_a_test_that_is_gone_and_a_number_that_no_test_has_are_seen():
+    gone = Line("a", "accepted", "c", "ops/test_leaks.py::test_of_yesterday")
+    with pytest.raises(LookupError, match="test_of_yesterday: there is no such test"):
+        page({"Figures": [gone]}, [])
+    test = "train/test_loop_restart.py::test_kill_9_at_random_moments_changes_no_bit"
+    with pytest.raises(LookupError, match="says 9999 kills, and 9999 does not stand in"):
+        page({}, [Run("kills", "9999 kills", "here", test)])
+    with pytest.raises(ValueError, match="line 2: expected four cells, got 2"):
+        read_table("## Figures\na | b\n")
+
+
+def test_every_line_is_accepted_refused_or_reported_and_stands_once():
+    lines = [line for found in USERS.values() for line in found]
+    assert {line.how for line in lines} == set(WAYS)
+    assert len({line.situation for line in lines}) == len(lines) and len(MACHINERY) > 10
