@@ -97,6 +97,8 @@ def on_doctor(args: argparse.Namespace) -> int:
 def on_report(args: argparse.Namespace) -> None:
     if not args.folder.is_dir():
         raise ConfigError(f"{args.folder}: there is no such run folder. Expected one such as runs/demo.")
+    if not any((args.folder / name).is_file() for name in (layout.CONFIG, layout.SUMMARY, layout.METRICS)):
+        raise ConfigError(f"{args.folder} is no run folder: it has neither {layout.CONFIG} nor {layout.METRICS}.")
     from ..report import write_report
 
     print(f"report: {write_report(args.folder)}")

@@ -47,9 +47,17 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _at_least_one(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of 1 or more")
+    return int(text)
+
+
 def _side(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--side", choices=("source", "target"), help="only this domain")
-    parser.add_argument("--samples", metavar="N", type=int, help="look at N images of each split only, spread evenly")
+    parser.add_argument(
+        "--samples", metavar="N", type=_at_least_one, help="look at N images of each split only, spread evenly"
+    )
     parser.add_argument(
         "--page",
         metavar="FILE.html",

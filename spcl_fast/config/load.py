@@ -172,16 +172,22 @@ def read_settings(path: Path, origin: str) -> dict[str, GivenValue]:
     except FileNotFoundError:
         raise ConfigError(f"--config {path}: there is no such file") from None
     except (OSError, UnicodeError) as error:
-        raise ConfigError(f"--config {path}: cannot be read: {error}") from None
+        raise ConfigError(f"--config {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
     if content is None:
         return {}
     if not isinstance(content, Mapping):
         raise ConfigError(f"{origin}: expected settings as `key: value` lines, got {type(content).__name__}")
+    try:
+        flat = dotted(content)
+    except RecursionError:
+        raise ConfigError(f"{origin}: an alias (*name) stands inside of what it names") from None
     given = {}
-    for name, value in dotted(content).items():
+    for name, value in flat.items():
         key = canonical(name)
+        if key in given:
+            raise ConfigError(f"{origin}: {key} is given twice, once as {name!r}. Remove one of them.")
         if key in sections() and value is None:  # `adapt:` with every line below it commented out
             continue
         check_setting(key, origin)
@@ -221,9 +227,13 @@ def dotted(content: Mapping, prefix: str = "") -> dict[str, Any]:
     flat = {}
     for name, value in content.items():
         if isinstance(value, Mapping) and value:
-            flat |= dotted(value, f"{prefix}{name}.")
+            inner = dotted(value, f"{prefix}{name}.")
         else:
-            flat[f"{prefix}{name}"] = value
+            inner = {f"{prefix}{name}": value}
+        twice = next((key for key in inner if key in flat), None)
+        if twice is not None:
+            raise ConfigError(f"{twice} is given twice, with and without dots. Remove one of them.")
+        flat |= inner
     return flat
 
 

@@ -71,6 +71,8 @@ def _windows(config: Config) -> Iterator[str]:
 def _run(config: Config) -> Iterator[str]:
     if not config.name or config.name in (".", "..") or re.search(r"[/\\\0]", config.name):
         yield f"name: got {config.name!r}, expected the name of a folder inside runs_dir ({config.runs_dir}), without a slash"
+    if not config.stages:
+        yield f"stages: got nothing, expected at least one of {', '.join(catalog.names(catalog.STAGES))}"
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.loop.device):
         yield f"loop.device: got {config.loop.device!r}, expected auto, cpu, cuda or cuda:N"
     if config.loop.compile and config.loop.checkpoint != "none":
@@ -136,6 +138,9 @@ def _domains(config: Config, readers: dict[str, str]) -> Iterator[str]:
             yield f"{side}.root is not set, and {readers[side]} reads the {side} data: give --{side}.root path/to/folder"
         if side == "target" and plus:
             yield f"target.dataset: got {domain.dataset!r}, expected one data set: generated scenes can join the source alone"
+        ending = domain.label_ending
+        if ending is not None and ("/" in ending or not ending.lower().endswith(".png")):
+            yield f"{side}.label_ending: got {ending!r}, expected what follows an image's name in its label's, such as _mask.png"
         if row.num_classes and domain.num_classes not in row.num_classes:
             expected = " or ".join(map(str, row.num_classes))
             yield f"{side}.num_classes: got {domain.num_classes}, expected {expected}, the classes of {row.summary}"

@@ -12,13 +12,19 @@ from .left_out import counted
 
 
 def content_of(dataset: Dataset) -> str | None:
-    """Count and hash of the names and sizes of a data set's images and labels; None for generated scenes. Opens no file."""
+    """Count and hash of the names and sizes of a data set's images and labels, and of its classes; None for generated scenes. Opens no
+    picture.
+    """
     lines = []
     for index, name in enumerate(dataset.names):
         files = (dataset.image_path(index), dataset.label_path(index))
         if files[0] is not None:
             lines.append(f"{name}:{':'.join(str(_size(file)) for file in files)}")
-    return _summary(lines, "image")
+    if not lines:
+        return None
+    ids = b"" if dataset.table is None else dataset.table.key()
+    classes = hashlib.sha256("\n".join(dataset.classes.names).encode() + b"\0" + ids).hexdigest()
+    return _summary([*lines, f"classes:{classes}"], "image", len(lines), f" of {len(dataset.classes)} classes")
 
 
 def content_of_path(path: Path) -> str | None:
@@ -42,9 +48,10 @@ def _size(path: Path | None) -> int | None:
         return None  # reading it will say what is wrong
 
 
-def _summary(lines: Iterable[str], what: str) -> str | None:
+def _summary(lines: Iterable[str], what: str, count: int | None = None, more: str = "") -> str | None:
     lines = sorted(lines)
     if not lines:
         return None
+    count = len(lines) if count is None else count
     digest = hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
-    return f"{counted(len(lines), what)}, {digest[:16]}"
+    return f"{counted(count, what)}{more}, {digest[:16]}"

@@ -75,6 +75,8 @@ def load_modules(checkpoint: Checkpoint | None, modules: Mapping[str, nn.Module]
         try:
             module.load_state_dict(checkpoint.group(name))
         except RuntimeError as error:
+            odd = " ".join(str(error).splitlines()[1:2]).strip() or str(error)
             raise CheckpointError(
-                f"{checkpoint.path / (name + '.safetensors')} does not fit {type(module).__name__}: {error}"
+                f"{checkpoint.path / (name + '.safetensors')} does not fit {type(module).__name__}: {odd} Was it trained for other classes "
+                "or with other settings of the model?"
             ) from error

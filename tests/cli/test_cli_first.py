@@ -100,6 +100,31 @@ def test_one_flag_sets_every_stage_and_a_stages_own_wins_wherever_it_stands(caps
     assert "--iterations: a value is missing, expected a whole number" in told(capsys, 2, "run", "--iterations")
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("adapt: &a\n  lr: *a\n", "an alias (*name) stands inside of what it names"),
+        ("adapt.lr: 1\nadapt:\n  lr: 2\n", "adapt.lr is given twice"),
+        ("CPA_LOSS: 1\nadapt:\n  contrast_weight: 2\n", "adapt.contrast_weight is given twice"),
+        ("stages: []\n", "stages: got nothing, expected at least one of source_only"),
+        ("source: {label_ending: .tif}\n", "source.label_ending: got '.tif'"),
+    ],
+)
+def test_a_file_that_contradicts_itself_is_refused(text, expected, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text(text)
+    assert expected in told(capsys, 2, "run", "--preset", "folders", "--config", tmp_path / "c.yaml", "--print-config")
+
+
+def test_a_number_of_samples_that_looks_at_nothing_is_refused(capsys):
+    for number in ("0", "-1", "x"):
+        assert f"got '{number}', expected a whole number" in told(capsys, 2, "check-data", "--samples", number)
+
+
+def test_report_writes_into_no_folder_but_a_runs(tmp_path, capsys):
+    assert "is no run folder" in told(capsys, 2, "report", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 # ---- help ------------------------------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ FIRST = ("source_only", "prototypes", "pseudo_labels")
 def in_folders(tmp_path, data, **changes):
     sides = {f"{side}.dataset": "folders" for side in ("source", "target")}
     sides |= {f"{side}.root": str(data / side) for side in ("source", "target")}
-    return tiny_config(tmp_path, **sides, **{"source.classes": str(data / "source" / "classes.json")}, **changes)
+    return tiny_config(tmp_path, **{**sides, "source.classes": str(data / "source" / "classes.json"), **changes})
 
 
 @pytest.fixture
@@ -60,6 +60,18 @@ def test_other_data_under_the_same_path_are_refused_by_name(moved, tmp_path, cha
     setting = "source.classes" if change == "classes" else "source.root"
     with pytest.raises(CheckpointError, match=f"what {setting} holds: "):
         run_stages(in_folders(tmp_path, moved), ("source_only",))
+
+
+def test_other_classes_in_the_data_sets_own_file_are_refused(moved, tmp_path):
+    own = moved / "source" / "classes.json"
+    without = {"source.classes": "null"}
+    run_stages(in_folders(tmp_path, moved, name="own", **without), ("source_only",))
+    content = json.loads(own.read_text())
+    content["names"][0] = "street"
+    for path in (own, moved / "target" / "classes.json"):
+        path.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="what source.root holds: '4 images of 9 classes"):
+        run_stages(in_folders(tmp_path, moved, name="own", **without), ("source_only",))
 
 
 def test_a_refused_setting_of_a_late_stage_is_not_the_runs_though_earlier_stages_fit(finished, tmp_path, capsys):
