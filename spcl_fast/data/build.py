@@ -157,12 +157,11 @@ def _pair(
             problems.append(Problem(name, str(error)))
             continue
         images[name] = path
+    more = f" ({len(problems)} files of {len(layout.images)} have such a problem.)" if len(problems) > 1 else ""
     if without and without == len(problems) and not images:
-        raise UnlabelledError(
-            f"{kind} {root}, split {split!r}: none of {counted(without, 'image')} has a label. {problems[0].what}"
-        )
+        none = f"none of {counted(without, 'image')} has a label"
+        raise UnlabelledError(f"{kind} {root}, split {split!r}: {none}. {problems[0].what}{more}")
     if problems and (not skip_bad_files or not images):
-        more = f" ({len(problems)} files of {len(layout.images)} have such a problem.)" if len(problems) > 1 else ""
         advice = (
             " Give every image a label, or pass --skip-bad-files to leave those images out."
             if without and images

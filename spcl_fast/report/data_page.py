@@ -12,9 +12,11 @@ import numpy as np
 from ..data.check import DataReport
 from ..data.dataset import Dataset
 from ..errors import DataError
-from . import pictures, plots
-from .lettering import undrawn
+from ..runs.reading import SAFE_COLOURS
+from . import pictures
+from .lettering import plot_names, undrawn
 from .page import environment
+from .plots import as_png, drawing
 
 SHOWN = 12  # images of a split
 
@@ -36,7 +38,7 @@ def write_data_page(path: Path, reports: Mapping[str, Sequence[DataReport]], ver
     labelled = [(side, report) for side, report in every if report.has_labels and report.classes == classes]
     shares = {f"{side}, {report.split} ({report.checked} labels)": report.shares for side, report in labelled}
     palette = next(report.dataset.classes.palette for _, report in every if report.dataset is not None)
-    histogram = plots.class_histogram(classes, shares)
+    histogram = _class_histogram(classes, shares)
     text = (
         environment()
         .get_template("data.html")
@@ -73,3 +75,29 @@ def _pictures(dataset: Dataset) -> list[tuple[str, str, str | None]]:
         over = None if label is None else pictures.jpeg(pictures.label_overlay(pixels, label, dataset.classes.palette))
         found.append((name, pictures.jpeg(pixels), over))
     return found
+
+
+def _class_histogram(classes: Sequence[str], shares: dict[str, np.ndarray]) -> bytes | None:
+    """Share of each class in the labelled pixels, a bar per domain or split next to each other; shares: title -> [K]."""
+    if not shares or not classes:
+        return None
+    names, places = plot_names(classes), np.arange(len(classes))
+    width = 0.8 / len(shares)
+    with drawing(8.6, 0.9 + (0.14 + 0.16 * len(shares)) * len(classes), classes) as figure:
+        axes = figure.subplots()
+        for number, (title, values) in enumerate(shares.items()):
+            offset = (number - (len(shares) - 1) / 2) * width
+            bars = axes.barh(
+                places + offset, 100 * values, width, color=SAFE_COLOURS[number % len(SAFE_COLOURS)], label=title
+            )
+            axes.bar_label(
+                bars, [f"{100 * v:.2g}" if v else "never" for v in values], padding=3, fontsize=7, color="#52606d"
+            )
+        axes.set_yticks(places, names)
+        axes.set_ylim(len(classes) - 0.4, -0.6)
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0)
+        axes.margins(x=0.12)
+        axes.set_xlabel("% of the labelled pixels")
+        figure.legend(loc="outside upper left", ncols=len(shares))
+        return as_png(figure)

@@ -66,7 +66,7 @@ def look_of(stage: str) -> tuple[str, str]:
 
 
 @contextmanager
-def _figure(width: float, height: float, names: Sequence[str] = ()) -> Iterator[Figure]:
+def drawing(width: float, height: float, names: Sequence[str] = ()) -> Iterator[Figure]:
     """A figure in the report's style, apart from pyplot's state and the user's settings. names: of classes, which need their letters."""
     style: Any = {**matplotlib.rcParamsDefault, **STYLE, "backend": "agg", "font.family": families(names)}
     with matplotlib.rc_context(style):
@@ -75,7 +75,7 @@ def _figure(width: float, height: float, names: Sequence[str] = ()) -> Iterator[
         yield figure
 
 
-def _png(figure: Figure) -> bytes:
+def as_png(figure: Figure) -> bytes:
     data = BytesIO()
     figure.savefig(data, format="png", metadata={"Software": None})
     return data.getvalue()
@@ -92,7 +92,7 @@ def class_scores(run: RunFolder) -> bytes | None:
     if not stages or not run.classes:
         return None
     rows = [*plot_names(run.classes), "mIoU"]
-    with _figure(8.6, 0.9 + 0.3 * len(rows), run.classes) as figure:
+    with drawing(8.6, 0.9 + 0.3 * len(rows), run.classes) as figure:
         axes = figure.subplots()
         values = {
             stage: [run.evaluations[stage].iou.get(name) for name in run.classes] + [run.evaluations[stage].miou]
@@ -128,7 +128,7 @@ def class_scores(run: RunFolder) -> bytes | None:
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel("IoU on the target's validation images, %")
         figure.legend(loc="outside upper left", ncols=len(stages), handletextpad=0.2, columnspacing=1.4)
-        return _png(figure)
+        return as_png(figure)
 
 
 def curves(run: RunFolder) -> bytes | None:
@@ -151,7 +151,7 @@ def curves(run: RunFolder) -> bytes | None:
         return None
     columns = min(3, len(panels) + 1)
     rows = math.ceil((len(panels) + 1) / columns)
-    with _figure(10.6, 2.35 * rows) as figure:
+    with drawing(10.6, 2.35 * rows) as figure:
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes, (stage, title, names) in zip(grid, panels, strict=False):
             _lines(axes, run.metrics[stage], names, title)
@@ -159,7 +159,7 @@ def curves(run: RunFolder) -> bytes | None:
         for axes in grid[len(panels) + 1 :]:
             axes.set_visible(False)
         figure.supxlabel("iteration", fontsize=9)
-        return _png(figure)
+        return as_png(figure)
 
 
 def _learning_rates(axes: Axes, run: RunFolder) -> None:
@@ -216,7 +216,7 @@ def class_shares(run: RunFolder) -> bytes | None:
         return None
     columns = min(5, len(run.classes))
     rows = math.ceil(len(run.classes) / columns)
-    with _figure(10.6, 0.35 + 1.45 * rows, run.classes) as figure:
+    with drawing(10.6, 0.35 + 1.45 * rows, run.classes) as figure:
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
         for index, (axes, name) in enumerate(zip(grid, plot_names(run.classes), strict=False)):
             for found, colour, label in ((kept, ORANGE, "has a pseudo-label"), (predicted, BLUE, "predicted")):
@@ -241,7 +241,7 @@ def class_shares(run: RunFolder) -> bytes | None:
         figure.supylabel("% of the target's pixels", fontsize=9)
         figure.supxlabel("iteration of the adaptation", fontsize=9)
         figure.legend(loc="outside upper left", ncols=2)
-        return _png(figure)
+        return as_png(figure)
 
 
 def _vectors(run: RunFolder, name: str) -> tuple[list[int], np.ndarray] | None:
@@ -263,7 +263,7 @@ def prototype_norms(run: RunFolder) -> bytes | None:
     if found is None:
         return None
     steps, values = found
-    with _figure(5.2, 3.9, run.classes) as figure:
+    with drawing(5.2, 3.9, run.classes) as figure:
         axes = figure.subplots()
         for index, name in enumerate(plot_names(run.classes)):
             colour = np.array(run.palette[index]) / 255
@@ -278,7 +278,7 @@ def prototype_norms(run: RunFolder) -> bytes | None:
         _iterations(axes)
         axes.set_xlabel("iteration of the adaptation")
         axes.set_title("prototype length")
-        return _png(figure)
+        return as_png(figure)
 
 
 def _spread(axes: Axes) -> None:
@@ -307,7 +307,7 @@ def confusion(run: RunFolder) -> bytes | None:
     side, many = max(3.6, 0.4 * count), count > 12  # side by side, many classes would be too small to read
     rows, columns = (len(matrices), 1) if many else (1, len(matrices))
     names = plot_names(run.classes)
-    with _figure(1.2 + (side + 0.2) * columns, (side + 1.5) * rows, run.classes) as figure:
+    with drawing(1.2 + (side + 0.2) * columns, (side + 1.5) * rows, run.classes) as figure:
         grid = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
         for axes, (stage, matrix) in zip(grid, matrices.items(), strict=True):
             share = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
@@ -326,7 +326,7 @@ def confusion(run: RunFolder) -> bytes | None:
             axes.set_title(catalog.title(stage))
             axes.set_xlabel("predicted")
             axes.set_ylabel("true" if many or axes is grid[0] else "")
-        return _png(figure)
+        return as_png(figure)
 
 
 def feature_map(run: RunFolder) -> bytes | None:
@@ -340,7 +340,7 @@ def feature_map(run: RunFolder) -> bytes | None:
     colours = np.array([*run.palette, (203, 210, 217)]) / 255
     labels = np.where((sample.labels >= 0) & (sample.labels < len(run.palette)), sample.labels, len(run.palette))
     names = plot_names(run.classes)
-    with _figure(10.6, 4.9, run.classes) as figure:
+    with drawing(10.6, 4.9, run.classes) as figure:
         grid = figure.subplots(1, 2, sharex=True, sharey=True)
         for domain, (axes, title) in enumerate(zip(grid, ("source", "target"), strict=True)):
             own, other = sample.domain == domain, sample.domain != domain
@@ -372,7 +372,7 @@ def feature_map(run: RunFolder) -> bytes | None:
             handletextpad=0.1,
             columnspacing=1.2,
         )
-        return _png(figure)
+        return as_png(figure)
 
 
 def _plane(features: np.ndarray, prototypes: np.ndarray, *, unit: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -385,29 +385,3 @@ def _plane(features: np.ndarray, prototypes: np.ndarray, *, unit: bool) -> tuple
     axes = directions[:, :-3:-1]
     axes = axes * np.sign(axes[np.abs(axes).argmax(0), range(2)])  # an eigenvector's sign is arbitrary: fix it
     return centred @ axes, (prototypes - mean) @ axes
-
-
-def class_histogram(classes: Sequence[str], shares: dict[str, np.ndarray]) -> bytes | None:
-    """Share of each class in the labelled pixels, a bar per domain or split next to each other; shares: title -> [K]."""
-    if not shares or not classes:
-        return None
-    names, places = plot_names(classes), np.arange(len(classes))
-    width = 0.8 / len(shares)
-    with _figure(8.6, 0.9 + (0.14 + 0.16 * len(shares)) * len(classes), classes) as figure:
-        axes = figure.subplots()
-        for number, (title, values) in enumerate(shares.items()):
-            offset = (number - (len(shares) - 1) / 2) * width
-            bars = axes.barh(
-                places + offset, 100 * values, width, color=SAFE_COLOURS[number % len(SAFE_COLOURS)], label=title
-            )
-            axes.bar_label(
-                bars, [f"{100 * v:.2g}" if v else "never" for v in values], padding=3, fontsize=7, color="#52606d"
-            )
-        axes.set_yticks(places, names)
-        axes.set_ylim(len(classes) - 0.4, -0.6)
-        axes.grid(axis="y", visible=False)
-        axes.tick_params(axis="y", length=0)
-        axes.margins(x=0.12)
-        axes.set_xlabel("% of the labelled pixels")
-        figure.legend(loc="outside upper left", ncols=len(shares))
-        return _png(figure)
