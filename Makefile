@@ -74,6 +74,16 @@ sanitize: install ## the C++ kernels built with address and undefined-behaviour 
 	@ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		PYTHONPATH=$(SANITIZED) $(BIN)/python -m pytest -p no:cacheprovider $(SANITIZED_TESTS) $(ARGS)
 
+# NEWEST="torch==2.15.0" names another one; PyPI's torch for Linux brings CUDA's libraries, PIP_INDEX_URL can name an index of CPU builds
+NEWEST ?= torch
+test-newest: ## the test suite beside the newest torch that the index has, in build/newest
+	@test -x build/newest/bin/python || $(PYTHON) -m venv build/newest
+	@grep -vE '^(torch|triton)==' requirements.txt > build/newest/requirements.txt
+	@build/newest/bin/python -m pip --disable-pip-version-check install --quiet --upgrade $(NEWEST) --requirement build/newest/requirements.txt
+	@build/newest/bin/python -m pip --disable-pip-version-check install --quiet --no-build-isolation --no-deps --force-reinstall .
+	@build/newest/bin/python -c 'import torch; print("torch", torch.__version__)'
+	@PYTHONPATH=$$(build/newest/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])') build/newest/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
 # torch for CUDA is some 5 GB; nvcc must be there, a GPU need not
 cuda-load: ## build the CUDA module beside a CUDA build of torch, in build/cuda_load, and load it
 	@test -x build/cuda_load/bin/python || $(PYTHON) -m venv build/cuda_load
