@@ -183,13 +183,17 @@ def _take_byte(image: Image.Image, path: Path, order: str) -> None:
     setattr(image, "tile", [changed_tile])  # noqa: B010
 
 
+_NO_TEXT = ", or set PYTHONUTF8=1: it is no text in this locale."
+
+
 def check_name(name: str, where: str) -> str:
     """`name` if it is a relative path that stays below its folder, and text; DataError otherwise. `where` says who named it."""
     path = PurePosixPath(name)
     odd = any(unicodedata.category(c) in _NOT_IN_NAMES for c in name) or "\\" in name or re.match("[A-Za-z]:", name)
     if not name or odd or path.is_absolute() or ".." in path.parts:
         raise DataError(
-            f"{where} names {name!r}; expected a relative path without '..' and control characters. Correct or rename it."
+            f"{where} names {name!r}; expected a relative path without '..' and control characters. Correct or rename it"
+            + ("." if name.isascii() or not any("\udc80" <= c <= "\udcff" for c in name) else _NO_TEXT)
         )
     return str(path)
 

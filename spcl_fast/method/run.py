@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import catalog, distributed
 from ..config import Config
 from ..config.load import dump_config
+from ..errors import Interrupted
 from ..runs import layout
 from ..train import memory
 from ..train.device import crowded
@@ -52,9 +53,14 @@ def run_stages(
             _introduce(context, rows)
             if context.device.type == "cpu" and (warning := crowded()) is not None:
                 context.run.say(warning)
-            for row in rows:
-                memory.reset_peak(context.device)
-                _do(context, row, forecast)
+            try:
+                for row in rows:
+                    memory.reset_peak(context.device)
+                    _do(context, row, forecast)
+            except KeyboardInterrupt:  # the second Ctrl-C, in a stage without a loop
+                raise Interrupted(
+                    "Interrupted; finished stages are kept. Start the same command again to go on."
+                ) from None
             write_summary(context)
         context.run.close()
 

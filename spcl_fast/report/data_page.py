@@ -53,7 +53,7 @@ def write_data_page(path: Path, reports: Mapping[str, Sequence[DataReport]], ver
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
+    part.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(part, path)
 
 

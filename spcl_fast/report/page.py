@@ -46,7 +46,7 @@ def write_report(run_folder: Path | str) -> Path:
     path = folder / layout.REPORT
     part = path.with_name(f".{layout.REPORT}.{os.getpid()}.part")
     try:
-        part.write_text(page, encoding="utf-8")
+        part.write_text(page, encoding="utf-8", errors="backslashreplace")
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)

@@ -92,7 +92,10 @@ def fit(
         if loop.skip_finished():
             return loop.result(skipped=True)
         loop.resume()
-        loop.train(step, batches, schedule, stop, at_checkpoint, watch)
+        try:
+            loop.train(step, batches, schedule, stop, at_checkpoint, watch)
+        except KeyboardInterrupt:  # the second Ctrl-C
+            loop.interrupted(stop)
         loop.finish()
         stop.raise_if_requested(f"finishing {stage}")
     return loop.result(skipped=False)
@@ -118,6 +121,7 @@ class _Loop:
         self.store: CheckpointStore = run.checkpoints(stage, settings.checkpoints_kept)
         self.meter = Meter()
         self.done = 0
+        self.whole = True  # weights, optimisers and buffers are those after `done` steps
         self.saved: int | None = None
         self.resumed_from = 0
         self.started = time.monotonic()
@@ -233,8 +237,6 @@ class _Loop:
             if stop.requested:  # a signal to the whole process group ended the data-loading processes too
                 return None
             raise
-        except KeyboardInterrupt:
-            self._interrupted(whole=True)
         finally:
             pace.waited += time.monotonic() - started
 
@@ -248,7 +250,7 @@ class _Loop:
         try:
             values = step(move(batch, self.device), it)
             self.state.reduce_gradients()
-            updating = True
+            updating, self.whole = True, False
             self.state.update()
         except Exception as error:
             if not memory.is_out_of_memory(error):
@@ -257,11 +259,13 @@ class _Loop:
         except KeyboardInterrupt:  # the second one: this step is not waited for
             interrupted = True
         if interrupted:
-            self._interrupted(whole=not updating and self.state.forget_step())
+            self.whole &= self.state.forget_step()
+            raise KeyboardInterrupt
         if failed:  # outside of `except`, whose traceback keeps the step's tensors alive
             self._out_of_memory(it, whole=not updating and self.state.forget_step())
         self.meter.add(values, it)
         self.done = it + 1
+        self.whole = True
 
     def _log(self, pace: Pace) -> dict[str, Any]:
         values = self._checked_values()
@@ -318,18 +322,20 @@ class _Loop:
         self.saved = self.done
 
     def _stop(self, stop: StopRequest) -> None:
-        if self.done > 0:
-            self._save()
+        with stop.held():
+            if self.done > 0:
+                self._save()
         distributed.barrier()  # a process that leaves early makes torchrun end the one that still writes
         where = f"its state is in {self.store.paths()[0]}" if self.store.paths() else "before its first step"
         raise Interrupted(
             f"Stopped by {stop.name} at step {self.done} of {self.stage}; {where}. Start the same command again to go on."
         )
 
-    def _interrupted(self, whole: bool) -> NoReturn:
-        """A second Ctrl-C. `whole`: the state is that before the step. Several processes save nothing: one of them waits for the others."""
-        if whole and self.done > 0 and distributed.world_size() == 1:
-            self._save()
+    def interrupted(self, stop: StopRequest) -> NoReturn:
+        """A second Ctrl-C: what it was in the middle of is not waited for. Several processes save nothing: one waits for the others."""
+        with stop.held():
+            if self.whole and self.done > 0 and distributed.world_size() == 1:
+                self._save()
         paths = self.store.paths()
         where = f"the newest state is in {paths[0]}" if paths else "there was no state to save yet"
         raise Interrupted(

@@ -20,6 +20,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._pid = os.getpid()
+        self._held = False
         self.signal: signal.Signals | None = None
 
     @property
@@ -38,9 +39,19 @@ class StopRequest:
     def _handle(self, number: int, frame: object) -> None:
         # Data-loading processes forked later inherit this handler: a signal to the whole process group must not kill them before the
         # state is saved, so there the flag is set too, and nobody reads it.
+        again = number == signal.SIGINT == self.signal
         self.signal = signal.Signals(number)
-        if number == signal.SIGINT and os.getpid() == self._pid:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if again and not self._held and os.getpid() == self._pid:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within it a second Ctrl-C interrupts nothing: a state is being saved."""
+        before, self._held = self._held, True
+        try:
+            yield
+        finally:
+            self._held = before
 
 
 _current: StopRequest | None = None

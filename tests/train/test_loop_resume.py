@@ -20,6 +20,7 @@ from faults import (
 )
 
 from spcl_fast.errors import CheckpointError, Interrupted
+from spcl_fast.runs.checkpoint import CheckpointStore
 from spcl_fast.runs.folder import Run
 
 
@@ -80,6 +81,35 @@ def test_a_second_interrupt_from_the_keyboard_stops_at_once_and_saves_the_state_
     again = TinyStage()
     again.fit(tmp_path)
     assert again.calls[0] == 4 and same_bits(again.state(), undisturbed[0])
+
+
+def test_a_second_interrupt_while_the_state_is_saved_waits_for_it(tmp_path, monkeypatch, undisturbed):
+    original = CheckpointStore.save
+
+    def save(self, step, *rest):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, step, *rest)
+
+    stage = TinyStage()
+    stage.after_step = lambda it: os.kill(os.getpid(), signal.SIGINT) if it == 4 else None
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="Stopped by SIGINT at step 5"):
+        patch.setattr(CheckpointStore, "save", save)
+        stage.fit(tmp_path)
+    again = TinyStage()
+    assert again.fit(tmp_path).resumed_from == 5 and same_bits(again.state(), undisturbed[0])
+
+
+def test_an_interrupt_between_two_steps_saves_the_last_one(tmp_path, undisturbed):
+    def impatient(record):
+        if record["step"] == 8:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="Interrupted within step 8 of tiny; the newest state is in .*step_00000008"):
+        TinyStage().fit(tmp_path, watch=impatient)
+    again = TinyStage()
+    assert again.fit(tmp_path).resumed_from == 8 and same_bits(again.state(), undisturbed[0])
 
 
 def test_a_stop_in_the_last_step_finishes_the_stage_and_still_stops_the_run(tmp_path):
