@@ -252,7 +252,7 @@ def test_doctor_names_them_and_tests_the_backend(house):
 
 def test_help_knows_them(house):
     text = spcl_fast(house, "run", "-h")
-    for words in ("tiny | toy", "toy_pictures+generated_driver", "spcl | toy_loss", "--toy_stage.strength [0.5]"):
+    for words in ("tiny | toy", "toy_pictures+generated_driver", " | toy_loss", "--toy_stage.strength [0.5]"):
         assert words in " ".join(text.split())
     assert "how much of a toy it is" in spcl_fast(house, "toy-stage", "-h")
     assert "toy-stage     train on for the fun of it" in spcl_fast(house, "--help")
