@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import pytest
 import torch
 import torch.nn.functional as F
 from on_backends import ALL, asked, check_ops, on_each_backend, usable  # noqa: F401 - also to be had from here
@@ -26,6 +25,7 @@ class Problem(NamedTuple):
     prototypes: Tensor  # [K, D]
     per_image: Tensor  # [B, K, D]
     rows: Tensor  # [M, D]
+    rows_per_image: Tensor  # [B, M, D]
     row_class: Tensor  # [M]
     variances: Tensor  # [K, D]
     variances_per_image: Tensor  # [B, K, D]
@@ -33,6 +33,7 @@ class Problem(NamedTuple):
     bias: Tensor  # [K]
     bias_per_image: Tensor  # [B, K]
     bias_of_rows: Tensor  # [M]
+    bias_of_rows_per_image: Tensor  # [B, M]
     temperature: Tensor  # []
     probabilities: Tensor  # [B, K, h, w], some pixels certain, some without any
     class_weight: Tensor  # [K], one of them 0
@@ -80,10 +81,11 @@ def problem(
     teacher = teacher._replace(u=0.1 - scores.logsumexp(1), v=0.3 * randn(num_classes))
     made = Problem(
         features=randn(*shape), labels=labels, prototypes=unit(num_classes, dim), per_image=unit(batch, num_classes, dim),
-        rows=unit(num_classes + 2, dim), row_class=torch.cat([torch.arange(num_classes), torch.tensor([0, num_classes - 1])]),
+        rows=unit(num_classes + 2, dim), rows_per_image=unit(batch, num_classes + 2, dim),
+        row_class=torch.cat([torch.arange(num_classes), torch.tensor([0, num_classes - 1])]),
         variances=rand(num_classes, dim) * temperature**2, variances_per_image=rand(batch, num_classes, dim) * temperature**2,
         variances_of_rows=rand(num_classes + 2, dim) * temperature**2, bias=randn(num_classes), bias_per_image=randn(batch, num_classes),
-        bias_of_rows=randn(num_classes + 2), temperature=torch.tensor(temperature),
+        bias_of_rows=randn(num_classes + 2), bias_of_rows_per_image=randn(batch, num_classes + 2), temperature=torch.tensor(temperature),
         probabilities=soft.where(kind < 0.6, certain).where(kind < 0.8, 0), class_weight=class_weight,
         pixel_weight=rand(batch, width, height).mT, teacher=teacher, logits=scale * randn(batch, num_classes, height, width), nodes=nodes,
         label_weight=rand(batch, columns, rows).mT, size=size,
@@ -101,82 +103,6 @@ def _as(made: Problem, dtype: torch.dtype) -> Problem:
     return made._replace(**floating)._replace(
         features=made.features.to(dtype), logits=made.logits.to(dtype), teacher=teacher
     )
-
-
-# ---- shapes ----------------------------------------------------------------------------------------------------------
-
-
-class Shape(NamedTuple):
-    name: str
-    shape: tuple[int, int, int, int]  # [B, D, h, w] of the features; of logits to be up-sampled D is K
-    num_classes: int
-    size: tuple[int, int] | None = None  # of the labels, where it is not the features' own
-    too_slow: tuple[str, ...] = ()  # backends whose interpreter or emulator takes too long for it
-
-    def problem(self, dtype=torch.float32, **more) -> Problem:
-        return problem(self.shape, self.num_classes, self.size, dtype, **more)
-
-
-def _upsampled(name: str, low: tuple[int, int], high: tuple[int, int], num_classes=4, batch=2, too_slow=()) -> Shape:
-    return Shape(name, (batch, num_classes, *low), num_classes, high, too_slow)
-
-
-SHAPES = {
-    MOMENTS: (
-        Shape("labels of another size", (2, 16, 7, 9), 5, (15, 23)),
-        Shape("smaller labels", (2, 20, 7, 9), 5, (4, 3)),
-        Shape("ragged", (2, 40, 7, 9), 5),
-        Shape("many pixels", (1, 33, 61, 67), 19, too_slow=("triton",)),
-        Shape("one channel and class", (3, 1, 1, 1), 1),
-        Shape("many classes", (1, 7, 5, 5), 1000),
-        Shape("classes in blocks", (1, 33, 3, 7), 70),
-        Shape("aligned rows", (1, 130, 8, 32), 19, too_slow=("triton",)),
-        Shape("few pixels a tile", (1, 1100, 5, 13), 2, too_slow=("triton",)),
-        Shape("norms in a pass of their own", (1, 2100, 3, 7), 4, too_slow=("triton",)),
-        Shape("few ranges", (2, 33, 5, 7), 600, too_slow=("triton",)),
-        Shape("one tile", (1, 16, 16, 16), 4),
-        Shape("more classes than a block can note", (1, 70, 9, 40), 5000, too_slow=("triton",)),
-    ),
-    CROSS: (
-        _upsampled("8 times", (5, 7), (40, 56), 5, too_slow=("triton",)),
-        _upsampled("8 times, small", (3, 5), (24, 40), 3, 1),
-        _upsampled("a broken ratio", (5, 7), (33, 50), 5),
-        _upsampled("a broken ratio, small", (3, 4), (13, 17)),
-        _upsampled("4 times", (3, 5), (12, 20)),
-        _upsampled("a tail of one pixel a cell", (2, 3), (11, 22)),
-        _upsampled("3.3 times", (7, 6), (23, 20), 3, 1),
-        _upsampled("down", (13, 9), (6, 4), 5),
-        _upsampled("down, 0.4", (10, 15), (4, 6), 3, 1),
-        _upsampled("down, small", (7, 5), (3, 2)),
-        _upsampled("down, cells without a pixel inside a band", (150, 9), (40, 12), 5, too_slow=("triton", "cuda")),
-        _upsampled("the same size", (5, 7), (5, 7), 5),
-        _upsampled("one node", (1, 1), (8, 13), 3),
-        _upsampled("one pixel", (6, 6), (1, 1), 5),
-        _upsampled("one row of nodes", (1, 9), (4, 3), 5),
-        _upsampled("wider than a tile of cells", (2, 35), (3, 70)),
-        _upsampled("several tiles", (2, 70), (8, 280), 3, 1, too_slow=("triton",)),
-        _upsampled("several strips", (20, 2), (80, 8), 3, 1, too_slow=("triton",)),
-        _upsampled("lanes that share a cell", (2, 33), (5, 350), 3, 1, too_slow=("triton",)),
-        _upsampled("cells of more pixels than lanes can share", (2, 2), (3, 500), 3, 1, too_slow=("triton",)),
-        _upsampled("bands of many rows", (70, 6), (100, 13), 5, 8, too_slow=("triton", "cuda")),
-        _upsampled("bands of many rows, down", (70, 6), (23, 13), 5, 8, too_slow=("triton", "cuda")),
-        _upsampled("one class", (4, 5), (15, 19), 1),
-        _upsampled("two classes", (4, 5), (15, 19), 2),
-        _upsampled("19 classes", (4, 5), (15, 19), 19),
-        _upsampled("150 classes", (4, 5), (15, 19), 150, too_slow=("triton",)),
-        _upsampled("1000 classes", (2, 3), (5, 9), 1000),
-    ),
-}  # fmt: skip
-
-
-def on_each_shape(op: str, *needs: str, among: tuple[str, ...] = ALL, shapes: tuple[Shape, ...] | None = None) -> list:
-    """(backend, shape), with readable ids."""
-    return [
-        pytest.param(backend, shape, id=f"{shape.name}-{backend}")
-        for shape in (SHAPES[op] if shapes is None else shapes)
-        for backend in usable(op, *needs, among=among, num_classes=shape.num_classes, dim=shape.shape[1])
-        if backend not in shape.too_slow
-    ]
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------
@@ -207,15 +133,19 @@ class Option(NamedTuple):
 _WEIGHTS = ("class_weight", "pixel_weight")
 
 
+def _two_more(o: Problem) -> int:
+    return len(o.prototypes) + 2
+
+
 def _with(*names: str, **settings) -> Callable[[Problem], dict]:
     """Settings whose tensors are those of the problem, by name; `prototypes=...` and `labels=...` name other ones to be used."""
-    return lambda o: (
-        {name: getattr(o, name) for name in names}
-        | {
-            key: getattr(o, value) if isinstance(value, str) and value in Problem._fields else value
-            for key, value in settings.items()
-        }
-    )
+
+    def of(o: Problem, value):
+        if isinstance(value, str) and value in Problem._fields:
+            return getattr(o, value)
+        return value(o) if callable(value) else value
+
+    return lambda o: {name: getattr(o, name) for name in names} | {key: of(o, value) for key, value in settings.items()}
 
 
 OPTIONS = (
@@ -231,6 +161,8 @@ OPTIONS = (
     Option("variances, bias and temperature", ("variances", "bias", "dbias", "tensor_temperature", "dtemperature"),
            _with("variances", "bias", "temperature", *_WEIGHTS), ("features", "prototypes", "bias", "temperature")),
     Option("no positive variance", ("variances", "no_positive_variance"), _with("variances", *_WEIGHTS, positive_variance=False)),
+    Option("no positive variance, class weight", ("variances", "no_positive_variance"),
+           _with("variances", "class_weight", positive_variance=False)),
     Option("no positive variance, margin", ("variances", "no_positive_variance", "margin", "tensor_temperature", "dtemperature"),
            _with("variances", "temperature", positive_variance=False, margin=0.2), ("features", "prototypes", "temperature")),
     Option("probabilities", ("probabilities",), _with(labels="probabilities")),
@@ -247,7 +179,8 @@ OPTIONS = (
     Option("pooled by maximum", ("prototype_class",), _with(prototypes="rows", prototype_class="row_class", pool="max")),
     Option("pooled, margin", ("prototype_class", "margin", "label_smoothing"),
            _with(prototypes="rows", prototype_class="row_class", pool="max", margin=0.3, label_smoothing=0.1)),
-    Option("pooled, a class without a row", ("prototype_class",), _with(prototypes="rows", prototype_class="row_class", num_classes=7)),
+    Option("pooled, classes without a row", ("prototype_class",),
+           _with(prototypes="rows", prototype_class="row_class", num_classes=_two_more)),
     Option("margin", ("margin",), _with(margin=0.35)),
     Option("margin, weights, temperature", ("margin", "tensor_temperature", "dtemperature"),
            _with(*_WEIGHTS, "temperature", margin=0.35, normalize=False), ("features", "prototypes", "temperature")),
@@ -258,6 +191,57 @@ OPTIONS = (
            _with(*_WEIGHTS, "bias", "temperature", loss="sigmoid"), ("features", "prototypes", "bias", "temperature")),
     Option("sigmoid, probabilities", ("sigmoid", "probabilities"), _with(labels="probabilities", loss="sigmoid")),
     Option("sigmoid, map", ("sigmoid",), _with("class_weight", loss="sigmoid", reduction="none")),
+    Option("bias, weights", ("bias", "dbias"), _with(*_WEIGHTS, "bias"), ("features", "prototypes", "bias")),
+    Option("prototypes and bias per image, map", ("per_image_prototypes", "bias", "dbias"),
+           _with(prototypes="per_image", bias="bias_per_image", reduction="none"), ("features", "prototypes", "bias")),
+    Option("smoothing, map", ("label_smoothing",), _with(label_smoothing=0.3, reduction="none")),
+    Option("smoothing, bias, sum", ("label_smoothing", "bias", "dbias"), _with("bias", label_smoothing=0.3, reduction="sum"),
+           ("features", "prototypes", "bias")),
+    Option("smoothing, bias, without normalisation", ("label_smoothing", "bias", "dbias"),
+           _with("bias", label_smoothing=0.1, normalize=False), ("features", "prototypes", "bias")),
+    Option("smoothing, margin, weights", ("label_smoothing", "margin"), _with(*_WEIGHTS, label_smoothing=0.1, margin=0.2)),
+    Option("margin, bias", ("margin", "bias", "dbias"), _with("bias", margin=0.2), ("features", "prototypes", "bias")),
+    Option("variances per image", ("variances", "per_image_prototypes"), _with(prototypes="per_image", variances="variances_per_image")),
+    Option("variances, bias, weights", ("variances", "bias", "dbias"), _with("variances", "bias", *_WEIGHTS),
+           ("features", "prototypes", "bias")),
+    Option("variances with the rest", ("variances", "per_image_prototypes", "bias", "dbias", "tensor_temperature", "dtemperature",
+           "label_smoothing", "margin"), _with("bias", "temperature", prototypes="per_image", variances="variances_per_image",
+           label_smoothing=0.1, margin=0.1), ("features", "prototypes", "bias", "temperature")),
+    Option("variances, probabilities", ("variances", "probabilities"), _with("variances", labels="probabilities")),
+    Option("no positive variance, weights, margin", ("variances", "no_positive_variance", "margin"),
+           _with("variances", *_WEIGHTS, positive_variance=False, margin=0.1)),
+    Option("all but variances", ("per_image_prototypes", "bias", "dbias", "tensor_temperature", "dtemperature", "label_smoothing", "margin",
+           "denominator"), _with(*_WEIGHTS, "temperature", prototypes="per_image", bias="bias_per_image", label_smoothing=0.1, margin=0.2,
+           denominator=torch.tensor(11.0)), ("features", "prototypes", "bias", "temperature")),
+    Option("probabilities, weights, smoothing, bias per image", ("probabilities", "label_smoothing", "bias", "dbias"),
+           _with(*_WEIGHTS, labels="probabilities", label_smoothing=0.2, bias="bias_per_image"), ("features", "prototypes", "bias")),
+    Option("sigmoid, bias, smoothing", ("sigmoid", "bias", "dbias", "label_smoothing"), _with("bias", loss="sigmoid", label_smoothing=0.2),
+           ("features", "prototypes", "bias")),
+    Option("sigmoid, bias, weights, margin", ("sigmoid", "bias", "dbias", "margin"), _with("bias", *_WEIGHTS, loss="sigmoid", margin=0.1),
+           ("features", "prototypes", "bias")),
+    Option("sigmoid, probabilities, weights, bias", ("sigmoid", "probabilities", "bias", "dbias"),
+           _with("class_weight", "bias", labels="probabilities", loss="sigmoid"), ("features", "prototypes", "bias")),
+    Option("sigmoid, probabilities, weights, smoothing", ("sigmoid", "probabilities", "label_smoothing"),
+           _with(*_WEIGHTS, labels="probabilities", loss="sigmoid", label_smoothing=0.1)),
+    Option("sigmoid, sum", ("sigmoid",), _with(loss="sigmoid", reduction="sum")),
+    Option("pooled per image, weights, margin", ("prototype_class", "per_image_prototypes", "bias", "dbias", "margin"),
+           _with(*_WEIGHTS, prototypes="rows_per_image", prototype_class="row_class", bias="bias_of_rows_per_image", margin=0.1),
+           ("features", "prototypes", "bias")),
+    Option("pooled per image, smoothing", ("prototype_class", "per_image_prototypes", "label_smoothing"),
+           _with(prototypes="rows_per_image", prototype_class="row_class", label_smoothing=0.1)),
+    Option("pooled by maximum, bias", ("prototype_class", "bias", "dbias"),
+           _with(prototypes="rows", prototype_class="row_class", pool="max", bias="bias_of_rows"), ("features", "prototypes", "bias")),
+    Option("pooled by maximum, variances, bias", ("prototype_class", "variances", "bias", "dbias"),
+           _with(prototypes="rows", prototype_class="row_class", pool="max", bias="bias_of_rows", variances="variances_of_rows"),
+           ("features", "prototypes", "bias")),
+    Option("pooled, smoothing", ("prototype_class", "label_smoothing"),
+           _with(prototypes="rows", prototype_class="row_class", label_smoothing=0.1)),
+    Option("pooled, sigmoid", ("prototype_class", "sigmoid"), _with(prototypes="rows", prototype_class="row_class", loss="sigmoid")),
+    Option("teacher", ("teacher",), _with(labels="teacher")),
+    Option("teacher, bias, weights", ("teacher", "bias", "dbias"), _with(*_WEIGHTS, "bias", labels="teacher"),
+           ("features", "prototypes", "bias")),
+    Option("teacher, smoothing, per image, map", ("teacher", "per_image_prototypes", "label_smoothing"),
+           _with(prototypes="per_image", labels="teacher", label_smoothing=0.1, reduction="none")),
 )  # fmt: skip
 
 

@@ -383,3 +383,51 @@ def test_a_file_name_that_stands_elsewhere_is_seen(tmp_path):
     path.write_text('"""summary.json"""\nopen("summary.json")\nfolder / f"{stage}/done.json"\nx = "no.json"\n')
     assert list(said_names(path, file_names())) == [(2, "summary.json"), (3, "done.json")]
     assert {"config.yaml", "metrics.jsonl", "report_samples", "_truth.png"} <= file_names()
+
+
+# ---- the tests of the ops ----------------------------------------------------------------------------------------------
+
+
+def tests_of(folder: Path) -> dict[str, list[str]]:
+    """The names of test functions, and the files in which each is defined."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(folder.rglob("test_*.py")):
+        names = {
+            node.name for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)
+        }
+        for name in sorted(name for name in names if name.startswith("test_")):
+            found.setdefault(name, []).append(path.name)
+    return found
+
+
+def defined(folder: Path, name: str) -> list[str]:
+    """The files with a function or a variable of this name at their top."""
+    found = []
+    for path in sorted(folder.rglob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            targets = node.targets if isinstance(node, ast.Assign) else [node]
+            if any(name == getattr(target, "id", getattr(target, "name", None)) for target in targets):
+                found.append(path.name)
+    return found
+
+
+def test_no_test_of_an_op_is_written_twice_and_there_is_one_problem_and_one_table_of_shapes():
+    """A test of an op runs on every backend that can do it; what is about the inside of one backend is in tests/kernels."""
+    tests = tests_of(ROOT / "tests" / "ops")
+    assert len(tests) > 100
+    assert not {name: files for name, files in tests.items() if len(files) > 1}
+    assert defined(ROOT / "tests", "problem") == ["problems.py"] and defined(ROOT / "tests", "SHAPES") == ["shapes.py"]
+    of_one_backend = [
+        path.name for path in (ROOT / "tests" / "ops").rglob("test_*.py") if path.name.split("_")[1] in BACKEND_NAMES
+    ]
+    assert not of_one_backend
+
+
+BACKEND_NAMES = catalog.names(catalog.BACKENDS)
+
+
+def test_a_test_that_is_written_twice_is_seen(tmp_path):
+    (tmp_path / "test_a.py").write_text("def test_x(): ...\ndef problem(): ...\n")
+    (tmp_path / "test_b.py").write_text("def test_x(): ...\nproblem = 1\n")
+    assert tests_of(tmp_path) == {"test_x": ["test_a.py", "test_b.py"]}
+    assert defined(tmp_path, "problem") == ["test_a.py", "test_b.py"]

@@ -16,7 +16,17 @@ from spcl_fast.backends import cpu
 REASON = cpu.why_not(asked("class_moments"))
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 ORDER = ["baseline", "avx2", "avx512"]
-OPTIONS = ("contrast_options", "upsampled_options", "streamed")  # tests in files of their own
+FILES = (
+    *(f"tests/kernels/test_cpu_{part}.py" for part in ("drawn", "contrast_options", "upsampled_options", "streamed")),
+    *(
+        f"tests/ops/{part}"
+        for part in ("prototype_contrastive_loss", "upsampled_cross_entropy", "test_prototype_logits.py")
+    ),
+    *(
+        f"tests/ops/test_{part}.py"
+        for part in ("class_moments", "balance", "upsampled_prediction", "upsampled_confusion")
+    ),
+)
 
 
 def run_python(code: str, **environment: str) -> str:
@@ -65,10 +75,11 @@ def test_a_lower_instruction_set_passes_the_same_tests(level):
 
     if ORDER.index(_cpu.cpu_capability()) < ORDER.index(level):
         pytest.skip(f"this processor has only {_cpu.cpu_capability()}")
-    files = ["tests/ops/test_cpu_ops.py", *(f"tests/kernels/test_cpu_{part}.py" for part in OPTIONS)]
+    # what is traced or allocated is the same at every level
+    chosen = "cpu and not compile and not allocated"
     code = (
         "import sys, pytest; from spcl_fast import _cpu; print('level', _cpu.cpu_capability());"
-        f"sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', *{files}]))"
+        f"sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', '-k', {chosen!r}, *{FILES}]))"
     )
     out = run_python(code, SPCL_FAST_CPU_CAPABILITY=level, SPCL_FAST_TEST_EXAMPLES="60", OMP_NUM_THREADS="1")
     assert f"level {level}" in out

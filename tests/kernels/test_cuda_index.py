@@ -13,7 +13,7 @@ from cuda_emulator import build
 pytestmark = pytest.mark.skipif(build.COMPILER is None, reason="needs a C++ compiler")
 FLOAT32, BFLOAT16 = 0, 1
 LIMITS = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448}
-SHAPES = {
+PLANNED = {
     "A": (1, 2048, 91, 161, 19),
     "B": (2, 256, 256, 512, 19),
     "C": (1, 512, 512, 1024, 150),
@@ -53,7 +53,7 @@ def planned(index, shape, dtype, limit, normalize=True):
     return dict(zip(FIELDS, out, strict=True))
 
 
-@pytest.mark.parametrize("shape", [*SHAPES.values(), *RAGGED])
+@pytest.mark.parametrize("shape", [*PLANNED.values(), *RAGGED])
 def test_a_plan_fits_the_memory_of_every_architecture_and_of_the_workspace(index, shape):
     batch, dim, height, width, num_classes = shape
     for dtype, limit, normalize in itertools.product((FLOAT32, BFLOAT16), LIMITS.values(), (True, False)):
@@ -73,10 +73,10 @@ def test_a_plan_fits_the_memory_of_every_architecture_and_of_the_workspace(index
 def test_on_a_hopper_the_quoted_shapes_read_their_features_once(index):
     for name in "ABC":
         for dtype in (FLOAT32, BFLOAT16):
-            assert planned(index, SHAPES[name], dtype, LIMITS["sm_90"])["own_norms"] == 1
+            assert planned(index, PLANNED[name], dtype, LIMITS["sm_90"])["own_norms"] == 1
 
 
-@pytest.mark.parametrize("shape", [s for s in RAGGED if s[0]] + [SHAPES["A"]])
+@pytest.mark.parametrize("shape", [s for s in RAGGED if s[0]] + [PLANNED["A"]])
 def test_tiles_hold_every_pixel_once_and_totals_have_one_owner(index, shape):
     batch, dim, height, width, num_classes = shape
     p = planned(index, shape, BFLOAT16, LIMITS["sm_90"])

@@ -24,7 +24,8 @@ from on_backends import (
     usable,
     why_not,
 )  # fmt: skip
-from problems import MOMENTS, on_each_shape, problem
+from problems import MOMENTS, problem
+from shapes import on_each_shape
 
 import spcl_fast as sf
 from spcl_fast import ops
@@ -122,7 +123,7 @@ def test_weights_of_1_are_no_weights(backend):
 
 @pytest.mark.parametrize("backend", EVERY)
 @pytest.mark.parametrize(("shape", "num_classes"), [((2, 48, 61, 67), 19), ((2, 70, 9, 13), 5), ((1, 70, 5, 7), 3000)])
-def test_same_bits_for_any_number_of_threads(backend, shape, num_classes):
+def test_moments_have_the_same_bits_for_any_number_of_threads(backend, shape, num_classes):
     if backend in ON_GPU:  # their interpreter and emulator are slow
         shape, num_classes = (
             (shape[0], shape[1], min(shape[2], 9), shape[3]),
@@ -190,7 +191,7 @@ def test_opcheck_and_compile(backend):
 
 
 @pytest.mark.parametrize("backend", usable(MOMENTS, among=HALF_PRODUCTS))
-def test_every_element_of_every_output_is_written(backend, monkeypatch):
+def test_every_element_of_the_moments_is_written(backend, monkeypatch):
     """torch.empty hands out NaN: an element that a kernel forgets stays NaN."""
     p = problem((2, 33, 3, 5))
     expected = moments(backend, p.features, p.labels, 5, squares=True)

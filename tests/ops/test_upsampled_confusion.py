@@ -1,91 +1,102 @@
-"""upsampled_confusion on every backend that has it, against the argmax of F.interpolate and a count; and predictions of many classes."""
+"""upsampled_confusion on every backend that has it, against the argmax of F.interpolate and a count."""
 
 from __future__ import annotations
 
+import oracle
 import pytest
 import torch
-import torch.nn.functional as F
-from problems import ALL, check_ops, usable
+from on_backends import ALL, NO_BAD_LABEL, ON_GPU, call, check_ops, flag, home, on_each_dtype, usable
+from problems import CONFUSION, CROSS, problem
+from shapes import SHAPES, Shape, on_each_shape
 
 import spcl_fast as sf
 
-OP = "upsampled_confusion"
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
-
-def problem(low=(5, 7), high=(33, 50), num_classes=5, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-    logits = (3 * torch.randn(2, num_classes, *low, generator=generator)).to(dtype)
-    labels = torch.randint(0, num_classes, (2, *high), generator=generator)
-    labels[torch.rand(labels.shape, generator=generator) < 0.2] = -7
-    return logits, labels
-
-
-def counted(logits, labels, align_corners):
-    """The matrix in float64, and how many pixels have two best logits closer than 1e-5: they may go either way."""
-    up = F.interpolate(logits.double(), labels.shape[1:], mode="bilinear", align_corners=align_corners)
-    labelled, classes = labels != -7, logits.shape[1]
-    pair = labels[labelled] * classes + up.argmax(1)[labelled]
-    top = up.topk(2, 1).values if classes > 1 else torch.zeros(1, 2, 1, 1)
-    return torch.bincount(pair, minlength=classes**2).view(classes, classes), int((top[:, 0] - top[:, 1] < 1e-5).sum())
-
-
-@pytest.mark.parametrize("backend", usable(OP, among=ALL))
-@pytest.mark.parametrize("align_corners", [True, False])
-@pytest.mark.parametrize(
-    ("low", "high", "classes"),
-    [((5, 7), (33, 50), 5), ((6, 5), (6, 5), 19), ((7, 9), (4, 3), 3), ((2, 3), (9, 8), 300)],
+EVERY = usable(CONFUSION, among=ALL)
+SHAPES_OF_CONFUSION = (
+    *(shape for shape in SHAPES[CROSS] if shape.num_classes < 255),
+    Shape("many pixels", (2, 19, 16, 24), 19, (64, 90), too_slow=("triton",)),
+    Shape("more classes than a byte can say", (2, 300, 2, 3), 300, (9, 8)),
 )
-def test_it_is_argmax_and_a_count(backend, align_corners, low, high, classes):
-    logits, labels = problem(low, high, classes)
-    got = sf.upsampled_confusion(logits, labels, align_corners=align_corners, ignore_index=-7, backend=backend)
-    expected, close = counted(logits, labels, align_corners)
-    assert got.dtype == torch.int64 and got.sum() == (labels != -7).sum()
-    assert (got - expected).abs().sum() <= 2 * close and torch.equal(got.sum(1), expected.sum(1))
 
 
-@pytest.mark.parametrize("backend", usable(OP, among=ALL))
-def test_half_floats_bools_and_nothing_labelled(backend):
-    logits, labels = problem(num_classes=2, dtype=torch.float16)
-    got = sf.upsampled_confusion(logits, labels == 1, ignore_index=-7, backend=backend)
-    assert got.sum() == labels.numel() and got[1].sum() == (labels == 1).sum()
-    assert sf.upsampled_confusion(logits, torch.full_like(labels, 255), backend=backend).sum() == 0
-    assert sf.upsampled_confusion(logits[:0], labels[:0], backend=backend).sum() == 0
+def confusion(backend: str, logits, labels, **settings):
+    return call(sf.upsampled_confusion, backend, logits=logits, labels=labels, **settings)
 
 
-@pytest.mark.parametrize("backend", usable(OP, among=ALL))
-def test_opcheck_compile_and_export(backend):
+@pytest.mark.parametrize(("backend", "shape"), on_each_shape(CONFUSION, shapes=SHAPES_OF_CONFUSION))
+def test_it_is_argmax_and_a_count(backend, shape):
+    p, classes = shape.problem(), shape.num_classes
+    labels = p.labels.where(p.labels != 255, -7)
+    for align_corners in (True, False):
+        truth = oracle.prediction(p.logits, shape.size, align_corners=align_corners)
+        clear = truth["margin"] > 1e-5 * truth["confidence"]  # which of two equal ones is the largest is rounding
+        if classes == 1:
+            clear = torch.ones_like(clear)
+        counted = labels.where(clear, -7)
+        got = confusion(backend, p.logits, counted, align_corners=align_corners, ignore_index=-7)
+        pair = (counted * classes + truth["labels"])[counted != -7]
+        assert got.dtype == torch.int64
+        assert torch.equal(got, torch.bincount(pair, minlength=classes**2).view(classes, classes))
+        whole = confusion(backend, p.logits, labels, align_corners=align_corners, ignore_index=-7)
+        assert torch.equal(whole.sum(1), torch.bincount(labels[labels != -7], minlength=classes))
+        assert clear.double().mean() > 0.9
+
+
+@pytest.mark.parametrize(("backend", "dtype"), on_each_dtype(CONFUSION))
+def test_half_floats_bools_and_nothing_labelled(backend, dtype):
+    p = problem((2, 1, 5, 7), 2, (33, 50), dtype)
+    got = confusion(backend, p.logits, p.labels == 1, ignore_index=-7)
+    assert got.sum() == p.labels.numel() and got[1].sum() == (p.labels == 1).sum()
+    assert confusion(backend, p.logits, torch.full_like(p.labels, 255)).sum() == 0
+    assert confusion(backend, p.logits[:0], p.labels[:0]).sum() == 0
+
+
+@pytest.mark.parametrize("low", [-torch.inf, torch.finfo(torch.float32).min, -2.4e38])
+@pytest.mark.parametrize("size", [(9, 11), (20, 31)])
+@pytest.mark.parametrize("backend", EVERY)
+def test_a_masked_class_is_never_counted(backend, size, low):
+    p = problem((2, 1, 9, 11), 7, size)
+    p.logits[:, 0] = low
+    counts = confusion(backend, p.logits, p.labels)
+    assert counts[:, 0].sum() == 0 and counts.sum() == (p.labels != 255).sum()
+
+
+@pytest.mark.parametrize("backend", EVERY)
+def test_confusion_opcheck_compile_and_export(backend):
     torch._dynamo.reset()
-    logits, labels = problem()
+    p = problem((2, 1, 5, 7), 5, (13, 20))
+    logits, labels = p.logits.to(home(backend)), p.labels.to(home(backend))
 
-    def confusion(logits, labels):
-        return sf.upsampled_confusion(logits, labels, ignore_index=-7, backend=backend)
+    def counted(logits, labels):
+        return sf.upsampled_confusion(logits, labels, backend=backend)
 
-    check_ops(lambda: confusion(logits, labels), "test_schema", "test_faketensor")
-    eager = confusion(logits, labels)
-    assert torch.equal(torch.compile(confusion, fullgraph=True, backend="aot_eager")(logits, labels), eager)
+    check_ops(lambda: counted(logits, labels), "test_schema", "test_faketensor")
+    eager = counted(logits, labels)
+    assert torch.equal(torch.compile(counted, fullgraph=True, backend="aot_eager")(logits, labels), eager)
 
     class Module(torch.nn.Module):
         def forward(self, logits, labels):
-            return confusion(logits, labels)
+            return counted(logits, labels)
 
     assert torch.equal(torch.export.export(Module(), (logits, labels)).module()(logits, labels), eager)
 
 
-@pytest.mark.parametrize("backend", usable(OP))
-def test_a_label_that_is_none_is_named(backend):
-    logits, labels = problem()
-    labels[1, 2, 3] = 5
-    with pytest.raises(ValueError, match=r"label 5 at pixel \(image 1, row 2, column 3\) is outside \[0, 5\)"):
-        sf.upsampled_confusion(logits, labels, ignore_index=-7, backend=backend)
+@pytest.mark.parametrize("num_classes", [2, 5, 300])
+@pytest.mark.parametrize("backend", usable(CONFUSION))
+def test_a_label_that_is_none_is_named(backend, num_classes):
+    p = problem((2, 1, 5, 7), num_classes, (33, 50))
+    p.labels[1, 2, 3] = num_classes
+    text = rf"label {num_classes} at pixel \(image 1, row 2, column 3\) is outside \[0, {num_classes}\)"
+    with pytest.raises(ValueError, match=text):
+        confusion(backend, p.logits, p.labels)
 
 
-@pytest.mark.parametrize("backend", usable("upsampled_prediction", "int32_labels", among=ALL))
-def test_predictions_of_more_than_255_classes_are_int32(backend):
-    logits, _ = problem((2, 3), (9, 8), 300)
-    up = F.interpolate(logits, (9, 8), mode="bilinear", align_corners=True).softmax(1).max(1)
-    thresholds = torch.full((300,), float(up.values.median()) + 1e-5)
-    got = sf.upsampled_prediction(logits, (9, 8), thresholds=thresholds, ignore_index=-1, backend=backend)
-    assert got.labels.dtype == torch.int32 and (up.indices > 255).any()
-    assert torch.equal(got.labels, up.indices.where(up.values >= thresholds[0], -1).int())
-    assert sf.upsampled_prediction(logits[:, :255], (9, 8), backend=backend).labels.dtype == torch.uint8
+@pytest.mark.parametrize("backend", usable(CONFUSION, among=ON_GPU))
+def test_a_label_that_is_none_is_left_out_and_raises_the_flag(backend):
+    p = problem((2, 1, 3, 4), 5, (9, 11))
+    p.labels[0, 0, 0] = 77
+    flag(backend).fill_(NO_BAD_LABEL)
+    got = confusion(backend, p.logits, p.labels)
+    assert got.sum() == ((p.labels != 255) & (p.labels != 77)).sum() and flag(backend) == 77
+    flag(backend).fill_(NO_BAD_LABEL)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import LABEL_DTYPES, LAYOUTS, laid_out
-from problems import asked
+from problems import asked, problem
 
 import spcl_fast as sf
 from spcl_fast.backends import cpu
@@ -19,7 +19,7 @@ REASON = cpu.why_not(asked("class_moments"))
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 EXAMPLES = int(
     os.environ.get("SPCL_FAST_TEST_EXAMPLES", "200")
-)  # the lower instruction sets run fewer, see test_native_levels.py
+)  # the lower instruction sets run fewer, see test_cpu_levels.py
 
 
 @st.composite
@@ -82,13 +82,13 @@ def assert_accurate(got, eager, truth, scale_of_terms, temperature):
 
 @settings(max_examples=EXAMPLES)
 @given(
-    problem=problems(),
+    drawn=problems(),
     temperature=st.sampled_from([0.05, 1.0, 100.0]),
     normalize=st.booleans(),
     reduction=st.sampled_from(["mean", "sum", "none"]),
 )
-def test_contrast_is_as_accurate_as_eager_wherever_its_inputs_lie(problem, temperature, normalize, reduction):
-    features, labels, prototypes, weights, generator = problem
+def test_contrast_is_as_accurate_as_eager_wherever_its_inputs_lie(drawn, temperature, normalize, reduction):
+    features, labels, prototypes, weights, generator = drawn
     if not normalize:  # norms of at most 1, so that logits stay where float32 resolves them
         features = features / features.float().norm(dim=1).max().to(features.dtype)
     arguments = {
@@ -122,9 +122,9 @@ def test_contrast_is_as_accurate_as_eager_wherever_its_inputs_lie(problem, tempe
 
 
 @settings(max_examples=EXAMPLES)
-@given(problem=problems(), normalize=st.booleans(), squares=st.booleans())
-def test_moments_are_as_accurate_as_eager_wherever_their_inputs_lie(problem, normalize, squares):
-    features, labels, prototypes, _, _ = problem
+@given(drawn=problems(), normalize=st.booleans(), squares=st.booleans())
+def test_moments_are_as_accurate_as_eager_wherever_their_inputs_lie(drawn, normalize, squares):
+    features, labels, prototypes, _, _ = drawn
     num_classes = len(prototypes)
     arguments = {"normalize": normalize, "ignore_index": 120}
     got = sf.class_moments(features, labels, num_classes, squares=squares, backend="cpu", **arguments)
@@ -175,9 +175,9 @@ def upsampled_problems(draw):
 
 
 @settings(max_examples=EXAMPLES)
-@given(problem=upsampled_problems(), reduction=st.sampled_from(["mean", "sum", "none"]))
-def test_upsampled_loss_is_as_accurate_as_eager_wherever_its_inputs_lie(problem, reduction):
-    logits, labels, weights, arguments, generator = problem
+@given(drawn=upsampled_problems(), reduction=st.sampled_from(["mean", "sum", "none"]))
+def test_upsampled_loss_is_as_accurate_as_eager_wherever_its_inputs_lie(drawn, reduction):
+    logits, labels, weights, arguments, generator = drawn
     arguments = arguments | weights | {"reduction": reduction, "ignore_index": 120}
     incoming = torch.rand(labels.shape if reduction == "none" else (), generator=generator)
 
@@ -207,9 +207,9 @@ def test_upsampled_loss_is_as_accurate_as_eager_wherever_its_inputs_lie(problem,
 
 
 @settings(max_examples=EXAMPLES)
-@given(problem=upsampled_problems(), with_thresholds=st.booleans())
-def test_upsampled_prediction_wherever_its_inputs_lie(problem, with_thresholds):
-    logits, labels, _, arguments, generator = problem
+@given(drawn=upsampled_problems(), with_thresholds=st.booleans())
+def test_upsampled_prediction_wherever_its_inputs_lie(drawn, with_thresholds):
+    logits, labels, _, arguments, generator = drawn
     num_classes, size = logits.shape[1], labels.shape[1:]
     thresholds = torch.rand(num_classes, generator=generator) if with_thresholds else None
     got = sf.upsampled_prediction(logits, size, thresholds=thresholds, ignore_index=120, backend="cpu", **arguments)
@@ -229,91 +229,13 @@ def test_upsampled_prediction_wherever_its_inputs_lie(problem, with_thresholds):
     assert torch.equal(got.labels.long()[clear], expected[clear])
 
 
-def upsampled(logits, labels, **arguments):
-    logits = logits.detach().requires_grad_()
-    loss = sf.upsampled_cross_entropy(logits, labels, backend="cpu", **arguments)
-    return loss.detach(), torch.autograd.grad(loss.sum(), logits)[0]
-
-
-@pytest.mark.parametrize("num_classes", [19, 1000])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_upsampled_ops_give_the_same_bits_for_any_number_of_threads(num_classes, reduction):
-    logits, labels, _ = large_problem((2, num_classes, 41, 23), num_classes)
-    labels = labels.repeat_interleave(3, 1).repeat_interleave(5, 2)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 4):
-            torch.set_num_threads(threads)
-            prediction = sf.upsampled_prediction(logits[:, :200], labels.shape[1:], backend="cpu")
-            results.append((*upsampled(logits, labels, reduction=reduction), *prediction))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-@pytest.mark.parametrize("size", [(64, 96), (5, 7)], ids=["by permutation", "by gather"])
-def test_a_bound_far_above_every_logit_does_no_harm(size):
-    """Between two nodes that are sure of different classes, what bounds a pixel's logits lies 1000 above the largest of them."""
-    logits = torch.full((1, 3, 8, 12), -1000.0)
-    logits[:, 0, ::2], logits[:, 1, 1::2] = 1000.0, 1000.0
-    labels = torch.zeros(1, *size, dtype=torch.uint8)
-    got, eager = upsampled(logits, labels), value_and_gradient_of(oracle.upsampled, logits, labels, dtype=torch.float32)
-    truth = value_and_gradient_of(oracle.upsampled, logits.double(), labels)
-    for g, e, t in zip(got, eager, truth, strict=True):
-        oracle.assert_as_accurate(g, e, t)
-    confidence = sf.upsampled_prediction(logits, size, backend="cpu").confidence
-    up = torch.nn.functional.interpolate(logits.double(), size, mode="bilinear", align_corners=True)
-    torch.testing.assert_close(confidence.double(), up.softmax(1).amax(1), rtol=1e-3, atol=0)
-
-
-def value_and_gradient_of(function, logits, labels, **arguments):
-    logits = logits.detach().requires_grad_()
-    loss = function(logits, labels, **arguments)
-    return loss.detach(), torch.autograd.grad(loss, logits)[0]
-
-
-def test_an_ignored_pixel_may_lie_on_nan_among_labelled_neighbours():
-    logits, _, _ = large_problem((1, 7, 9, 40), 7)
-    labels = torch.randint(0, 7, (1, 9, 20), generator=torch.Generator().manual_seed(2))
-    labels[0, 0, 3] = 255
-    clean = upsampled(logits, labels, align_corners=False)  # halved across: nodes 6 and 7 are read by pixel 3 alone
-    for value in (torch.nan, torch.inf):
-        logits[0, 2, 0, 6] = value
-        loss, gradient = upsampled(logits, labels, align_corners=False)
-        torch.testing.assert_close((loss, gradient), clean)
-        assert torch.all(gradient[0, :, 0, 6:8] == 0)
-
-
-def test_upsampled_bad_labels_are_named_at_any_stride():
-    logits = torch.zeros(2, 5, 4, 4)
-    labels = torch.zeros(2, 16, 16, dtype=torch.int64)
-    labels[1, 12, 6], labels[1, 12, 7], labels[1, 13, 0] = 77, -3, 78
-    for strided in (
-        labels,
-        labels.transpose(1, 2).contiguous().transpose(1, 2),
-        labels.to(torch.int8),
-        labels.to(torch.uint64),
-    ):
-        with pytest.raises(ValueError, match=r"label 77 at pixel \(image 1, row 12, column 6\)"):
-            sf.upsampled_cross_entropy(logits, strided, backend="cpu")
-    with pytest.raises(ValueError, match=r"label -1 at pixel|label 18446744073709551615 at pixel"):
-        sf.upsampled_cross_entropy(
-            logits, torch.full((2, 16, 16), 2**64 - 1, dtype=torch.uint64), ignore_index=-1, backend="cpu"
-        )
-
-
 # ---- larger than a tile, a group, a chunk ---------------------------------------------------------------------------
 
 
-def large_problem(shape=(2, 200, 53, 61), num_classes=19, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    features = torch.randn(shape, generator=generator).to(dtype)
-    labels = torch.randint(0, num_classes, (shape[0], *shape[2:]), generator=generator)
-    labels[torch.rand(labels.shape, generator=generator) < 0.3] = 255
-    labels[:, 10:20] = 255  # whole panels without a label
-    prototypes = torch.nn.functional.normalize(torch.randn(num_classes, shape[1], generator=generator), dim=1)
-    return features, labels, prototypes
+def large_problem(shape=(2, 200, 53, 61), num_classes=19, dtype=torch.float32):
+    p = problem(shape, num_classes, dtype=dtype, ignored=0.3)
+    p.labels[:, 10:20] = 255  # whole panels without a label
+    return p.features, p.labels, p.prototypes
 
 
 def contrast(features, labels, prototypes, **arguments):
@@ -334,27 +256,12 @@ def contrast(features, labels, prototypes, **arguments):
     )
 
 
-@pytest.mark.parametrize("num_classes", [19, 150], ids=["logits kept", "logits computed again"])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_same_bits_for_any_number_of_threads(num_classes, reduction):
-    assert cpu.saves_logits(19, 200) and not cpu.saves_logits(150, 200)
-    problem, before, results = large_problem(num_classes=num_classes), torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 4):
-            torch.set_num_threads(threads)
-            results.append(contrast(*problem, reduction=reduction))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kept_logits_and_computed_ones_give_the_same_gradient(dtype, monkeypatch):
-    problem = large_problem(dtype=dtype)
-    kept = contrast(*problem)
+    inputs = large_problem(dtype=dtype)
+    kept = contrast(*inputs)
     monkeypatch.setattr(cpu, "saves_logits", lambda num_classes, dim: False)
-    assert all(torch.equal(a, b) for a, b in zip(kept, contrast(*problem), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(kept, contrast(*inputs), strict=True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -373,22 +280,21 @@ def test_every_element_of_a_reused_gradient_is_written(layout):
 
 
 def test_a_gradient_that_is_held_is_never_handed_out_again():
-    problem = large_problem(shape=(2, 203, 61, 67))
-    held = [contrast(*problem)[1] for _ in range(3)]
+    inputs = large_problem(shape=(2, 203, 61, 67))
+    held = [contrast(*inputs)[1] for _ in range(3)]
     views = [g[1:, :5] for g in held]
     copies = [v.clone() for v in views]
     del held
-    problem[0].mul_(-3)
-    others = [contrast(*problem)[1] for _ in range(6)]
+    inputs[0].mul_(-3)
+    others = [contrast(*inputs)[1] for _ in range(6)]
     assert all(torch.equal(v, c) for v, c in zip(views, copies, strict=True))
     assert len({g.data_ptr() for g in others}) == 6
 
 
-def test_what_the_backend_does_not_do_has_a_reason():
-    contrast, moments = asked("prototype_contrastive_loss"), asked("class_moments")
-    assert cpu.why_not(contrast) is None
+def test_a_float64_problem_or_a_tensor_on_a_gpu_is_refused_with_the_reason():
+    moments = asked("class_moments")
     assert "reference backend takes float64" in cpu.why_not(moments._replace(dtype=torch.float64))
-    assert "no `unheard_of`" in cpu.why_not(contrast._replace(needs=frozenset({"unheard_of"})))
     assert "CPU tensors, not on cuda:0" in cpu.why_not(moments._replace(device=torch.device("cuda", 0)))
     assert "takes float64" in cpu.why_not(asked("upsampled_prediction", dtype=torch.float64))
     assert cpu.why_not(asked("upsampled_cross_entropy")) is None
+    assert cpu.saves_logits(19, 200) and not cpu.saves_logits(150, 200)

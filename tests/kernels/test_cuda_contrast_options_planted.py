@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
-
+import oracle
 import pytest
 import torch
+from cuda_contrast import error_at_large_logits
 from cuda_emulator import build, emulated
-from test_cuda_contrast_options import NO_BAD_LABEL, OP, OPTIONS, error_at_large_logits, problem, run, transcribed
+from cuda_emulator.planted import Planted
+from on_backends import NO_BAD_LABEL, run
+from problems import CONTRAST, OPTIONS, named, problem
 
-from spcl_fast import backends
+import spcl_fast as sf
 from spcl_fast.backends.labels import label_flag
 
 pytestmark = pytest.mark.skipif(build.COMPILER is None, reason="needs a C++ compiler")
@@ -77,76 +79,56 @@ BUGS = {
     "bias of the last class lost": (SUMS, "static_cast<int>(threadIdx.x) >= {}) return;", "classes", "classes - 1"),
     "gradient of one image alone": (PLAIN, "partial += {} * groups * size", "blockIdx.y", "0"),
 }  # fmt: skip
-SWITCH = 'extern "C" __attribute__((visibility("default"))) inline int planted_option_bug = 0;\n\n'
 
 
 @pytest.fixture(scope="module")
-def planted():
-    """-> (backend, the number of the bug that is taken; 0: none)."""
-    replace = [("contrast_plan.h", "namespace spcl::gpu {", SWITCH + "namespace spcl::gpu {")]
-    for number, (file, where, right, wrong) in enumerate(BUGS.values(), 1):
-        switched = f"(planted_option_bug == {number} ? ({wrong}) : ({right}))"
-        replace.append((file, where.replace("{}", right), where.replace("{}", switched)))
-    backend = emulated.Backend(OP, replace=tuple(replace))
-    return backend, ctypes.c_int.in_dll(backend.handle, "planted_option_bug")
+def planted() -> Planted:
+    return Planted(CONTRAST, BUGS)
 
 
-# Shape, classes, dtype, options: every option; classes in one block and in several, channels in one slice and in two.
+# Shape, classes, dtype, option, other arguments: every option; classes in one block and in several, channels in one slice and in two.
 PROBES = [
-    ((2, 37, 5, 13), 23, torch.float32, OPTIONS["all with labels"]),
-    ((2, 37, 3, 9), 330, torch.float32, OPTIONS["all with labels"]),
-    ((2, 70, 5, 13), 300, torch.bfloat16, OPTIONS["probabilities, smoothing and weights"]),
-    (
-        (2, 20, 5, 13),
-        5,
-        torch.float32,
-        OPTIONS["sigmoid of probabilities with weights"] | {"dtype of labels": torch.float16},
-    ),
-    ((1, 300, 5, 9), 260, torch.float32, {"temperature": torch.tensor(0.05)}),
-    ((2, 37, 5, 13), 100, torch.float32, OPTIONS["variances with the rest"]),
-    ((2, 71, 5, 13), 140, torch.bfloat16, OPTIONS["variances, not of the label"]),
+    ((2, 37, 5, 13), 23, torch.float32, "all but variances", {}),
+    ((2, 37, 3, 9), 330, torch.float32, "all but variances", {}),
+    ((2, 70, 5, 13), 300, torch.bfloat16, "probabilities, weights, smoothing", {}),
+    ((2, 20, 5, 13), 5, torch.float32, "sigmoid, probabilities, weights, bias", {"labels": torch.float16}),
+    ((1, 300, 5, 9), 260, torch.float32, "temperature", {"temperature": torch.tensor(0.05)}),
+    ((2, 37, 5, 13), 100, torch.float32, "variances with the rest", {}),
+    ((2, 71, 5, 13), 140, torch.bfloat16, "no positive variance, class weight", {}),
 ]
 
 
-def is_right(backend, probe, order: str) -> bool:
+def is_right(backend: emulated.Backend, probe, order: str) -> bool:
     """Whether value and gradients are what the formula says, and a bad probability is seen."""
-    shape, num_classes, dtype, options = probe
-    options, kind = dict(options), options.get("dtype of labels")
-    options.pop("dtype of labels", None)
-    c, module = problem(shape, num_classes, dtype, **options), backends.module("cuda")
-    c = c._replace(labels=c.labels.to(kind)) if kind else c
-    truth = transcribed(c, torch.float64)
+    shape, num_classes, dtype, name, change = probe
+    (case,) = named(OPTIONS, name)
+    given = case.given(problem(shape, num_classes, dtype=dtype, patch=(1, 1)))
+    given |= {key: given[key].to(value) if isinstance(value, torch.dtype) else value for key, value in change.items()}
+    truth = run(oracle.contrast, given, case.leaves, leaf_dtype=torch.float64, incoming=torch.ones(()))
     try:
         with backend.taken(order):
-            got = run(module, c)
-            seen = error_at_large_logits(module) < 1e-5
-            if c.labels.is_floating_point():
-                c.labels[0, 1, 2, 2] = -1
-                seen &= bool(run(module, c)[0].isnan())
+            got = run(sf.prototype_contrastive_loss, given, case.leaves, "cuda", incoming=torch.ones(()))
+            seen = error_at_large_logits() < 1e-5
+            if given["labels"].is_floating_point():
+                given["labels"][0, 1, 2, 2] = -1
+                seen &= bool(sf.prototype_contrastive_loss(**given, backend="cuda").isnan())
     except (RuntimeError, AssertionError):  # the emulator saw it
         return False
     finally:
         label_flag(torch.device("cpu")).fill_(NO_BAD_LABEL)
     slack = 1e-4 if dtype == torch.float32 else 3e-2
-    wanted = [True, True, True, c.bias is not None, True]
     return bool(seen) and all(
-        (g.double() - t).abs().max() <= slack * t.abs().max() for g, t, w in zip(got, truth, wanted, strict=True) if w
+        (g.double() - t).abs().max() <= slack * t.abs().max() for g, t in zip(got, truth, strict=True)
     )
 
 
 @pytest.mark.parametrize("probe", PROBES)
 @pytest.mark.parametrize("order", ["forward", "random"])
-def test_without_a_planted_bug_the_probes_are_right(planted, probe, order):
-    backend, bug = planted
-    bug.value = 0
-    assert is_right(backend, probe, order)
+def test_without_a_planted_bug_the_option_probes_are_right(planted, probe, order):
+    assert is_right(planted.backend, probe, order)
 
 
 @pytest.mark.parametrize("name", BUGS)
-def test_a_planted_bug_is_seen(planted, name):
-    backend, bug = planted
-    bug.value = list(BUGS).index(name) + 1
-    try:
-        assert not all(is_right(backend, probe, order) for order in ("forward", "random") for probe in PROBES)
-    finally:
-        bug.value = 0
+def test_a_planted_bug_of_an_option_is_seen(planted, name):
+    with planted.bug(name):
+        assert not all(is_right(planted.backend, probe, order) for order in ("forward", "random") for probe in PROBES)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import pytest
 import torch
 from cuda_emulator import build, emulated
-from test_cuda_prototype_contrastive_loss import NO_BAD_LABEL, OP, problem, run, value_and_gradients
+from cuda_emulator.planted import Planted
+from on_backends import NO_BAD_LABEL, run
+from problems import CONTRAST, problem
 
 import spcl_fast as sf
 from spcl_fast.backends.labels import label_flag
@@ -49,23 +49,11 @@ BUGS = {
     "a group too long": (SUMS, "first + {}, tiles)", "a.groups.tiles_per_group", "a.groups.tiles_per_group + 1"),
     "the last group lost": (SUMS, "g < {}; ++g", "groups", "groups - 1"),
 }  # fmt: skip
-SWITCH = 'extern "C" __attribute__((visibility("default"))) inline int planted_bug = 0;\n\n'
 
 
 @pytest.fixture(scope="module")
-def planted():
-    """-> (backend, the number of the bug that is taken; 0: none)."""
-    replace = [("contrast_plan.h", "namespace spcl::gpu {", SWITCH + "namespace spcl::gpu {")]
-    for number, (file, where, right, wrong) in enumerate(BUGS.values(), 1):
-        replace.append(
-            (
-                file,
-                where.replace("{}", right),
-                where.replace("{}", f"(planted_bug == {number} ? ({wrong}) : ({right}))"),
-            )
-        )
-    backend = emulated.Backend(OP, replace=tuple(replace))
-    return backend, ctypes.c_int.in_dll(backend.handle, "planted_bug")
+def planted() -> Planted:
+    return Planted(CONTRAST, BUGS)
 
 
 PROBES = [  # shape, classes, dtype, layout: aligned, odd and gathered rows; logits formed again and saved; every edge ragged
@@ -78,11 +66,16 @@ PROBES = [  # shape, classes, dtype, layout: aligned, odd and gathered rows; log
 ]
 
 
-def is_right(backend, probe, order: str, monkeypatch) -> bool:
+def differentiated(features, labels, prototypes, **settings) -> list[torch.Tensor]:
+    given = {"features": features, "labels": labels, "prototypes": prototypes}
+    return run(sf.prototype_contrastive_loss, given, ("features", "prototypes"), incoming=torch.ones(()), **settings)
+
+
+def is_right(backend: emulated.Backend, probe, order: str, monkeypatch) -> bool:
     """Whether value and gradients are what the formula says. All memory ends where its tensor ends; one pixel's norm is under the clamp, an
     ignored pixel is NaN."""
     shape, num_classes, dtype, layout = probe
-    features, labels, prototypes = problem(shape, num_classes, shape[2:], dtype)
+    features, labels, prototypes, *_ = problem(shape, num_classes, dtype=dtype)
     tiny = (
         (0, slice(None), 0, 0) if dtype != torch.float16 else (slice(0, 0),)
     )  # its gradient, some 1e12, is beyond float16
@@ -90,7 +83,7 @@ def is_right(backend, probe, order: str, monkeypatch) -> bool:
     labels[0, 0, 0], labels[1, 0, 1] = 0, 255
     settings = {"temperature": 0.2, "pixel_weight": torch.linspace(0.5, 2, labels.numel()).view(labels.shape)}
     wide = (features.double(), labels, prototypes.double())
-    truth = value_and_gradients(sf.prototype_contrastive_loss, *wide, backend="reference", **settings)
+    truth = differentiated(*wide, backend="reference", **settings)
     features[1, :, 0, 1] = torch.nan
     memory = build.Guarded(backend.handle)
     inputs = features.contiguous(memory_format=layout), labels, prototypes.to(dtype)
@@ -102,7 +95,7 @@ def is_right(backend, probe, order: str, monkeypatch) -> bool:
             patch.setattr(
                 torch, "empty_like", lambda t: memory.empty(t.numel(), dtype=t.dtype).as_strided(t.shape, t.stride())
             )
-            got = [tensor.double() for tensor in run(*given, **settings)]
+            got = [tensor.double() for tensor in differentiated(*given, backend="cuda", **settings)]
             memory.close()
             sees_bad_label = sf.prototype_contrastive_loss(
                 features, bad, prototypes, **settings, backend="cuda"
@@ -122,20 +115,11 @@ def is_right(backend, probe, order: str, monkeypatch) -> bool:
 @pytest.mark.parametrize("probe", PROBES)
 @pytest.mark.parametrize("order", ["forward", "random"])
 def test_without_a_planted_bug_the_probes_are_right(planted, probe, order, monkeypatch):
-    backend, bug = planted
-    bug.value = 0
-    assert is_right(backend, probe, order, monkeypatch)
+    assert is_right(planted.backend, probe, order, monkeypatch)
 
 
 @pytest.mark.parametrize("name", BUGS)
 def test_a_planted_bug_is_seen(planted, name, monkeypatch):
-    backend, bug = planted
-    bug.value = list(BUGS).index(name) + 1
-    try:
-        assert not all(
-            is_right(backend, probe, order, monkeypatch)
-            for order in ("forward", "random", "reverse")
-            for probe in PROBES
-        )
-    finally:
-        bug.value = 0
+    orders = ("forward", "random", "reverse")
+    with planted.bug(name):
+        assert not all(is_right(planted.backend, probe, order, monkeypatch) for order in orders for probe in PROBES)
