@@ -9,7 +9,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from layouts import LABEL_DTYPES, MORE_LAYOUTS, as_rows, laid_out
-from on_backends import ALL, ON_GPU, asked, call, check, dtypes, on_each_backend, on_each_dtype, run, usable, why_not
+from on_backends import (
+    ALL,
+    ON_CPU,
+    ON_GPU,
+    asked,
+    call,
+    check,
+    dtypes,
+    on_each_backend,
+    on_each_dtype,
+    run,
+    usable,
+    why_not,
+)
 from problems import CONTRAST, OPTIONS, named, problem
 from shapes import SHAPES, Shape, on_each_shape
 
@@ -87,10 +100,38 @@ def test_an_option_changes_value_and_gradients_as_the_formula_says(backend, case
     agrees(backend, case.given(shape.problem()), case.leaves, at_most=EXACT)
 
 
+@pytest.mark.parametrize("temperature", [0.05, 100.0])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("backend", [name for name in EVERY if name != "triton"])
+def test_temperatures_and_features_as_they_are_with_classes_in_blocks(backend, temperature, normalize):
+    agrees(backend, plain(problem((1, 24, 3, 7), 400), temperature=temperature, normalize=normalize))
+
+
+@pytest.mark.parametrize("name", ["variances", "no positive variance, class weight"])
+@pytest.mark.parametrize(("backend", "shape"), on_each_shape(CONTRAST, "variances", "no_positive_variance"))
+def test_variances_of_any_number_of_classes_and_channels(backend, shape, name):
+    (case,) = named(OPTIONS, name)
+    for dtype in (torch.float32, torch.bfloat16):
+        if dtype in dtypes(backend):
+            agrees(backend, case.given(shape.problem(dtype)), case.leaves)
+
+
 SOME = named(
     OPTIONS, "all per image", "variances, bias and temperature", "variances with the rest", "probabilities, weights, smoothing",
     "smoothing, weights", "pooled, weights, bias, temperature", "margin, weights, temperature", "sigmoid, weights, bias, temperature",
 )  # fmt: skip
+
+
+REDUCED = (*SOME, *named(OPTIONS, "all but variances", "pooled by maximum", "variances", "sigmoid", "probabilities"))
+
+
+@pytest.mark.parametrize(("reduction", "normalize"), [("mean", False), ("sum", True), ("none", False)])
+@pytest.mark.parametrize(("backend", "case"), on_each_backend(CONTRAST, REDUCED))
+def test_options_with_every_reduction_and_raw_features(backend, case, reduction, normalize):
+    given = case.given(problem((2, 20, 3, 5), 7), normalize=normalize, reduction=reduction)
+    if reduction != "mean":
+        given.pop("denominator", None)
+    agrees(backend, given, case.leaves)
 
 
 @pytest.mark.parametrize("temperature", [0.05, 1.0, 100.0])
@@ -124,17 +165,26 @@ def test_cuda_has_no_variances_in_float16_and_no_gradient_of_the_temperature_wit
     assert why_not("cuda", learned._replace(dim=512)) is None
 
 
-@pytest.mark.parametrize("backend", usable(CONTRAST, "tensor_temperature", "dtemperature", among=ALL))
-@pytest.mark.parametrize("name", ["temperature", "margin, weights, temperature", "sigmoid, weights, bias, temperature",
-                                  "variances with the rest", "pooled, weights, bias, temperature"])  # fmt: skip
-def test_the_gradient_of_the_temperature_is_as_accurate_as_eager_over_many_draws(backend, name):
+LEARNED = named(
+    OPTIONS, "temperature", "margin, weights, temperature", "sigmoid, weights, bias, temperature", "variances with the rest",
+    "variances, bias and temperature", "pooled, weights, bias, temperature", "all but variances",
+)  # fmt: skip
+DRAWN = [
+    pytest.param(*row.values, shape, classes, id=f"{row.id}-{classes}")
+    for row in on_each_backend(CONTRAST, LEARNED)
+    for shape, classes in (
+        [((2, 24, 7, 13), 5)] if row.values[0] in ON_CPU else [((1, 24, 3, 13), 5)] if row.values[0] == "triton"
+        else [((1, 24, 3, 13), 5), ((2, 37, 3, 5), 330), ((1, 300, 2, 7), 512)]
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("backend", "case", "shape", "num_classes"), DRAWN)
+def test_the_gradient_of_the_temperature_is_as_accurate_as_eager_over_many_draws(backend, case, shape, num_classes):
     """One number's error is luck: the root of the mean square over ten draws is compared."""
-    (case,) = named(OPTIONS, name)
-    if why_not(backend, asked(CONTRAST, *case.needs)) is not None:
-        return
     errors, scale, index = [0.0, 0.0], 0.0, 1 + case.leaves.index("temperature")
     for seed in range(10):
-        given = case.given(problem((2, 24, 7, 13) if backend not in ON_GPU else (1, 24, 3, 13), seed=seed))
+        given = case.given(problem(shape, num_classes, seed=seed))
         truth = run(oracle.contrast, given, case.leaves, leaf_dtype=torch.float64)[index]
         got = run(sf.prototype_contrastive_loss, given, case.leaves, backend)[index]
         eager = run(oracle.contrast, given, case.leaves, dtype=torch.float32)[index]
@@ -194,13 +244,12 @@ def test_any_layout_is_read_and_kept(backend, layout, dtype):
 def test_any_layout_is_read_with_options(backend, case, layout):
     p = problem()
     expected = run(sf.prototype_contrastive_loss, case.given(p), case.leaves, backend)
-    if layout == "rows":
-        if "image" in case.name or "rest" in case.name:
-            return  # a set for each image needs images
+    if layout == "rows" and "per_image_prototypes" not in case.needs:  # a set for each image needs images
         q = p._replace(features=as_rows(p.features), labels=p.labels.flatten(), probabilities=as_rows(p.probabilities),
                        pixel_weight=p.pixel_weight.flatten())  # fmt: skip
     else:
         q = p._replace(features=laid_out(p.features, layout), probabilities=laid_out(p.probabilities, layout))
+        layout = "image"
     got = run(sf.prototype_contrastive_loss, case.given(q), case.leaves, backend)
     torch.testing.assert_close(got[0], expected[0])
     wanted = as_rows(expected[1]) if layout == "rows" else expected[1]

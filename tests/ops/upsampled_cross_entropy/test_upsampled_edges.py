@@ -161,8 +161,8 @@ MASKS = [-torch.inf, torch.finfo(torch.float32).min, -2.4e38, -1e30, -1e4]
 )
 @pytest.mark.parametrize(("backend", "op"), EACH_OP)
 def test_a_masked_class_takes_no_part_and_the_others_are_as_without_it(backend, op, grid, high, low):
-    if backend in ON_GPU and grid == (9, 11):
-        return  # what the C++ kernels do over several panels
+    if backend in ON_GPU and grid == (9, 11):  # several panels of the C++ kernels; the others are slow
+        grid, high = (3, 4), (9, 11)
     p = problem((2, 1, *grid), 4, high, seed=1)
     labels = p.labels.where(p.labels != 1, 2)
     others = torch.tensor([0, 2, 3])
