@@ -290,4 +290,17 @@ def named(options: tuple[Option, ...], *names: str) -> tuple[Option, ...]:
     return tuple(found[name] for name in names)
 
 
+# one for each kind of kernel and of sum, for what is too slow to be asked of every option
+KINDS = named(
+    OPTIONS, "bias", "prototypes per image", "all per image", "variances, bias and temperature", "no positive variance",
+    "probabilities, weights, smoothing", "smoothing, weights", "pooled, weights, bias, temperature", "pooled by maximum",
+    "margin, weights, temperature", "sigmoid, weights, bias, temperature", "teacher", "probabilities, map", "sigmoid, map",
+)  # fmt: skip
+
+
+def unless_slow(rows: list, slow: tuple[str, ...] = ("triton",)) -> list:
+    """The rows of `on_each_backend`, of the backends whose interpreter is slow only those with an option of KINDS."""
+    return [row for row in rows if row.values[0] not in slow or row.values[1] in KINDS]
+
+
 options = problem

@@ -94,8 +94,15 @@ PROBES = [
     ((2, 20, 5, 13), 5, torch.float32, "sigmoid, probabilities, weights, bias", {"labels": torch.float16}),
     ((1, 300, 5, 9), 260, torch.float32, "temperature", {"temperature": torch.tensor(0.05)}),
     ((2, 37, 5, 13), 100, torch.float32, "variances with the rest", {}),
-    ((2, 71, 5, 13), 140, torch.bfloat16, "no positive variance, class weight", {}),
+    ((2, 71, 5, 13), 140, torch.bfloat16, "no positive variance, class weight", {"variances": 11.0}),
 ]
+
+
+def _changed(tensor: torch.Tensor, change: torch.Tensor | torch.dtype | float) -> torch.Tensor:
+    """In another dtype, multiplied, or another one."""
+    if isinstance(change, torch.dtype):
+        return tensor.to(change)
+    return change * tensor if isinstance(change, float) else change
 
 
 def is_right(backend: emulated.Backend, probe, order: str) -> bool:
@@ -103,7 +110,7 @@ def is_right(backend: emulated.Backend, probe, order: str) -> bool:
     shape, num_classes, dtype, name, change = probe
     (case,) = named(OPTIONS, name)
     given = case.given(problem(shape, num_classes, dtype=dtype, patch=(1, 1)))
-    given |= {key: given[key].to(value) if isinstance(value, torch.dtype) else value for key, value in change.items()}
+    given |= {key: _changed(given[key], value) for key, value in change.items()}
     truth = run(oracle.contrast, given, case.leaves, leaf_dtype=torch.float64, incoming=torch.ones(()))
     try:
         with backend.taken(order):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from on_backends import ALL, NO_BAD_LABEL, ON_GPU, call, flag, on_each_backend, on_each_dtype, run, usable
-from problems import CONTRAST, OPTIONS, named, problem
+from problems import CONTRAST, OPTIONS, named, problem, unless_slow
 
 import spcl_fast as sf
 from spcl_fast.backends.labels import BAD_PROBABILITY
@@ -45,7 +45,7 @@ def test_all_ignored_is_zero_not_nan_even_for_nan_features(backend, reduction, d
 
 
 @pytest.mark.parametrize(
-    ("backend", "case"), on_each_backend(CONTRAST, [o for o in OPTIONS if "teacher" not in o.needs])
+    ("backend", "case"), unless_slow(on_each_backend(CONTRAST, [o for o in OPTIONS if "teacher" not in o.needs]))
 )
 def test_nothing_labelled_gives_0_and_gradients_of_exactly_0_with_every_option(backend, case):
     p = problem((2, 16, 3, 5))
@@ -59,7 +59,7 @@ def test_nothing_labelled_gives_0_and_gradients_of_exactly_0_with_every_option(b
 
 
 @pytest.mark.parametrize(
-    ("backend", "case"), on_each_backend(CONTRAST, [o for o in OPTIONS if "teacher" not in o.needs])
+    ("backend", "case"), unless_slow(on_each_backend(CONTRAST, [o for o in OPTIONS if "teacher" not in o.needs]))
 )
 def test_an_ignored_pixel_that_is_not_finite_changes_nothing(backend, case):
     p = problem((2, 16, 3, 5), ignored=0.4)
