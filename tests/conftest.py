@@ -40,6 +40,14 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's kernels in the interpreter meet bad labels, as on a GPU; else their CPU tensors are looked at before."""
+    from spcl_fast import backends
+
+    monkeypatch.setattr(backends.module("triton"), "refuse_bad_labels", lambda *_: None, raising=False)
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """Real images that lie beside the checkout and are no part of it."""

@@ -196,24 +196,3 @@ def assert_as_accurate(got: Tensor, eager: Tensor, truth: Tensor, factor: float 
     scale = truth.abs().max().item() if got.numel() else 0.0
     limit = factor * allowed + slack * torch.finfo(got.dtype).eps * scale
     assert error <= limit, f"error {error:.3e} against float64; same-dtype eager has {allowed:.3e}, limit {limit:.3e}"
-
-
-contrast_with_options, upsampled_with_options = contrast, upsampled
-
-
-def laid_out(features: Tensor, labels: Tensor, layout: str) -> tuple[Tensor, Tensor]:
-    """The same values [B, D, H, W] as they may lie in memory; for "rows" as [B * H * W, D] with the labels [B, H, W] flat."""
-    height, width = features.shape[2:]
-    if layout == "channels_last":
-        return features.contiguous(memory_format=torch.channels_last), labels
-    if layout == "sliced":
-        return F.pad(features, (2, 3, 1, 1), value=torch.nan)[:, :, 1 : height + 1, 2 : width + 2], labels
-    if layout == "transposed":
-        return features.transpose(2, 3).contiguous().transpose(2, 3), labels
-    if layout == "rows":
-        return features.permute(0, 2, 3, 1).reshape(-1, features.shape[1]), labels.flatten()
-    if layout == "misaligned":
-        return torch.cat([features.new_zeros(1), features.flatten()])[1:].view(features.shape), labels
-    if layout == "every other image":
-        return features.repeat_interleave(2, 0)[::2], labels
-    raise ValueError(layout)

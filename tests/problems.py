@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from on_backends import ALL, asked, check_ops, on_each_backend, usable  # noqa: F401 - also to be had from here
 from torch import Tensor
 
 import spcl_fast as sf
@@ -301,6 +300,3 @@ KINDS = named(
 def unless_slow(rows: list, slow: tuple[str, ...] = ("triton",)) -> list:
     """The rows of `on_each_backend`, of the backends whose interpreter is slow only those with an option of KINDS."""
     return [row for row in rows if row.values[0] not in slow or row.values[1] in KINDS]
-
-
-options = problem

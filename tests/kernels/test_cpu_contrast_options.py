@@ -5,9 +5,9 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
-from on_backends import run
+from on_backends import asked, run
 from oracle import assert_as_accurate
-from problems import CONTRAST, OPTIONS, asked, named, problem
+from problems import CONTRAST, OPTIONS, named, problem
 
 import spcl_fast as sf
 from spcl_fast.backends import cpu

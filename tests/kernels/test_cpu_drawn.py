@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import LABEL_DTYPES, LAYOUTS, laid_out
-from problems import asked, problem
+from on_backends import asked
+from problems import problem
 
 import spcl_fast as sf
 from spcl_fast.backends import cpu

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from problems import asked
+from on_backends import asked
 
 from spcl_fast.backends import cpu
 

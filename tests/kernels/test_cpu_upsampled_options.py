@@ -5,8 +5,9 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
+from on_backends import asked
 from oracle import assert_as_accurate
-from problems import asked, problem
+from problems import problem
 
 from spcl_fast.backends import cpu
 from spcl_fast.backends.contract import UpsampledLoss

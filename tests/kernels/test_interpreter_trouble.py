@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import asked
+from on_backends import asked
 
 from spcl_fast import backends
 

@@ -12,7 +12,8 @@ import random
 import oracle
 import pytest
 import torch
-from problems import asked, options, usable
+from on_backends import asked, usable
+from problems import problem
 
 import spcl_fast as sf
 from spcl_fast import backends
@@ -99,7 +100,7 @@ def drawn(draw: random.Random, seed: tuple) -> dict:
 
 def arguments(given: dict) -> tuple[dict, dict]:
     """What is differentiated, and everything else."""
-    o = options((2, given["dim"], 2, 3), temperature=0.4)
+    o = problem((2, given["dim"], 2, 3), temperature=0.4)
     generator = torch.Generator().manual_seed(1)
     images = (2,) if given["prototypes"] == "per image" else ()
     pooled = given["rows"] != "one a class"
@@ -153,7 +154,7 @@ def as_probabilities(labels, dtype: torch.dtype):
 
 def of_formula(leaves: dict, rest: dict, dtype: torch.dtype) -> list:
     rest = rest | {"labels": as_probabilities(rest["labels"], dtype)}
-    return differentiated(functools.partial(oracle.contrast_with_options, dtype=dtype), leaves, rest, dtype)
+    return differentiated(functools.partial(oracle.contrast, dtype=dtype), leaves, rest, dtype)
 
 
 @pytest.mark.parametrize("backend", usable(OP, among=("cpu", "triton")))

@@ -6,7 +6,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import usable
+from on_backends import usable
 
 import spcl_fast as sf
 

@@ -93,6 +93,7 @@ def test_a_label_that_is_none_is_named(backend, num_classes):
 
 
 @pytest.mark.parametrize("backend", usable(CONFUSION, among=ON_GPU))
+@pytest.mark.usefixtures("as_on_a_gpu")
 def test_a_label_that_is_none_is_left_out_and_raises_the_flag(backend):
     p = problem((2, 1, 3, 4), 5, (9, 11))
     p.labels[0, 0, 0] = 77

@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import check_ops
+from on_backends import check_ops
 
 import spcl_fast as sf
 from spcl_fast import ops

@@ -166,6 +166,7 @@ def test_a_bad_label_of_a_larger_map_is_named_where_it_lies(backend, num_classes
 )
 @pytest.mark.parametrize("options", [{}, {"bias": torch.ones(5)}], ids=["plain", "bias"])
 @pytest.mark.parametrize("backend", usable(CONTRAST, among=ON_GPU))
+@pytest.mark.usefixtures("as_on_a_gpu")
 def test_label_beyond_classes_never_indexes_memory_but_raises_the_flag(backend, options, value, dtype):
     p, raised = problem((1, 20, 3, 5)), flag(backend)
     labels = p.labels.where(p.labels != 255, 100).to(dtype)
@@ -195,6 +196,7 @@ def test_a_bad_probability_is_named_with_its_pixel(backend, bad):
     ("backend", "num_classes"),
     [row for row in FEW_OR_MANY if row[0] in usable(CONTRAST, "probabilities", among=ON_GPU)],
 )
+@pytest.mark.usefixtures("as_on_a_gpu")
 def test_a_bad_probability_makes_the_loss_nan_and_raises_the_flag(backend, num_classes, bad):
     p, raised = problem((2, 20, 3, 5), num_classes), flag(backend)
     given = plain(p, labels=p.probabilities)

@@ -114,6 +114,7 @@ def test_a_label_beyond_int64_is_not_taken_for_an_ignore_index_of_minus_1(backen
 
 @pytest.mark.parametrize("value", [3, -1, 2**33])
 @pytest.mark.parametrize("backend", usable(CROSS, among=ON_GPU))
+@pytest.mark.usefixtures("as_on_a_gpu")
 def test_an_upsampled_label_beyond_classes_never_indexes_memory_but_raises_the_flag(backend, value):
     p, raised = problem((2, 1, 3, 4), 3, (11, 14)), flag(backend)
     p.labels[1, 2, 3] = value
@@ -142,6 +143,7 @@ def test_a_bad_probability_is_named_with_its_node(backend, bad):
 
 @pytest.mark.parametrize("bad", [-0.1, torch.nan, torch.inf])
 @pytest.mark.parametrize("backend", usable(CROSS, "probabilities", among=ON_GPU))
+@pytest.mark.usefixtures("as_on_a_gpu")
 def test_a_bad_probability_raises_the_flag_and_makes_the_loss_nan(backend, bad):
     p, raised = problem((2, 1, 3, 4), 4, (9, 11)), flag(backend)
     p.nodes[1, 2, 1, 1] = bad
