@@ -82,6 +82,7 @@ LOSSES = (
     Loss("spcl", "spcl_fast.losses.spcl:objective", "prototype-contrastive loss and moving prototypes, arXiv 2111.12358"),
     Loss("protoseg", "spcl_fast.losses.protoseg:objective", "several prototypes per class, assigned by Sinkhorn, arXiv 2203.15102"),
     Loss("gmmseg", "spcl_fast.losses.gmmseg:objective", "a mixture of Gaussians per class, fitted to the source, arXiv 2210.02025"),
+    Loss("contrastiveseg", "spcl_fast.losses.contrastiveseg:objective", "InfoNCE against a memory of source pixels, arXiv 2101.11939"),
 )  # fmt: skip
 
 NETS = (

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..estimators.assignment import NONE, ClassRows, LabelledGrid, balanced_assignment
-from ..estimators.mixture import component_assignment, enqueue_, fitted, gaussian_rows, moved_gaussians, over_ranks
+from ..estimators.mixture import component_assignment, fitted, gaussian_rows, moved_gaussians
+from ..estimators.ring import enqueue_, over_ranks
 from ..losses.gmmseg import gmm_class_logits
 
 IGNORE = 255

@@ -2,8 +2,16 @@
 
 from .bank import PrototypeBank
 from .centre import TeacherCentre
+from .class_memory import ClassMemory
 from .clusters import PrototypeClusters
 from .mixture import GaussianMixture
 from .thresholds import PseudoLabelThresholds
 
-__all__ = ["GaussianMixture", "PrototypeBank", "PrototypeClusters", "PseudoLabelThresholds", "TeacherCentre"]
+__all__ = [
+    "ClassMemory",
+    "GaussianMixture",
+    "PrototypeBank",
+    "PrototypeClusters",
+    "PseudoLabelThresholds",
+    "TeacherCentre",
+]

@@ -22,6 +22,7 @@ from .assignment import (
 )  # fmt: skip
 from .clusters import spread_around
 from .float32 import Float32Statistics
+from .ring import counted, enqueue_, over_ranks
 
 FLOOR = 1e-2  # added to each variance, as the authors do
 
@@ -115,7 +116,7 @@ class GaussianMixture(Float32Statistics):
         features, rows, labels = (over_ranks(value) for value in (given.features, rows, labels))
         enqueue_(self.queue, self.queue_next, features, rows, self.max_samples, normalize=self.normalize)
         if self.updates % self.interval == 0:
-            is_there = _count(labels, len(self.means)) > 0
+            is_there = counted(labels, len(self.means)) > 0
             self._move(fitted(self.queue), is_there.repeat_interleave(self.means.shape[1]))
 
     def _fit_batch(self, given: LabelledGrid, rows: Tensor) -> None:
@@ -219,55 +220,3 @@ def moved_gaussians(
         torch.where(is_there[:, None], new, old.flatten(0, 1)) for new, old in zip(moved, (means, scales), strict=True)
     )
     return mean.view(means.shape), scale.view(scales.shape)
-
-
-@torch.no_grad()
-def enqueue_(
-    queue: Tensor, queue_next: Tensor, features: Tensor, rows: Tensor, max_samples: int, *, normalize: bool = True
-) -> None:
-    """Up to `max_samples` pixels of each row, evenly spaced, into its ring [R, memory, D]; queue_next [R] says where it goes on.
-
-    features [B, D, h, w], rows [B, h, w] (-1: none). No host sync.
-    """
-    number, samples = len(queue), min(max_samples, queue.shape[1])
-    flat = rows.flatten()
-    order = flat.argsort(stable=True)
-    counts = _count(rows, number)
-    first = (flat == NONE).sum() + counts.cumsum(0) - counts
-    step = torch.arange(samples, device=flat.device)
-    which = torch.where(counts[:, None] > samples, _evenly_spaced(counts, samples), step)  # [R, samples]
-    pixel = order[(first[:, None] + which).clamp(0, max(len(order) - 1, 0))]
-    height, width = features.shape[2:]
-    image, line, column = pixel // (height * width), pixel // width % height, pixel % width
-    values = features[image, :, line, column].to(queue.dtype)  # [R, samples, D]
-    values = F.normalize(values, dim=-1) if normalize else values
-    taken = counts.clamp_max(samples)
-    home = torch.arange(number, device=flat.device)[:, None], (queue_next[:, None] + step) % queue.shape[1]
-    queue[home] = torch.where((step < taken[:, None])[..., None], values, queue[home])
-    queue_next.copy_((queue_next + taken) % queue.shape[1])
-
-
-def _evenly_spaced(counts: Tensor, samples: int) -> Tensor:
-    """torch.linspace(0, count - 1, samples, dtype=int64) for each count: [R, samples]; its second half is counted from the end."""
-    index = torch.arange(samples, device=counts.device, dtype=torch.float64)
-    last = (counts - 1).double()[:, None]
-    step = last / max(samples - 1, 1)
-    from_end = last - step * (samples - 1 - index)
-    return torch.where((index < samples // 2) | (samples == 1), step * index, from_end).long()
-
-
-def _count(labels: Tensor, number: int) -> Tensor:
-    """[number] int64: pixels of each label; -1 and beyond are left out."""
-    home = torch.where((labels >= 0) & (labels < number), labels, number).flatten()
-    return torch.zeros(number + 1, dtype=torch.int64, device=labels.device).scatter_add_(
-        0, home, torch.ones_like(home)
-    )[:number]
-
-
-def over_ranks(values: Tensor) -> Tensor:
-    """The values of all ranks along the first dimension; each rank must have as many."""
-    if distributed.world_size() == 1:
-        return values
-    parts = [torch.empty_like(values) for _ in range(distributed.world_size())]
-    torch.distributed.all_gather(parts, values.contiguous())
-    return torch.cat(parts)

@@ -4,6 +4,7 @@ from .capi import CAPIClustering, capi_loss
 from .dino import DINOLoss, IBOTPatchLoss
 from .gmmseg import gmm_class_logits, gmm_component_contrast, gmm_loss
 from .heads import CosineHead, LinearHead
+from .info_nce import masked_info_nce, prototype_info_nce
 from .modules import PrototypeContrastiveLoss, UpsampledCrossEntropyLoss
 from .panet import masked_mean, panet_alignment_loss, panet_logits, panet_loss, panet_prototypes
 from .protoseg import ProtoSegLoss, pixel_prototype_contrast, pixel_prototype_distance, prototype_class_logits
@@ -25,6 +26,7 @@ __all__ = [
     "gmm_class_logits",
     "gmm_component_contrast",
     "gmm_loss",
+    "masked_info_nce",
     "masked_mean",
     "panet_alignment_loss",
     "panet_logits",
@@ -33,4 +35,5 @@ __all__ = [
     "pixel_prototype_contrast",
     "pixel_prototype_distance",
     "prototype_class_logits",
+    "prototype_info_nce",
 ]

@@ -12,7 +12,7 @@ from transcription import TEMPERATURES, assert_equals
 from spcl_fast import catalog
 from spcl_fast.config.schema import AdaptConfig
 from spcl_fast.estimators import GaussianMixture
-from spcl_fast.estimators.mixture import enqueue_
+from spcl_fast.estimators.ring import enqueue_
 from spcl_fast.losses import gmm_class_logits, gmm_component_contrast, gmm_loss
 
 K, M, D, GRID = 4, 3, 8, (2, 5, 7)
@@ -150,7 +150,7 @@ def test_the_memory_takes_evenly_spaced_pixels_in_a_ring():
 
 @pytest.mark.parametrize("samples", [1, 2, 3, 20])
 def test_samples_are_spaced_as_torch_linspace_has_them(samples):
-    from spcl_fast.estimators.mixture import _evenly_spaced
+    from spcl_fast.estimators.ring import _evenly_spaced
 
     counts = torch.arange(samples, 400)
     expected = [torch.linspace(0, count - 1, samples, dtype=torch.int64).tolist() for count in counts.tolist()]
