@@ -36,13 +36,13 @@ def labelled_similarity(
             f"{name}: prototypes must be [R, D] with the features' D = {pixels.features.shape[1]}, got shape {list(prototypes.shape)}"
         )
     checks.check_device(name, pixels.features, "features", prototypes=prototypes)
-    own = ops.labels_on(labels_of(name, pixels, labels), pixels.features.shape[2:]).long()
+    given = labels_of(name, pixels, labels)
+    own = ops.labels_on(given, pixels.features.shape[2:]).long()
+    own = ops.agreement_labels(
+        given, own, num_classes=len(prototypes), ignore_index=ignore_index
+    )  # checks what they are
     is_labelled = own != ignore_index
-    is_bad = is_labelled & ((own < 0) | (own >= len(prototypes)))
-    if own.device.type == "cpu" and is_bad.any():
-        raise ValueError(
-            f"{name}: label {int(own[is_bad][0])} is outside [0, {len(prototypes)}) and is not ignore_index={ignore_index}"
-        )
+    is_bad = is_labelled & ((own < 0) | (own >= len(prototypes)))  # on a GPU, where the check does not wait
     own = own.masked_fill(~is_labelled | is_bad, -1)
     found = _LabelledSimilarity.apply(pixels.features, own, prototypes, normalize).masked_fill(is_bad, torch.nan)
     return pixels.map(found), pixels.map(is_labelled)
