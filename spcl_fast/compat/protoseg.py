@@ -8,7 +8,8 @@
 Quirks of the authors' code that are kept: an update counts a pixel to a row that is SAMPLED from softmax(assignment probabilities), though
 the losses use the likeliest row; Sinkhorn is per rank, whatever its name says; all labelled pixels get a row, only those that are
 predicted right move a prototype.
-Different: `logits` in what the net returns are `RowLogits`, computed inside the losses and never stored; a batch without a label gives 0
+Different: `logits` in what the net returns are `RowLogits`, computed inside the losses and never stored, unless 2 K M <= D, where the
+map is smaller than a gradient of the features; a batch without a label gives 0
 instead of NaN; the prototypes stay one parameter, moved in place, which never requires grad; the sample draws other random numbers.
 """
 
@@ -59,7 +60,8 @@ class PPC(nn.Module):
             return protoseg.pixel_prototype_contrast(
                 contrast_logits.features, target, contrast_logits.prototypes, normalize=False, ignore_index=self.ignore_label
             )  # fmt: skip
-        return F.cross_entropy(contrast_logits, target, ignore_index=self.ignore_label)
+        total = F.cross_entropy(contrast_logits, target, ignore_index=self.ignore_label, reduction="sum")
+        return total / (target != self.ignore_label).sum().clamp_min(1)
 
 
 class PPD(nn.Module):
@@ -77,7 +79,8 @@ class PPD(nn.Module):
                 contrast_logits.features, target, contrast_logits.prototypes, normalize=False, ignore_index=self.ignore_label
             )  # fmt: skip
         kept = target != self.ignore_label
-        return (1 - contrast_logits[kept].gather(1, target[kept][:, None])).pow(2).mean()
+        own = contrast_logits.gather(1, target.where(kept, 0)[:, None])[:, 0]
+        return torch.where(kept, (1 - own).square(), 0).sum() / kept.sum().clamp_min(1)
 
 
 class PixelPrototypeCELoss(nn.Module):
@@ -158,15 +161,19 @@ class PrototypeLearning:
         _c = F.normalize(self.feat_norm(c.movedim(1, -1).flatten(0, 2)), dim=-1)
         with torch.no_grad():
             self.prototypes.requires_grad_(False).copy_(F.normalize(self.prototypes, dim=-1))
-        best = protoseg.prototype_class_logits(_c, self.prototypes.detach().clone(), normalize=False)  # it moves below
+        rows, scores = self.prototypes.detach().flatten(0, 1).clone(), None
+        if 2 * len(rows) <= c.shape[1]:  # the map is smaller than the gradients that it spares
+            scores = ops.prototype_logits(_c, rows, temperature=1.0, normalize=False)
+            best = scores.view(len(_c), self.num_classes, -1).amax(2)
+        else:
+            best = protoseg.prototype_class_logits(_c, rows.view(self.prototypes.shape), normalize=False)
         out_seg = self.mask_norm(best).view(batch, height, width, -1).movedim(-1, 1)
         if pretrain_prototype or not self.use_prototype or gt_semantic_seg is None:
             return out_seg
         gt_seg = F.interpolate(gt_semantic_seg.float(), size=(height, width), mode="nearest").view(-1)
-        contrast_logits, contrast_target = self.prototype_learning(_c, out_seg, gt_seg)
-        return {"seg": out_seg, "logits": contrast_logits, "target": contrast_target}
+        target = self._learn(_c, rows, out_seg, gt_seg, scores)
+        return {"seg": out_seg, "logits": RowLogits(_c, rows) if scores is None else scores, "target": target}
 
-    @torch.no_grad()
     def prototype_learning(
         self, _c: Tensor, out_seg: Tensor, gt_seg: Tensor, masks: Tensor | None = None
     ) -> tuple[RowLogits, Tensor]:
@@ -174,23 +181,27 @@ class PrototypeLearning:
 
         masks is taken and not read: the scores against a pixel's own class are computed here.
         """
-        old = self.prototypes.detach().flatten(0, 1).clone()
+        rows = self.prototypes.detach().flatten(0, 1).clone()
+        return RowLogits(_c, rows), self._learn(_c, rows, out_seg, gt_seg, None)
+
+    @torch.no_grad()
+    def _learn(self, _c: Tensor, rows: Tensor, out_seg: Tensor, gt_seg: Tensor, scores: Tensor | None) -> Tensor:
+        """Assign, move the prototypes -> contrast_target [N]. scores [N, K M] where they are there."""
         labels = gt_seg.long()
-        is_class = (labels >= 0) & (labels < self.num_classes)
-        own = labels.masked_fill(~is_class, NONE).view(1, -1, 1)
-        given = LabelledGrid(_c.detach().t()[None, :, :, None], own, (len(own),))
-        scores = own_scores(given, ClassRows(old), self.num_prototype, normalize=False)
-        found = balanced_assignment(scores, own, self.num_classes)
+        own = labels.masked_fill((labels < 0) | (labels >= self.num_classes), NONE).view(1, -1, 1)
+        given = LabelledGrid(_c.detach().t()[None, :, :, None], own, (len(labels),))
+        if scores is None:
+            of_class = own_scores(given, ClassRows(rows), self.num_prototype, normalize=False)
+        else:
+            by_class = scores.detach().view(len(labels), self.num_classes, -1)
+            chosen = own.view(-1, 1, 1).clamp_min(0).expand(-1, 1, by_class.shape[2])
+            of_class = by_class.gather(1, chosen).permute(1, 2, 0)[..., None]
+        found = balanced_assignment(of_class, own, self.num_classes)
         likeliest = found.rows()
         if self.update_prototype:
-            self._move(
-                given,
-                old,
-                likeliest if self.assignment == "argmax" else found.rows(sampled_index(found.probabilities)),
-                out_seg,
-            )
-        target = torch.where(likeliest.flatten() != NONE, likeliest.flatten().to(gt_seg.dtype), gt_seg)
-        return RowLogits(_c, old), target.float()
+            moving = likeliest if self.assignment == "argmax" else found.rows(sampled_index(found.probabilities))
+            self._move(given, rows, moving, out_seg)
+        return torch.where(likeliest.flatten() != NONE, likeliest.flatten().to(gt_seg.dtype), gt_seg).float()
 
     def _move(self, given: LabelledGrid, old: Tensor, rows: Tensor, out_seg: Tensor) -> None:
         is_right = out_seg.argmax(1).view(rows.shape) == given.labels

@@ -10,7 +10,7 @@ from torch import nn
 
 from spcl_fast.compat.protoseg import PPC, PPD, PixelPrototypeCELoss, PrototypeLearning, RowLogits, distributed_sinkhorn
 
-B, K, M, D = 2, 4, 3, 8
+B, K, M, D = 2, 4, 3, 8  # with D = 24 the map of 12 rows is smaller than two gradients
 WEIGHT = [0.8, 1.2, 1.0, 0.9]
 
 
@@ -22,12 +22,12 @@ def configer(**protoseg):
 class Net(PrototypeLearning, nn.Module):
     assignment = "argmax"
 
-    def __init__(self):
+    def __init__(self, dim=D):
         super().__init__()
         self.gamma, self.num_prototype, self.num_classes = 0.9, M, K
         self.use_prototype = self.update_prototype = True
-        self.feat_norm, self.mask_norm = nn.LayerNorm(D), nn.LayerNorm(K)
-        self.prototypes = nn.Parameter(torch.randn(K, M, D, generator=torch.Generator().manual_seed(0)))
+        self.feat_norm, self.mask_norm = nn.LayerNorm(dim), nn.LayerNorm(K)
+        self.prototypes = nn.Parameter(torch.randn(K, M, dim, generator=torch.Generator().manual_seed(0)))
         self.calls = 0
 
     def forward(self, c, gt_semantic_seg=None, pretrain_prototype=False):
@@ -38,7 +38,7 @@ class WrittenOut(Net):
     """Every map of [N, K M] there, and a loop over classes."""
 
     def segment_by_prototypes(self, c, gt_semantic_seg=None, pretrain_prototype=False):
-        x = F.normalize(self.feat_norm(c.permute(0, 2, 3, 1).reshape(-1, D)), dim=-1)
+        x = F.normalize(self.feat_norm(c.permute(0, 2, 3, 1).reshape(-1, c.shape[1])), dim=-1)
         p = F.normalize(self.prototypes.detach(), dim=-1)
         scores = torch.einsum("nd,kmd->nkm", x, p)
         seg = self.mask_norm(scores.amax(2)).view(B, *c.shape[2:], K).permute(0, 3, 1, 2)
@@ -73,21 +73,23 @@ class Loss(nn.Module):
         return F.cross_entropy(up, target, torch.tensor(WEIGHT), ignore_index=-1) + 0.01 * ppc + 0.001 * ppd
 
 
-def batch(seed):
+def batch(seed, dim=D):
     generator = torch.Generator().manual_seed(seed)
     gt = torch.randint(-1, K, (B, 20, 24), generator=generator)
-    return torch.randn(B, D, 10, 12, generator=generator).requires_grad_(), gt
+    return torch.randn(B, dim, 10, 12, generator=generator).requires_grad_(), gt
 
 
-def test_three_steps_are_those_of_the_net_written_out():
-    ours, theirs, loss = Net(), WrittenOut(), PixelPrototypeCELoss(configer())
+@pytest.mark.parametrize("dim", [D, 24])
+def test_three_steps_are_those_of_the_net_written_out(dim):
+    ours, theirs, loss = Net(dim), WrittenOut(dim), PixelPrototypeCELoss(configer())
     for seed in range(3):
-        c, gt = batch(seed)
+        c, gt = batch(seed, dim)
         found, expected = ours(c, gt[:, None]), theirs(c, gt[:, None])
-        assert isinstance(found["logits"], RowLogits)
+        assert isinstance(found["logits"], RowLogits) == (dim == D)
         assert torch.equal(found["target"], expected["target"]) and found["target"].dtype == torch.float32
         torch.testing.assert_close(found["seg"], expected["seg"], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(found["logits"].dense(), expected["logits"], rtol=1e-4, atol=1e-6)
+        logits = found["logits"].dense() if dim == D else found["logits"]
+        torch.testing.assert_close(logits, expected["logits"], rtol=1e-4, atol=1e-6)
         value, true = loss(found, gt), Loss()(expected, gt)
         torch.testing.assert_close(value, true, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(
@@ -103,6 +105,15 @@ def test_dense_logits_of_code_that_was_not_changed_give_the_same_losses():
         criterion = kind(configer())
         lean = criterion(found["logits"], found["target"])
         torch.testing.assert_close(lean, criterion(found["logits"].dense(), found["target"]), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dim", [D, 24])
+def test_a_batch_without_a_label_learns_nothing_and_its_contrast_is_0(dim):
+    net, (c, _) = Net(dim), batch(0, dim)
+    found = net(c, torch.full((B, 1, 20, 24), -1))
+    assert PPC(configer())(found["logits"], found["target"]) == 0
+    assert PPD(configer())(found["logits"], found["target"]) == 0
+    assert torch.equal(found["target"], torch.full((B * 120,), -1.0))
 
 
 def test_without_labels_or_in_pretraining_it_is_the_logits_alone():
