@@ -41,9 +41,20 @@ def labelled_grid(name: str, features: Tensor, labels: Tensor, ignore_index: int
     return LabelledGrid(pixels.features.detach(), values.masked_fill(values == ignore_index, NONE), pixels.grid)
 
 
-def row_classes(num_classes: int, per_class: int, device: torch.device | None = None) -> Tensor:
-    """[K M]: the class of each row."""
-    return torch.arange(num_classes, device=device).repeat_interleave(per_class)
+_row_classes: dict[tuple[int, int, str], Tensor] = {}
+
+
+def row_classes(num_classes: int, per_class: int, device: torch.device) -> Tensor:
+    """[K M]: the class of each row. Always the same tensor: an op looks at its values, and on a GPU waits for them, once per tensor."""
+    key = num_classes, per_class, str(device)
+    found = _row_classes.get(key)
+    if found is None or torch.compiler.is_compiling():
+        found = torch.arange(num_classes, device=device).repeat_interleave(per_class)
+        if (
+            type(found) is Tensor and not found.is_inference() and not torch.compiler.is_compiling()
+        ):  # real, and of use later
+            _row_classes[key] = found
+    return found
 
 
 @torch.no_grad()

@@ -59,8 +59,7 @@ class PrototypeClusters(Float32Statistics):
             )
         self.keep, self.epsilon, self.iterations = keep, epsilon, iterations
         self.assignment, self.normalize, self.ignore_index = assignment, normalize, ignore_index
-        start = torch.nn.init.trunc_normal_(torch.empty(num_classes, per_class, dim), std=0.02)
-        self.register_buffer("prototypes", F.normalize(start, dim=-1))
+        self.register_buffer("prototypes", F.normalize(torch.randn(num_classes, per_class, dim), dim=-1))
 
     @property
     def rows(self) -> Tensor:

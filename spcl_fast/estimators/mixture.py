@@ -81,8 +81,7 @@ class GaussianMixture(Float32Statistics):
         self.keep, self.memory, self.max_samples, self.interval = keep, memory, max_samples, interval
         self.epsilon, self.iterations, self.normalize, self.ignore_index = epsilon, iterations, normalize, ignore_index
         self.updates = 0
-        start = torch.nn.init.trunc_normal_(torch.empty(num_classes, components, dim), std=0.02)
-        self.register_buffer("means", F.normalize(start, dim=-1))
+        self.register_buffer("means", F.normalize(torch.randn(num_classes, components, dim), dim=-1))
         self.register_buffer("scales", torch.ones(num_classes, components, dim))
         queue = torch.randn(num_classes * components, memory, dim) if memory else torch.empty(0, 0, dim)
         self.register_buffer("queue", F.normalize(queue, dim=-1))

@@ -104,7 +104,7 @@ def test_ignored_and_zero_pixels_keep_the_distance_and_its_gradient_finite():
 def test_a_row_that_is_not_there_is_named():
     rows = labels(K * M, -1)
     rows[1, 2, 3] = K * M
-    with pytest.raises(ValueError, match=r"label 12 is outside \[0, 12\) and is not ignore_index=-1"):
+    with pytest.raises(ValueError, match=r"label 12 at pixel \(image 1, row 2, column 3\) is outside \[0, 12\)"):
         pixel_prototype_distance(features(), rows, unit_rows())
     with pytest.raises(ValueError, match=r"prototypes must be \[R, D\] with the features' D = 8, got shape \[12, 7\]"):
         pixel_prototype_distance(features(), labels(K * M, -1), unit_rows()[:, 1:])
