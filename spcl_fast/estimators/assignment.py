@@ -44,15 +44,17 @@ def labelled_grid(name: str, features: Tensor, labels: Tensor, ignore_index: int
 _row_classes: dict[tuple[int, int, str], Tensor] = {}
 
 
-def row_classes(num_classes: int, per_class: int, device: torch.device) -> Tensor:
-    """[K M]: the class of each row. Always the same tensor: an op looks at its values, and on a GPU waits for them, once per tensor."""
-    key = num_classes, per_class, str(device)
-    found = _row_classes.get(key)
-    if found is None or torch.compiler.is_compiling():
-        found = torch.arange(num_classes, device=device).repeat_interleave(per_class)
-        if (
-            type(found) is Tensor and not found.is_inference() and not torch.compiler.is_compiling()
-        ):  # real, and of use later
+def row_classes(num_classes: int, per_class: int, like: Tensor) -> Tensor:
+    """[K M] on the device of `like`: the class of each row.
+
+    Always the same tensor: an op looks at its values, and on a GPU waits for them, once per tensor. Not where `like` has no values.
+    """
+    key = num_classes, per_class, str(like.device)
+    is_traced = torch.compiler.is_compiling() or isinstance(like, torch._subclasses.FakeTensor)
+    found = None if is_traced else _row_classes.get(key)
+    if found is None:
+        found = torch.arange(num_classes, device=like.device).repeat_interleave(per_class)
+        if not is_traced and not found.is_inference():
             _row_classes[key] = found
     return found
 

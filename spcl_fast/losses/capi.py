@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+
+_BLOCK = 1 << 21  # scores that are there at a time: 8 MB
 
 
 class CAPIClustering(nn.Module):
@@ -64,9 +68,31 @@ class CAPIClustering(nn.Module):
             flat = rows.flatten(0, 1)
             u, v = ops.balance_(flat, weight, **settings)
             return ops.TeacherTargets(flat, weight, self.target_temperature, u, v)
-        potentials = [ops.balance_(at_position, weight, **settings) for at_position in rows]
-        u = torch.cat([u for u, _ in potentials])
-        return _with_own_potentials(rows, weight, self.target_temperature, u, torch.stack([v for _, v in potentials]))
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            found = [
+                ops.balance_(at_position, weight, **settings) for at_position in rows
+            ]  # over the images of all ranks
+            u, v = torch.cat([u for u, _ in found]), torch.stack([v for _, v in found])
+        else:
+            u, v = _balanced_at_positions(rows, weight, self.target_temperature, self.iterations)
+        return _with_own_potentials(rows, weight, self.target_temperature, u, v)
+
+
+def _balanced_at_positions(rows: Tensor, weight: Tensor, temperature: float, iterations: int) -> tuple[Tensor, Tensor]:
+    """What balance_ does, for a few positions at a time: a position has so few images that one op each would mostly be overhead."""
+    positions, batch, _ = rows.shape
+    kind = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    several = max(1, _BLOCK // (batch * len(weight)))
+    us, vs = [], []
+    for first in range(0, positions, several):
+        scores = rows[first : first + several].to(kind) @ (weight.to(kind).t() / temperature)  # [several, batch, K]
+        u = scores.new_zeros(*scores.shape[:2], 1)
+        for _ in range(iterations):
+            v = math.log(batch / len(weight)) - (scores + u).logsumexp(1, keepdim=True)
+            u = -(scores + v).logsumexp(2, keepdim=True)
+        us.append(u.flatten())
+        vs.append(v[:, 0])
+    return torch.cat(us), torch.cat(vs)
 
 
 def capi_loss(

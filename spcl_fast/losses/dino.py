@@ -46,19 +46,22 @@ class DINOLoss(nn.Module):
         pairs = [(q, v) for q in range(len(teacher)) for v in range(len(student)) if v != q]
         if not pairs:
             raise ValueError("DINOLoss: there is no pair of different views; give the student more than one")
+        if len({len(view) for view in (*student, *teacher)}) > 1:
+            raise ValueError("DINOLoss: every view must have as many rows")
         targets = [self.targets(view, teacher_prototypes, teacher_temperature) for view in teacher]
-        losses = [self._pair(student[v], targets[q], student_prototypes) for q, v in pairs]
-        for_centre = torch.cat([view.detach() for view in teacher])
-        self.centre.update_(for_centre, teacher_prototypes.detach())
-        return torch.stack(losses).mean()
+        # all pairs in one call: the prototypes, which are most of the memory here, are read once and have one gradient
+        together = targets[0]._replace(
+            features=torch.cat([targets[q].features for q, _ in pairs]), u=torch.cat([targets[q].u for q, _ in pairs])
+        )
+        loss = ops.prototype_contrastive_loss(
+            torch.cat([student[v] for _, v in pairs]), together, student_prototypes, temperature=self.temperature, normalize=False,
+            backend=self.backend,
+        )  # fmt: skip
+        self.centre.update_(torch.cat([view.detach() for view in teacher]), teacher_prototypes.detach())
+        return loss
 
     def targets(self, teacher: Tensor, prototypes: Tensor, temperature: float) -> ops.TeacherTargets:
         return centred_targets(teacher, prototypes, temperature, self.centre)
-
-    def _pair(self, student: Tensor, targets: ops.TeacherTargets, prototypes: Tensor) -> Tensor:
-        return ops.prototype_contrastive_loss(
-            student, targets, prototypes, temperature=self.temperature, normalize=False, backend=self.backend
-        )
 
 
 class IBOTPatchLoss(nn.Module):
@@ -93,24 +96,18 @@ class IBOTPatchLoss(nn.Module):
             raise ValueError(
                 f"IBOTPatchLoss: give as many views of each, got {len(student)}, {len(teacher)} and {len(masks)}"
             )
-        losses = []
-        for index, (x, f, mask) in enumerate(zip(student, teacher, masks, strict=True)):
-            share = _share_of_masked(mask, x) if weight is None else weight[index]
-            targets = centred_targets(f.flatten(0, 1), teacher_prototypes, teacher_temperature, self.centre)
-            losses.append(
-                ops.prototype_contrastive_loss(
-                    x.flatten(0, 1),
-                    targets,
-                    student_prototypes,
-                    temperature=self.temperature,
-                    normalize=False,
-                    reduction="sum",
-                    pixel_weight=share.flatten(),
-                    backend=self.backend,
-                )  # fmt: skip
-            )
-        self.centre.update_(torch.cat([f.detach().flatten(0, 1) for f in teacher]), teacher_prototypes.detach())
-        return torch.stack(losses).mean()
+        shares = (
+            [_share_of_masked(mask, x) for x, mask in zip(student, masks, strict=True)] if weight is None else weight
+        )
+        rows = torch.cat([f.detach().flatten(0, 1) for f in teacher])
+        loss = ops.prototype_contrastive_loss(
+            torch.cat([x.flatten(0, 1) for x in student]),
+            centred_targets(rows, teacher_prototypes, teacher_temperature, self.centre), student_prototypes,
+            temperature=self.temperature, normalize=False, reduction="sum",
+            pixel_weight=torch.cat([share.flatten() for share in shares]), backend=self.backend,
+        )  # fmt: skip
+        self.centre.update_(rows, teacher_prototypes.detach())
+        return loss / len(student)
 
 
 def centred_targets(

@@ -65,7 +65,7 @@ def _tempered(rows: ClassRows, temperature: float) -> dict[str, Any]:
 def _pooled(means: Tensor) -> dict[str, Any]:
     num_classes, components, _ = means.shape
     return {
-        "prototype_class": row_classes(num_classes, components, means.device),
+        "prototype_class": row_classes(num_classes, components, means),
         "num_classes": num_classes,
         "pool": "max",
     }

@@ -48,7 +48,7 @@ def prototype_class_logits(features: Tensor, prototypes: Tensor, *, normalize: b
     num_classes, per_class, _ = prototypes.shape
     return ops.prototype_logits(
         features, prototypes.flatten(0, 1), temperature=1.0, normalize=normalize, pool="max", num_classes=num_classes,
-        prototype_class=row_classes(num_classes, per_class, prototypes.device),
+        prototype_class=row_classes(num_classes, per_class, prototypes),
     )  # fmt: skip
 
 

@@ -48,7 +48,7 @@ class SwAVLoss(nn.Module):
         losses = []
         for place, index in enumerate(self.crops_for_assign):
             targets = self.targets(crops[index], prototypes, None if queues is None else queues[place])
-            losses += [self._swapped(x, targets, prototypes) for v, x in enumerate(crops) if v != index]
+            losses.append(self._swapped([x for v, x in enumerate(crops) if v != index], targets, prototypes))
         return torch.stack(losses).mean()
 
     def targets(self, crop: Tensor, prototypes: Tensor, queue: Tensor | None = None) -> ops.TeacherTargets:
@@ -58,7 +58,10 @@ class SwAVLoss(nn.Module):
         u, v = ops.balance_(balanced, heads, temperature=self.epsilon, iterations=self.iterations, backend=self.backend)
         return ops.TeacherTargets(features, heads, self.epsilon, u[len(balanced) - len(features) :], v)
 
-    def _swapped(self, student: Tensor, targets: ops.TeacherTargets, prototypes: Tensor) -> Tensor:
+    def _swapped(self, students: Sequence[Tensor], targets: ops.TeacherTargets, prototypes: Tensor) -> Tensor:
+        """In one call: the prototypes are read once and have one gradient."""
+        times = len(students)
+        repeated = targets._replace(features=targets.features.repeat(times, 1), u=targets.u.repeat(times))
         return ops.prototype_contrastive_loss(
-            student, targets, prototypes, temperature=self.temperature, normalize=False, backend=self.backend
-        )
+            torch.cat(list(students)), repeated, prototypes, temperature=self.temperature, normalize=False, backend=self.backend
+        )  # fmt: skip
