@@ -64,15 +64,18 @@ kernels-check: install ## compile every GPU kernel without a GPU: registers, sha
 traffic: install ## count what every GPU kernel moves, without a GPU: docs/gpu-evidence.md (ARGS="--only class_moments")
 	@$(BIN)/python -m benchmarks.traffic $(ARGS)
 
-# the package with instrumented C++, beside .venv's: found first through PYTHONPATH; leaks are the interpreter's own, and memory is the checks': neither is looked at
+# the package with instrumented C++ and a copy of the tests next to it, so that it is the one they import; leaks are the interpreter's own, and
+# memory is the checks': neither is looked at
 SANITIZED := build/sanitize
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1
 SANITIZED_TESTS ?= tests/ops/test_cpu_ops.py tests/kernels/test_cpu_contrast_options.py tests/kernels/test_cpu_streamed.py tests/kernels/test_cpu_upsampled_options.py
 
 sanitize: install ## the C++ kernels built with address and undefined-behaviour checks, and their tests on that build
 	@CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" SPCL_FAST_NO_CUDA=1 $(PIP) install --quiet --no-build-isolation --no-deps --upgrade --target $(SANITIZED) .
-	@ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-		PYTHONPATH=$(SANITIZED) $(BIN)/python -m pytest -p no:cacheprovider -k "not takes_less and not grow_no_memory" $(SANITIZED_TESTS) $(ARGS)
+	@cp -r tests benchmarks pyproject.toml $(SANITIZED)/
+	@cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		$(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider -k "not takes_less and not grow_no_memory" $(SANITIZED_TESTS) $(ARGS)
 
 # NEWEST="torch==2.15.0" names another one; PyPI's torch for Linux brings CUDA's libraries, PIP_INDEX_URL can name an index of CPU builds
 NEWEST ?= torch
