@@ -68,7 +68,7 @@ traffic: install ## count what every GPU kernel moves, without a GPU: docs/gpu-e
 # memory is the checks': neither is looked at
 SANITIZED := build/sanitize
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1
-SANITIZED_TESTS ?= tests/ops/test_cpu_ops.py tests/kernels/test_cpu_contrast_options.py tests/kernels/test_cpu_streamed.py tests/kernels/test_cpu_upsampled_options.py
+SANITIZED_TESTS ?= $(addprefix tests/kernels/test_cpu_, drawn.py contrast_options.py streamed.py upsampled_options.py) tests/ops/prototype_contrastive_loss tests/ops/upsampled_cross_entropy
 
 sanitize: install ## the C++ kernels built with address and undefined-behaviour checks, and their tests on that build
 	@CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" SPCL_FAST_NO_CUDA=1 $(PIP) install --quiet --no-build-isolation --no-deps --upgrade --target $(SANITIZED) .
