@@ -16,7 +16,16 @@ import triton.language as tl
 
 from ..pixels import pixel_offset, tile_of
 from .logits import image_offset, inverse_temperature, logits_again, logits_of
-from .targets import logit_weights, pixel_scale, read_pixels, read_target, row_weights, softmax_of, with_margin
+from .targets import (
+    pixel_scale,
+    read_pixels,
+    read_target,
+    residual,
+    saved_tile,
+    softmax_of,
+    weights_again,
+    with_margin,
+)
 
 
 @triton.jit
@@ -65,7 +74,7 @@ def backward_resident_kernel(
         scale = inv * inverse_temperature(prototypes)
         z, linear, _ = logits_of(acc, acc, scale, b, offs_k, prototypes, size.K)
         z = with_margin(z, cls, offs_k, prototypes)
-        weight = logit_weights(z, lse, offs_k, size.K, cls).to(x.dtype)
+        weight = tl.where((offs_k < size.K)[None, :], residual(z, lse, offs_k, cls), 0.0).to(x.dtype)
         c += tl.sum(weight.to(tl.float32) * linear, 1)
         out = tl.dot(weight, p, out)
     dx = _gradient(out, x, s, inv, c, cls, bad, prototypes, NORMALIZE)
@@ -95,7 +104,8 @@ def backward_tile_kernel(
         image_ptr, features, prototypes, saved, b, n, offs_n, mask_n, inv, 0, size, BLOCK_N, BLOCK_K, BLOCK_D, PRECISION
     )
     z = with_margin(z, cls, offs_k, prototypes)
-    weight = logit_weights(z, lse, offs_k, size.K, cls).to(prototypes.ptr.dtype.element_ty)
+    weight = tl.where((offs_k < size.K)[None, :], residual(z, lse, offs_k, cls), 0.0)
+    weight = weight.to(prototypes.ptr.dtype.element_ty)
     c = tl.sum(weight.to(tl.float32) * linear, 1)
 
     offs_d = tl.arange(0, BLOCK_O)
@@ -145,12 +155,7 @@ def backward_split_kernel(
         s = pixel_scale(grad, weights, target.plain, b, n, size, cls, bad)
     else:
         s = read_pixels(target.scale, b, n, mask_n, size)
-    mass = read_pixels(target.mass, b, n, mask_n, size)
-    lse = mass
-    if saved.lse is not None:
-        lse = tl.load(saved.lse + b * size.P + n, mask=mask_n, other=0.0)
-    inv = tl.load(saved.inv_norm + b * size.P + n, mask=mask_n, other=0.0)
-    offs_n = pixel_offset(features, n, size.w)
+    tile = saved_tile(features, target, saved, b, n, mask_n, cls, size)
     image_ptr = features.ptr + b * features.stride_b
     offs_d = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     mask_d = offs_d < size.D
@@ -160,30 +165,12 @@ def backward_split_kernel(
     at_label = tl.zeros([BLOCK_N], tl.float32)
     for k0 in range(0, size.K, BLOCK_K):
         offs_k = k0 + tl.arange(0, BLOCK_K)
-        z, linear, variance = logits_again(
-            image_ptr,
-            features,
-            prototypes,
-            saved,
-            b,
-            n,
-            offs_n,
-            mask_n,
-            inv,
-            k0,
-            size,
-            BLOCK_N,
-            BLOCK_K,
-            BLOCK_D,
-            PRECISION,
-        )
-        z = with_margin(z, cls, offs_k, prototypes)
+        exact, z, linear, variance = weights_again(
+            image_ptr, features, prototypes, target, weights, saved, tile, k0, size,
+            BLOCK_N, BLOCK_K, BLOCK_D, PRECISION,
+        )  # fmt: skip
         if target.plain is not None:
-            exact = logit_weights(z, lse, offs_k, size.K, cls)
-        else:
-            exact = row_weights(
-                z, lse, mass, target, weights, cls, b, n, mask_n, k0, size, BLOCK_N, BLOCK_K, BLOCK_D, PRECISION
-            )
+            exact = tl.where((offs_k < size.K)[None, :], exact, 0.0)
         weight = exact.to(prototypes.ptr.dtype.element_ty)
         c += tl.sum(weight.to(tl.float32) * linear, 1)
         mask_p = (offs_k < size.K)[:, None] & mask_d[None, :]
@@ -197,7 +184,7 @@ def backward_split_kernel(
             at_label += tl.sum(tl.where(offs_k[None, :] == cls[:, None], exact, 0.0), 1)
         if prototypes.variances is not None:
             if target.mean_variance is not None:
-                exact = tl.where((offs_k < size.K)[None, :], softmax_of(z, lse), 0.0)
+                exact = tl.where((offs_k < size.K)[None, :], softmax_of(z, tile.lse), 0.0)
             c += 2 * tl.sum(exact * variance, 1)
             v = tl.load(
                 prototypes.variances
@@ -214,12 +201,12 @@ def backward_split_kernel(
     if dfeatures.ptr is not None:
         mask = mask_n[:, None] & mask_d[None, :]
         x = tl.load(
-            image_ptr + offs_n[:, None] + offs_d[None, :].to(tl.int64) * features.stride_d, mask=mask, other=0.0
+            image_ptr + tile.offset[:, None] + offs_d[None, :].to(tl.int64) * features.stride_d, mask=mask, other=0.0
         )
         if prototypes.variances is not None:
-            scale = inv * inverse_temperature(prototypes)
+            scale = tile.inv * inverse_temperature(prototypes)
             out += x.to(tl.float32) * curved * scale[:, None]
-        dx = _gradient(out, x, s, inv, c, cls, bad, prototypes, NORMALIZE)
+        dx = _gradient(out, x, s, tile.inv, c, cls, bad, prototypes, NORMALIZE)
         out_n = pixel_offset(dfeatures, n, size.w)
         out_ptrs = (
             dfeatures.ptr + b * dfeatures.stride_b + out_n[:, None] + offs_d[None, :].to(tl.int64) * dfeatures.stride_d

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from .. import launch
 from ..operands import feature_map
-from ..pixels import INTERPRETED, architecture, layout, pixel_offset, precision, read_weights
-from .logits import inverse_temperature, logits_again
-from .targets import read_pixels, read_target, row_weights, softmax_of, with_margin
+from ..pixels import INTERPRETED, architecture, layout, precision, read_weights
+from .logits import inverse_temperature
+from .targets import read_pixels, read_target, saved_tile, weights_again
 
 _PROGRAMS = 1024  # aimed at; a constant, not the GPU's size
 _WORKSPACE_BYTES = 32 << 20
@@ -83,51 +83,25 @@ def prototype_kernel(
         cls, bad = read_target(target, b, n, mask_n, size)
         if target.plain is not None:
             incoming, class_weight, pixel_weight = _factors(grad, weights, b, n, size, cls)
-        mass = read_pixels(target.mass, b, n, mask_n, size)
-        lse = mass
-        if saved.lse is not None:
-            lse = tl.load(saved.lse + b * size.P + n, mask=mask_n, other=0.0)
-        inv = tl.load(saved.inv_norm + b * size.P + n, mask=mask_n, other=0.0)
+        pixels = saved_tile(features, target, saved, b, n, mask_n, cls, size)
         if target.plain is not None:
             s = class_weight * pixel_weight * incoming * inv_denominator
         else:
             s = read_pixels(target.scale, b, n, mask_n, size)
-        coefficient = tl.where(cls >= 0, s * inv, 0.0)
+        coefficient = tl.where(cls >= 0, s * pixels.inv, 0.0)
         largest = _largest(coefficient, bad)
-        offs_n = pixel_offset(features, n, size.w)
         image_ptr = features.ptr + b * features.stride_b
-        z, _, _ = logits_again(
-            image_ptr,
-            features,
-            prototypes,
-            saved,
-            b,
-            n,
-            offs_n,
-            mask_n,
-            inv,
-            k0,
-            size,
-            BLOCK_N,
-            BLOCK_K,
-            BLOCK_D,
-            PRECISION,
-        )
-        z = with_margin(z, cls, offs_k, prototypes)
-        if target.plain is not None:
-            q = softmax_of(z, lse)
-            w = tl.where(offs_k[None, :] == cls[:, None], q - 1.0, q)
-        else:
-            w = row_weights(
-                z, lse, mass, target, weights, cls, b, n, mask_n, k0, size, BLOCK_N, BLOCK_K, BLOCK_D, PRECISION
-            )
+        w, _, _, _ = weights_again(
+            image_ptr, features, prototypes, target, weights, saved, pixels, k0, size,
+            BLOCK_N, BLOCK_K, BLOCK_D, PRECISION,
+        )  # fmt: skip
         if partials.bias is not None:
             poison = tl.where(bad, float("nan"), 0.0)
             bias += tl.sum(tl.where((cls >= 0)[:, None], w * s[:, None], 0.0) + poison[:, None], 0)
         weight = w * (coefficient / largest)[:, None]
         weight = tl.where((cls >= 0)[:, None] & (offs_k < size.K)[None, :], weight, 0.0)
         x = tl.load(
-            image_ptr + offs_n[:, None] + offs_d[None, :].to(tl.int64) * features.stride_d,
+            image_ptr + pixels.offset[:, None] + offs_d[None, :].to(tl.int64) * features.stride_d,
             mask=mask_n[:, None] & (offs_d < size.D)[None, :],
             other=0.0,
         )

@@ -10,11 +10,13 @@ the plain path: its class weight is part of the pixel's scale, and dz = p - one-
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from ..pixels import read_class, read_weights, tile_of
-from .logits import dots, inverse_temperature
+from ..pixels import pixel_offset, read_class, read_weights, tile_of
+from .logits import dots, inverse_temperature, logits_again
 
 
 @triton.jit
@@ -158,10 +160,10 @@ def target_pixels_kernel(
 
 
 @triton.jit
-def logit_weights(z, lse, offs_k, K, cls):
-    """The plain path: p_k - [k = label] -> [BLOCK_N, BLOCK_K], 0 beyond K."""
+def residual(z, lse, offs_k, cls):
+    """The plain path: p_k - [k = label] -> [BLOCK_N, BLOCK_K]; beyond K anything."""
     p = softmax_of(z, lse)
-    return tl.where((offs_k < K)[None, :], tl.where(offs_k[None, :] == cls[:, None], p - 1.0, p), 0.0)
+    return tl.where(offs_k[None, :] == cls[:, None], p - 1.0, p)
 
 
 @triton.jit
@@ -183,3 +185,47 @@ def row_weights(z, lse, mass, target, weights, cls, b, n, mask_n, k0, size,
         else:
             w = mass[:, None] * softmax_of(z, lse) - q
     return tl.where(mask, w, 0.0)
+
+
+class Tile(NamedTuple):
+    """In a kernel of the backward: a tile of pixels of image b, and what is known of each."""
+
+    b: tl.tensor
+    n: tl.tensor
+    mask: tl.tensor
+    offset: tl.tensor  # in the features
+    cls: tl.tensor
+    mass: tl.tensor
+    lse: tl.tensor  # the mass where none was saved
+    inv: tl.tensor
+
+
+@triton.jit
+def saved_tile(features, target, saved, b, n, mask_n, cls, size):
+    mass = read_pixels(target.mass, b, n, mask_n, size)
+    lse = mass
+    if saved.lse is not None:
+        lse = tl.load(saved.lse + b * size.P + n, mask=mask_n, other=0.0)
+    inv = tl.load(saved.inv_norm + b * size.P + n, mask=mask_n, other=0.0)
+    return Tile(b, n, mask_n, pixel_offset(features, n, size.w), cls, mass, lse, inv)
+
+
+@triton.jit
+def weights_again(image_ptr, features, prototypes, target, weights, saved, tile, k0, size,
+                  BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """For the prototypes from k0 on -> dz / s of any target (beyond K anything where it is plain), the logits, their linear part and the
+    variances' part."""
+    offs_k = k0 + tl.arange(0, BLOCK_K)
+    z, linear, variance = logits_again(
+        image_ptr, features, prototypes, saved, tile.b, tile.n, tile.offset, tile.mask, tile.inv, k0, size,
+        BLOCK_N, BLOCK_K, BLOCK_D, PRECISION,
+    )  # fmt: skip
+    z = with_margin(z, tile.cls, offs_k, prototypes)
+    if target.plain is not None:
+        w = residual(z, tile.lse, offs_k, tile.cls)
+    else:
+        w = row_weights(
+            z, tile.lse, tile.mass, target, weights, tile.cls, tile.b, tile.n, tile.mask, k0, size,
+            BLOCK_N, BLOCK_K, BLOCK_D, PRECISION,
+        )  # fmt: skip
+    return w, z, linear, variance
