@@ -22,7 +22,7 @@ from .prototype_contrastive_loss.logits import dots, inverse_temperature, logits
 def row_logsumexp_kernel(
     features, prototypes, out_ptr, size, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """out [P] = logsumexp over the prototypes; the potential is their bias."""
+    """out [P], float32 or float64 = logsumexp over the prototypes; the potential is their bias."""
     b, n, mask_n = tile_of(size, BLOCK_N)
     offs_n = n.to(tl.int64) * features.stride_w
     top = tl.full([BLOCK_N], -float("inf"), tl.float32)
@@ -40,22 +40,26 @@ def row_logsumexp_kernel(
         base = tl.where(new_top == -float("inf"), 0.0, new_top)
         total = total * tl.exp(top - base) + tl.sum(tl.exp(z - base[:, None]), 1)
         top = new_top
-    tl.store(out_ptr + n, tl.where(top == -float("inf"), top, top + tl.log(total)), mask=mask_n)
+    log_total = tl.where(top == -float("inf"), 0.0, tl.log(total))
+    if out_ptr.dtype.element_ty == tl.float64:
+        tl.store(out_ptr + n, top.to(tl.float64) + log_total.to(tl.float64), mask=mask_n)
+    else:
+        tl.store(out_ptr + n, top + log_total, mask=mask_n)
 
 
 def balance_rows(problem, v: Tensor) -> Tensor:
-    """-> [N] float32: logsumexp over k of s_nk + v_k. problem: as the backends' `Balance`."""
+    """-> [N] in v's dtype: logsumexp over k of s_nk + v_k. problem: as the backends' `Balance`."""
     return _logsumexp(problem.features, problem.prototypes, problem.temperature, v)
 
 
 def balance_columns(problem, u: Tensor) -> Tensor:
-    """-> [K] float32: logsumexp over n of s_nk + u_n."""
+    """-> [K] in u's dtype: logsumexp over n of s_nk + u_n."""
     return _logsumexp(problem.prototypes.to(problem.features.dtype), problem.features, problem.temperature, u)
 
 
 def _logsumexp(rows: Tensor, columns: Tensor, temperature: float, potential: Tensor) -> Tensor:
     count, dim = rows.shape
-    out = torch.full((count,), -torch.inf, dtype=torch.float32, device=rows.device)
+    out = torch.full((count,), -torch.inf, dtype=potential.dtype, device=rows.device)
     if rows.numel() == 0 or columns.numel() == 0:
         return out
     prototypes = Prototypes(

@@ -89,7 +89,7 @@ class Teacher(NamedTuple):
     features: Map
     prototypes: Prototypes  # [K, E]
     dim: int
-    u: Tensor  # [B, P]
+    u: Tensor  # [B, P], float64: its size is that of scores that may be in the thousands
     v: Tensor  # [K]
 
 

@@ -40,7 +40,7 @@ def _gradient(out, x, s, inv, c, cls, bad, prototypes, RADIAL: tl.constexpr):
 
 @triton.jit
 def backward_resident_kernel(
-    grad, features, target, prototypes, weights, saved, dfeatures, size,
+    size, features, target, prototypes, weights, saved, dfeatures, grad,
     NORMALIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Plain targets, no variances."""
@@ -87,7 +87,7 @@ def backward_resident_kernel(
 
 @triton.jit
 def backward_tile_kernel(
-    grad, features, target, prototypes, weights, saved, dfeatures, size, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
+    size, features, target, prototypes, weights, saved, dfeatures, grad, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """K <= BLOCK_K, plain targets, no variances: the weights of a pixel are formed once, from saved or recomputed logits, and D is
@@ -144,7 +144,7 @@ def store_temperature(temperature_ptr, s, c, at_label, cls, bad, prototypes):
 
 @triton.jit
 def backward_split_kernel(
-    grad, features, target, prototypes, weights, saved, dfeatures, temperature_ptr, size,
+    size, features, target, prototypes, weights, saved, dfeatures, grad, temperature_ptr,
     NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip

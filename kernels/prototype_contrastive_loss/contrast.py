@@ -7,13 +7,22 @@ import triton
 from torch import Tensor
 
 from .. import launch
-from ..operands import Incoming, Loss, Map, Saved, Target, feature_map, incoming, size_of, weights_of
+from ..operands import Incoming, Loss, Saved, Target, incoming, weights_of
 from ..pixels import architecture, layout, on_device_of, power_of_two, precision, reduce_partial
 from .backward import backward_resident_kernel, backward_split_kernel, backward_tile_kernel
 from .forward import forward_kernel, forward_resident_kernel
 from .forward_targets import target_forward_kernel
 from .pool import given_rows, pooled_logits
-from .problem import LSE_DTYPE, holds_tile, prototypes_of, saves_logits, target_of
+from .problem import (
+    LSE_DTYPE,
+    Features,
+    features_of,
+    holds_tile,
+    prototypes_of,
+    saves_logits,
+    sizes_of,
+    target_of,
+)
 from .prototypes import prototype_gradient
 from .targets import target_pixels_kernel
 
@@ -48,7 +57,7 @@ def _launch(contrast, flag, bad_probability: int, loss_map, saved: Saved, class_
     """-> partial sums, or None where a map is asked for."""
     features = contrast.features
     target = target_of(contrast, flag, bad_probability)
-    size = size_of(features, contrast.num_classes)
+    size = sizes_of(features, contrast.num_classes)
     variances = contrast.variances is not None
     resident = (
         target.plain is not None
@@ -63,17 +72,17 @@ def _launch(contrast, flag, bad_probability: int, loss_map, saved: Saved, class_
     programs = features.shape[0] * triton.cdiv(size.P, settings["BLOCK_N"])
     partial = None if loss_map is not None else features.new_empty(2, programs, dtype=torch.float32)
     operands = (
-        feature_map(features), target, prototypes_of(contrast), weights_of(contrast.class_weight, contrast.pixel_weight),
-        Loss(loss_map, partial), saved,
+        size, features_of(features), target, prototypes_of(contrast), weights_of(contrast.class_weight, contrast.pixel_weight), saved,
+        Loss(loss_map, partial),
     )  # fmt: skip
     if resident:
         settings = settings | {"BLOCK_D": max(16, power_of_two(size.D))}
-        forward_resident_kernel[(programs,)](*operands, size, contrast.normalize, **settings)
+        forward_resident_kernel[(programs,)](*operands, contrast.normalize, **settings)
     elif target.plain is not None and class_logits is None:
-        forward_kernel[(programs,)](*operands, size, contrast.normalize, precision(features.dtype), **settings)
+        forward_kernel[(programs,)](*operands, contrast.normalize, precision(features.dtype), **settings)
     else:
         target_forward_kernel[(programs,)](
-            *operands, class_logits, size, contrast.normalize, precision(features.dtype), **settings
+            *operands, class_logits, contrast.normalize, precision(features.dtype), **settings
         )
     return partial
 
@@ -109,7 +118,7 @@ def dots_alone(problem, row_logits: Tensor) -> Tensor | None:
 def _with_pixels(grad: Incoming, contrast, target: Target, weights) -> Target:
     """The target with each pixel's scale and mass."""
     features = contrast.features
-    size = size_of(features, contrast.num_classes)
+    size = sizes_of(features, contrast.num_classes)
     scale = features.new_empty(features.shape[0], size.P, dtype=torch.float32)
     mass = torch.empty_like(scale)
     settings = launch.settings_of(
@@ -135,7 +144,7 @@ def no_gradients(problem, wanted):
 def gradients(problem, grad: Incoming | None, target: Target, weights, saved: Saved, wanted):
     """The gradients of features, prototypes, bias and temperature, from any target."""
     features = problem.features
-    prototypes, size = prototypes_of(problem), size_of(features, problem.prototypes.shape[-2])
+    prototypes, size = prototypes_of(problem), sizes_of(features, problem.prototypes.shape[-2])
     operands = (grad, target, prototypes, weights, saved, size)
     dfeatures = features.new_empty(0)
     dprototypes, dbias, dtemperature = (features.new_empty(0, dtype=torch.float32) for _ in range(3))
@@ -174,17 +183,17 @@ def _feature_gradient(problem, operands, wanted):
     form, settings = form_of(features, size.K, simple, saved.logits is not None)
     tiles = features.shape[0] * triton.cdiv(size.P, settings["BLOCK_N"])
     dfeatures = torch.empty_like(features) if wanted.features else features.new_empty(0)
-    place = feature_map(dfeatures) if wanted.features else Map(None, 0, 0, 0, 0)
-    inputs = (grad, feature_map(features), target, prototypes, weights, saved, place)
+    place = features_of(dfeatures) if wanted.features else Features(0, None, 0, 0, 0)
+    inputs = (size, features_of(features), target, prototypes, weights, saved, place, grad)
     if form == "resident":
-        backward_resident_kernel[(tiles,)](*inputs, size, problem.normalize, **settings)
+        backward_resident_kernel[(tiles,)](*inputs, problem.normalize, **settings)
     elif form == "tile":
-        backward_tile_kernel[(tiles,)](*inputs, size, problem.normalize, precision(features.dtype), **settings)
+        backward_tile_kernel[(tiles,)](*inputs, problem.normalize, precision(features.dtype), **settings)
     else:
         blocks = triton.cdiv(size.D, settings["BLOCK_O"]) if wanted.features else 1
         partial = features.new_empty(tiles, dtype=torch.float32) if wanted.temperature else None
         backward_split_kernel[(tiles, blocks)](
-            *inputs, partial, size, problem.normalize, precision(features.dtype), **settings
+            *inputs, partial, problem.normalize, precision(features.dtype), **settings
         )
         if partial is not None:
             return dfeatures, partial.sum(dtype=torch.float64).float()

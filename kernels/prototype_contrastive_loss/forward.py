@@ -70,7 +70,7 @@ def _finish_labels(weights, loss, saved, b, n, mask_n, size, cls, bad, inv, top,
 
 @triton.jit
 def forward_kernel(
-    features, target, prototypes, weights, loss, saved, size,
+    size, features, target, prototypes, weights, saved, loss,
     NORMALIZE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     b, n, mask_n = tile_of(size, BLOCK_N)
@@ -106,7 +106,7 @@ def forward_kernel(
 
 @triton.jit
 def forward_resident_kernel(
-    features, target, prototypes, weights, loss, saved, size,
+    size, features, target, prototypes, weights, saved, loss,
     NORMALIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Half floats, D <= BLOCK_D, no variances: x is read once whatever K is."""

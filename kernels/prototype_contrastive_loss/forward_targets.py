@@ -38,7 +38,7 @@ def _include_targets(z, q, w, target, offs_k, K, top, total, mass, value):
 
 @triton.jit
 def target_forward_kernel(
-    features, target, prototypes, weights, loss, saved, logits_ptr, size,
+    size, features, target, prototypes, weights, saved, loss, logits_ptr,
     NORMALIZE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Any target. logits_ptr [B, K, P]: logits that are there already (of pooled classes) instead of dots."""

@@ -13,11 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import launch
-from ..operands import Given, Saved, Target, feature_map, size_of
+from ..operands import Given, Saved, Target
 from ..pixels import architecture, layout, pixel_offset, precision, tile_of
 from .backward import store_temperature
 from .logits import dots, inverse_norm, inverse_temperature, logits_of
-from .problem import prototypes_of
+from .problem import features_of, prototypes_of, sizes_of
 from .targets import read_pixels, read_target, row_weights, with_margin
 
 _PIXELS = 128
@@ -136,12 +136,12 @@ def class_gradient_kernel(
 def row_logits(problem, out, inv_norm) -> None:
     """Writes the rows' logits [B, M, P] and, unless None, inv_norm [B, P]."""
     features = problem.features
-    size = size_of(features, problem.prototypes.shape[-2])
+    size = sizes_of(features, problem.prototypes.shape[-2])
     row = "contrast_forward_target" if problem.variances is None else "contrast_forward_variances"
     settings = launch.settings_of(architecture(features), row, features.dtype, size.D, size.K, layout(features))
     programs = features.shape[0] * triton.cdiv(size.P, settings["BLOCK_N"])
     logits_kernel[(programs,)](
-        feature_map(features),
+        features_of(features),
         prototypes_of(problem),
         out,
         inv_norm,
@@ -155,7 +155,7 @@ def row_logits(problem, out, inv_norm) -> None:
 def pool(problem, rows):
     """rows [B, M, P] -> [B, K, P], and the walk: order and classes [M]."""
     features = problem.features
-    size = size_of(features, problem.num_classes)
+    size = sizes_of(features, problem.num_classes)
     order = torch.argsort(problem.prototype_class, stable=True)
     classes = problem.prototype_class[order]
     pooled = torch.full((features.shape[0], size.K, size.P), -torch.inf, device=features.device)
@@ -166,7 +166,7 @@ def pool(problem, rows):
 
 def unpool(problem, rows, pooled, walk, dpooled):
     """dpooled [B, K, P] -> [B, M, P]."""
-    size = size_of(problem.features, problem.num_classes)
+    size = sizes_of(problem.features, problem.num_classes)
     out = torch.empty_like(rows)
     programs = rows.shape[0] * triton.cdiv(size.P, _PIXELS)
     unpool_kernel[(programs,)](rows, *walk, pooled, dpooled, out, len(walk[0]), size, problem.pool == "max", _PIXELS)
@@ -188,7 +188,7 @@ def given_rows(contrast, target: Target, weights, saved: Saved, wanted) -> tuple
     """-> the gradient of the rows' logits, from the loss on the pooled ones; and what the margin adds to the temperature's gradient.
     target: with scale and mass."""
     features = contrast.features
-    size = size_of(features, contrast.num_classes)
+    size = sizes_of(features, contrast.num_classes)
     pooled, walk = pool(contrast, saved.logits)
     dpooled = torch.empty_like(pooled)
     settings = launch.settings_of(

@@ -2,13 +2,43 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from ..operands import Map, Probabilities, Prototypes, Target, Teacher, labels_at
+from ..operands import Map, Probabilities, Prototypes, Target, Teacher, feature_map, labels_at, size_of
 
 RESIDENT_DIM = 512  # channels of a pixel tile that is held on chip
 LSE_DTYPE = torch.float64
+
+
+class Features(NamedTuple):
+    """A `Map` in another order. Numbers that share eight aligned bytes of a kernel's parameters are loaded as one and kept as one: with the
+    pointer between the strides, and each size next to the one that it is used with, sm_90 takes up to 6 registers fewer."""
+
+    stride_b: int
+    ptr: Tensor | None
+    stride_d: int
+    stride_h: int | None
+    stride_w: int
+
+
+class Sizes(NamedTuple):
+    """A `Size` in another order, see `Features`."""
+
+    P: int
+    D: int
+    K: int
+    w: int
+
+
+def features_of(tensor: Tensor) -> Features:
+    return Features(**feature_map(tensor)._asdict())
+
+
+def sizes_of(features: Tensor, num_classes: int) -> Sizes:
+    return Sizes(**size_of(features, num_classes)._asdict())
 
 
 def prototypes_of(problem) -> Prototypes:

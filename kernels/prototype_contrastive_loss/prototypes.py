@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import launch
-from ..operands import feature_map
 from ..pixels import INTERPRETED, architecture, layout, precision, read_weights
 from .logits import inverse_temperature
+from .problem import features_of
 from .targets import read_pixels, read_target, saved_tile, weights_again
 
 _PROGRAMS = 1024  # aimed at; a constant, not the GPU's size
@@ -61,7 +61,7 @@ def _largest(values, bad):
 
 @triton.jit
 def prototype_kernel(
-    grad, features, target, prototypes, weights, saved, partials, size, tiles, tiles_per_group, PRECISION: tl.constexpr,
+    size, features, target, prototypes, weights, saved, grad, partials, tiles, tiles_per_group, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """Axis 2 of the grid: images, where each has a gradient of its own; `tiles` are one image's then, else all images'."""
@@ -162,7 +162,7 @@ def prototype_gradient(features, operands, per_image: bool, needs_bias: bool):
     bias = features.new_empty((groups, images, size.K), dtype=torch.float32) if needs_bias else None
     sums = Partials(partial, bias, 1 if per_image else None)
     prototype_kernel[(blocks, groups, images)](
-        grad, feature_map(features), target, prototypes, weights, saved, sums, size, tiles, per_group,
+        size, features_of(features), target, prototypes, weights, saved, grad, sums, tiles, per_group,
         precision(features.dtype), **settings,
     )  # fmt: skip
     dprototypes = add_groups(partial, groups)

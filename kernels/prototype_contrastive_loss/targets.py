@@ -87,7 +87,7 @@ def target_tile(target, cls, b, n, mask_n, k0, size, BLOCK_N: tl.constexpr, BLOC
         )  # fmt: skip
         u = tl.load(teacher.u + b * size.P + n, mask=mask_n, other=0.0)
         v = tl.load(teacher.v + offs_k, mask=offs_k < size.K, other=0.0)
-        t = tl.where(mask, tl.exp(acc * inverse_temperature(teacher.prototypes) + u[:, None] + v[None, :]), 0.0)
+        t = tl.where(mask, softmax_of(acc * inverse_temperature(teacher.prototypes) + v[None, :], -u), 0.0)
     return t
 
 
