@@ -50,13 +50,15 @@ class Launch:
     attributes: tuple[tuple[tuple[int, ...], str], ...]  # paths of what is divisible by 16
     options: tuple[tuple[str, int], ...]
     grid: tuple[int, ...] = dataclasses.field(compare=False)
+    fields: tuple[tuple[str, tuple[str, ...]], ...] = dataclasses.field(compare=False)  # of what is a NamedTuple
 
     @property
     def dtype(self) -> str:
         names = dict(self.signature)
         for operand in ("features", "logits", "labels", "partial_ptr"):
             kind = names.get(operand, "")
-            kind = kind[0] if isinstance(kind, tuple) else kind
+            if isinstance(kind, tuple):
+                kind = next((part for part in kind if str(part).startswith("*")), "")
             if kind.startswith("*"):
                 return kind.lstrip("*")
         return ""
@@ -88,6 +90,7 @@ def describe(kernel, grid, args, kwargs) -> Launch:
     return Launch(
         name, kernel, tuple(zip(values, kinds, strict=True)), tuple(constants.items()),
         tuple((path, text) for path, text in _leaves(attributes) if isinstance(text, str) and text), options, tuple(grid),
+        tuple((name, value._fields) for name, value in values.items() if isinstance(value, tuple)),
     )  # fmt: skip
 
 

@@ -22,7 +22,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
 from spcl_fast.kernels import pixels
-from spcl_fast.kernels.operands import Map, Size
 
 from .launches import Launch, cases, recorded
 
@@ -89,11 +88,14 @@ def _has_a_dot(launch: Launch, names: list[str]) -> bool:
 
 def _wide_rows(launch: Launch, names: list[str]) -> bool:
     """Whether the feature map's rows follow each other and every stride and the number of pixels is a multiple of 16, or 1."""
-    features, size = names.index("features"), names.index("size")
     known = {path for path, _ in (*launch.constants, *launch.attributes)}
-    strides = [(features, Map._fields.index(field)) for field in ("stride_b", "stride_d", "stride_w")]
-    flat = dict(launch.constants).get((features, Map._fields.index("stride_h")), 0) is None
-    return flat and {*strides, (size, Size._fields.index("P"))} <= known
+
+    def at(name: str, field: str) -> tuple[int, int]:
+        return names.index(name), dict(launch.fields)[name].index(field)
+
+    flat = dict(launch.constants).get(at("features", "stride_h"), 0) is None
+    aligned = {at("features", "stride_b"), at("features", "stride_d"), at("features", "stride_w"), at("size", "P")}
+    return flat and aligned <= known
 
 
 _HEADER = "kernel             dtype arch   warps stages  regs  shared stack dot     16B  blocks"
