@@ -143,6 +143,18 @@ def _peaks(row: dict) -> list[str]:
     return ["", ""] if peaks is None else [f"{peaks[which] / 1e6:.1f}" for which in ("ours", "eager")]
 
 
+def teacher_table() -> str:
+    """What the Triton backend allocates for targets that are computed, counted."""
+    rows = [
+        [
+            f"K {row['classes']}, N {row['rows']}, D {row['dim']}, {row['dtype']}",
+            *(f"{row[key] / 1e6:.1f}" for key in ("bytes", "stored_bytes")),
+        ]
+        for row in read("triton_teacher.json")["rows"]
+    ]
+    return markdown(["forward and backward on a GPU, counted", "MB", "MB of one stored [N, K] tensor"], rows)
+
+
 def backends_table() -> str:
     """Which option of which op each compiled backend has; what it lacks, `reference` does."""
     homes = {row.name: catalog.load(row.home) for row in catalog.BACKENDS if row.name != "reference"}
@@ -175,7 +187,7 @@ OPTION_WORDS = {
 }
 TABLES = {
     README: {"speed": speed_table, "memory": memory_table, "adaptation": adaptation_table, "demo": demo_table},
-    LOSSES: {"backends": backends_table, "options": options_table},
+    LOSSES: {"backends": backends_table, "options": options_table, "teacher": teacher_table},
 }
 
 

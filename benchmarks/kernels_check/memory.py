@@ -1,7 +1,7 @@
 """What the Triton backend allocates for a teacher's targets, counted without a GPU: `python -m benchmarks.kernels_check.memory`.
 
 The launchers run on "meta" tensors with the kernels replaced by a recorder, and every tensor that an operation returns is counted from its
-birth to its end. Results: benchmarks/results/triton_teacher.json.
+birth to its end. `--write`: to benchmarks/results/triton_teacher.json.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def counted(num_classes: int, num_rows: int, dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes at the peak of forward and backward, beside inputs and gradients; and of one [N, K] tensor in float32."""
+    """Bytes at the peak of forward and backward, without inputs (prototypes in float32) and gradients; and of one [N, K] tensor."""
     rows = lambda: _meta(num_rows, dim, dtype=dtype).t()[None, :, :, None]  # noqa: E731 - as the op passes [N, D]
-    teacher = Teacher(rows(), _meta(num_classes, dim), 0.1, _meta(1, num_rows), _meta(num_classes))
+    teacher = Teacher(rows(), _meta(num_classes, dim), 0.1, _meta(1, num_rows, dtype=torch.float64), _meta(num_classes))
     problem = Contrast(rows(), teacher, _meta(num_classes, dim), None, None, None, 0.1, True, 255, "mean")
     inputs = [*(part for part in problem if isinstance(part, Tensor)), *(p for p in teacher if isinstance(p, Tensor))]
     wanted, flag = Wanted(features=True, prototypes=True), _meta(dtype=torch.int64)
@@ -61,16 +61,16 @@ def rows() -> list[dict]:
     ]
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
     if pixels.INTERPRETED:
         print("the count needs kernels that are compiled; unset TRITON_INTERPRET", file=sys.stderr)
         return 2
-    found = rows()
-    SAVED.write_text(json.dumps({"rows": found}, indent=1) + "\n", encoding="utf-8")
-    for row in found:
-        print(row)
+    found = json.dumps({"rows": rows()}, indent=1)
+    if "--write" in argv:
+        SAVED.write_text(found + "\n", encoding="utf-8")
+    print(found)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
