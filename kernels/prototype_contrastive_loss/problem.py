@@ -82,7 +82,7 @@ def _teacher(teacher) -> Teacher:
         Map(features, *features.stride()),
         dots,
         features.shape[1],
-        teacher.u.float().contiguous(),
+        teacher.u.double().contiguous(),
         teacher.v.contiguous(),
     )
 

@@ -11,6 +11,7 @@ from on_backends import usable
 import spcl_fast as sf
 
 OP = "prototype_contrastive_loss"
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, in Triton's interpreter
 
 
 def of_scale(scale: float, seed: int) -> tuple[torch.Tensor, ...]:
@@ -42,7 +43,7 @@ def differentiated(function, tensors, dtype: torch.dtype, *settings) -> list[tor
     return [value.detach(), *torch.autograd.grad(value, leaves)]
 
 
-@pytest.mark.parametrize("backend", usable(OP, "teacher", among=("reference", "cpu")))
+@pytest.mark.parametrize("backend", usable(OP, "teacher", among=("reference", "cpu", "triton")))
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 def test_unnormalised_features_cost_a_teacher_s_targets_no_digits(backend, loss, scale):
@@ -64,7 +65,7 @@ def test_unnormalised_features_cost_a_teacher_s_targets_no_digits(backend, loss,
     assert (got <= 2 * allowed + 4 * torch.finfo(torch.float32).eps * sizes).all(), f"{got} against {allowed} of eager"
 
 
-@pytest.mark.parametrize("backend", usable(OP, "teacher", among=("reference", "cpu")))
+@pytest.mark.parametrize("backend", usable(OP, "teacher", among=("reference", "cpu", "triton")))
 def test_rows_that_are_to_sum_to_1_do_so_whatever_the_scale(backend):
     """Where all student logits are equal the loss is the targets' sum times log K."""
     features, prototypes, teacher, of_teacher = of_scale(300.0, 0)
@@ -75,7 +76,7 @@ def test_rows_that_are_to_sum_to_1_do_so_whatever_the_scale(backend):
     torch.testing.assert_close(loss, torch.full((70,), 130.0).log(), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("backend", usable(OP, "teacher", among=("reference", "cpu")))
+@pytest.mark.parametrize("backend", usable(OP, "teacher", among=("reference", "cpu", "triton")))
 def test_potentials_of_balance_are_taken_as_they_are(backend):
     features, prototypes, teacher, of_teacher = of_scale(1.0, 0)
     u, v = sf.balance_(teacher, of_teacher, temperature=0.5)
