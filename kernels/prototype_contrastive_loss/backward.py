@@ -17,10 +17,10 @@ import triton.language as tl
 from ..pixels import pixel_offset, tile_of
 from .logits import image_offset, inverse_temperature, logits_again, logits_of
 from .targets import (
+    logit_weights,
     pixel_scale,
     read_pixels,
     read_target,
-    residual,
     saved_tile,
     softmax_of,
     weights_again,
@@ -74,7 +74,7 @@ def backward_resident_kernel(
         scale = inv * inverse_temperature(prototypes)
         z, linear, _ = logits_of(acc, acc, scale, b, offs_k, prototypes, size.K)
         z = with_margin(z, cls, offs_k, prototypes)
-        weight = tl.where((offs_k < size.K)[None, :], residual(z, lse, offs_k, cls), 0.0).to(x.dtype)
+        weight = logit_weights(z, lse, offs_k, size.K, cls).to(x.dtype)
         c += tl.sum(weight.to(tl.float32) * linear, 1)
         out = tl.dot(weight, p, out)
     dx = _gradient(out, x, s, inv, c, cls, bad, prototypes, NORMALIZE)
@@ -104,7 +104,7 @@ def backward_tile_kernel(
         image_ptr, features, prototypes, saved, b, n, offs_n, mask_n, inv, 0, size, BLOCK_N, BLOCK_K, BLOCK_D, PRECISION
     )
     z = with_margin(z, cls, offs_k, prototypes)
-    weight = tl.where((offs_k < size.K)[None, :], residual(z, lse, offs_k, cls), 0.0)
+    weight = logit_weights(z, lse, offs_k, size.K, cls)
     weight = weight.to(prototypes.ptr.dtype.element_ty)
     c = tl.sum(weight.to(tl.float32) * linear, 1)
 

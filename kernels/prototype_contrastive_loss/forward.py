@@ -45,9 +45,8 @@ def _include(acc, quadratic, scale, target, prototypes, saved, b, n, mask_n, off
 
 
 @triton.jit
-def finish_pixels(loss, saved, b, n, mask_n, size, value, counted, bad, inv, top, log_total):
+def finish_pixels(loss, saved, pixel, mask_n, value, counted, bad, inv, top, log_total):
     """Per pixel: lse, inv_norm and, for reduction "none", the loss; else one partial loss and weight a program."""
-    pixel = b * size.P + n
     poison = tl.where(bad, float("nan"), 0.0)
     if saved.lse is not None:
         tl.store(saved.lse + pixel, top.to(tl.float64) + log_total.to(tl.float64), mask=mask_n)
@@ -62,10 +61,11 @@ def finish_pixels(loss, saved, b, n, mask_n, size, value, counted, bad, inv, top
 
 @triton.jit
 def _finish_labels(weights, loss, saved, b, n, mask_n, size, cls, bad, inv, top, total, z_label):
+    pixel = b * size.P + n
     log_total = tl.log(total)
-    class_weight, pixel_weight = read_weights(weights, cls, b * size.P + n)
+    class_weight, pixel_weight = read_weights(weights, cls, pixel)
     value = tl.where(cls >= 0, class_weight * pixel_weight * ((top - z_label) + log_total), 0.0)
-    finish_pixels(loss, saved, b, n, mask_n, size, value, class_weight, bad, inv, top, log_total)
+    finish_pixels(loss, saved, pixel, mask_n, value, class_weight, bad, inv, top, log_total)
 
 
 @triton.jit

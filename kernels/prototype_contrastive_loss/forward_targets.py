@@ -88,4 +88,4 @@ def target_forward_kernel(
         if target.labels is not None:
             counted = class_weight
     value = tl.where(cls >= 0, pixel_weight * value, 0.0)
-    finish_pixels(loss, saved, b, n, mask_n, size, value, counted, bad, inv, top, log_total)
+    finish_pixels(loss, saved, b * size.P + n, mask_n, value, counted, bad, inv, top, log_total)

@@ -103,8 +103,11 @@ def logits_again(image_ptr, features, prototypes, saved, b, n, offs_n, mask_n, i
     """Of the backward, for the prototypes from k0 on: saved, or computed again -> as `logits_of`."""
     offs_k = k0 + tl.arange(0, BLOCK_K)
     if saved.logits is not None:
-        ptrs = saved.logits + (b * size.K + offs_k[None, :]) * size.P + n[:, None]
-        linear = tl.load(ptrs, mask=mask_n[:, None] & (offs_k < size.K)[None, :], other=0.0)
+        linear = tl.load(
+            saved.logits + (b * size.K + offs_k[None, :]) * size.P + n[:, None],
+            mask=mask_n[:, None] & (offs_k < size.K)[None, :],
+            other=0.0,
+        )
         z = linear
         if prototypes.bias is not None:
             z = z + read_bias(prototypes, b, offs_k, size.K)[None, :]

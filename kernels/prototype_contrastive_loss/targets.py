@@ -167,6 +167,13 @@ def residual(z, lse, offs_k, cls):
 
 
 @triton.jit
+def logit_weights(z, lse, offs_k, K, cls):
+    """As `residual`, but 0 beyond K."""
+    p = softmax_of(z, lse)
+    return tl.where((offs_k < K)[None, :], tl.where(offs_k[None, :] == cls[:, None], p - 1.0, p), 0.0)
+
+
+@triton.jit
 def row_weights(z, lse, mass, target, weights, cls, b, n, mask_n, k0, size,
                 BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """dz / s [BLOCK_N, BLOCK_K] of any target but a plain one, 0 beyond K."""

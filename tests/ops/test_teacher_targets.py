@@ -47,10 +47,10 @@ def differentiated(function, tensors, dtype: torch.dtype, *settings) -> list[tor
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 def test_unnormalised_features_cost_a_teacher_s_targets_no_digits(backend, loss, scale):
-    """One error is luck: the root of the mean square over ten draws is compared."""
+    """One error is luck: the root of the mean square over ten draws is compared (three in Triton's interpreter, which takes seconds)."""
     errors = torch.zeros(3, 2, dtype=torch.float64)
     sizes = torch.zeros(3, dtype=torch.float64)
-    for seed in range(10):
+    for seed in range(3 if backend == "triton" else 10):
         tensors = of_scale(scale, seed)
         truth = differentiated(eager, tensors, torch.float64, loss)
         both = (
