@@ -70,11 +70,13 @@ _DEFAULT: list[Row] = [
     _row("contrast_backward_target", BLOCK_N=32, BLOCK_K=32, BLOCK_D=32, BLOCK_O=64, stages=2, warps=8),
     _row("contrast_prototypes", dtype="fp32", BLOCK_N=32, BLOCK_K=32, BLOCK_D=32, BLOCK_O=64, stages=1, warps=8),
     _row("contrast_prototypes", BLOCK_N=64, BLOCK_K=32, BLOCK_D=64, BLOCK_O=128, stages=1, warps=8),
-    _row("norms", BLOCK_N=128, BLOCK_D=32, stages=1),
     # BLOCK_O is cut to the power of two that holds D where that is less.
     _row("moments", dtype="fp32", BLOCK_N=32, BLOCK_K=32, BLOCK_O=128, stages=1, warps=8),
     _row("moments", max_classes=32, BLOCK_N=32, BLOCK_K=32, BLOCK_O=256, stages=1, warps=8),
     _row("moments", BLOCK_N=32, BLOCK_K=64, BLOCK_O=256, stages=1, warps=8),
+    # All channels of a few pixels, 32 registers of them per thread: two programs share a multiprocessor, one loads while the other adds.
+    *(_row("unit_moments", max_dim=8192 >> n, BLOCK_N=1 << n, stages=1, warps=8, registers=128) for n in range(6, -1, -1)),
+    _row("unit_moments", BLOCK_N=1, stages=1, warps=8),
 ]
 
 TABLES: dict[str, list[Row]] = {
@@ -108,7 +110,7 @@ TABLES: dict[str, list[Row]] = {
         ),
         *(_small(f"contrast_{k}_resident", BLOCK_N=32, BLOCK_K=32) for k in ("forward", "backward")),
         _small("contrast_backward_tile", max_classes=32, BLOCK_N=32, BLOCK_K=32, BLOCK_D=16, BLOCK_O=16),
-        _small("norms", BLOCK_N=32, BLOCK_D=16),
+        _small("unit_moments", BLOCK_N=8),
         _small("moments", BLOCK_N=32, BLOCK_K=32, BLOCK_O=16),
     ],
 }

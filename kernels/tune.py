@@ -63,7 +63,7 @@ def _calls(problem: SimpleNamespace) -> dict[str, Callable]:
         "contrast_prototypes": lambda: contrast.contrast_backward(
             one, problem, saved, Wanted(prototypes=True), flag, 0
         ),
-        "moments": lambda: moments.class_moments(problem, flag),
+        moments.kernel_of(problem): lambda: moments.class_moments(problem, flag),
     }
 
 
@@ -135,7 +135,7 @@ def tune_kernel(
 def tune(
     shape, num_classes: int, dtype: torch.dtype, layout: str, device: torch.device, seconds: float
 ) -> list[launch.Row]:
-    """Rows for the kernels that these sizes use, but the separate pass for norms of deep features."""
+    """Rows for the kernels that these sizes use."""
     problem = _problem(shape, num_classes, dtype, layout, device)
     condition = {"dim": shape[1], "num_classes": num_classes}
     rows = []
@@ -144,7 +144,7 @@ def tune(
     form = contrast.form_of(problem.features, num_classes, True, saves_logits(problem))[0]
     kernels = {
         "contrast_forward_resident" if resident else "contrast_forward": "contrast_forward",
-        f"contrast_backward_{form}": "contrast_backward", "contrast_prototypes": "contrast_prototypes", "moments": "moments",
+        f"contrast_backward_{form}": "contrast_backward", "contrast_prototypes": "contrast_prototypes", moments.kernel_of(problem): moments.kernel_of(problem),
     }  # fmt: skip
     for kernel, group in kernels.items():
         row = tune_kernel(kernel, calls[group], condition, dtype, layout, seconds / len(kernels))

@@ -40,8 +40,8 @@ def class_moments(
     Not differentiable: prototypes are statistics. Accumulates in float32 or better; the same bits for any number of threads.
     Labels are read at the features' pixels by the nearest rule. `normalize=False` sums x itself.
     Raises as `prototype_contrastive_loss`; on the CPU ValueError for a label outside [0, num_classes) that is not ignore_index.
-    Memory: reads the features once (Triton twice with normalize=True beyond 128 channels, 256 in half floats); allocates [K, D] and
-    partials of it, nothing of the features' size.
+    Memory: reads the features once; allocates [K, D] and partials of it, nothing of the features' size (Triton: at most 32 MB, or an eighth
+    of the features; where that holds fewer than 128 copies of [K, D], some tiles of pixels with many classes are read several times).
     Source: the prototype update of SPCL, arXiv 2111.12358; `train_ours.py` of the released code.
     """
     pixels = pixels_of(_OP, features)

@@ -77,6 +77,25 @@ def moments_are_right(module) -> bool:
     return close(got[0], truth[0]) and torch.equal(got[1].cpu(), truth[1]) and close(got[2], truth[2])
 
 
+def unit_moments_are_right(module) -> bool:
+    """More channels than one program of the one-hot kernel holds, in ranges of classes, with memory that is not zero."""
+    moments, empty = launcher(module, "class_moments"), torch.Tensor.new_empty
+    moments.unit_groups = lambda tiles, floats, feature_bytes: (4, -(-tiles // 4), 3)
+    generator = torch.Generator().manual_seed(0)
+    features, labels = (
+        torch.randn(2, 300, 5, 9, generator=generator),
+        torch.randint(0, 7, (2, 5, 9), generator=generator),
+    )
+    problem = Moments(features.to(DEVICE), labels.to(DEVICE), 7, True, 255, squares=True)
+    torch.Tensor.new_empty = lambda *a, **k: empty(*a, **k).fill_(7)
+    try:
+        got = moments.class_moments(problem, torch.zeros((), dtype=torch.int64, device=DEVICE))
+    finally:
+        torch.Tensor.new_empty = empty
+    truth = oracle.moments(features, labels, 7)
+    return close(got[0], truth[0]) and torch.equal(got[1].cpu(), truth[1]) and close(got[2], truth[2])
+
+
 def upsampling_is_right(module) -> bool:
     cross_entropy = launcher(module, "upsampled_cross_entropy")
     launcher(module, "cells").PROGRAMS = 1 << 30  # one band of nodes a program: every halo is used
@@ -167,6 +186,10 @@ PLANTED = [
     ("edge pixels counted in the moments", "class_moments", "cls, _ = read_class(labels, b, n, n < size.P,", "cls, _ = read_class(labels, b, n, n < size.P + 2,", moments_are_right),
     ("squares of raw features", "class_moments", "unit * value, squares", "x * value, squares", moments_are_right),
     ("batch offset in the moments forgotten", "class_moments", "x = tl.load(features.ptr + b * features.stride_b + offs_n", "x = tl.load(features.ptr + offs_n", moments_are_right),
+    ("what a row holds forgotten", "class_moments", "mask=mask & is_there", "mask=mask & (is_there == 0)", unit_moments_are_right),
+    ("rows never written are added", "class_moments", "other=0) > 0", "other=1) >= 0", unit_moments_are_right),
+    ("classes of other programs counted", "class_moments", "cls < first + classes", "cls < first + classes + 1", unit_moments_are_right),
+    ("raw features summed", "class_moments", "scale * weight, 0.0)", "weight, 0.0)", unit_moments_are_right),
     ("halo cell not shifted", "windows", "tl.gather(upper_right, previous, 0)", "upper_right", upsampling_is_right),
     ("halo column forgotten", "upsampled_cross_entropy", "columns_of(tile * (CELLS - HALO) - 1,", "columns_of(tile * CELLS - 1,", upsampling_is_right),
     ("halo's loss counted twice", "upsampled_cross_entropy", "mine = owned & ((index >= first + HALO) | (strip == 0))", "mine = owned", upsampling_is_right),
@@ -210,7 +233,7 @@ def mutant(folder: Path, file: str, old: str, new: str):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_unbroken_copies_are_right(tmp_path):
     module = mutant(tmp_path, "pixels", "import torch", "import torch")
-    checks = (contrast_is_right, moments_are_right, upsampling_is_right, options_are_right, upsampled_targets_are_right)
+    checks = (contrast_is_right, moments_are_right, unit_moments_are_right, upsampling_is_right, options_are_right, upsampled_targets_are_right)
     assert all(is_right(module) for is_right in checks)
 
 
@@ -247,17 +270,17 @@ def test_kernels_check_refuses_to_compile_for_the_interpreter():
 @pytest.mark.parametrize("arch", sorted(launch.TABLES))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_table_answers_for_every_size(arch, dtype):
-    for kernel in ("contrast_forward", "contrast_backward_split", "contrast_prototypes", "norms", "moments"):
+    for kernel in ("contrast_forward", "contrast_backward_split", "contrast_prototypes", "moments", "unit_moments"):
         for dim in (1, 64, 2048, 8192):
             for num_classes in (1, 19, 150, 1900, 100_000):
-                assert launch.find(arch, kernel, dtype, dim, num_classes)["BLOCK_N"] >= 16
+                assert launch.find(arch, kernel, dtype, dim, num_classes)["BLOCK_N"] >= (1 if "unit" in kernel else 16)
 
 
 def test_a_users_table_comes_first_and_a_broken_one_is_named(tmp_path, monkeypatch):
     path = tmp_path / "launch.json"
     monkeypatch.setenv("SPCL_FAST_LAUNCH_TABLE", str(path))
     row = {
-        "kernel": "norms",
+        "kernel": "unit_moments",
         "dtype": "half",
         "max_dim": 300,
         "launch": {"num_warps": 2, "num_stages": 5, "BLOCK_N": 256, "BLOCK_D": 16},
@@ -265,13 +288,13 @@ def test_a_users_table_comes_first_and_a_broken_one_is_named(tmp_path, monkeypat
     path.write_text(json.dumps({"sm_90": [row]}))
     launch.forget()
     try:
-        assert launch.find("sm_90", "norms", torch.float16, 256, 1) == row["launch"]
-        assert launch.find("sm_90", "norms", torch.float16, 301, 1)["BLOCK_N"] == 128
-        assert launch.find("sm_80", "norms", torch.float16, 256, 1)["BLOCK_N"] == 128
-        path.write_text('{"sm_90": [{"kernel": "norms", "launch": {"BLOCK_N": 100}}]}')
+        assert launch.find("sm_90", "unit_moments", torch.float16, 256, 1) == row["launch"]
+        assert launch.find("sm_90", "unit_moments", torch.float16, 301, 1)["BLOCK_N"] == 16
+        assert launch.find("sm_80", "unit_moments", torch.float16, 256, 1)["BLOCK_N"] == 32
+        path.write_text('{"sm_90": [{"kernel": "unit_moments", "launch": {"BLOCK_N": 100}}]}')
         launch.forget()
         with pytest.raises(ValueError, match="launch.json.*delete it"):
-            launch.find("sm_90", "norms", torch.float16, 256, 1)
+            launch.find("sm_90", "unit_moments", torch.float16, 256, 1)
     finally:
         monkeypatch.undo()
         launch.forget()
