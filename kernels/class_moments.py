@@ -32,6 +32,7 @@ from .prototype_contrastive_loss.prototypes import add_groups, group_tiles
 _UNIT_PROGRAMS = 512  # aimed at; a constant, not the GPU's size
 _WORKSPACE_BYTES = 32 << 20
 
+
 class Partials(NamedTuple):
     """Sums of groups: [groups, K, D] twice, and the counts [groups, K]."""
 
@@ -181,7 +182,9 @@ def add_seen_kernel(partial_ptr, seen_ptr, out_ptr, K, D, groups, BLOCK_G: tl.co
         offs_g = start + tl.arange(0, BLOCK_G)
         part = offs_g.to(tl.int64) * K + k
         there = tl.load(seen_ptr + part, mask=offs_g < groups, other=0) > 0
-        rows = tl.load(partial_ptr + part[:, None] * D + offs_d[None, :], mask=there[:, None] & mask_d[None, :], other=0.0)
+        rows = tl.load(
+            partial_ptr + part[:, None] * D + offs_d[None, :], mask=there[:, None] & mask_d[None, :], other=0.0
+        )
         acc += tl.sum(rows, 0)
     tl.store(out_ptr + k.to(tl.int64) * D + offs_d, acc, mask=mask_d)
 

@@ -75,7 +75,10 @@ _DEFAULT: list[Row] = [
     _row("moments", max_classes=32, BLOCK_N=32, BLOCK_K=32, BLOCK_O=256, stages=1, warps=8),
     _row("moments", BLOCK_N=32, BLOCK_K=64, BLOCK_O=256, stages=1, warps=8),
     # All channels of a few pixels, 32 registers of them per thread: two programs share a multiprocessor, one loads while the other adds.
-    *(_row("unit_moments", max_dim=8192 >> n, BLOCK_N=1 << n, stages=1, warps=8, registers=128) for n in range(6, -1, -1)),
+    *(
+        _row("unit_moments", max_dim=8192 >> n, BLOCK_N=1 << n, stages=1, warps=8, registers=128)
+        for n in range(6, -1, -1)
+    ),
     _row("unit_moments", BLOCK_N=1, stages=1, warps=8),
 ]
 

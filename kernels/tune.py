@@ -144,7 +144,8 @@ def tune(
     form = contrast.form_of(problem.features, num_classes, True, saves_logits(problem))[0]
     kernels = {
         "contrast_forward_resident" if resident else "contrast_forward": "contrast_forward",
-        f"contrast_backward_{form}": "contrast_backward", "contrast_prototypes": "contrast_prototypes", moments.kernel_of(problem): moments.kernel_of(problem),
+        f"contrast_backward_{form}": "contrast_backward", "contrast_prototypes": "contrast_prototypes",
+        moments.kernel_of(problem): moments.kernel_of(problem),
     }  # fmt: skip
     for kernel, group in kernels.items():
         row = tune_kernel(kernel, calls[group], condition, dtype, layout, seconds / len(kernels))

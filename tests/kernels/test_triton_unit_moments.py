@@ -1,4 +1,4 @@
-"""class_moments of unit features in Triton where a norm needs more channels than a one-hot product holds: one read, any number of classes."""
+"""class_moments of unit features in Triton, with more channels than a one-hot product holds: one read, any number of classes."""
 
 from __future__ import annotations
 
@@ -48,13 +48,18 @@ def bytes_read(monkeypatch, tensor: torch.Tensor, call) -> int:
 @pytest.mark.parametrize("dim", [16, 40, 1000])
 def test_features_are_read_once_at_any_number_of_channels(monkeypatch, dim, normalize):
     features, labels = problem(dim, 5)
-    run = lambda: sf.class_moments(features, labels, 5, ignore_index=-1, normalize=normalize, squares=True, backend="triton")  # noqa: E731
+
+    def run():
+        sf.class_moments(features, labels, 5, ignore_index=-1, normalize=normalize, squares=True, backend="triton")
+
     assert bytes_read(monkeypatch, features, run) == features.nbytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(("dim", "num_classes", "ranges", "pixels"), [(300, 6, 1, 8), (300, 40, 3, 4), (2048, 3, 2, 1), (33, 500, 64, 2)])
+@pytest.mark.parametrize(
+    ("dim", "num_classes", "ranges", "pixels"), [(300, 6, 1, 8), (300, 40, 3, 4), (2048, 3, 2, 1), (33, 500, 64, 2)]
+)
 def test_shared_out_classes_and_few_pixels_follow_the_formula(
     monkeypatch, dtype, weighted, dim, num_classes, ranges, pixels
 ):
@@ -79,7 +84,12 @@ def test_shared_out_classes_and_few_pixels_follow_the_formula(
 
 @pytest.mark.parametrize(
     ("tiles", "floats", "feature_bytes"),
-    [(3663, 19 * 2048, 120 << 20), (16384, 150 * 512, 512 << 20), (4096, 1900 * 256, 256 << 20), (1, 19 * 8192, 1 << 15)],
+    [
+        (3663, 19 * 2048, 120 << 20),
+        (16384, 150 * 512, 512 << 20),
+        (4096, 1900 * 256, 256 << 20),
+        (1, 19 * 8192, 1 << 15),
+    ],
 )
 def test_groups_cover_all_tiles_and_their_workspace_is_small(tiles, floats, feature_bytes):
     per_group, groups, ranges = moments.unit_groups(tiles, floats, feature_bytes)
