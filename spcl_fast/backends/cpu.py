@@ -221,7 +221,7 @@ def class_moments(problem: Moments) -> tuple[Tensor, Tensor, Tensor]:
     sums, counts, squares, report = _ops.class_moments(
         p.features, p.labels, _floats(p.pixel_weight), p.num_classes, p.normalize, p.squares, p.ignore_index
     )
-    _raise_for_label(report, p.num_classes, p.ignore_index)
+    _raise_for_label(report, p.labels, p.num_classes, p.ignore_index)
     return sums, counts, squares
 
 
@@ -250,7 +250,7 @@ def _upsampled_loss(problem: UpsampledLoss, needs_dlogits: bool, binary: bool) -
         [p.temperature, p.label_smoothing, p.gamma], p.align_corners, p.ignore_index, p.reduction == "mean", p.reduction == "none",
         binary, needs_dlogits,
     )  # fmt: skip
-    _raise_for_label(report, p.logits.shape[1], p.ignore_index)
+    _raise_for_label(report, p.labels, p.logits.shape[1], p.ignore_index)
     return loss, dlogits
 
 
@@ -264,7 +264,7 @@ def upsampled_prediction(problem: UpsampledClasses) -> tuple[Tensor, Tensor]:
 def upsampled_confusion(problem: UpsampledClasses) -> Tensor:
     p = problem
     counts, report = _ops.upsampled_confusion(p.logits.detach(), p.labels, p.align_corners, p.ignore_index)
-    _raise_for_label(report, p.logits.shape[1], p.ignore_index)
+    _raise_for_label(report, p.labels, p.logits.shape[1], p.ignore_index)
     return counts
 
 
@@ -315,10 +315,12 @@ def _raise_for(report: Tensor, c: Contrast) -> None:
         if report[0]:
             check_probabilities(c.labels)
         return
-    _raise_for_label(report, c.num_classes, c.ignore_index)
+    _raise_for_label(report, c.labels, c.num_classes, c.ignore_index)
 
 
-def _raise_for_label(report: Tensor, num_classes: int, ignore_index: int) -> None:
-    found, value, *pixel = report.tolist()
+def _raise_for_label(report: Tensor, labels: object, num_classes: int, ignore_index: int) -> None:
+    found, _, *pixel = report.tolist()
     if found:
+        assert isinstance(labels, Tensor)
+        value = int(labels[tuple(pixel)])  # the report's is int64, which holds not every uint64
         raise ValueError(bad_label_message(value, tuple(pixel), num_classes, ignore_index))

@@ -39,13 +39,13 @@ def label_flag(device: torch.device) -> Tensor:
 
 
 def check_range(
-    labels: Tensor, num_classes: int, ignore_index: int, given: Sequence[int] | None = None
+    labels: Tensor, num_classes: int, ignore_index: int, given: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Which labels count, and on a GPU whether any is bad.
 
-    labels: [B, H, W] int64; given: height and width of the labels that they were read from, if others. Returns the mask of labelled pixels
-    and, on a GPU, a [] bool tensor (the caller turns its loss into NaN). On the CPU a label outside [0, num_classes) that is not
-    ignore_index raises ValueError with its value and first pixel.
+    labels: [B, H, W] int64; given: the labels that they were read from, of any size and dtype. Returns the mask of labelled pixels and,
+    on a GPU, a [] bool tensor (the caller turns its loss into NaN). On the CPU a label outside [0, num_classes) that is not ignore_index
+    raises ValueError with its value and first pixel.
     """
     labelled = labels != ignore_index
     bad = labelled & ((labels < 0) | (labels >= num_classes))
@@ -56,14 +56,26 @@ def check_range(
         return labelled & ~bad, any_bad
     if bad.any():
         b, i, j = (int(v) for v in bad.nonzero()[0])
-        height, width = given or labels.shape[1:]
-        row, column = (
-            nearest_index(height, labels.shape[1], labels.device)[i],
-            nearest_index(width, labels.shape[2], labels.device)[j],
+        given = labels if given is None else given
+        rows, columns = (
+            nearest_index(*pair, labels.device) for pair in zip(given.shape[1:], labels.shape[1:], strict=True)
         )
-        pixel = (b, int(row), int(column))
-        raise ValueError(bad_label_message(int(labels[b, i, j]), pixel, num_classes, ignore_index))
+        pixel = (b, int(rows[i]), int(columns[j]))
+        raise ValueError(bad_label_message(int(given[pixel]), pixel, num_classes, ignore_index))
     return labelled, None
+
+
+def refuse_bad_labels(labels: object, grid: Sequence[int], num_classes: int, ignore_index: int) -> None:
+    """What a kernel for GPUs that runs on the CPU does not see: ValueError for the first bad label or probability read on `grid`.
+
+    Nothing on a GPU, where this would wait for it.
+    """
+    if not isinstance(labels, Tensor) or labels.device.type != "cpu":
+        return
+    if labels.is_floating_point():
+        check_probabilities(labels)
+    else:
+        check_range(resize_nearest(labels, *grid).long(), num_classes, ignore_index, labels)
 
 
 def check_probabilities(probabilities: Tensor) -> Tensor | None:

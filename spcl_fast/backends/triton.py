@@ -31,7 +31,7 @@ from .contract import (
     UpsampledLoss,
     Wanted,
 )
-from .labels import BAD_PROBABILITY, label_flag
+from .labels import BAD_PROBABILITY, label_flag, refuse_bad_labels
 
 _LOGITS = {
     "variances",
@@ -92,6 +92,7 @@ def saved_like(contrast: Contrast, wanted: Wanted) -> SavedLike:
 
 
 def contrast_forward(contrast: Contrast, wanted: Wanted) -> tuple[Tensor, Saved]:
+    refuse_bad_labels(contrast.labels, contrast.features.shape[2:], contrast.num_classes, contrast.ignore_index)
     flag = label_flag(contrast.features.device)
     loss, denominator, lse, inv_norm, scores = contrasts.contrast_forward(contrast, wanted, flag, BAD_PROBABILITY)
     return loss, Saved(denominator, lse, inv_norm, scores, contrast.features.new_empty(0))
@@ -117,6 +118,7 @@ def logits_backward(grad_logits: Tensor, problem: Logits, wanted: Wanted) -> Gra
 
 
 def class_moments(problem: Moments) -> tuple[Tensor, Tensor, Tensor]:
+    refuse_bad_labels(problem.labels, problem.features.shape[2:], problem.num_classes, problem.ignore_index)
     return moments.class_moments(problem, label_flag(problem.features.device))
 
 
@@ -128,11 +130,13 @@ def move_prototypes(prototypes: Tensor, problem: Moments, average: Average) -> N
 
 
 def upsampled_cross_entropy(problem: UpsampledLoss, needs_dlogits: bool) -> tuple[Tensor, Tensor]:
+    refuse_bad_labels(problem.labels, problem.output_size, problem.logits.shape[1], problem.ignore_index)
     flag = label_flag(problem.logits.device)
     return cross_entropy.upsampled_cross_entropy(problem, needs_dlogits, flag, BAD_PROBABILITY)
 
 
 def upsampled_binary_cross_entropy(problem: UpsampledLoss, needs_dlogits: bool) -> tuple[Tensor, Tensor]:
+    refuse_bad_labels(problem.labels, problem.output_size, problem.logits.shape[1], problem.ignore_index)
     flag = label_flag(problem.logits.device)
     return cross_entropy.upsampled_binary_cross_entropy(problem, needs_dlogits, flag, BAD_PROBABILITY)
 
@@ -142,6 +146,7 @@ def upsampled_prediction(problem: UpsampledClasses) -> tuple[Tensor, Tensor]:
 
 
 def upsampled_confusion(problem: UpsampledClasses) -> Tensor:
+    refuse_bad_labels(problem.labels, problem.size, problem.logits.shape[1], problem.ignore_index)
     return confusion.upsampled_confusion(problem, label_flag(problem.logits.device))
 
 

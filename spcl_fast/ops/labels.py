@@ -32,7 +32,7 @@ def agreement_labels(
 @torch.library.custom_op("spcl_fast::agreement_labels", mutates_args=())
 def _agreement(labels: Tensor, predictions: Tensor, ignore_index: int, num_classes: int) -> Tensor:
     """An op, because what it raises on a label that is none depends on values. num_classes 0: any label is one."""
-    given, labels = labels.shape[1:], resize_nearest(labels, *predictions.shape[1:]).long()
+    given, labels = labels, resize_nearest(labels, *predictions.shape[1:]).long()
     if num_classes:
         check_range(labels, num_classes, ignore_index, given)
     return labels.where(labels == predictions.long(), ignore_index)

@@ -15,7 +15,7 @@ from .rows import EPS
 def class_moments(problem: Moments) -> tuple[Tensor, Tensor, Tensor]:
     features, labels, num_classes, normalize, ignore_index, squares, pixel_weight = problem
     dtype, (batch, dim, height, width) = wide(features.dtype), features.shape
-    given, labels = labels.shape[-2:], resize_nearest(labels, height, width).long()
+    given, labels = labels, resize_nearest(labels, height, width).long()
     labelled, _ = check_range(labels, num_classes, ignore_index, given)
     target = labels.where(labelled, num_classes).flatten(1)  # the unlabelled go to a row that is dropped
     sums = features.new_zeros(num_classes + 1, dim, dtype=torch.float64)

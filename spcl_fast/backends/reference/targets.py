@@ -41,7 +41,7 @@ def goal_of(contrast: Contrast, dtype: torch.dtype, check: bool = True) -> Goal:
         any_bad = check_probabilities(labels) if check else None
         labelled = (labels != 0).any(1).flatten(1)
         return Goal(labelled, None, labelled.to(dtype), labelled.to(dtype), any_bad)
-    given, labels = labels.shape[-2:], resize_nearest(labels, *c.features.shape[2:]).long()
+    given, labels = labels, resize_nearest(labels, *c.features.shape[2:]).long()
     if check:
         labelled, any_bad = check_range(labels, c.num_classes, c.ignore_index, given)
     else:

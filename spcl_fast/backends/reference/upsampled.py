@@ -93,7 +93,7 @@ def _goal(problem: UpsampledLoss, binary: bool, dtype: torch.dtype) -> _Goal:
         labelled = _has_probability(p, dtype)
         return _Goal(labelled, None, labelled.to(dtype), labelled.to(dtype), any_bad)
     labels = p.labels.long()
-    labelled, any_bad = check_range(labels, num_classes, p.ignore_index)
+    labelled, any_bad = check_range(labels, num_classes, p.ignore_index, p.labels)
     index, ones = labels.where(labelled, 0), labelled.to(dtype)
     weight = ones if p.class_weight is None else ones * p.class_weight.to(dtype)[index]
     return _Goal(labelled, index, ones if _is_soft(p, binary) else weight, ones if binary else weight, any_bad)
@@ -240,7 +240,7 @@ def upsampled_confusion(problem: UpsampledClasses) -> Tensor:
     dtype, (batch, num_classes, *low), (height, width) = wide(logits.dtype), logits.shape, p.size
     assert p.labels is not None  # the confusion's rows
     labels = p.labels.long()
-    labelled, _ = check_range(labels, num_classes, p.ignore_index)
+    labelled, _ = check_range(labels, num_classes, p.ignore_index, p.labels)
     y, x = _axes(low, p.size, p.align_corners, logits, dtype)
     counts = torch.zeros(num_classes * num_classes + 1, dtype=torch.int64, device=logits.device)  # the last: unlabelled
     for b in range(batch):
