@@ -66,6 +66,20 @@ class Columns(NamedTuple):
     end: tl.tensor
 
 
+class Place(NamedTuple):
+    """In a kernel, of a program: its tile of columns, strip of rows and image; its first row of cells; its columns, the most pixels that
+    one of them has, and where their nodes are."""
+
+    tile: tl.tensor
+    strip: tl.tensor
+    image: tl.tensor
+    first: tl.tensor
+    columns: Columns
+    widest: tl.tensor
+    col0: tl.tensor
+    col1: tl.tensor
+
+
 @triton.jit
 def source(pixel, scale, ALIGN: tl.constexpr):
     """Position of an output pixel in nodes, as F.interpolate has it in float32, before it is clamped to the map."""
@@ -126,6 +140,44 @@ def window_of(r0, c0, band, columns, grid, ALIGN: tl.constexpr, ROWS: tl.constex
 
 
 @triton.jit
+def place_of(logits, grid, tiling, ALIGN: tl.constexpr, HALO: tl.constexpr, CELLS: tl.constexpr):
+    """Where the program stands."""
+    tile = tl.program_id(0) % tiling.tiles
+    strip = (tl.program_id(0) // tiling.tiles) % tiling.strips
+    image = (tl.program_id(0) // (tiling.tiles * tiling.strips)).to(tl.int64)
+    columns = columns_of(tile * (CELLS - HALO) - 1, grid, ALIGN, CELLS)
+    col0 = node_offset(columns.cells, grid.w, logits.stride_w)
+    col1 = node_offset(columns.cells + 1, grid.w, logits.stride_w)
+    return Place(
+        tile, strip, image, strip * tiling.bands - 1, columns, tl.max(columns.end - columns.start, 0), col0, col1
+    )
+
+
+@triton.jit
+def rows_of(band, logits, grid, place, ALIGN: tl.constexpr):
+    """Of a row of cells: its first pixel row, the first beyond it, and where its nodes are."""
+    start = first_pixel(band, grid.H, grid.scale_h, grid.steps, ALIGN)
+    end = first_pixel(band + 1, grid.H, grid.scale_h, grid.steps, ALIGN)
+    row0 = node_offset(band, grid.h, logits.stride_h)
+    row1 = node_offset(band + 1, grid.h, logits.stride_h)
+    return start, end, Corners(row0, row1, place.col0, place.col1)
+
+
+@triton.jit
+def best_of(ptr, at, K, stride_k, y, x, ROWS: tl.constexpr, COLS: tl.constexpr, CELLS: tl.constexpr):
+    """Each pixel's largest logit, and the first class that has it, as argmax."""
+    top = tl.full([ROWS, COLS, CELLS], -float("inf"), tl.float32)
+    best = tl.zeros([ROWS, COLS, CELLS], tl.int32)
+    for k in range(0, K):
+        a, b, c, d = load_corners(ptr, at)
+        z = interpolate(a, b, c, d, y, x)
+        best = tl.where(z > top, k, best)
+        top = tl.maximum(top, z)
+        ptr += stride_k
+    return top, best
+
+
+@triton.jit
 def in_cell(i, j, row_end, columns):
     """Which pixels of a window exist and lie in the lane's cell."""
     return (i < row_end) & (j < columns.end[None, None, :])
@@ -134,10 +186,16 @@ def in_cell(i, j, row_end, columns):
 @triton.jit
 def load_corners(ptr, at):
     """The four nodes of each lane's cell. -inf is read as the lowest float: between two of them lies no NaN."""
-    a = finite(tl.load(ptr + at.row0 + at.col0).to(tl.float32))
-    b = finite(tl.load(ptr + at.row0 + at.col1).to(tl.float32))
-    c = finite(tl.load(ptr + at.row1 + at.col0).to(tl.float32))
-    d = finite(tl.load(ptr + at.row1 + at.col1).to(tl.float32))
+    a, b, c, d = raw_corners(ptr, at)
+    return finite(a), finite(b), finite(c), finite(d)
+
+
+@triton.jit
+def raw_corners(ptr, at):
+    a = tl.load(ptr + at.row0 + at.col0).to(tl.float32)
+    b = tl.load(ptr + at.row0 + at.col1).to(tl.float32)
+    c = tl.load(ptr + at.row1 + at.col0).to(tl.float32)
+    d = tl.load(ptr + at.row1 + at.col1).to(tl.float32)
     return a, b, c, d
 
 

@@ -104,7 +104,7 @@ def finish_kernel(partial_ptr, given_ptr, loss_ptr, denominator_ptr, T, MEAN: tl
             if given_ptr is None:
                 weight += tl.load(partial_ptr + T + start + offs, mask=mask, other=0.0).to(tl.float64)
     loss = tl.sum(total, 0)
-    denominator = loss * 0 + 1  # NaN stays NaN: a bad label poisons the gradient of a sum, too
+    denominator = tl.where(loss == loss, 1.0, loss)  # NaN stays NaN: a bad label poisons the gradient of a sum, too
     if MEAN:
         if given_ptr is not None:
             denominator *= tl.load(given_ptr).to(tl.float64)

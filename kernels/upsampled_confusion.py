@@ -14,16 +14,13 @@ from torch import Tensor
 from .cells import (
     CELLS,
     LAUNCH,
-    Corners,
-    columns_of,
-    first_pixel,
+    best_of,
     flat,
     grid_of,
     in_cell,
-    interpolate,
-    load_corners,
     logits_map,
-    node_offset,
+    place_of,
+    rows_of,
     tiling_of,
     window_of,
     window_sizes,
@@ -39,35 +36,17 @@ def confusion_kernel(
     logits, labels, counts_ptr, copies, K, grid, tiling, ALIGN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CELLS: tl.constexpr
 ):  # fmt: skip
     """counts [copies, K, K] int32: row = label, column = prediction."""
-    tile = tl.program_id(0) % tiling.tiles
-    strip = (tl.program_id(0) // tiling.tiles) % tiling.strips
-    image = (tl.program_id(0) // (tiling.tiles * tiling.strips)).to(tl.int64)
+    place = place_of(logits, grid, tiling, ALIGN, 0, CELLS)
     counts_ptr += (tl.program_id(0) % copies).to(tl.int64) * K * K
-    columns = columns_of(tile * CELLS - 1, grid, ALIGN, CELLS)
-    widest = tl.max(columns.end - columns.start, 0)
-    col0 = node_offset(columns.cells, grid.w, logits.stride_w)
-    col1 = node_offset(columns.cells + 1, grid.w, logits.stride_w)
-    logits_ptr = logits.ptr + image * logits.stride_b
-    label_ptr = labels.ptr + image * labels.stride_b
-    for band in range(strip * tiling.bands - 1, strip * tiling.bands - 1 + tiling.bands):
-        row_start = first_pixel(band, grid.H, grid.scale_h, grid.steps, ALIGN)
-        row_end = first_pixel(band + 1, grid.H, grid.scale_h, grid.steps, ALIGN)
-        at = Corners(
-            node_offset(band, grid.h, logits.stride_h), node_offset(band + 1, grid.h, logits.stride_h), col0, col1
-        )
+    logits_ptr = logits.ptr + place.image * logits.stride_b
+    label_ptr = labels.ptr + place.image * labels.stride_b
+    for band in range(place.first, place.first + tiling.bands):
+        row_start, row_end, at = rows_of(band, logits, grid, place, ALIGN)
         for r0 in range(row_start, row_end, ROWS):
-            for c0 in range(0, widest, COLS):
-                i, j, y, x = window_of(r0, c0, band, columns, grid, ALIGN, ROWS, COLS)
-                top = tl.full([ROWS, COLS, CELLS], -float("inf"), tl.float32)
-                predicted = tl.zeros([ROWS, COLS, CELLS], tl.int32)
-                ptr = logits_ptr
-                for k in range(0, K):
-                    a, b, c, d = load_corners(ptr, at)
-                    z = interpolate(a, b, c, d, y, x)
-                    predicted = tl.where(z > top, k, predicted)  # the first of equals, as argmax
-                    top = tl.maximum(top, z)
-                    ptr += logits.stride_d
-                mask = flat(in_cell(i, j, row_end, columns))
+            for c0 in range(0, place.widest, COLS):
+                i, j, y, x = window_of(r0, c0, band, place.columns, grid, ALIGN, ROWS, COLS)
+                _, predicted = best_of(logits_ptr, at, K, logits.stride_d, y, x, ROWS, COLS, CELLS)
+                mask = flat(in_cell(i, j, row_end, place.columns))
                 value = tl.load(label_ptr + flat(i * labels.stride_h + j * labels.stride_w), mask=mask, other=0)
                 cls, _ = classify(value, labels, mask, K)
                 tl.atomic_add(counts_ptr + tl.maximum(cls, 0).to(tl.int64) * K + flat(predicted), 1, mask=cls >= 0)

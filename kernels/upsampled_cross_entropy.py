@@ -20,17 +20,15 @@ from torch import Tensor
 from .cells import (
     CELLS,
     LAUNCH,
-    Corners,
     axis_scale,
-    columns_of,
-    first_pixel,
     flat,
     grid_of,
     in_cell,
     interpolate,
     load_corners,
     logits_map,
-    node_offset,
+    place_of,
+    rows_of,
     tiling_of,
     window_of,
     window_sizes,
@@ -38,7 +36,7 @@ from .cells import (
 from .operands import Labels, Loss, Map, Weights, labels_at, weights_of
 from .pixels import INTERPRETED, classify, on_device_of, power_of_two, read_weights, reduce_partial
 from .windows import Band, Image, Scaling, Soft, Terms, UpsampledTarget, add_to_nodes, bounds_of, largest_of
-from .windows_of_targets import target_window
+from .windows_of_targets import LARGE, cost_of_masked, target_window
 
 _LOG2E = 1.4426950408889634
 _SAFE_BITS = tl.constexpr(64.0)  # a bound this far above the true maximum still leaves float32's whole mantissa
@@ -75,7 +73,7 @@ def _sum_and_label(ptr, bound, cls, at, terms, y, x, ROWS: tl.constexpr, COLS: t
         z_label = tl.where(cls == k, z, z_label)
         ptr += terms.stride_k
     bits = tl.log2(total)
-    nats = ((bound - z_label) * terms.scaling.factor + bits) * 0.6931471805599453
+    nats = (bound - z_label) * terms.scaling.inv_temperature + bits * 0.6931471805599453
     return bound + bits * terms.scaling.inv_factor, nats
 
 
@@ -105,6 +103,10 @@ def plain_window(
         lse, nats = _sum_and_label(image.logits, largest, cls, at, terms, y, x, ROWS, COLS, CELLS)
     else:
         lse, nats = _sum_and_label(image.logits, top[None, None, :], cls, at, terms, y, x, ROWS, COLS, CELLS)
+    if tl.max(flat(tl.where(cls >= 0, nats, 0.0)), 0) > LARGE:
+        cost = cost_of_masked(image, terms, at, cls, (i, i, y), (j, j, x), mask, y, x, ROWS, COLS, CELLS)
+        nats += cost
+        lse = tl.where(cost == cost, lse, cost)
     loss = flat(tl.where(cls >= 0, weight * nats, 0.0)) + poison
     loss_sum = tl.sum(tl.where(mine, loss, 0.0), 0)
     if image.loss is not None:
@@ -139,18 +141,13 @@ def upsampled_loss_kernel(
     ROWS: tl.constexpr, COLS: tl.constexpr, TAIL_ROWS: tl.constexpr, TAIL: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
     """HALO 1: with gradient, the program owns nodes; 0: without, it owns cells."""
-    tile = tl.program_id(0) % tiling.tiles
-    strip = (tl.program_id(0) // tiling.tiles) % tiling.strips
-    b = (tl.program_id(0) // (tiling.tiles * tiling.strips)).to(tl.int64)
+    place = place_of(logits, grid, tiling, ALIGN, HALO, CELLS)
+    b, columns, widest, first = place.image, place.columns, place.widest, place.first
     lane = tl.arange(0, CELLS)
-    columns = columns_of(tile * (CELLS - HALO) - 1, grid, ALIGN, CELLS)
-    widest = tl.max(columns.end - columns.start, 0)
     rest = widest % COLS
     full = widest - rest + tl.where(rest > TAIL, COLS, 0)  # what windows of COLS cover; a narrower one takes the rest
-    owned = (lane >= HALO) | (tile == 0)
+    owned = (lane >= HALO) | (place.tile == 0)
     owned_node = (lane >= HALO) & (columns.cells < grid.w)
-    col0 = node_offset(columns.cells, grid.w, logits.stride_w)
-    col1 = node_offset(columns.cells + 1, grid.w, logits.stride_w)
     logits_ptr = logits.ptr + b * logits.stride_b
     label_ptr = None
     soft_ptr = None
@@ -176,16 +173,11 @@ def upsampled_loss_kernel(
     terms = Terms(target, weights, scaling, gradient_scale, K, logits.stride_d)
     loss_sum = 0.0
     weight_sum = 0.0
-    first = strip * tiling.bands - 1
     for index in range(first, first + tiling.bands + HALO):
-        row_start = first_pixel(index, grid.H, grid.scale_h, grid.steps, ALIGN)
-        row_end = first_pixel(index + 1, grid.H, grid.scale_h, grid.steps, ALIGN)
+        row_start, row_end, at = rows_of(index, logits, grid, place, ALIGN)
         if (row_start < row_end) & (widest > 0) & (index < grid.h):
-            row0 = node_offset(index, grid.h, logits.stride_h)
-            row1 = node_offset(index + 1, grid.h, logits.stride_h)
-            at = Corners(row0, row1, col0, col1)
             # the halo's loss is another program's; so are the nodes outside
-            mine = owned & ((index >= first + HALO) | (strip == 0))
+            mine = owned & ((index >= first + HALO) | (place.strip == 0))
             add_top = (index > first) & (index >= 0)
             add_bottom = (index + 1 < grid.h) & (index + 1 <= first + tiling.bands)
             band = Band(index, row_end, mine, owned_node, add_top, add_bottom)

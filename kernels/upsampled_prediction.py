@@ -15,16 +15,15 @@ from torch import Tensor
 from .cells import (
     CELLS,
     LAUNCH,
-    Corners,
-    columns_of,
-    first_pixel,
+    best_of,
     flat,
     grid_of,
     in_cell,
     interpolate,
     load_corners,
     logits_map,
-    node_offset,
+    place_of,
+    rows_of,
     tiling_of,
     window_of,
     window_sizes,
@@ -38,32 +37,14 @@ def prediction_kernel(
     logits, threshold_ptr, label_ptr, confidence_ptr, K, grid, tiling, ignore_index, factor,
     ALIGN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0) % tiling.tiles
-    strip = (tl.program_id(0) // tiling.tiles) % tiling.strips
-    image = (tl.program_id(0) // (tiling.tiles * tiling.strips)).to(tl.int64)
-    columns = columns_of(tile * CELLS - 1, grid, ALIGN, CELLS)
-    widest = tl.max(columns.end - columns.start, 0)
-    col0 = node_offset(columns.cells, grid.w, logits.stride_w)
-    col1 = node_offset(columns.cells + 1, grid.w, logits.stride_w)
-    logits_ptr = logits.ptr + image * logits.stride_b
-    for band in range(strip * tiling.bands - 1, strip * tiling.bands - 1 + tiling.bands):
-        row_start = first_pixel(band, grid.H, grid.scale_h, grid.steps, ALIGN)
-        row_end = first_pixel(band + 1, grid.H, grid.scale_h, grid.steps, ALIGN)
-        row0 = node_offset(band, grid.h, logits.stride_h)
-        row1 = node_offset(band + 1, grid.h, logits.stride_h)
-        at = Corners(row0, row1, col0, col1)
+    place = place_of(logits, grid, tiling, ALIGN, 0, CELLS)
+    logits_ptr = logits.ptr + place.image * logits.stride_b
+    for band in range(place.first, place.first + tiling.bands):
+        row_start, row_end, at = rows_of(band, logits, grid, place, ALIGN)
         for r0 in range(row_start, row_end, ROWS):
-            for c0 in range(0, widest, COLS):
-                i, j, y, x = window_of(r0, c0, band, columns, grid, ALIGN, ROWS, COLS)
-                top = tl.full([ROWS, COLS, CELLS], -float("inf"), tl.float32)
-                label = tl.zeros([ROWS, COLS, CELLS], tl.int32)
-                ptr = logits_ptr
-                for k in range(0, K):
-                    a, b, c, d = load_corners(ptr, at)
-                    z = interpolate(a, b, c, d, y, x)
-                    label = tl.where(z > top, k, label)  # the first of equals, as argmax
-                    top = tl.maximum(top, z)
-                    ptr += logits.stride_d
+            for c0 in range(0, place.widest, COLS):
+                i, j, y, x = window_of(r0, c0, band, place.columns, grid, ALIGN, ROWS, COLS)
+                top, label = best_of(logits_ptr, at, K, logits.stride_d, y, x, ROWS, COLS, CELLS)
                 total = tl.zeros([ROWS, COLS, CELLS], tl.float32)
                 ptr = logits_ptr
                 for _ in range(0, K):
@@ -76,8 +57,8 @@ def prediction_kernel(
                     label = tl.where(
                         confidence >= tl.load(threshold_ptr + label), label, ignore_index
                     )  # NaN is not enough
-                mask = flat(in_cell(i, j, row_end, columns))
-                pixel = image * grid.H * grid.W + flat(i * grid.W + j)
+                mask = flat(in_cell(i, j, row_end, place.columns))
+                pixel = place.image * grid.H * grid.W + flat(i * grid.W + j)
                 tl.store(label_ptr + pixel, label.to(label_ptr.dtype.element_ty), mask=mask)
                 tl.store(confidence_ptr + pixel, confidence, mask=mask)
 

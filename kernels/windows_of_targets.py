@@ -11,13 +11,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cells import flat, in_cell, interpolate, load_corners, source, window_of
+from .cells import flat, in_cell, interpolate, load_corners, raw_corners, source, window_of
 from .operands import Weights
 from .pixels import classify, read_weights, softplus
 from .windows import add_to_nodes, largest_of
 
 _SAFE_BITS = tl.constexpr(64.0)
 _LN2 = tl.constexpr(0.6931471805599453)
+LARGE = tl.constexpr(1e20)  # a loss beyond it may be that of a class of -inf
 
 
 @triton.jit
@@ -99,6 +100,41 @@ def _softmax_walk(
 
 
 @triton.jit
+def _is_masked(ptr, at, y, x):
+    """Where the class is -inf: a node that counts is."""
+    a, b, c, d = raw_corners(ptr, at)
+    a, b = (a == -float("inf")).to(tl.float32), (b == -float("inf")).to(tl.float32)
+    c, d = (c == -float("inf")).to(tl.float32), (d == -float("inf")).to(tl.float32)
+    return interpolate(a, b, c, d, y, x) > 0
+
+
+@triton.jit
+def cost_of_masked(
+    image, terms, at, cls, rows, cols, mask, y, x, ROWS: tl.constexpr, COLS: tl.constexpr, CELLS: tl.constexpr
+):
+    """What a pixel's loss lacks where -inf was read as the lowest float: inf if its target has a class that is -inf, and for a softmax NaN
+    if all are. A walk of its own, taken where a loss is so large that it may be so."""
+    target = terms.target
+    cost = tl.zeros([ROWS, COLS, CELLS], tl.float32)
+    count = tl.zeros([ROWS, COLS, CELLS], tl.int32)
+    ptr = image.logits
+    for k in range(0, terms.K):
+        masked = _is_masked(ptr, at, y, x)
+        infinite = float("inf")
+        share = _target(image, target, cls, k, rows, cols, mask, ROWS, COLS, CELLS)
+        if target.binary is not None:
+            infinite *= _class_weight(terms.weights, k)
+        elif target.plain is None:
+            share = _class_weight(terms.weights, k) * (target.keep * share + target.share)
+        cost = tl.where(masked & (share != 0), infinite, cost)
+        count += masked.to(tl.int32)
+        ptr += terms.stride_k
+    if target.binary is None:
+        cost = tl.where(count == terms.K, float("nan"), cost)
+    return cost
+
+
+@triton.jit
 def target_window(
     image, terms, bounds, at, band, columns, r0, c0, grid, ALIGN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
@@ -140,12 +176,18 @@ def target_window(
                     image.dlogits, tl.where(wide >= 0, dz * scale, 0.0), k, y, column, columns, band, grid, CELLS
                 )
             ptr += terms.stride_k
+        if tl.max(flat(tl.where(wide >= 0, value, 0.0)), 0) > LARGE:
+            value += cost_of_masked(image, terms, at, wide, rows, cols, mask, y, x, ROWS, COLS, CELLS)
     else:
         bound = tl.zeros([ROWS, COLS, CELLS], tl.float32) + top[None, None, :]
         if gap * terms.scaling.factor > _SAFE_BITS:
             bound = largest_of(image.logits, at, terms.K, terms.stride_k, y, x, ROWS, COLS, CELLS)
         total, mass, dot = _softmax_walk(image, terms, bound, at, wide, rows, cols, mask, y, x, ROWS, COLS, CELLS)
         value = mass * (tl.log2(total) * _LN2) - dot * terms.scaling.inv_temperature
+        if tl.max(flat(tl.where(wide >= 0, value, 0.0)), 0) > LARGE:
+            cost = cost_of_masked(image, terms, at, wide, rows, cols, mask, y, x, ROWS, COLS, CELLS)
+            value += cost
+            bound = tl.where(cost == cost, bound, cost)
         if target.labels is not None:
             counted = class_weight
         if image.dlogits is not None:

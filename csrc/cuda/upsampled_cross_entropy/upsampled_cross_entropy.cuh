@@ -156,10 +156,19 @@ template <int kColumns_> struct WideWindow {
   static __device__ __forceinline__ Corners load(const UpsamplingTask& task, const T* plane, const CornerOffsets& at) {
     return load_any_corners(task, plane, at);
   }
-  // A label whose class is -inf at every corner: its loss is infinite.
-  template <class T> static __device__ __forceinline__ bool is_masked(const T* plane, const CornerOffsets& at) {
+  // The exponent of a label in column j where `load` has raised a corner of its class: -inf where a corner that counts
+  // is (the loss is infinite), else finite, however low. z: the exponent of the raised corners.
+  template <class T>
+  static __device__ __forceinline__ float low_label(const UpsamplingTask& task, const T* plane, const CornerOffsets& at,
+                                                    const Window& window, int j, float z, float bound) {
     const Corners v = load_corners(plane, at);
-    return fmaxf(fmaxf(v.a, v.b), fmaxf(v.c, v.d)) == -INFINITY;
+    if (fminf(fminf(v.a, v.b), fminf(v.c, v.d)) >= task.lowest) return z;
+    const float x = fmaf(j, window.x.slope, window.x.start), y = window.y.start;
+    const auto part = [](float corner, float share) { return share > 0.0f ? corner * share : 0.0f; };
+    const float logit = part(v.a, (1.0f - x) * (1.0f - y)) + part(v.b, x * (1.0f - y)) + part(v.c, (1.0f - x) * y) +
+                        part(v.d, x * y);
+    if (logit == -INFINITY || logit != logit) return logit;
+    return fmaxf(logit * task.factor - bound, -3.4028234e38f);
   }
   float scale[kColumns], lse[kColumns];
 
@@ -185,14 +194,15 @@ template <int kColumns_> struct WideWindow {
       for (int j = 0; j < kColumns; ++j) {
         const float z = exponent_at(e, j) - largest[j];
         scale[j] += exp2_fast(z);
-        if (place.code(j) == k) of_label[j] = is_masked(plane, at) ? -INFINITY : z;
+        if (place.code(j) == k) of_label[j] = low_label(task, plane, at, window, j, z, largest[j]);
       }
     }
     float sum = 0.0f;
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
       const int code = place.code(j);
-      const float weight = weight_of(task, place, code, 0, j), total = scale[j], bits = log2f(total);
+      const bool nothing = of_label[j] == -INFINITY && largest[j] <= task.lowest * task.factor;  // all classes are -inf
+      const float weight = weight_of(task, place, code, 0, j), total = nothing ? NAN : scale[j], bits = log2f(total);
       if (window.rows && j < window.columns)
         sum += settle_pixel(task, place, code, 0, j, mine, (bits - of_label[j]) * kLn2, weight);
       place.value(j) = (total - exp2_fast(of_label[j])) / total;

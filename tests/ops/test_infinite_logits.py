@@ -1,0 +1,92 @@
+"""Logits of -inf, inf and NaN in the losses of up-sampled logits: at equal size F.cross_entropy's value and gradient, on every backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from on_backends import ALL, run, usable
+
+import spcl_fast as sf
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, in Triton's interpreter
+CROSS, BINARY = "upsampled_cross_entropy", "upsampled_binary_cross_entropy"
+INF, NAN = torch.inf, torch.nan
+# logits of the 4 classes of one pixel; its label is 1
+PIXELS = {
+    "the label": [0.5, -INF, 1.0, 2.0],
+    "the label and another": [-INF, -INF, 1.0, 2.0],
+    "another": [0.5, 0.3, -INF, 2.0],
+    "all": [-INF, -INF, -INF, -INF],
+    "inf, the label": [0.5, INF, 1.0, 2.0],
+    "inf, another": [0.5, 0.3, INF, 2.0],
+    "NaN": [0.5, 0.3, NAN, 2.0],
+    "NaN, the label": [0.5, NAN, 0.1, 2.0],
+    "very low": [0.5, -2e38, 0.1, 2.0],
+}
+
+
+FINITE_GRADIENT = ("the label", "the label and another", "another", "very low")
+
+
+def problem(pixel: list[float]):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 4, 3, 5, generator=generator)
+    labels = torch.randint(0, 4, (2, 3, 5), generator=generator)
+    labels[0, 0, 0] = 255
+    logits[1, :, 1, 2], labels[1, 1, 2] = torch.tensor(pixel), 1
+    return {"logits": logits, "labels": labels}
+
+
+def plain(logits, labels, reduction="mean", ignore_index=255, **settings):
+    return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction=reduction, **settings)
+
+
+def assert_same(backend: str, name: str, smoothing: float, reduction: str) -> None:
+    given, settings = problem(PIXELS[name]), {"label_smoothing": smoothing, "reduction": reduction}
+    got, dlogits = run(sf.upsampled_cross_entropy, given, ["logits"], backend, **settings)
+    expected, dexpected = run(plain, given, ["logits"], **settings)
+    if (
+        reduction == "none"
+    ):  # what is no number has no weight at the pixels of the cells around, and yet makes them none
+        spoiled = got.isnan() & ~expected.isnan()
+        spoiled[1, :, 1:4] = False
+        assert not spoiled.any() and (name not in FINITE_GRADIENT or not got.isnan().any())
+        got = torch.where(got.isnan(), expected, got) if expected[1, 1, 2].isnan() and got[1, 1, 2].isnan() else got
+    torch.testing.assert_close(got, expected, equal_nan=True)
+    if name in FINITE_GRADIENT:
+        torch.testing.assert_close(dlogits, dexpected, equal_nan=True)
+    else:
+        assert dlogits[1, :, 1, 2].isnan().all() and dexpected[1, :, 1, 2].isnan().all()
+        torch.testing.assert_close(dlogits[0], dexpected[0])
+
+
+@pytest.mark.parametrize("backend", usable(CROSS, among=ALL))
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", PIXELS)
+def test_at_equal_size_it_is_what_cross_entropy_gives(backend, reduction, name):
+    assert_same(backend, name, 0.0, reduction)
+
+
+@pytest.mark.parametrize("backend", usable(CROSS, "label_smoothing", among=ALL))
+@pytest.mark.parametrize("name", PIXELS)
+def test_with_smoothing_too(backend, name):
+    assert_same(backend, name, 0.2, "mean")
+
+
+@pytest.mark.parametrize("op", [CROSS, BINARY])
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_up_sampled_the_loss_of_a_label_of_minus_infinity_is_infinite_on_every_backend(op, align_corners):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 3, 4, 5, generator=generator)
+    logits[:, 2, 2:, 3:] = -INF
+    labels = torch.randint(0, 3, (1, 13, 17), generator=generator)
+    settings = {"align_corners": align_corners, "reduction": "none"}
+    losses = {
+        backend: run(getattr(sf, op), {"logits": logits, "labels": labels}, ["logits"], backend, **settings)[0]
+        for backend in usable(op, among=ALL)
+    }
+    infinite = losses.pop("reference")
+    assert infinite.isinf().any() and (infinite.isinf() <= (labels == 2)).all() and not infinite.isinf().all()
+    for backend, loss in losses.items():
+        torch.testing.assert_close(loss, infinite, rtol=1e-5, atol=1e-6, msg=lambda text, b=backend: f"{b}: {text}")
