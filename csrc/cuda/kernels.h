@@ -30,6 +30,7 @@ struct MomentsPlan {
   int64_t slice;  // channels of a block; all of them where it forms the norms itself
   int64_t slices;
   bool own_norms;  // the block forms the norms; else norms [B * P] are a pass of their own
+  bool weighted;   // pixels have weights
   int threads;
   int64_t sums_floats;  // sizes of the workspaces: partial sums (squares: the same again), counts, norms
   int64_t counts_ints, norms_floats;
@@ -41,16 +42,19 @@ struct Moments {
   MomentsPlan plan;
   int64_t num_classes;
   bool normalize;
-  float* norms;            // [B, P] 1 / |x|, workspace; nullptr where it is not needed
-  float* partial_sums;     // [ranges][K][D], workspace
-  float* partial_squares;  // the same, or nullptr
-  int* partial_counts;     // [ranges][K], workspace
-  float* sums;             // [K][D]
-  float* squares;          // [K][D] or nullptr
-  int64_t* counts;         // [K]
+  const float* pixel_weight;  // [B, P] or nullptr
+  float* norms;               // [B, P] 1 / |x|, workspace; nullptr where it is not needed
+  float* partial_sums;        // [ranges][K][D], workspace
+  float* partial_squares;     // the same, or nullptr
+  int* partial_counts;        // [ranges][K], workspace
+  float* partial_weights;     // the same of the pixels' weights, or nullptr
+  float* sums;                // [K][D]
+  float* squares;             // [K][D] or nullptr
+  int64_t* counts;            // [K]; or the sums of the weights
+  float* weights;             // [K]
 };
 
-MomentsPlan plan_moments(const Features& x, int64_t num_classes, bool normalize);
+MomentsPlan plan_moments(const Features& x, int64_t num_classes, bool normalize, bool weighted);
 Status class_moments(const Moments& a, Stream stream);
 
 // ---- move_prototypes --------------------------------------------------------------------------------------------
@@ -189,8 +193,15 @@ struct UpsampledPrediction : Upsampling {
   float* confidence;  // the same
 };
 
+struct UpsampledConfusion : Upsampling {
+  Labels labels;   // [B, height, width]
+  int* counts;     // [copies, K, K], added to; row = label, column = prediction. K * K under 2^31
+  int64_t copies;  // share the atomics
+};
+
 int64_t upsampled_cross_entropy_workspace(const UpsampledCrossEntropy& a);
 Status upsampled_cross_entropy(const UpsampledCrossEntropy& a, Stream stream);
 Status upsampled_prediction(const UpsampledPrediction& a, Stream stream);
+Status upsampled_confusion(const UpsampledConfusion& a, Stream stream);
 
 }  // namespace spcl::gpu

@@ -33,17 +33,20 @@ from .labels import label_flag
 _MAX_CLASSES = {
     "prototype_contrastive_loss": 65536,  # tried up to there
     "upsampled_cross_entropy": 32767,  # a class is an int16 in shared memory
+    "upsampled_confusion": 46340,  # an entry of the table is an int32
 }
 OPTIONS = {  # the ops, and the options that each has
     "prototype_contrastive_loss": frozenset(
         {"per_image_prototypes", "bias", "tensor_temperature", "probabilities", "label_smoothing", "margin", "denominator", "sigmoid",
          "dbias", "dtemperature", "variances", "no_positive_variance"}
     ),
-    "class_moments": frozenset(),
+    "class_moments": frozenset({"pixel_weight"}),
     "upsampled_cross_entropy": frozenset({"denominator"}),
     "upsampled_prediction": frozenset({"int32_labels"}),
+    "upsampled_confusion": frozenset(),
 }  # fmt: skip
 _CACHED_BYTES = 1024
+_COPIES, _COPIED_ENTRIES = 64, 1 << 18  # of the confusion's counts
 _ONE_PASS_CLASSES, _ONE_PASS_DIM = 32, 4096  # what a cluster holds of a tile: csrc/cuda/contrast_plan.h
 _SMALL = ((8, 6), (8, 9), (12, 0))  # compute capabilities with 99 KB of shared memory for a block
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -251,9 +254,10 @@ def one_pass(c: Contrast) -> tuple[Tensor, Tensor]:
 def class_moments(problem: Moments) -> tuple[Tensor, Tensor, Tensor]:
     """A pixel with a bad label is left out and raises the flag."""
     p = problem
+    weight = None if p.pixel_weight is None else p.pixel_weight.float().contiguous()
     return _ops.class_moments(
-        p.features, p.labels, label_flag(p.features.device), p.num_classes, p.normalize, p.squares, p.ignore_index
-    )
+        p.features, p.labels, weight, label_flag(p.features.device), p.num_classes, p.normalize, p.squares, p.ignore_index
+    )  # fmt: skip
 
 
 def move_prototypes(prototypes: Tensor, problem: Moments, average: Average) -> None:
@@ -288,6 +292,19 @@ def upsampled_prediction(problem: UpsampledClasses) -> tuple[Tensor, Tensor]:
     return _ops.upsampled_prediction(
         _within_32_bits(p.logits), *p.size, _plain(p.thresholds), p.temperature, p.align_corners, p.ignore_index
     )
+
+
+def upsampled_confusion(problem: UpsampledClasses) -> Tensor:
+    """A bad label is left out and raises the flag."""
+    p, classes = problem, problem.logits.shape[1]
+    assert p.labels is not None  # the confusion's rows
+    # a label map has few classes: most pixels meet in few entries
+    copies = max(1, min(_COPIES, _COPIED_ENTRIES // classes**2))
+    counts = torch.zeros(copies, classes, classes, dtype=torch.int32, device=p.logits.device)
+    if p.labels.numel():
+        flag = label_flag(p.logits.device)
+        _ops.upsampled_confusion(counts, _within_32_bits(p.logits), p.labels, flag, p.align_corners, p.ignore_index)
+    return counts.sum(0, dtype=torch.int64)
 
 
 def _plain(tensor: Tensor | None) -> Tensor | None:

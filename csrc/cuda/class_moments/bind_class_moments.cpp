@@ -11,37 +11,44 @@ struct Problem {
   Tensor floats, counts;  // what the kernels leave to each other
 
   Problem(const Tensor& features, const Tensor& labels, const Tensor& flag, int64_t num_classes, bool normalize,
-          bool squares, int64_t ignore_index)
-      : a(described(features, labels, flag, num_classes, normalize, ignore_index)),
-        floats(empty_floats(features, {a.plan.sums_floats * (squares ? 2 : 1) + a.plan.norms_floats})),
+          bool squares, int64_t ignore_index, const std::optional<Tensor>& pixel_weight = std::nullopt)
+      : a(described(features, labels, flag, num_classes, normalize, ignore_index, pixel_weight)),
+        floats(empty_floats(features, {a.plan.sums_floats * (squares ? 2 : 1) + a.plan.norms_floats +
+                                       (a.plan.weighted ? a.plan.counts_ints : 0)})),
         counts(empty(features, {a.plan.counts_ints}, ScalarType::Int)) {
     float* at = data_of<float>(floats);
     a.partial_sums = at;
     a.partial_squares = squares ? at + a.plan.sums_floats : nullptr;
-    a.norms = a.plan.norms_floats ? at + a.plan.sums_floats * (squares ? 2 : 1) : nullptr;
+    at += a.plan.sums_floats * (squares ? 2 : 1);
+    a.norms = a.plan.norms_floats ? at : nullptr;
+    a.partial_weights = a.plan.weighted ? at + a.plan.norms_floats : nullptr;
     a.partial_counts = data_of<int>(counts);
   }
 
   static Moments described(const Tensor& features, const Tensor& labels, const Tensor& flag, int64_t num_classes,
-                           bool normalize, int64_t ignore_index) {
+                           bool normalize, int64_t ignore_index, const std::optional<Tensor>& pixel_weight) {
     Moments a{};
     a.x = as_features(features);
     a.labels = as_labels(labels, a.x.height, a.x.width, ignore_index, num_classes, flag);
     a.num_classes = num_classes, a.normalize = normalize;
-    a.plan = plan_moments(a.x, num_classes, normalize);
+    a.pixel_weight = as_floats(pixel_weight);
+    a.plan = plan_moments(a.x, num_classes, normalize, pixel_weight.has_value());
     return a;
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> class_moments_(Tensor features, Tensor labels, Tensor flag, int64_t num_classes,
-                                                  bool normalize, bool squares, int64_t ignore_index) {
+std::tuple<Tensor, Tensor, Tensor> class_moments_(Tensor features, Tensor labels, std::optional<Tensor> pixel_weight,
+                                                  Tensor flag, int64_t num_classes, bool normalize, bool squares,
+                                                  int64_t ignore_index) {
   const OnDevice device(features);
-  Problem problem(features, labels, flag, num_classes, normalize, squares, ignore_index);
+  Problem problem(features, labels, flag, num_classes, normalize, squares, ignore_index, pixel_weight);
   Moments& a = problem.a;
   const Tensor sums = empty_floats(features, {num_classes, a.x.dim});
   const Tensor square_sums = squares ? empty_floats(features, {num_classes, a.x.dim}) : empty_floats(features, {0});
-  const Tensor counts = empty(features, {num_classes}, ScalarType::Long);
-  a.sums = data_of<float>(sums), a.squares = data_of<float>(square_sums), a.counts = data_of<int64_t>(counts);
+  const Tensor counts = empty(features, {num_classes}, pixel_weight ? ScalarType::Float : ScalarType::Long);
+  a.sums = data_of<float>(sums), a.squares = data_of<float>(square_sums);
+  a.counts = pixel_weight ? nullptr : data_of<int64_t>(counts);
+  a.weights = pixel_weight ? data_of<float>(counts) : nullptr;
   check(class_moments(a, device.stream()), "class_moments");
   return {sums, counts, square_sums};
 }
@@ -62,8 +69,8 @@ void move_prototypes_(Tensor prototypes, Tensor features, Tensor labels, Tensor 
 
 SPCL_OPS(m) {
   m.def(
-      "class_moments(Tensor features, Tensor labels, Tensor(a!) flag, int num_classes, bool normalize, bool squares, "
-      "int ignore_index) "
+      "class_moments(Tensor features, Tensor labels, Tensor? pixel_weight, Tensor(a!) flag, int num_classes, bool "
+      "normalize, bool squares, int ignore_index) "
       "-> (Tensor sums, Tensor counts, Tensor squares)");
   m.def(
       "move_prototypes(Tensor(a!) prototypes, Tensor features, Tensor labels, Tensor(b!) flag, float keep, int "

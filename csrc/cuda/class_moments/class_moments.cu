@@ -4,8 +4,8 @@
 
 namespace spcl::gpu {
 
-MomentsPlan plan_moments(const Features& x, int64_t num_classes, bool normalize) {
-  return moments_plan(x, num_classes, normalize, shared_memory_limit());
+MomentsPlan plan_moments(const Features& x, int64_t num_classes, bool normalize, bool weighted) {
+  return moments_plan(x, num_classes, normalize, shared_memory_limit(), weighted);
 }
 
 Status launch_ranges(const Moments& a, Stream stream) {
@@ -21,7 +21,9 @@ Status launch_ranges(const Moments& a, Stream stream) {
     const size_t shared = moments_memory(a.plan, sizeof(T), a.num_classes).bytes;
     const Grid grid{static_cast<unsigned>(a.plan.ranges * a.plan.slices), static_cast<unsigned>(a.plan.threads),
                     shared};
-    return launch(a.squares ? moments_kernel<T, true> : moments_kernel<T, false>, grid, stream, a);
+    if (a.plan.weighted)
+      return launch(a.squares ? moments_kernel<T, true, true> : moments_kernel<T, false, true>, grid, stream, a);
+    return launch(a.squares ? moments_kernel<T, true, false> : moments_kernel<T, false, false>, grid, stream, a);
   });
 }
 
@@ -37,7 +39,11 @@ __global__ void __launch_bounds__(kTotalWarps * 32) moments_total_kernel(const _
   }
   if (t.d < 32 && t.part == 0 && t.k < a.num_classes) {  // a whole warp, whatever D is
     const int64_t count = add_counts(a, t.k);
-    if (t.d == 0) a.counts[t.k] = count;
+    if (t.d == 0 && a.counts) a.counts[t.k] = count;
+    if (a.weights) {
+      const float weight = add_weights(a, t.k);
+      if (t.d == 0) a.weights[t.k] = weight;
+    }
   }
 }
 

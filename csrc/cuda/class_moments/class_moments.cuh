@@ -16,7 +16,7 @@ template <class T> struct MomentsBlock {
   const Moments& a;
   const MomentsMemory m;
   unsigned char* rows;
-  float *inv, *squares;
+  float *inv, *squares, *weights, *weight_sums;
   int *classes, *codes, *counts;
   unsigned* marks;
   const int64_t range, d0;
@@ -38,6 +38,9 @@ template <class T> struct MomentsBlock {
     codes = reinterpret_cast<int*>(rows + m.codes);
     marks = reinterpret_cast<unsigned*>(rows + m.marks) + warp * m.mark_words;
     counts = m.mark_words ? reinterpret_cast<int*>(rows + m.counts) : a.partial_counts + range * a.num_classes;
+    weights = reinterpret_cast<float*>(rows + m.weights);
+    weight_sums =
+        m.mark_words ? reinterpret_cast<float*>(rows + m.weight_sums) : a.partial_weights + range * a.num_classes;
   }
 
   __device__ __forceinline__ int first_row(int own) const { return own * static_cast<int>(blockDim.x) + warp * 32; }
@@ -134,14 +137,28 @@ template <class T> struct MomentsBlock {
     return p < t.pixels ? read_class(a.labels, t.image, t.first + p, a.x.width) : kNoClass;
   }
 
-  // The first warp counts a tile's classes: one lane for each class that occurs.
-  __device__ __forceinline__ void count(const int* cls) const {
+  // The first warp counts a tile's classes: one lane for each class that occurs. Weights are added in the lanes' order.
+  template <bool kWeighted> __device__ __forceinline__ void count(const int* cls) const {
     for (int p = lane; p - lane < tile_pixels(); p += 32) {
       const int mine = p < tile_pixels() ? cls[p] : kNoClass;
       const unsigned same = __match_any_sync(kAllLanes, mine);
-      if (mine >= 0 && __ffs(static_cast<int>(same)) - 1 == lane) counts[mine] += __popc(same);
+      if (mine >= 0 && __ffs(static_cast<int>(same)) - 1 == lane) {
+        counts[mine] += __popc(same);
+        if constexpr (kWeighted) {
+          float sum = 0;
+          for (unsigned left = same; left; left &= left - 1)
+            sum += weights[p - lane + __ffs(static_cast<int>(left)) - 1];
+          weight_sums[mine] += sum;
+        }
+      }
       __syncwarp();
     }
+  }
+
+  __device__ __forceinline__ float weight_of(int64_t tile, int p) const {
+    const int64_t pixels = a.x.height * a.x.width;
+    const TilePlace t = tile_place(a.plan, pixels, tile);
+    return p < t.pixels ? a.pixel_weight[t.image * pixels + t.first + p] : 0.0f;
   }
 
   // ---- norms --------------------------------------------------------------------------------------------------
@@ -177,7 +194,7 @@ template <class T> struct MomentsBlock {
 };
 
 // The sums that a thread carries along the walk.
-template <class T, bool kSquares> struct MomentsWalk {
+template <class T, bool kSquares, bool kWeighted> struct MomentsWalk {
   static constexpr int kUnit = MomentsBlock<T>::kUnit;
   const MomentsBlock<T>& block;
   float sum[kThreadChannels], square[kSquares ? kThreadChannels : 1];
@@ -229,9 +246,10 @@ template <class T, bool kSquares> struct MomentsWalk {
     current = cls;
   }
 
-  __device__ __forceinline__ void add(int own, float unit) {
-    sum[own] += unit;
-    if constexpr (kSquares) square[own] += unit * unit;
+  __device__ __forceinline__ void add(int own, float unit, int p) {
+    const float weighted = kWeighted ? unit * block.weights[p] : unit;
+    sum[own] += weighted;
+    if constexpr (kSquares) square[own] += unit * weighted;
   }
 
   __device__ __forceinline__ void walk(const int* cls, const int* codes) {
@@ -262,7 +280,7 @@ template <class T, bool kSquares> struct MomentsWalk {
       float x[kUnit];
       unpack<T>(*reinterpret_cast<const uint4*>(block.row(d) + p), x);
 #pragma unroll
-      for (int i = 0; i < kUnit; ++i) add(own, x[i] * inv[i]);
+      for (int i = 0; i < kUnit; ++i) add(own, x[i] * inv[i], p + i);
     }
   }
 
@@ -273,7 +291,7 @@ template <class T, bool kSquares> struct MomentsWalk {
 #pragma unroll
     for (int own = 0; own < kThreadChannels; ++own) {
       const int d = block.first_row(own) + block.lane;
-      if (d < block.channels) add(own, to_float(block.row(d)[p]) * block.inv[p]);
+      if (d < block.channels) add(own, to_float(block.row(d)[p]) * block.inv[p], p);
     }
   }
 };
@@ -283,7 +301,10 @@ template <class T> __device__ __forceinline__ void clear_block(const MomentsBloc
   const int thread = threadIdx.x, threads = blockDim.x;
   for (int i = b.lane; i < b.m.mark_words; i += 32) b.marks[i] = 0;
   if (b.m.mark_words || b.d0 == 0)  // counts in global memory belong to the range's first slice alone
-    for (int64_t k = thread; k < b.a.num_classes; k += threads) b.counts[k] = 0;
+    for (int64_t k = thread; k < b.a.num_classes; k += threads) {
+      b.counts[k] = 0;
+      if (b.a.plan.weighted) b.weight_sums[k] = 0;
+    }
   if (b.m.mark_words) return;
   // too many classes for marks: every sum starts at 0, each set by the thread that adds to it
   for (int own = 0; own < kThreadChannels; ++own) {
@@ -297,10 +318,10 @@ template <class T> __device__ __forceinline__ void clear_block(const MomentsBloc
   }
 }
 
-template <class T, bool kSquares>
+template <class T, bool kSquares, bool kWeighted>
 __global__ void __launch_bounds__(kMostThreads, 1) moments_kernel(const __grid_constant__ Moments a) {
   const MomentsBlock<T> b(a);
-  MomentsWalk<T, kSquares> sums(b);
+  MomentsWalk<T, kSquares, kWeighted> sums(b);
   const int pixels = b.tile_pixels(), thread = threadIdx.x;
   const int64_t end = min((b.range + 1) * a.plan.tiles_per_range, a.plan.tiles), image = a.x.height * a.x.width;
   clear_block(b);
@@ -321,13 +342,16 @@ __global__ void __launch_bounds__(kMostThreads, 1) moments_kernel(const __grid_c
     __syncwarp();
     if (any && a.plan.own_norms && a.normalize) b.square_rows();
     __syncthreads();
-    if (any && thread < pixels) b.inv[thread] = b.inverse_norm_of(tile, thread);
+    if (any && thread < pixels) {
+      b.inv[thread] = b.inverse_norm_of(tile, thread);
+      if constexpr (kWeighted) b.weights[thread] = b.weight_of(tile, thread);
+    }
     if (thread < pixels) b.classes[(half ^ 1) * pixels + thread] = mine;
     const bool more = __syncthreads_or(mine >= 0);
     if (thread < b.m.units)
       b.codes[(half ^ 1) * b.m.units + thread] = unit_code(b.classes + (half ^ 1) * pixels + thread * b.kUnit, b.kUnit);
     if (any) {
-      if (b.warp == 0 && b.d0 == 0) b.count(classes);
+      if (b.warp == 0 && b.d0 == 0) b.template count<kWeighted>(classes);
       sums.walk(classes, codes);
     }
     __syncwarp();
@@ -337,8 +361,10 @@ __global__ void __launch_bounds__(kMostThreads, 1) moments_kernel(const __grid_c
   sums.flush();
   __syncthreads();
   if (b.m.mark_words && b.d0 == 0)
-    for (int k = thread; k < a.num_classes; k += blockDim.x)
+    for (int k = thread; k < a.num_classes; k += blockDim.x) {
       a.partial_counts[b.range * a.num_classes + k] = b.counts[k];
+      if constexpr (kWeighted) a.partial_weights[b.range * a.num_classes + k] = b.weight_sums[k];
+    }
 }
 
 // ---- the norms as a pass of their own, and the end --------------------------------------------------------------

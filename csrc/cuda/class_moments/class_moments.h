@@ -19,10 +19,10 @@ constexpr int64_t kMostHeld =
     256;  // pixels added up in a register before they go to the partial sum: short chains lose less
 
 // Shared memory of a block: rows [slice][row_bytes], then inv [M], classes [2][M], codes [2][units], squares
-// [warps][M], marks, counts.
+// [warps][M], marks, counts; with weights weights [M] and their sums.
 struct MomentsMemory {
   int row_bytes, units;
-  int inv, classes, codes, squares, marks, counts, bytes;
+  int inv, classes, codes, squares, marks, counts, weights, weight_sums, bytes;
   int mark_words;  // of a warp
 };
 
@@ -39,7 +39,10 @@ SPCL_BOTH MomentsMemory moments_memory(const MomentsPlan& plan, int type_bytes, 
   m.squares = m.codes + 8 * m.units;
   m.marks = m.squares + (plan.own_norms ? 4 * warps * pixels : 0);
   m.counts = m.marks + 4 * warps * m.mark_words;
-  m.bytes = m.counts + (marked ? 4 * static_cast<int>(num_classes) : 0);
+  const int count_bytes = marked ? 4 * static_cast<int>(num_classes) : 0;
+  m.weights = m.counts + count_bytes;
+  m.weight_sums = m.weights + (plan.weighted ? 4 * pixels : 0);
+  m.bytes = m.weight_sums + (plan.weighted ? count_bytes : 0);
   return m;
 }
 
@@ -59,10 +62,12 @@ SPCL_BOTH void cut_pixels(MomentsPlan& plan, int64_t ranges) {
 }
 
 // Partial sums stay below a quarter of the features' elements (or are one range).
-SPCL_BOTH MomentsPlan moments_plan(const Features& x, int64_t num_classes, bool normalize, int64_t shared_limit) {
+SPCL_BOTH MomentsPlan moments_plan(const Features& x, int64_t num_classes, bool normalize, int64_t shared_limit,
+                                   bool weighted = false) {
   const int type_bytes = x.type == kFloat32 ? 4 : 2;
   const int64_t pixels = x.batch * x.height * x.width, affordable = pixels / (4 * num_classes);
   MomentsPlan plan{};
+  plan.weighted = weighted;
   cut_channels(plan, x, type_bytes, x.dim);
   plan.own_norms = normalize;
   const MomentsMemory whole = moments_memory(plan, type_bytes, num_classes);

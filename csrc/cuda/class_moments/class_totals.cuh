@@ -55,4 +55,11 @@ __device__ __forceinline__ int64_t add_counts(const Moments& a, int64_t k) {
   return sum;
 }
 
+__device__ __forceinline__ float add_weights(const Moments& a, int64_t k) {
+  double sum = 0;
+  for (int64_t g = threadIdx.x % 32; g < a.plan.ranges; g += 32) sum += a.partial_weights[g * a.num_classes + k];
+  for (int lanes = 16; lanes; lanes >>= 1) sum += __shfl_xor_sync(kAllLanes, sum, lanes);
+  return static_cast<float>(sum);
+}
+
 }  // namespace spcl::gpu

@@ -165,8 +165,8 @@ template <int kColumns_> struct WideWindow {
     if (fminf(fminf(v.a, v.b), fminf(v.c, v.d)) >= task.lowest) return z;
     const float x = fmaf(j, window.x.slope, window.x.start), y = window.y.start;
     const auto part = [](float corner, float share) { return share > 0.0f ? corner * share : 0.0f; };
-    const float logit = part(v.a, (1.0f - x) * (1.0f - y)) + part(v.b, x * (1.0f - y)) + part(v.c, (1.0f - x) * y) +
-                        part(v.d, x * y);
+    const float logit =
+        part(v.a, (1.0f - x) * (1.0f - y)) + part(v.b, x * (1.0f - y)) + part(v.c, (1.0f - x) * y) + part(v.d, x * y);
     if (logit == -INFINITY || logit != logit) return logit;
     return fmaxf(logit * task.factor - bound, -3.4028234e38f);
   }
