@@ -45,6 +45,9 @@ def read_class(labels, b, n, mask_n, size):
 @triton.jit
 def classify(value, labels, mask, K):
     """value: labels of any integer dtype. -> class int32 (-1: none), bad."""
+    huge = (
+        value.dtype == tl.uint64
+    )  # and then negative as int64: the flag holds no such value, but the one below BAD_PROBABILITY
     if (value.dtype == tl.int64) | (value.dtype == tl.uint64) | (value.dtype == tl.uint32):
         value = value.to(tl.int64)
     else:
@@ -53,7 +56,10 @@ def classify(value, labels, mask, K):
     inside = (value >= 0) & (value < K)
     bad = labelled & (inside == 0)
     if tl.max(tl.ravel(bad.to(tl.int32)), 0) > 0:
-        worst = tl.where(bad, value.to(tl.int64), -9223372036854775807)
+        worst = value.to(tl.int64)
+        if huge:
+            worst = tl.where(worst < 0, 9223372036854775806, worst)
+        worst = tl.where(bad, worst, -9223372036854775807)
         tl.atomic_max(labels.flag, tl.max(tl.ravel(worst), 0))
     return tl.where(labelled & inside, value, -1).to(tl.int32), bad
 

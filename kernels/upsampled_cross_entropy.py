@@ -36,7 +36,7 @@ from .cells import (
 from .operands import Labels, Loss, Map, Weights, labels_at, weights_of
 from .pixels import INTERPRETED, classify, on_device_of, power_of_two, read_weights, reduce_partial
 from .windows import Band, Image, Scaling, Soft, Terms, UpsampledTarget, add_to_nodes, bounds_of, largest_of
-from .windows_of_targets import LARGE, cost_of_masked, target_window
+from .windows_of_targets import cost_of_masked, target_window
 
 _LOG2E = 1.4426950408889634
 _SAFE_BITS = tl.constexpr(64.0)  # a bound this far above the true maximum still leaves float32's whole mantissa
@@ -101,12 +101,11 @@ def plain_window(
     if gap * terms.scaling.factor > _SAFE_BITS:
         largest = largest_of(image.logits, at, terms.K, terms.stride_k, y, x, ROWS, COLS, CELLS)
         lse, nats = _sum_and_label(image.logits, largest, cls, at, terms, y, x, ROWS, COLS, CELLS)
-    else:
-        lse, nats = _sum_and_label(image.logits, top[None, None, :], cls, at, terms, y, x, ROWS, COLS, CELLS)
-    if tl.max(flat(tl.where(cls >= 0, nats, 0.0)), 0) > LARGE:
         cost = cost_of_masked(image, terms, at, cls, (i, i, y), (j, j, x), mask, y, x, ROWS, COLS, CELLS)
         nats += cost
         lse = tl.where(cost == cost, lse, cost)
+    else:
+        lse, nats = _sum_and_label(image.logits, top[None, None, :], cls, at, terms, y, x, ROWS, COLS, CELLS)
     loss = flat(tl.where(cls >= 0, weight * nats, 0.0)) + poison
     loss_sum = tl.sum(tl.where(mine, loss, 0.0), 0)
     if image.loss is not None:
@@ -274,14 +273,15 @@ def _launch(problem, target: UpsampledTarget, divided_by, loss_map, dlogits):
 def _target_of(problem, flag: Tensor, binary: bool) -> UpsampledTarget:
     labels, smoothing = problem.labels, problem.label_smoothing
     terms = (1 - smoothing, smoothing / problem.logits.shape[1])
-    kind = (None if binary or smoothing else 1, 1 if binary else None, problem.gamma or None)
+    hard = 1 if not smoothing and not labels.is_floating_point() else None
+    kind = (None if binary else hard, 1 if binary else None, hard, problem.gamma or None)
     height, width = problem.output_size
     if labels.is_floating_point():
         grid = labels.shape[2:]
         scales = (axis_scale(*pair, problem.align_corners) for pair in zip(grid, (height, width), strict=True))
         there = (labels != 0).any(1, keepdim=True).float()
         soft = Soft(Map(labels, *labels.stride()), Map(there, *there.stride()), *grid, *scales)
-        return UpsampledTarget(None, soft, *terms, None, *kind[1:])
+        return UpsampledTarget(None, soft, *terms, *kind)
     if (height - 1) * labels.stride(1) + (width - 1) * labels.stride(2) >= 2**31:
         labels = labels.contiguous()  # a view so wide that an image's offsets pass 32 bits
     return UpsampledTarget(labels_at(labels, flag, height, width, problem.ignore_index), None, *terms, *kind)

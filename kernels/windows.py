@@ -11,6 +11,8 @@ from torch import Tensor
 from .cells import interpolate, load_corners
 from .operands import Labels, Map, Weights
 
+_LOWEST = tl.constexpr(-1e20)  # logits below it cost a walk more over the classes
+
 
 class Soft(NamedTuple):
     """Probabilities [B, K, g, f] on a grid of their own, up-sampled by the logits' rule; nodes per pixel."""
@@ -31,7 +33,8 @@ class UpsampledTarget(NamedTuple):
     keep: float
     share: float
     plain: int | None  # labels, softmax and no smoothing
-    binary: int | None  # a sigmoid for each class; of labels without smoothing
+    binary: int | None  # a sigmoid for each class
+    hard: int | None  # labels and no smoothing
     gamma: float | None  # of the focal loss
 
 
@@ -80,17 +83,20 @@ class Band(NamedTuple):
 
 @triton.jit
 def bounds_of(ptr, at, K, stride_k, CELLS: tl.constexpr):
-    """Per lane: the largest corner of all classes (above every logit of the cell); and how far below it the true maximum may lie. Of one
-    class alone: infinitely far, so that its own logit is taken off and the loss is exactly 0."""
+    """Per lane: the largest corner of all classes (above every logit of the cell). And how far below it the true maximum may lie.
+    Infinitely far where a corner is so low that it may be -inf; and of one class alone, so that its loss is exactly 0."""
     top = tl.full([CELLS], -float("inf"), tl.float32)
     low = tl.full([CELLS], -float("inf"), tl.float32)
+    lowest = tl.full([CELLS], float("inf"), tl.float32)
     for _ in range(0, K):
         a, b, c, d = load_corners(ptr, at)
         top = tl.maximum(top, tl.maximum(tl.maximum(a, b), tl.maximum(c, d)))
-        low = tl.maximum(low, tl.minimum(tl.minimum(a, b), tl.minimum(c, d)))
+        smallest = tl.minimum(tl.minimum(a, b), tl.minimum(c, d))
+        low = tl.maximum(low, smallest)
+        lowest = tl.minimum(lowest, smallest)
         ptr += stride_k
     gap = tl.max(top - low, 0)
-    if K == 1:
+    if (K == 1) | (tl.min(lowest, 0) < _LOWEST):
         gap += float("inf")
     return top, gap
 

@@ -18,7 +18,6 @@ from .windows import add_to_nodes, largest_of
 
 _SAFE_BITS = tl.constexpr(64.0)
 _LN2 = tl.constexpr(0.6931471805599453)
-LARGE = tl.constexpr(1e20)  # a loss beyond it may be that of a class of -inf
 
 
 @triton.jit
@@ -113,7 +112,7 @@ def cost_of_masked(
     image, terms, at, cls, rows, cols, mask, y, x, ROWS: tl.constexpr, COLS: tl.constexpr, CELLS: tl.constexpr
 ):
     """What a pixel's loss lacks where -inf was read as the lowest float: inf if its target has a class that is -inf, and for a softmax NaN
-    if all are. A walk of its own, taken where a loss is so large that it may be so."""
+    if all are. A walk of its own, for cells with very low logits."""
     target = terms.target
     cost = tl.zeros([ROWS, COLS, CELLS], tl.float32)
     count = tl.zeros([ROWS, COLS, CELLS], tl.int32)
@@ -121,11 +120,11 @@ def cost_of_masked(
     for k in range(0, terms.K):
         masked = _is_masked(ptr, at, y, x)
         infinite = float("inf")
-        share = _target(image, target, cls, k, rows, cols, mask, ROWS, COLS, CELLS)
+        share = target.keep * _target(image, target, cls, k, rows, cols, mask, ROWS, COLS, CELLS) + target.share
         if target.binary is not None:
             infinite *= _class_weight(terms.weights, k)
         elif target.plain is None:
-            share = _class_weight(terms.weights, k) * (target.keep * share + target.share)
+            share *= _class_weight(terms.weights, k)
         cost = tl.where(masked & (share != 0), infinite, cost)
         count += masked.to(tl.int32)
         ptr += terms.stride_k
@@ -169,14 +168,20 @@ def target_window(
         for k in range(0, terms.K):
             a, b, c, d = load_corners(ptr, at)
             z = interpolate(a, b, c, d, y, x) * terms.scaling.inv_temperature
-            loss, dz = _binary(z, wide == k, _class_weight(terms.weights, k), target.gamma)
+            w = _class_weight(terms.weights, k)
+            if target.hard is not None:
+                loss, dz = _binary(z, wide == k, w, target.gamma)
+            else:
+                t = _target(image, target, wide, k, rows, cols, mask, ROWS, COLS, CELLS)
+                q = target.keep * t + target.share
+                loss, dz = w * (softplus(z) - tl.where(q == 0, 0.0, q * z)), w * (tl.sigmoid(z) - q)
             value += loss
             if image.dlogits is not None:
                 add_to_nodes(
                     image.dlogits, tl.where(wide >= 0, dz * scale, 0.0), k, y, column, columns, band, grid, CELLS
                 )
             ptr += terms.stride_k
-        if tl.max(flat(tl.where(wide >= 0, value, 0.0)), 0) > LARGE:
+        if gap * terms.scaling.factor > _SAFE_BITS:
             value += cost_of_masked(image, terms, at, wide, rows, cols, mask, y, x, ROWS, COLS, CELLS)
     else:
         bound = tl.zeros([ROWS, COLS, CELLS], tl.float32) + top[None, None, :]
@@ -184,7 +189,7 @@ def target_window(
             bound = largest_of(image.logits, at, terms.K, terms.stride_k, y, x, ROWS, COLS, CELLS)
         total, mass, dot = _softmax_walk(image, terms, bound, at, wide, rows, cols, mask, y, x, ROWS, COLS, CELLS)
         value = mass * (tl.log2(total) * _LN2) - dot * terms.scaling.inv_temperature
-        if tl.max(flat(tl.where(wide >= 0, value, 0.0)), 0) > LARGE:
+        if gap * terms.scaling.factor > _SAFE_BITS:
             cost = cost_of_masked(image, terms, at, wide, rows, cols, mask, y, x, ROWS, COLS, CELLS)
             value += cost
             bound = tl.where(cost == cost, bound, cost)

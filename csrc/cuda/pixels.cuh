@@ -59,7 +59,7 @@ __device__ __forceinline__ int class_at(const Labels& labels, int64_t at) {
   const bool huge = labels.type == kUInt64 && value < 0;
   const int found = classify(value, huge, labels.ignore_index, labels.num_classes);
   if (found == kBadLabel)
-    atomicMax(reinterpret_cast<long long*>(labels.flag), static_cast<long long>(huge ? INT64_MAX : value));
+    atomicMax(reinterpret_cast<long long*>(labels.flag), static_cast<long long>(huge ? INT64_MAX - 1 : value));
   return found;
 }
 

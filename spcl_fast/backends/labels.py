@@ -10,6 +10,7 @@ from torch import Tensor
 
 _NO_BAD_LABEL = torch.iinfo(torch.int64).min
 BAD_PROBABILITY = torch.iinfo(torch.int64).max  # in the flag: a soft label that is negative, NaN or infinite
+_HUGE_LABEL = BAD_PROBABILITY - 1  # in the flag: a uint64 label that int64 does not hold
 
 
 def nearest_index(size: int, out: int, device: torch.device) -> Tensor:
@@ -124,7 +125,8 @@ def check_labels() -> None:
                 raise ValueError(
                     f"a soft label on cuda:{index} is negative, NaN or infinite: the loss of that step is NaN; give probabilities"
                 )
+            named = "of 2**63 or more" if value == _HUGE_LABEL else str(value)
             raise ValueError(
-                f"label {value} on cuda:{index} is outside [0, num_classes) and is not ignore_index: the loss of that step is NaN; "
+                f"label {named} on cuda:{index} is outside [0, num_classes) and is not ignore_index: the loss of that step is NaN; "
                 "map unknown classes to ignore_index before the loss"
             )

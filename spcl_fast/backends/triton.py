@@ -51,7 +51,7 @@ OPTIONS = {  # the ops, and the options that each has
     "prototype_logits": frozenset(_LOGITS),
     "class_moments": frozenset({"pixel_weight"}),
     "upsampled_cross_entropy": frozenset({"denominator", "label_smoothing", "probabilities"}),
-    "upsampled_binary_cross_entropy": frozenset({"denominator", "focal"}),
+    "upsampled_binary_cross_entropy": frozenset({"denominator", "focal", "label_smoothing", "probabilities"}),
     "upsampled_prediction": frozenset({"int32_labels"}),
     "upsampled_confusion": frozenset(),
     "balance_": frozenset(),
