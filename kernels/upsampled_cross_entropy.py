@@ -35,8 +35,20 @@ from .cells import (
 )
 from .operands import Labels, Loss, Map, Weights, labels_at, weights_of
 from .pixels import INTERPRETED, classify, on_device_of, power_of_two, read_weights, reduce_partial
-from .windows import Band, Image, Scaling, Soft, Terms, UpsampledTarget, add_to_nodes, bounds_of, largest_of
-from .windows_of_targets import cost_of_masked, target_window
+from .windows import (
+    LOWEST,
+    Band,
+    Image,
+    Scaling,
+    Soft,
+    Terms,
+    UpsampledTarget,
+    add_to_nodes,
+    bounds_of,
+    is_masked,
+    largest_of,
+)
+from .windows_of_targets import target_window
 
 _LOG2E = 1.4426950408889634
 _SAFE_BITS = tl.constexpr(64.0)  # a bound this far above the true maximum still leaves float32's whole mantissa
@@ -61,17 +73,24 @@ def label_weight_kernel(labels, weights, partial_ptr, size, K, BLOCK: tl.constex
 
 
 @triton.jit
-def _sum_and_label(ptr, bound, cls, at, terms, y, x, ROWS: tl.constexpr, COLS: tl.constexpr, CELLS: tl.constexpr):
+def _sum_and_label(
+    ptr, bound, cls, at, terms, y, x, LOW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CELLS: tl.constexpr
+):
     """log2 of the sum over the classes of 2**((z - bound) factor), given a bound of z, and the label's z (a gather of it would need 64-bit
-    addresses). The bound is taken off before the scaling: z may be as low as floats go."""
+    addresses). The bound is taken off before the scaling: z may be as low as floats go. LOW: some may be -inf; then a label's loss is
+    inf, and NaN where all classes are."""
     total = tl.zeros([ROWS, COLS, CELLS], tl.float32)
     z_label = tl.zeros([ROWS, COLS, CELLS], tl.float32)
     for k in range(0, terms.K):
         a, b, c, d = load_corners(ptr, at)
         z = interpolate(a, b, c, d, y, x)
         total += tl.exp2((z - bound) * terms.scaling.factor)
+        if LOW:
+            z = tl.where(is_masked(ptr, at, y, x), -float("inf"), z)
         z_label = tl.where(cls == k, z, z_label)
         ptr += terms.stride_k
+    if LOW:
+        total = tl.where((z_label == -float("inf")) & (bound < LOWEST), float("nan"), total)
     bits = tl.log2(total)
     nats = (bound - z_label) * terms.scaling.inv_temperature + bits * 0.6931471805599453
     return bound + bits * terms.scaling.inv_factor, nats
@@ -100,12 +119,9 @@ def plain_window(
 
     if gap * terms.scaling.factor > _SAFE_BITS:
         largest = largest_of(image.logits, at, terms.K, terms.stride_k, y, x, ROWS, COLS, CELLS)
-        lse, nats = _sum_and_label(image.logits, largest, cls, at, terms, y, x, ROWS, COLS, CELLS)
-        cost = cost_of_masked(image, terms, at, cls, (i, i, y), (j, j, x), mask, y, x, ROWS, COLS, CELLS)
-        nats += cost
-        lse = tl.where(cost == cost, lse, cost)
+        lse, nats = _sum_and_label(image.logits, largest, cls, at, terms, y, x, True, ROWS, COLS, CELLS)
     else:
-        lse, nats = _sum_and_label(image.logits, top[None, None, :], cls, at, terms, y, x, ROWS, COLS, CELLS)
+        lse, nats = _sum_and_label(image.logits, top[None, None, :], cls, at, terms, y, x, False, ROWS, COLS, CELLS)
     loss = flat(tl.where(cls >= 0, weight * nats, 0.0)) + poison
     loss_sum = tl.sum(tl.where(mine, loss, 0.0), 0)
     if image.loss is not None:

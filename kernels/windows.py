@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cells import interpolate, load_corners
+from .cells import interpolate, load_corners, raw_corners
 from .operands import Labels, Map, Weights
 
-_LOWEST = tl.constexpr(-1e20)  # logits below it cost a walk more over the classes
+LOWEST = tl.constexpr(-1e20)  # logits below it cost a walk more over the classes
 
 
 class Soft(NamedTuple):
@@ -96,7 +96,7 @@ def bounds_of(ptr, at, K, stride_k, CELLS: tl.constexpr):
         lowest = tl.minimum(lowest, smallest)
         ptr += stride_k
     gap = tl.max(top - low, 0)
-    if (K == 1) | (tl.min(lowest, 0) < _LOWEST):
+    if (K == 1) | (tl.min(lowest, 0) < LOWEST):
         gap += float("inf")
     return top, gap
 
@@ -110,6 +110,15 @@ def largest_of(ptr, at, K, stride_k, y, x, ROWS: tl.constexpr, COLS: tl.constexp
         largest = tl.maximum(largest, interpolate(a, b, c, d, y, x))
         ptr += stride_k
     return largest
+
+
+@triton.jit
+def is_masked(ptr, at, y, x):
+    """Where a class is -inf, which is read as the lowest float: where one of its nodes is, and counts."""
+    a, b, c, d = raw_corners(ptr, at)
+    a, b = (a == -float("inf")).to(tl.float32), (b == -float("inf")).to(tl.float32)
+    c, d = (c == -float("inf")).to(tl.float32), (d == -float("inf")).to(tl.float32)
+    return interpolate(a, b, c, d, y, x) > 0
 
 
 @triton.jit

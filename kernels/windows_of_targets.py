@@ -11,10 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cells import flat, in_cell, interpolate, load_corners, raw_corners, source, window_of
+from .cells import flat, in_cell, interpolate, load_corners, source, window_of
 from .operands import Weights
 from .pixels import classify, read_weights, softplus
-from .windows import add_to_nodes, largest_of
+from .windows import LOWEST, add_to_nodes, is_masked, largest_of
 
 _SAFE_BITS = tl.constexpr(64.0)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -78,9 +78,22 @@ def _binary(z, own, w, gamma):
 
 @triton.jit
 def _softmax_walk(
-    image, terms, bound, at, cls, rows, cols, mask, y, x, ROWS: tl.constexpr, COLS: tl.constexpr, CELLS: tl.constexpr
+    image,
+    terms,
+    bound,
+    is_low,
+    at,
+    cls,
+    rows,
+    cols,
+    mask,
+    y,
+    x,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    CELLS: tl.constexpr,
 ):
-    """-> sum of 2**((z - bound) factor), sum of q, sum of q (z - bound)."""
+    """-> sum of 2**((z - bound) factor), NaN where all classes are -inf; sum of q; sum of q (z - bound)."""
     target = terms.target
     total = tl.zeros([ROWS, COLS, CELLS], tl.float32)
     mass = tl.zeros([ROWS, COLS, CELLS], tl.float32)
@@ -93,44 +106,14 @@ def _softmax_walk(
         q = _class_weight(terms.weights, k) * (target.keep * t + target.share)
         total += tl.exp2(z * terms.scaling.factor)
         mass += q
-        dot += tl.where(q == 0, 0.0, q * z)
+        part = tl.where(q == 0, 0.0, q * z)
+        if is_low:
+            part = tl.where((q != 0) & is_masked(ptr, at, y, x), -float("inf"), part)
+        dot += part
         ptr += terms.stride_k
+    if is_low:
+        total = tl.where((dot == -float("inf")) & (bound < LOWEST), float("nan"), total)
     return total, mass, dot
-
-
-@triton.jit
-def _is_masked(ptr, at, y, x):
-    """Where the class is -inf: a node that counts is."""
-    a, b, c, d = raw_corners(ptr, at)
-    a, b = (a == -float("inf")).to(tl.float32), (b == -float("inf")).to(tl.float32)
-    c, d = (c == -float("inf")).to(tl.float32), (d == -float("inf")).to(tl.float32)
-    return interpolate(a, b, c, d, y, x) > 0
-
-
-@triton.jit
-def cost_of_masked(
-    image, terms, at, cls, rows, cols, mask, y, x, ROWS: tl.constexpr, COLS: tl.constexpr, CELLS: tl.constexpr
-):
-    """What a pixel's loss lacks where -inf was read as the lowest float: inf if its target has a class that is -inf, and for a softmax NaN
-    if all are. A walk of its own, for cells with very low logits."""
-    target = terms.target
-    cost = tl.zeros([ROWS, COLS, CELLS], tl.float32)
-    count = tl.zeros([ROWS, COLS, CELLS], tl.int32)
-    ptr = image.logits
-    for k in range(0, terms.K):
-        masked = _is_masked(ptr, at, y, x)
-        infinite = float("inf")
-        share = target.keep * _target(image, target, cls, k, rows, cols, mask, ROWS, COLS, CELLS) + target.share
-        if target.binary is not None:
-            infinite *= _class_weight(terms.weights, k)
-        elif target.plain is None:
-            share *= _class_weight(terms.weights, k)
-        cost = tl.where(masked & (share != 0), infinite, cost)
-        count += masked.to(tl.int32)
-        ptr += terms.stride_k
-    if target.binary is None:
-        cost = tl.where(count == terms.K, float("nan"), cost)
-    return cost
 
 
 @triton.jit
@@ -163,36 +146,34 @@ def target_window(
     counted = (cls >= 0).to(tl.float32)
     scale = tl.reshape(pixel_weight, [ROWS, COLS, CELLS]) * terms.gradient_scale
     value = tl.zeros([ROWS, COLS, CELLS], tl.float32)
+    is_low = gap * terms.scaling.factor > _SAFE_BITS
     if target.binary is not None:
         ptr = image.logits
         for k in range(0, terms.K):
             a, b, c, d = load_corners(ptr, at)
             z = interpolate(a, b, c, d, y, x) * terms.scaling.inv_temperature
             w = _class_weight(terms.weights, k)
+            q = target.keep * _target(image, target, wide, k, rows, cols, mask, ROWS, COLS, CELLS) + target.share
             if target.hard is not None:
                 loss, dz = _binary(z, wide == k, w, target.gamma)
             else:
-                t = _target(image, target, wide, k, rows, cols, mask, ROWS, COLS, CELLS)
-                q = target.keep * t + target.share
                 loss, dz = w * (softplus(z) - tl.where(q == 0, 0.0, q * z)), w * (tl.sigmoid(z) - q)
+            if is_low:
+                loss = tl.where((q != 0) & is_masked(ptr, at, y, x), float("inf") * w, loss)
             value += loss
             if image.dlogits is not None:
                 add_to_nodes(
                     image.dlogits, tl.where(wide >= 0, dz * scale, 0.0), k, y, column, columns, band, grid, CELLS
                 )
             ptr += terms.stride_k
-        if gap * terms.scaling.factor > _SAFE_BITS:
-            value += cost_of_masked(image, terms, at, wide, rows, cols, mask, y, x, ROWS, COLS, CELLS)
     else:
         bound = tl.zeros([ROWS, COLS, CELLS], tl.float32) + top[None, None, :]
-        if gap * terms.scaling.factor > _SAFE_BITS:
+        if is_low:
             bound = largest_of(image.logits, at, terms.K, terms.stride_k, y, x, ROWS, COLS, CELLS)
-        total, mass, dot = _softmax_walk(image, terms, bound, at, wide, rows, cols, mask, y, x, ROWS, COLS, CELLS)
+        total, mass, dot = _softmax_walk(
+            image, terms, bound, is_low, at, wide, rows, cols, mask, y, x, ROWS, COLS, CELLS
+        )
         value = mass * (tl.log2(total) * _LN2) - dot * terms.scaling.inv_temperature
-        if gap * terms.scaling.factor > _SAFE_BITS:
-            cost = cost_of_masked(image, terms, at, wide, rows, cols, mask, y, x, ROWS, COLS, CELLS)
-            value += cost
-            bound = tl.where(cost == cost, bound, cost)
         if target.labels is not None:
             counted = class_weight
         if image.dlogits is not None:
