@@ -322,5 +322,5 @@ def _raise_for_label(report: Tensor, labels: object, num_classes: int, ignore_in
     found, _, *pixel = report.tolist()
     if found:
         assert isinstance(labels, Tensor)
-        value = int(labels[tuple(pixel)])  # the report's is int64, which holds not every uint64
+        value = int(labels[tuple(pixel)].item())  # the report's is int64, which does not hold every uint64
         raise ValueError(bad_label_message(value, tuple(pixel), num_classes, ignore_index))

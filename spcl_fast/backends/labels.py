@@ -62,7 +62,7 @@ def check_range(
             nearest_index(*pair, labels.device) for pair in zip(given.shape[1:], labels.shape[1:], strict=True)
         )
         pixel = (b, int(rows[i]), int(columns[j]))
-        raise ValueError(bad_label_message(int(given[pixel]), pixel, num_classes, ignore_index))
+        raise ValueError(bad_label_message(int(given[pixel].item()), pixel, num_classes, ignore_index))
     return labelled, None
 
 

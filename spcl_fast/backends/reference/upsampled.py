@@ -158,7 +158,7 @@ def _pixels(
     if not _is_soft(problem, binary):
         assert goal.index is not None
         index = goal.index[where]
-        lse = strip.logsumexp(0)
+        lse = _logsumexp(strip)
         loss = lse - strip.gather(0, index[None])[0]
         if not needs_residual:
             return loss, None
@@ -178,8 +178,14 @@ def _target(strip: Tensor, problem: UpsampledLoss, goal: _Goal, where: tuple[int
     return smoothed(torch.zeros_like(strip).scatter_(0, goal.index[b, None, rows], 1.0), problem.label_smoothing)
 
 
-def _soft(strip: Tensor, target: Tensor, problem: UpsampledLoss) -> tuple[Tensor, Tensor]:
+def _logsumexp(strip: Tensor) -> Tensor:
+    """NaN where a logit is inf, as in F.cross_entropy."""
     lse = strip.logsumexp(0)
+    return lse.where(lse != torch.inf, torch.nan)
+
+
+def _soft(strip: Tensor, target: Tensor, problem: UpsampledLoss) -> tuple[Tensor, Tensor]:
+    lse = _logsumexp(strip)
     if problem.class_weight is not None:
         target = target * problem.class_weight.to(strip.dtype)[:, None, None]
     terms = torch.where(target == 0, 0, target * (lse - strip))
