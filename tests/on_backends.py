@@ -88,22 +88,11 @@ def on_each_dtype(op: str, *needs: str, among: tuple[str, ...] = ALL) -> list:
 
 
 @contextlib.contextmanager
-def as_on_a_gpu() -> Iterator[None]:
-    """Bad labels on the CPU reach Triton's kernels; else they are a ValueError before, as on every backend there: test_bad_labels.py."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends.module("triton"), "refuse_bad_labels", lambda *_: None, raising=False)
-        yield
-
-
-@contextlib.contextmanager
 def given_to(backend: str | None, tree) -> Iterator:
     """The tensors where the backend wants them; in the emulator each ends where its memory ends, so that reading beyond is an error."""
     if backend == "cuda" and home(backend).type == "cpu":
         with emulated.guarded() as copy:
             yield pytree.tree_map_only(Tensor, copy, tree)
-    elif backend == "triton":
-        with as_on_a_gpu():
-            yield pytree.tree_map_only(Tensor, lambda t: t.to(home(backend)), tree)
     else:
         yield pytree.tree_map_only(Tensor, lambda t: t.to(home(backend)), tree)
 

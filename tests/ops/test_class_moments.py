@@ -149,7 +149,7 @@ def test_a_bad_label_is_named_with_its_pixel(backend):
 
 
 @pytest.mark.parametrize("backend", usable(MOMENTS, among=ON_GPU))
-def test_a_bad_label_is_left_out_and_raises_the_flag(backend):
+def test_a_bad_label_is_left_out_and_raises_the_flag(backend, as_on_a_gpu):
     p = problem((2, 16, 7, 9))
     clean = p.labels.clone()
     clean[1, 3, 4], p.labels[1, 3, 4] = 255, 7
