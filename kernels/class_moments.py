@@ -215,7 +215,7 @@ def class_moments(problem, flag: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             moments = _unit_moments if kernel_of(problem) == "unit_moments" else _moments
             sums, counts, squares = moments(problem, weight, labels)
     counts = counts.to(torch.int64 if weight is None else torch.float32)
-    return sums, counts, squares if problem.squares else sums.new_empty(0)
+    return sums, counts, sums.new_empty(0) if squares is None or not problem.squares else squares
 
 
 def kernel_of(problem) -> str:

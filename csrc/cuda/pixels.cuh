@@ -86,4 +86,25 @@ template <typename T> __device__ __forceinline__ T warp_sum(T value) {
   return value;
 }
 
+// to(i) <- from(i) for i < count: 4-byte ones by cp.async, 2-byte ones (which it cannot) through registers, kBatch on
+// their way at once.
+template <class T, class To, class From>
+__device__ __forceinline__ void copy_each(int count, const To& to, const From& from) {
+  if constexpr (sizeof(T) == 4) {
+#pragma unroll 4
+    for (int i = 0; i < count; ++i) copy_async<4>(to(i), from(i));
+  } else {
+    constexpr int kBatch = 16;
+    int i = 0;
+    for (T batch[kBatch]; i + kBatch <= count; i += kBatch) {
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) batch[j] = __ldg(from(i + j));
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) *to(i + j) = batch[j];
+    }
+#pragma unroll 1
+    for (; i < count; ++i) *to(i) = __ldg(from(i));
+  }
+}
+
 }  // namespace spcl::gpu

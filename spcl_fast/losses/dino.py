@@ -49,9 +49,10 @@ class DINOLoss(nn.Module):
         if len({len(view) for view in (*student, *teacher)}) > 1:
             raise ValueError("DINOLoss: every view must have as many rows")
         targets = [self.targets(view, teacher_prototypes, teacher_temperature) for view in teacher]
+        potentials = [given.u for given in targets if given.u is not None]  # of all of them: each is the centre's own
         # all pairs in one call: the prototypes, which are most of the memory here, are read once and have one gradient
         together = targets[0]._replace(
-            features=torch.cat([targets[q].features for q, _ in pairs]), u=torch.cat([targets[q].u for q, _ in pairs])
+            features=torch.cat([targets[q].features for q, _ in pairs]), u=torch.cat([potentials[q] for q, _ in pairs])
         )
         loss = ops.prototype_contrastive_loss(
             torch.cat([student[v] for _, v in pairs]), together, student_prototypes, temperature=self.temperature, normalize=False,

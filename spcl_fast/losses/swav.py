@@ -61,6 +61,7 @@ class SwAVLoss(nn.Module):
     def _swapped(self, students: Sequence[Tensor], targets: ops.TeacherTargets, prototypes: Tensor) -> Tensor:
         """In one call: the prototypes are read once and have one gradient."""
         times = len(students)
+        assert targets.u is not None  # balance_ gave it
         repeated = targets._replace(features=targets.features.repeat(times, 1), u=targets.u.repeat(times))
         return ops.prototype_contrastive_loss(
             torch.cat(list(students)), repeated, prototypes, temperature=self.temperature, normalize=False, backend=self.backend

@@ -5,6 +5,7 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
+from problems import problem
 
 import spcl_fast as sf
 
@@ -17,12 +18,9 @@ if not kernels.INTERPRETED or kernels.interpreter_trouble():
     pytest.skip("counts what Triton's interpreter reads", allow_module_level=True)
 
 
-def problem(dim: int, num_classes: int, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(2, dim, 5, 7, generator=generator).to(dtype)
-    labels = torch.randint(0, num_classes, (2, 5, 7), generator=generator)
-    labels[torch.rand(labels.shape, generator=generator) < 0.2] = -1
-    return features, labels
+def features_and_labels(dim: int, num_classes: int, dtype=torch.float32):
+    drawn = problem((2, dim, 5, 7), num_classes, dtype=dtype)
+    return drawn.features, drawn.labels.where(drawn.labels != 255, -1)
 
 
 def bytes_read(monkeypatch, tensor: torch.Tensor, call) -> int:
@@ -46,7 +44,7 @@ def bytes_read(monkeypatch, tensor: torch.Tensor, call) -> int:
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("dim", [16, 40, 1000])
 def test_features_are_read_once_at_any_number_of_channels(monkeypatch, dim, normalize):
-    features, labels = problem(dim, 5)
+    features, labels = features_and_labels(dim, 5)
 
     def run():
         sf.class_moments(features, labels, 5, ignore_index=-1, normalize=normalize, squares=True, backend="triton")
@@ -62,7 +60,7 @@ def test_features_are_read_once_at_any_number_of_channels(monkeypatch, dim, norm
 def test_shared_out_classes_and_few_pixels_follow_the_formula(
     monkeypatch, dtype, weighted, dim, num_classes, ranges, pixels
 ):
-    features, labels = problem(dim, num_classes, dtype)
+    features, labels = features_and_labels(dim, num_classes, dtype)
     weight = torch.rand(labels.shape, generator=torch.Generator().manual_seed(1)) if weighted else None
     monkeypatch.setattr(moments, "unit_groups", lambda tiles, *_: (5, -(-tiles // 5), ranges))
     with launch.override({"kernel": "unit_moments", "launch": {"BLOCK_N": pixels}}):

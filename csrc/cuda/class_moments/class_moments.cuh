@@ -73,27 +73,6 @@ template <class T> struct MomentsBlock {
       }
   }
 
-  // to(i) <- from(i) for i < count: 4-byte ones by cp.async, 2-byte ones (which it cannot) through registers, kBatch on
-  // their way at once.
-  template <class To, class From>
-  __device__ __forceinline__ void copy(int count, const To& to, const From& from) const {
-    if constexpr (sizeof(T) == 4) {
-#pragma unroll 4
-      for (int i = 0; i < count; ++i) copy_async<4>(to(i), from(i));
-    } else {
-      constexpr int kBatch = 16;
-      int i = 0;
-      for (T batch[kBatch]; i + kBatch <= count; i += kBatch) {
-#pragma unroll
-        for (int j = 0; j < kBatch; ++j) batch[j] = __ldg(from(i + j));
-#pragma unroll
-        for (int j = 0; j < kBatch; ++j) *to(i + j) = batch[j];
-      }
-#pragma unroll 1
-      for (; i < count; ++i) *to(i) = __ldg(from(i));
-    }
-  }
-
   // Lanes along pixels; rows of any alignment, pixels of any stride.
   __device__ __forceinline__ void load_pixels(const TilePlace& t) const {
     const int lanes = min(tile_pixels(), 32), step = 32 / lanes, skip = lane / lanes;
@@ -101,8 +80,8 @@ template <class T> struct MomentsBlock {
       const T* data = pixel_data(t, p);
       for (int own = 0; own < kThreadChannels; ++own) {
         const int first = first_row(own) + skip, left = min(32 - skip, channels - first);
-        copy((left + step - 1) / step, [&](int i) { return row(first + i * step) + p; },
-             [&](int i) { return data + (first + i * step) * a.x.stride_d; });
+        copy_each<T>((left + step - 1) / step, [&](int i) { return row(first + i * step) + p; },
+                     [&](int i) { return data + (first + i * step) * a.x.stride_d; });
       }
     }
   }
@@ -113,7 +92,7 @@ template <class T> struct MomentsBlock {
     for (int own = 0; own < kThreadChannels; ++own) {
       const int d = first_row(own) + lane;
       if (d < channels)
-        copy(t.pixels, [&](int p) { return row(d) + p; }, [&](int p) { return data + p * a.x.stride_w + d; });
+        copy_each<T>(t.pixels, [&](int p) { return row(d) + p; }, [&](int p) { return data + p * a.x.stride_w + d; });
     }
   }
 
