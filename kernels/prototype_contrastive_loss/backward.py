@@ -104,8 +104,7 @@ def backward_tile_kernel(
         image_ptr, features, prototypes, saved, b, n, offs_n, mask_n, inv, 0, size, BLOCK_N, BLOCK_K, BLOCK_D, PRECISION
     )
     z = with_margin(z, cls, offs_k, prototypes)
-    weight = logit_weights(z, lse, offs_k, size.K, cls)
-    weight = weight.to(prototypes.ptr.dtype.element_ty)
+    weight = logit_weights(z, lse, offs_k, size.K, cls).to(prototypes.ptr.dtype.element_ty)
     c = tl.sum(weight.to(tl.float32) * linear, 1)
 
     offs_d = tl.arange(0, BLOCK_O)
