@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ class CAPIClustering(nn.Module):
 
     The student's loss is `capi_loss` against these targets. Defaults: target_temperature 0.06, prediction_temperature 0.12, 3 iterations.
     bias drops out of the balance, which its first step removes.
-    Memory: O(N (E + positions) + positions K); the [N, K] assignments, which the authors store, are never there.
+    Memory: O(N (E + positions) + positions K) and blocks of 8 MB; the [N, K] assignments, which the authors store, are never there.
     Source: `OnlineClustering` in model.py of facebookresearch/capi. Different: rows of length below 1e-7 are normalised to length 1.
     """
 
@@ -54,11 +55,17 @@ class CAPIClustering(nn.Module):
             raise ValueError(
                 f"CAPIClustering: x must be [positions, batch, {self.layer.in_features}], got shape {list(x.shape)}"
             )
+        weight, bias = self.layer.weight, self.layer.bias
+        if self.positionwise and not _is_distributed():
+            temperatures = self.target_temperature, self.prediction_temperature
+            loss, u, v = _PositionsLoss.apply(x, weight, bias, temperatures, self.iterations)
+            rows = F.normalize(x.detach(), dim=-1)
+            return _with_own_potentials(rows, weight.detach(), self.target_temperature, u, v), loss
         targets = self.targets(x)
-        return targets, capi_loss(
-            x.flatten(0, 1), targets, self.layer.weight, self.layer.bias, temperature=self.prediction_temperature,
-            backend=self.backend,
-        )  # fmt: skip
+        loss = capi_loss(
+            x.flatten(0, 1), targets, weight, bias, temperature=self.prediction_temperature, backend=self.backend
+        )
+        return targets, loss
 
     @torch.no_grad()
     def targets(self, x: Tensor) -> ops.TeacherTargets:
@@ -68,31 +75,13 @@ class CAPIClustering(nn.Module):
             flat = rows.flatten(0, 1)
             u, v = ops.balance_(flat, weight, **settings)
             return ops.TeacherTargets(flat, weight, self.target_temperature, u, v)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            found = [
-                ops.balance_(at_position, weight, **settings) for at_position in rows
-            ]  # over the images of all ranks
-            u, v = torch.cat([u for u, _ in found]), torch.stack([v for _, v in found])
-        else:
-            u, v = _balanced_at_positions(rows, weight, self.target_temperature, self.iterations)
+        if not _is_distributed():
+            found = [(u, v) for _, _, u, v in _balanced_blocks(rows, weight, self.target_temperature, self.iterations)]
+            u, v = torch.cat([u for u, _ in found]).flatten(), torch.cat([v for _, v in found])[:, 0]
+            return _with_own_potentials(rows, weight, self.target_temperature, u, v)
+        found = [ops.balance_(at_position, weight, **settings) for at_position in rows]  # over the images of all ranks
+        u, v = torch.cat([u for u, _ in found]), torch.stack([v for _, v in found])
         return _with_own_potentials(rows, weight, self.target_temperature, u, v)
-
-
-def _balanced_at_positions(rows: Tensor, weight: Tensor, temperature: float, iterations: int) -> tuple[Tensor, Tensor]:
-    """What balance_ does, for a few positions at a time: a position has so few images that one op each would mostly be overhead."""
-    positions, batch, _ = rows.shape
-    kind = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    several = max(1, _BLOCK // (batch * len(weight)))
-    us, vs = [], []
-    for first in range(0, positions, several):
-        scores = rows[first : first + several].to(kind) @ (weight.to(kind).t() / temperature)  # [several, batch, K]
-        u = scores.new_zeros(*scores.shape[:2], 1)
-        for _ in range(iterations):
-            v = math.log(batch / len(weight)) - (scores + u).logsumexp(1, keepdim=True)
-            u = -(scores + v).logsumexp(2, keepdim=True)
-        us.append(u.flatten())
-        vs.append(v[:, 0])
-    return torch.cat(us), torch.cat(vs)
 
 
 def capi_loss(
@@ -104,6 +93,68 @@ def capi_loss(
         features, targets, prototypes, temperature=temperature, bias=None if bias is None else bias / temperature,
         backend=backend,
     )  # fmt: skip
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _balanced_blocks(rows: Tensor, weight: Tensor, temperature: float, iterations: int) -> Iterator[tuple]:
+    """(positions, similarities [p, batch, K], u [p, batch, 1], v [p, 1, K]) of a few positions at a time: what balance_ does at each."""
+    positions, batch, _ = rows.shape
+    kind = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    several = max(1, _BLOCK // (batch * len(weight)))
+    for first in range(0, positions, several):
+        at = slice(first, min(first + several, positions))
+        similarities = rows[at].to(kind) @ weight.to(kind).t()
+        scores = similarities / temperature
+        u = scores.new_zeros(*scores.shape[:2], 1)
+        for _ in range(iterations):
+            v = math.log(batch / len(weight)) - (scores + u).logsumexp(1, keepdim=True)
+            u = -(scores + v).logsumexp(2, keepdim=True)
+        yield at, similarities, u, v
+
+
+class _PositionsLoss(torch.autograd.Function):
+    """(loss [], u [positions * batch], v [positions, K]): assignments and their loss from one product per position, with the gradient
+    for an incoming one of 1; so nothing of [N, K] is kept and nothing is computed twice."""
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, temperatures: tuple[float, float], iterations: int
+    ):
+        target, prediction = temperatures
+        norm = x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        rows = x / norm
+        kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+        dx = torch.zeros_like(x if ctx.needs_input_grad[0] else x[:0])
+        dweight, dbias = torch.zeros_like(weight, dtype=kind), weight.new_zeros(len(weight), dtype=kind)
+        total, found = dweight.new_zeros(()), []
+        for at, similarities, u, v in _balanced_blocks(rows, weight, target, iterations):
+            targets = (similarities / target + u + v).exp()
+            logits = (similarities if bias is None else similarities + bias) / prediction
+            log_p = logits.log_softmax(2)
+            total -= (targets * log_p).sum()
+            slope = (log_p.exp() * targets.sum(2, keepdim=True) - targets) / (prediction * x.shape[0] * x.shape[1])
+            own = rows[at].to(kind)
+            dweight += slope.flatten(0, 1).t() @ own.flatten(0, 1)
+            dbias += slope.sum((0, 1))
+            if ctx.needs_input_grad[0]:
+                drow = slope @ weight.to(kind)
+                dx[at] = ((drow - own * (drow * own).sum(2, keepdim=True)) / norm[at]).to(x.dtype)
+            found.append((u, v))
+        ctx.has_bias = bias is not None
+        ctx.save_for_backward(dx, dweight, dbias)
+        u, v = torch.cat([u for u, _ in found]).flatten(), torch.cat([v for _, v in found])[:, 0]
+        ctx.mark_non_differentiable(u, v)
+        return total / (x.shape[0] * x.shape[1]), u, v
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor, _, __):  # pyright: ignore[reportIncompatibleMethodOverride]
+        dx, dweight, dbias = ctx.saved_tensors
+        dx = dx * grad if ctx.needs_input_grad[0] else None
+        return dx, dweight * grad, dbias * grad if ctx.has_bias else None, None, None
 
 
 def _with_own_potentials(rows: Tensor, weight: Tensor, temperature: float, u: Tensor, v: Tensor) -> ops.TeacherTargets:
