@@ -83,6 +83,9 @@ LOSSES = (
     Loss("protoseg", "spcl_fast.losses.protoseg:objective", "several prototypes per class, assigned by Sinkhorn, arXiv 2203.15102"),
     Loss("gmmseg", "spcl_fast.losses.gmmseg:objective", "a mixture of Gaussians per class, fitted to the source, arXiv 2210.02025"),
     Loss("contrastiveseg", "spcl_fast.losses.contrastiveseg:objective", "InfoNCE against a memory of source pixels, arXiv 2101.11939"),
+    Loss("sepico_proto", "spcl_fast.losses.sepico:proto_objective", "SePiCo's ProtoCL: cumulative class means, arXiv 2204.08808"),
+    Loss("sepico_dist", "spcl_fast.losses.sepico:dist_objective", "SePiCo's DistCL: class means and variances"),
+    Loss("sepico_bank", "spcl_fast.losses.sepico:bank_objective", "SePiCo's BankCL: the last batch means of each class"),
 )  # fmt: skip
 
 NETS = (

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import ops
 from ..ops import checks
 from ..ops.pixels import Pixels, labels_of, map_of, pixels_of
+from .moving import ExactBuffers, is_distributed, is_in_place, move_buffers_, summed_over_ranks
 
 _ABSENT = ("keep", "decay")
 
 
-class PrototypeBank(nn.Module):
+class PrototypeBank(ExactBuffers):
     """Running mean feature of each class: prototype_k <- keep * prototype_k + (1 - keep) * (mean unit feature of class k in the batch).
 
     num_classes, dim  K and D of `.prototypes`, a [K, D] float32 buffer that starts at 0; fill it with `load_` or a first pass.
@@ -77,9 +78,9 @@ class PrototypeBank(nn.Module):
             )
         if predictions is not None:
             labels = self._agreement(pixels, labels, predictions)
-        if _distributed():
+        if is_distributed():
             return self.move_(*self.moments(pixels.features, labels))
-        moved = self.prototypes if _in_place() else self.prototypes.clone()
+        moved = self.prototypes if is_in_place() else self.prototypes.clone()
         ops.move_prototypes_(moved, pixels.features, labels, **self._average(), **self._settings())
         self.prototypes = moved
         return self
@@ -93,10 +94,9 @@ class PrototypeBank(nn.Module):
     @torch.no_grad()
     def move_(self, sums: Tensor, counts: Tensor) -> PrototypeBank:
         """Move the prototypes by a batch's sums and counts, which are added over all ranks first. No host sync."""
-        if _distributed():
-            sums, counts = _summed_over_ranks(sums, counts)
-        moved = ops.moved_prototypes(self.prototypes, sums, counts, **self._average())
-        self.prototypes = self.prototypes.copy_(moved) if _in_place() else moved
+        if is_distributed():
+            sums, counts = summed_over_ranks(sums, counts)
+        move_buffers_(self, prototypes=ops.moved_prototypes(self.prototypes, sums, counts, **self._average()))
         return self
 
     def load_(self, prototypes: Tensor) -> PrototypeBank:
@@ -125,32 +125,5 @@ class PrototypeBank(nn.Module):
             labels, map_of(pixels, predictions), num_classes=len(self.prototypes), ignore_index=self.ignore_index
         )
 
-    def _apply(self, fn, recurse: bool = True) -> PrototypeBank:
-        """Moved to where `fn` moves it, but float32 whatever the module around it becomes: steps of 1 - keep vanish in bfloat16."""
-        before = self.prototypes
-        super()._apply(fn, recurse)
-        if self.prototypes.dtype != torch.float32:
-            self.prototypes = before.to(self.prototypes.device)
-        return self
-
     def extra_repr(self) -> str:
         return f"num_classes={self.prototypes.shape[0]}, dim={self.prototypes.shape[1]}, keep={self.keep}, absent={self.absent!r}"
-
-
-def _in_place() -> bool:
-    """An exported program and a captured CUDA graph know the buffer by its address. Elsewhere a move makes a new tensor: graphs that were
-    recorded before it keep theirs (torch.compile saves a buffer that it moves in place as it is afterwards, so there, too)."""
-    if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _summed_over_ranks(sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """One all-reduce of sums and counts packed together; float64 holds counts to 2**53 exactly."""
-    packed = torch.cat([sums.double(), counts.double()[:, None]], 1)
-    torch.distributed.all_reduce(packed)
-    return packed[:, :-1].float(), packed[:, -1].long()

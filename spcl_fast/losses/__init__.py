@@ -8,6 +8,7 @@ from .info_nce import masked_info_nce, prototype_info_nce
 from .modules import PrototypeContrastiveLoss, UpsampledCrossEntropyLoss
 from .panet import masked_mean, panet_alignment_loss, panet_logits, panet_loss, panet_prototypes
 from .protoseg import ProtoSegLoss, pixel_prototype_contrast, pixel_prototype_distance, prototype_class_logits
+from .sepico import bank_cl, dist_cl, proto_cl, proto_reg
 from .swav import SwAVLoss
 from .text import TextHead
 
@@ -23,6 +24,8 @@ __all__ = [
     "TextHead",
     "UpsampledCrossEntropyLoss",
     "capi_loss",
+    "bank_cl",
+    "dist_cl",
     "gmm_class_logits",
     "gmm_component_contrast",
     "gmm_loss",
@@ -34,6 +37,8 @@ __all__ = [
     "panet_prototypes",
     "pixel_prototype_contrast",
     "pixel_prototype_distance",
+    "proto_cl",
+    "proto_reg",
     "prototype_class_logits",
     "prototype_info_nce",
 ]

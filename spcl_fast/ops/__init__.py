@@ -3,6 +3,7 @@
 from .balance import balance_
 from .class_moments import ClassMoments, class_moments
 from .labels import agreement_labels, check_labels, labels_on
+from .majority import majority_labels
 from .move_prototypes import move_prototypes_, moved_prototypes
 from .prototype_contrastive_loss import prototype_contrastive_loss
 from .prototype_logits import prototype_logits
@@ -20,6 +21,7 @@ __all__ = [
     "check_labels",
     "class_moments",
     "labels_on",
+    "majority_labels",
     "move_prototypes_",
     "moved_prototypes",
     "prototype_contrastive_loss",
