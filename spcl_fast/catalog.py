@@ -86,6 +86,8 @@ LOSSES = (
     Loss("sepico_proto", "spcl_fast.losses.sepico:proto_objective", "SePiCo's ProtoCL: cumulative class means, arXiv 2204.08808"),
     Loss("sepico_dist", "spcl_fast.losses.sepico:dist_objective", "SePiCo's DistCL: class means and variances"),
     Loss("sepico_bank", "spcl_fast.losses.sepico:bank_objective", "SePiCo's BankCL: the last batch means of each class"),
+    Loss("sdca", "spcl_fast.losses.sdca:sdca_objective", "statistics of the raw features, made unit length, arXiv 2105.05013"),
+    Loss("proca", "spcl_fast.losses.sdca:proca_objective", "cumulative class means of the raw features, arXiv 2207.06654"),
 )  # fmt: skip
 
 NETS = (

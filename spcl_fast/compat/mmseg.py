@@ -155,7 +155,9 @@ class CrossEntropyLoss(nn.Module):
         self.use_sigmoid, self.use_mask, self.reduction = use_sigmoid, use_mask, reduction
         self.loss_weight, self.class_weight = loss_weight, get_class_weight(class_weight)
         self.avg_non_ignore, self.align_corners, self._loss_name = avg_non_ignore, align_corners, loss_name
-        self.cls_criterion = binary_cross_entropy if use_sigmoid else mask_cross_entropy if use_mask else cross_entropy
+        self.cls_criterion: Any = (
+            binary_cross_entropy if use_sigmoid else mask_cross_entropy if use_mask else cross_entropy
+        )
         if not avg_non_ignore and reduction == "mean":
             warnings.warn(
                 "avg_non_ignore=False, mmsegmentation's default: the mean divides by all pixels, ignored ones too; "

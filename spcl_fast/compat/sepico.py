@@ -87,7 +87,7 @@ def proto_reg(
 
 
 def proto_contrastive(
-    feat: Tensor | list, mask: Tensor, mean: Any = None, index: int = -1, contrast_temp: float = 100.0, use_avg_pool: bool = True,
+    feat: Any, mask: Tensor, mean: Any = None, index: int = -1, contrast_temp: float = 100.0, use_avg_pool: bool = True,
     scale_min_ratio: float = 0.75, num_classes: int = 19, weight: Tensor | None = None, class_weight: Tensor | None = None,
     reduction: str = "mean", avg_factor: float | None = None, reg_weight: float = 0, ignore_index: int = 255, **kwargs,
 ) -> Tensor:  # fmt: skip
@@ -108,7 +108,7 @@ def proto_contrastive(
 
 
 def dist_contrastive(
-    feat: Tensor | list, mask: Tensor, mean: Any = None, covariance: Any = None, ratio: float = 1.0, index: int = -1,
+    feat: Any, mask: Tensor, mean: Any = None, covariance: Any = None, ratio: float = 1.0, index: int = -1,
     contrast_temp: float = 100.0, use_avg_pool: bool = True, scale_min_ratio: float = 0.75, num_classes: int = 19,
     weight: Tensor | None = None, class_weight: Tensor | None = None, reduction: str = "mean", avg_factor: float | None = None,
     reg_weight: float = 0, ignore_index: int = 255, **kwargs,
@@ -127,7 +127,7 @@ def dist_contrastive(
 
 
 def bank_contrastive(
-    feat: Tensor | list, mask: Tensor, bank: Any = None, mean: Any = None, index: int = -1, contrast_temp: float = 100.0,
+    feat: Any, mask: Tensor, bank: Any = None, mean: Any = None, index: int = -1, contrast_temp: float = 100.0,
     use_avg_pool: bool = True, scale_min_ratio: float = 0.75, num_classes: int = 19, weight: Tensor | None = None,
     reduction: str = "mean", avg_factor: float | None = None, reg_weight: float = 0, ignore_index: int = 255, **kwargs,
 ) -> Tensor:  # fmt: skip
@@ -215,7 +215,7 @@ class ContrastiveLoss(nn.Module):
         self.class_weight = get_class_weight(class_weight)
         self.contrast_criterion = dist_contrastive if use_dist else bank_contrastive if use_bank else proto_contrastive
 
-    def forward(self, feat, mask, weight=None, avg_factor=None, reduction_override=None, **kwargs) -> Tensor:
+    def forward(self, feat, mask, weight=None, avg_factor=None, reduction_override=None, **kwargs) -> Any:
         if reduction_override not in _OVERRIDES:
             raise ValueError(
                 f"ContrastiveLoss: reduction_override must be one of {_OVERRIDES}, got {reduction_override!r}"
@@ -236,7 +236,7 @@ class ContrastiveLoss(nn.Module):
             scale * self.contrast_criterion(feat, mask, index=index, **given)
             for index, scale in enumerate(self.loss_weight[: len(feat)])
         ]
-        return sum(losses[1:], losses[0])
+        return torch.stack(losses).sum(0)
 
 
 class MemoryBank(Sequence):

@@ -147,7 +147,7 @@ class AdaptConfig(TrainConfig):
     keep: float = setting(0.1, "share of the old prototype in each update", least=0, most=1)
     absent: Literal["keep", "decay"] = setting("keep", "the prototype of a class that the batch lacks")
     min_pixels: int = setting(1, "fewer pixels of a class in the batch leave its prototype as it is", least=1)
-    variance_ratio: float = setting(1.0, "of the class variances in sepico_dist and sdca", least=0)
+    variance_ratio: float = setting(1.0, "of the class variances in sepico_dist", least=0)
     bank_length: int = setting(100, "batch means that sepico_bank keeps per class", least=1)
     contrast_regularizer: float = setting(0.0, "weight of SePiCo's regulariser of the mean feature", least=0)
     target_augment: AugmentConfig = field(default_factory=AugmentConfig)

@@ -20,9 +20,11 @@ def balance_(
     *,
     temperature: float,
     iterations: int = 3,
+    class_share: Tensor | None = None,  # [K]
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # u [N], v [K], float32
-    """Potentials of the assignment  t_nk = exp(<f_n, prototype_k> / temperature + u_n + v_k)  whose rows sum to 1 and columns to N/K.
+    """Potentials of the assignment  t_nk = exp(<f_n, prototype_k> / temperature + u_n + v_k)  whose rows sum to 1 and columns to N/K,
+    or to N class_share_k where `class_share`, which sums to 1, is given (a class with a share of 0 gets nothing).
 
     Each iteration balances the columns, then the rows, so the rows are exact and the columns nearly so; 3 iterations are those of SwAV and
     DINOv2. With torch.distributed initialised the columns are those of all ranks (one all-gather of K floats an iteration), and N is the
@@ -42,6 +44,10 @@ def balance_(
     )
     u = features.new_zeros(len(features), dtype=_wide(features))
     share = _log_share(len(features), len(prototypes), u)
+    if class_share is not None:
+        checks.check_constant(_OP, "class_share", class_share, ((len(prototypes),),), "one share per prototype")
+        checks.check_device(_OP, features, "features", class_share=class_share)
+        share = share + (class_share.to(share.dtype) * len(prototypes)).log()
     for _ in range(iterations):
         v = share - _over_ranks(_columns(features, prototypes, u, float(temperature), line))
         u = -_rows(features, prototypes, v, float(temperature), line)
