@@ -166,7 +166,14 @@ class CrossEntropyLoss(nn.Module):
             )
 
     def forward(
-        self, cls_score, label, weight=None, avg_factor=None, reduction_override=None, ignore_index=-100, **kwargs
+        self,
+        cls_score,
+        label,
+        weight: Any = None,
+        avg_factor=None,
+        reduction_override=None,
+        ignore_index=-100,
+        **kwargs,
     ):
         if reduction_override not in _OVERRIDES:
             raise ValueError(

@@ -4,7 +4,7 @@
 
 forward(embeddings [N, D], labels [N], indices_tuple=None, ref_emb=None, ref_labels=None) -> []. Each has its default distance and reducer
 (the mean); miners' indices, other distances, reducers and regularisers are refused: use the library for them. `W` and `proxies` are its
-parameters, so its state_dicts load. Different: no [N, classes] logits are kept; half embeddings give float32 losses; nothing waits for a GPU.
+parameters, so its state_dicts load. Different: no [N, classes] logits are kept; half embeddings give float32 losses.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..losses.pair_info_nce import pair_info_nce
+from ..losses.pairs import pair_info_nce
 
 
 class _Loss(nn.Module):

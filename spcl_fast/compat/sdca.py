@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..estimators import ProtoEstimator
-from ..losses.sdca import proca, sdca
+from ..losses.sdca import proca_loss, sdca_loss
 from ..ops import class_moments
 
 
@@ -32,7 +32,7 @@ class PixelContrastiveLoss(nn.Module):
         self.cfg = cfg
 
     def forward(self, Mean: Tensor, CoVariance: Tensor, feat: Tensor, labels: Tensor) -> Tensor:
-        return sdca(
+        return sdca_loss(
             feat, labels, _constant("Mean", Mean), _constant("CoVariance", CoVariance), temperature=self.cfg.SOLVER.TAU,
             ignore_index=self.cfg.INPUT.IGNORE_LABEL,
         )  # fmt: skip
@@ -46,7 +46,7 @@ class PrototypeContrastiveLoss(nn.Module):
         self.cfg = cfg
 
     def forward(self, Proto: Tensor, feat: Tensor, labels: Tensor) -> Tensor:
-        return proca(
+        return proca_loss(
             feat, labels, _constant("Proto", Proto), temperature=self.cfg.MODEL.CONTRAST.TAU, ignore_index=self.cfg.INPUT.IGNORE_LABEL
         )  # fmt: skip
 

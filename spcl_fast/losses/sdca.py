@@ -11,7 +11,7 @@ from ..estimators import ProtoEstimator
 from ..ops import prototype_contrastive_loss
 
 
-def sdca(
+def sdca_loss(
     features: Tensor,  # [B, D, h, w] or [N, D]
     labels: Tensor,  # [B, H, W] or [N], integer
     mean: Tensor,  # [K, D], a constant
@@ -36,7 +36,7 @@ def sdca(
     )  # fmt: skip
 
 
-def proca(
+def proca_loss(
     features: Tensor,  # [B, D, h, w] or [N, D]
     labels: Tensor,  # [B, H, W] or [N], integer
     prototypes: Tensor,  # [K, D], a constant
@@ -45,7 +45,7 @@ def proca(
     ignore_index: int = 255,
     reduction: str = "mean",
     backend: str | None = None,
-) -> Tensor:  # as sdca
+) -> Tensor:  # as sdca_loss
     """Prototype contrast:  loss = -log softmax(z)_y,   z_k = cos(x, prototype_k) / temperature.
 
     `prototype_contrastive_loss` with prototypes of unit length; raises and allocates as that. Source: ProCA, arXiv 2207.06654.
@@ -67,7 +67,7 @@ class ProCA(ProtoEstimator):
         self.temperature = temperature
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        return proca(
+        return proca_loss(
             features, labels, self.prototypes, temperature=self.temperature, ignore_index=self.ignore_index, backend=self.backend
         )  # fmt: skip
 
@@ -76,7 +76,7 @@ class SDCA(ProCA):
     """Cumulative means and variances of the raw features, and SDCA's loss against them."""
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        return sdca(
+        return sdca_loss(
             features, labels, self.prototypes, self.variances, temperature=self.temperature, ignore_index=self.ignore_index,
             backend=self.backend,
         )  # fmt: skip

@@ -31,7 +31,7 @@ def test_sdca_has_mean_and_variance_of_unit_length(temperature):
         return F.cross_entropy(z, y) + v.gather(1, y[:, None]).mean()
 
     assert_equals(
-        lambda features: methods.sdca(features, LABELS, MEAN, VARIANCE, temperature=temperature),
+        lambda features: methods.sdca_loss(features, LABELS, MEAN, VARIANCE, temperature=temperature),
         plain,
         features=FEATURES,
     )
@@ -44,7 +44,7 @@ def test_proca_is_the_cosine_softmax(temperature):
         return F.cross_entropy(x @ F.normalize(MEAN, dim=1).to(x.dtype).t() / temperature, y)
 
     assert_equals(
-        lambda features: methods.proca(features, LABELS, MEAN, temperature=temperature), plain, features=FEATURES
+        lambda features: methods.proca_loss(features, LABELS, MEAN, temperature=temperature), plain, features=FEATURES
     )
 
 
@@ -55,5 +55,5 @@ def test_the_objectives_statistics_are_those_of_raw_features():
     torch.testing.assert_close(
         objective.variances, torch.stack([r.var(0, unbiased=False) for r in x]), rtol=1e-4, atol=1e-5
     )
-    expected = methods.sdca(FEATURES, LABELS, objective.prototypes, objective.variances, temperature=0.5)
+    expected = methods.sdca_loss(FEATURES, LABELS, objective.prototypes, objective.variances, temperature=0.5)
     assert torch.equal(objective(FEATURES, LABELS), expected)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transcription import TEMPERATURES, assert_equals
 
-from spcl_fast.losses import pair_info_nce as module
-from spcl_fast.losses.pair_info_nce import pair_info_nce
+from spcl_fast.losses import pairs as module
+from spcl_fast.losses.pairs import pair_info_nce
 
 N, R, D = 17, 23, 6
 ANCHORS, ROWS = (torch.randn(n, D, generator=torch.Generator().manual_seed(n)) for n in (N, R))
