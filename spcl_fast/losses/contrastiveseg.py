@@ -18,7 +18,7 @@ class ContrastiveSegObjective(nn.Module):
     """masked_info_nce of up to `anchors` pixels per class and domain against a memory of source pixels.
 
     Anchors and what enters the memory are evenly spaced in the order of pixels; nothing is drawn. The memory starts empty: as long as no
-    class of the batch is in it, the loss is 0. Memory: 4 K size D bytes.
+    class of the batch is in it, the loss is 0. A batch in parts enters part by part, each with pixels of its own. Memory: 4 K size D bytes.
     """
 
     def __init__(self, memory: ClassMemory, temperature: float, *, anchors: int = 50) -> None:

@@ -14,7 +14,7 @@ from spcl_fast.config import AdaptConfig
 K, D, B, H, W = 4, 8, 2, 6, 10
 SETTINGS = dataclasses.replace(AdaptConfig(), contrast_temperature=0.5)
 NAMES = catalog.names(catalog.LOSSES)
-PART_BY_PART = {"protoseg", "gmmseg"}  # a part is a step of its own, as their docstrings say
+PART_BY_PART = {"protoseg", "gmmseg", "contrastiveseg"}  # a part is a step of its own, as their docstrings say
 
 
 def made(name: str, settings: AdaptConfig = SETTINGS):
