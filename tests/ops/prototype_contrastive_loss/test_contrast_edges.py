@@ -212,10 +212,13 @@ def test_a_bad_probability_makes_the_loss_nan_and_raises_the_flag(backend, num_c
 
 
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("masked", [[2], list(range(33))], ids=["one", "a first block"])
 @pytest.mark.parametrize(
-    ("backend", "num_classes"),
-    [row for row in FEW_OR_MANY if row[0] in usable(CONTRAST, "bias", "sigmoid", "dbias", among=ALL)],
+    ("backend", "num_classes", "masked"),
+    [
+        (name, classes, masked)
+        for name in usable(CONTRAST, "bias", "sigmoid", "dbias", "dtemperature", among=ALL)
+        for classes, masked in ((5, 1), (40, 1), (40, 33), *([(330, 1)] if name != "triton" else []))
+    ],
 )
 def test_a_class_with_a_bias_of_minus_infinity_is_as_if_it_were_not_there(backend, num_classes, masked, loss):
     p, masked = problem((2, 20, 3, 5), num_classes), [2] if masked == 1 else list(range(masked))  # or a first block
