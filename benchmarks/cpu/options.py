@@ -1,19 +1,23 @@
-"""Every option of the losses next to what a user would write: `python -m benchmarks.cpu.options [--only bias,pool] [--save]`.
+"""Every option of the losses next to what a user would write: `python -m benchmarks.cpu.options [--only bias,margin] [--shape A] [--save]`.
 
 For each option and shape, forward and backward on the CPU in float32: ours, the users' rows formula, and the channel-first formula under
 torch.compile, in turn in one process, after each was checked against the formula in float64. Floor: 3 S of traffic (S: bytes of the
-features), as for the plain loss. Peaks are the resident set above what was resident before, each in a process of its own.
+features), as for the plain loss. Peaks are the resident set above what was resident before, the gradient included, each in a process of
+its own; `--peaks` measures them alone. `--save` replaces what was measured and keeps every other row. Under SPCL_FAST_CPU_CAPABILITY the
+rows go to a list of that instruction set's.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -23,14 +27,30 @@ from torch import Tensor
 import spcl_fast as sf
 from benchmarks import RESULTS, shapes
 from benchmarks.cpu.figures import THREADS
+from benchmarks.cpu.large_options import LARGE, TIES
 from benchmarks.machine import describe_cpu
-from benchmarks.problems import IGNORE, contrast_problem, upsampling_problem
+from benchmarks.problems import IGNORE, contrast_problem
 from spcl_fast.train import memory
 
 SAVED = RESULTS / "cpu_options.json"
 CONTRAST_SHAPES = ("A", "B'", "E'")
 _TEMPERATURE, _COMPONENTS = 0.1, 3  # prototypes per class where they are pooled
 ROUNDS, SLOW_ROUNDS = 11, 3
+
+
+class Chosen(NamedTuple):
+    """What of it all is measured."""
+
+    options: str  # comma-separated; "": all
+    shapes: str
+    times: bool
+    peaks: bool
+
+    def option(self, name: str) -> bool:
+        return not self.options or name in self.options.split(",")
+
+    def shape(self, name: str) -> bool:
+        return not self.shapes or name in self.shapes.split(",")
 
 
 class Case(NamedTuple):
@@ -157,7 +177,7 @@ def channel_first_formula(features: Tensor, case: Case) -> Tensor:
 
 
 def _gradient(function: Callable[[Tensor, Case], Tensor], features: Tensor, case: Case) -> tuple[Tensor, Tensor]:
-    leaf = features.detach().requires_grad_()
+    leaf = features if features.requires_grad else features.detach().requires_grad_()
     loss = function(leaf, case)
     return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
@@ -190,117 +210,52 @@ def in_turn(calls: dict[str, Callable[[], object]]) -> dict[str, dict[str, float
     }
 
 
-def contrast_rows(only: set[str]) -> list[dict]:
-    rows = []
-    for name in CONTRAST_SHAPES:
-        *shape, num_classes = shapes.CONTRAST[name]
-        features, found = cases(tuple(shape), num_classes)
+def contrast_rows(chosen: Chosen) -> Iterator[dict]:
+    for name in filter(chosen.shape, CONTRAST_SHAPES):
+        features, found = problem_of(name)
         for option, case in found.items():
-            if only and option not in only:
+            if not chosen.option(option):
                 continue
-            torch._dynamo.reset()
-            compiled = torch.compile(channel_first_formula, dynamic=False)
-            functions = {"ours": ours, "users' formula": rows_formula, "compiled": compiled}
-            for function in functions.values():
-                refuse_a_wrong_answer(function, features, case)
-            leaf = features.detach().requires_grad_()
-            calls = {
-                peer: (lambda f=function, c=case, x=leaf: torch.autograd.grad(f(x, c), x))
-                for peer, function in functions.items()
-            }
-            rows.append(_row("prototype_contrastive_loss", option, name, in_turn(calls)))
-    return rows
+            more = {"peak_bytes": _peaks(option, name)} if chosen.peaks else {}
+            if chosen.times:
+                more["times"] = _times(features, case)
+            yield _row("prototype_contrastive_loss", option, name, **more)
 
 
-def _row(op: str, option: str, shape: str, times: dict, **more: Any) -> dict:
-    mine = times["ours"]["median_ms"]
-    faster = {peer: round(took["median_ms"] / mine, 2) for peer, took in times.items() if peer != "ours"}
-    row = {"op": op, "option": option, "shape": shape, "times": times, "times_faster_than": faster, **more}
-    print(f"{op} {option} {shape}: {mine:.2f} ms, faster than {faster} {more or ''}", flush=True)
-    return row
+def problem_of(name: str) -> tuple[Tensor, dict[str, Case]]:
+    *shape, num_classes = shapes.CONTRAST[name]
+    return cases(tuple(shape), num_classes)
 
 
-# ---- the large ones: time and peak -----------------------------------------------------------------------------------
+def _times(features: Tensor, case: Case) -> dict:
+    torch._dynamo.reset()
+    compiled = torch.compile(channel_first_formula, dynamic=False)
+    functions = {"ours": ours, "users' formula": rows_formula, "compiled": compiled}
+    for function in functions.values():
+        refuse_a_wrong_answer(function, features, case)
+    leaf = features.detach().requires_grad_()
+    return in_turn({peer: functools.partial(_gradient, function, leaf, case) for peer, function in functions.items()})
 
 
-def _teacher() -> tuple[Callable[[], object], Callable[[], object]]:
-    """A DINO head: N 5000 rows, D 256, K 65536; eager holds two [N, K] tensors of 1.3 GB."""
-    count, dim, heads, tau = 5000, 256, 65536, 0.05
-    generator = torch.Generator().manual_seed(0)
-    student = F.normalize(torch.randn(count, dim, generator=generator), dim=1).requires_grad_()
-    teacher = F.normalize(torch.randn(count, dim, generator=generator), dim=1)
-    prototypes = F.normalize(torch.randn(heads, dim, generator=generator), dim=1)
-    u, v = sf.balance_(teacher, prototypes, temperature=tau, iterations=1)
-
-    def mine():
-        targets = sf.TeacherTargets(teacher, prototypes, tau, u, v)
-        loss = sf.prototype_contrastive_loss(
-            student, targets, prototypes, temperature=0.1, normalize=False, backend="cpu"
-        )
-        return torch.autograd.grad(loss, student)
-
-    def eager():
-        with torch.no_grad():
-            targets = torch.exp(teacher @ prototypes.T / tau + u[:, None] + v)
-        return torch.autograd.grad(F.cross_entropy(student @ prototypes.T / 0.1, targets), student)
-
-    return mine, eager
+def _row(op: str, option: str, shape: str, times: dict | None = None, **more: Any) -> dict:
+    if times is not None:
+        mine = times["ours"]["median_ms"]
+        faster = {peer: round(took["median_ms"] / mine, 2) for peer, took in times.items() if peer != "ours"}
+        more = {"times": times, "times_faster_than": faster, **more}
+    print(op, option, shape, more, flush=True)
+    return {"op": op, "option": option, "shape": shape, **more}
 
 
-def _confusion() -> tuple[Callable[[], object], Callable[[], object]]:
-    """Evaluation at 2048x1024, 19 classes: interpolate, argmax, bincount."""
-    logits, labels = upsampling_problem((1, 19, 128, 256), (1024, 2048))
-
-    def mine():
-        return sf.upsampled_confusion(logits, labels, backend="cpu")
-
-    def eager():
-        predicted = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=True).argmax(1)
-        known = labels != IGNORE
-        return torch.bincount(labels[known].long() * 19 + predicted[known], minlength=361).view(19, 19)
-
-    return mine, eager
+# ---- peaks, and the large ones ------------------------------------------------------------------------------------------
 
 
-def _gmmseg() -> tuple[Callable[[], object], Callable[[], object]]:
-    """GMMSeg on a crop of ADE20K: 150 classes x 5 components, D 64; its own code broadcasts [N, K M, D]."""
-    classes, components, dim, side = 150, 5, 64, 64
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(1, dim, side, side, generator=generator).requires_grad_()
-    labels = torch.randint(0, classes, (1, side, side), generator=generator)
-    mean = torch.randn(classes * components, dim, generator=generator)
-    var = 0.5 + torch.rand(mean.shape, generator=generator)
-    of_class = torch.arange(classes).repeat_interleave(components)
-    bias = -0.5 * (mean.square() / var + var.log()).sum(1)
-
-    def mine():
-        loss = sf.prototype_contrastive_loss(
-            features, labels, mean / var, variances=-1 / var, bias=bias, temperature=1.0, normalize=False,
-            prototype_class=of_class, pool="max", backend="cpu",
-        )  # fmt: skip
-        return torch.autograd.grad(loss, features)
-
-    def eager():
-        x = features.flatten(2)[0].T
-        density = -0.5 * ((x[:, None] - mean).square() / var + var.log()).sum(2)
-        return torch.autograd.grad(
-            F.cross_entropy(density.unflatten(1, (classes, -1)).amax(2), labels.flatten()), features
-        )
-
-    return mine, eager
+def _peaks(option: str, shape: str) -> dict[str, int]:
+    return {which: peak_of(option, shape, which) for which in ("ours", "eager")}
 
 
-TIES = 4  # pixels of a cell of the confusion matrix whose two best logits differ by rounding (1 measured, of 4155 at least)
-LARGE = {
-    "teacher targets": ("prototype_contrastive_loss", "N 5000, D 256, K 65536", _teacher),
-    "evaluation": ("upsampled_confusion", "K 19, 128x256 to 1024x2048", _confusion),
-    "GMMSeg": ("prototype_contrastive_loss", "750 rows, D 64, 64x64", _gmmseg),
-}
-
-
-def peak_of(option: str, which: str) -> int:
+def peak_of(option: str, shape: str, which: str) -> int:
     """Bytes above what was resident before, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.cpu.options", "--peak", option, which]
+    command = [sys.executable, "-m", "benchmarks.cpu.options", "--peak", option, shape, which]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
@@ -313,9 +268,17 @@ def _first_calls() -> None:
     F.cross_entropy(F.interpolate(x, (2, 2), mode="bilinear"), labels.long()).backward()
 
 
-def _print_peak(option: str, which: str) -> None:
-    mine, eager = LARGE[option][2]()
-    call = mine if which == "ours" else eager
+def _call(option: str, shape: str, which: str) -> Callable[[], object]:
+    if option in LARGE:
+        return LARGE[option][2]()[which == "eager"]
+    features, found = problem_of(shape)
+    return functools.partial(
+        _gradient, ours if which == "ours" else rows_formula, features.requires_grad_(), found[option]
+    )
+
+
+def _print_peak(option: str, shape: str, which: str) -> None:
+    call = _call(option, shape, which)
     _first_calls()
     memory.reset_peak()  # gives freed memory back first: what is resident now stays
     before = memory.resident_bytes()
@@ -324,45 +287,61 @@ def _print_peak(option: str, which: str) -> None:
     del kept
 
 
-def large_rows(only: set[str]) -> list[dict]:
-    rows = []
+def large_rows(chosen: Chosen) -> Iterator[dict]:
     for option, (op, words, make) in LARGE.items():
-        if only and option not in only:
+        if not chosen.option(option) or not chosen.shape(words):
             continue
-        mine, eager = make()
-        for a, b in zip(_tensors(mine()), _tensors(eager()), strict=True):
-            torch.testing.assert_close(
-                a,
-                b,
-                rtol=1e-3 if b.is_floating_point() else 0,
-                atol=2e-2 * b.abs().max().item() if b.is_floating_point() else TIES,
-            )
-        times = in_turn({"ours": mine, "users' formula": eager})
-        peaks = {which: peak_of(option, which) for which in ("ours", "eager")}
-        rows.append(_row(op, option, words, times, peak_bytes=peaks))
-    return rows
+        more: dict[str, Any] = {"peak_bytes": _peaks(option, words)} if chosen.peaks else {}
+        if chosen.times:
+            mine, eager = make()
+            for a, b in zip(_tensors(mine()), _tensors(eager()), strict=True):
+                torch.testing.assert_close(
+                    a,
+                    b,
+                    rtol=1e-3 if b.is_floating_point() else 0,
+                    atol=2e-2 * b.abs().max().item() if b.is_floating_point() else TIES,
+                )
+            more["times"] = in_turn({"ours": mine, "users' formula": eager})
+        yield _row(op, option, words, **more)
 
 
 def _tensors(found: object) -> tuple[Tensor, ...]:
     return (found,) if isinstance(found, Tensor) else tuple(found)  # type: ignore[arg-type]
 
 
+def save(rows: list[dict], times: bool) -> None:
+    """Joins the file's rows; those of an instruction set that was asked for are a list of their own."""
+    result = json.loads(SAVED.read_text(encoding="utf-8")) if SAVED.exists() else {}
+    level = os.environ.get("SPCL_FAST_CPU_CAPABILITY")
+    part = result.setdefault("instructions", {}).setdefault(level, {}) if level else result
+    if times or "machine" not in part:
+        part["machine"] = describe_cpu(THREADS)
+    found = {(row["op"], row["option"], row["shape"]): row for row in part.get("rows", [])}
+    for row in rows:
+        key = row["op"], row["option"], row["shape"]
+        found[key] = found.get(key, {}) | row
+    part["rows"] = [found[key] for key in sorted(found, key=lambda key: (key[1] in LARGE, key[1:]))]
+    SAVED.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="options, comma-separated")
+    parser.add_argument("--shape", default="", help="shapes, comma-separated")
     parser.add_argument("--save", action="store_true", help=f"write {SAVED.name}")
-    parser.add_argument("--peak", nargs=2, metavar=("OPTION", "WHICH"), help=argparse.SUPPRESS)
-    options = parser.parse_args(argv)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--peaks", action="store_true", help="peaks and no times")
+    what.add_argument("--times", action="store_true", help="times and no peaks")
+    parser.add_argument("--peak", nargs=3, metavar=("OPTION", "SHAPE", "WHICH"), help=argparse.SUPPRESS)
+    asked = parser.parse_args(argv)
     torch.set_num_threads(THREADS)
-    if options.peak:
-        _print_peak(*options.peak)
+    if asked.peak:
+        _print_peak(*asked.peak)
         return 0
-    only = set(filter(None, options.only.split(",")))
-    rows = contrast_rows(only) + large_rows(only)
-    if options.save:
-        SAVED.write_text(
-            json.dumps({"machine": describe_cpu(THREADS), "rows": rows}, indent=1) + "\n", encoding="utf-8"
-        )
+    chosen = Chosen(asked.only, asked.shape, times=not asked.peaks, peaks=not asked.times)
+    rows = [*contrast_rows(chosen), *large_rows(chosen)]
+    if asked.save:
+        save(rows, chosen.times)
     return 0
 
 
