@@ -116,12 +116,6 @@ def demo_table() -> str:
 def options_table() -> str:
     """Each option next to what users write: times as fast, forward and backward, and where it was measured the peak."""
     result = read("cpu_options.json")
-    rows = []
-    for row in result["rows"]:
-        faster = row["times_faster_than"]
-        compiled = f"{faster['compiled']:.1f}" if "compiled" in faster else ""
-        numbers = [f"{row['times']['ours']['median_ms']:.1f}", f"{faster[USERS]:.1f}", compiled]
-        rows.append([f"{row['option']}, {row['shape']}", *numbers, *_peaks(row)])
     machine = result["machine"]
     note = (
         f"CPU, float32; medians on {machine['threads']} cores of an {machine['cpu']} ({machine['instructions']}), "
@@ -135,7 +129,22 @@ def options_table() -> str:
         "peak, MB",
         "peak of the users' formula, MB",
     ]
-    return markdown(header, rows) + f"\n\n{note}"
+    tables = [markdown(header, [[*_option_numbers(row), *_peaks(row)] for row in result["rows"]]) + f"\n\n{note}"]
+    for level, part in sorted(result.get("instructions", {}).items()):
+        rows = [_option_numbers(row) for row in part["rows"]]
+        tables.append(f"The same with no more than {level}:\n\n" + markdown(header[:4], rows))
+    return "\n\n".join(tables)
+
+
+def _option_numbers(row: dict) -> list[str]:
+    faster = row["times_faster_than"]
+    compiled = f"{faster['compiled']:.1f}" if "compiled" in faster else ""
+    return [
+        f"{row['option']}, {row['shape']}",
+        f"{row['times']['ours']['median_ms']:.1f}",
+        f"{faster[USERS]:.1f}",
+        compiled,
+    ]
 
 
 def _peaks(row: dict) -> list[str]:
