@@ -303,7 +303,9 @@ def _floats(tensor: Tensor | None) -> Tensor | None:
 
 def _plain(tensor: Tensor | None) -> Tensor | None:
     """float32 and contiguous: K rows, small."""
-    return None if tensor is None else tensor.detach().to(torch.float32).contiguous()
+    if tensor is None or (tensor.dtype == torch.float32 and tensor.is_contiguous() and not tensor.requires_grad):
+        return tensor
+    return tensor.detach().to(torch.float32).contiguous()
 
 
 def _number(value: float | Tensor) -> float:

@@ -55,9 +55,7 @@ def class_moments(
         "small" if backends.is_small(features.numel()) else "",
     )  # fmt: skip
     weight = None if weight is None else weight.float()
-    sums, counts, square_sums = _class_moments(
-        pixels.features.detach(), values, weight, num_classes, ignore_index, line
-    )
+    sums, counts, square_sums = _run(pixels.features.detach(), values, weight, num_classes, ignore_index, line)
     return ClassMoments(sums, counts, square_sums if squares else None)
 
 
@@ -86,3 +84,4 @@ def _(features, labels, pixel_weight, num_classes, ignore_index, line):
 
 
 _class_moments.register_vmap(dispatched.looped_over_batch(_class_moments))
+_run = dispatched.direct(_class_moments)

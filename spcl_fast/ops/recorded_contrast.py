@@ -219,7 +219,8 @@ for _op in (_forward, _backward):
 # ---- autograd ---------------------------------------------------------------------------------------------------------
 
 
-_gradients = dispatched.once(_backward, _OP)
+_run_forward = dispatched.direct(_forward)
+_gradients = dispatched.once(dispatched.direct(_backward), _OP)
 
 
 class _Derivative:
@@ -228,7 +229,7 @@ class _Derivative:
     @staticmethod
     def compute(*inputs):
         *tensors, numbers, integers, line = inputs
-        return _forward(tensors, numbers, integers, line)
+        return _run_forward(tensors, numbers, integers, line)
 
     @staticmethod
     def keep(ctx, inputs, output):
@@ -293,9 +294,9 @@ def recorded(contrast: Contrast, backend: str) -> Tensor:
         packed = _pack(contrast, wanted, backend, small)
         return _Transformed.apply(*packed.tensors, packed.numbers, packed.integers, packed.line)[0]
     if not torch.is_grad_enabled():
-        return _forward(*_pack(contrast, Wanted(), backend, small))[0]
+        return _run_forward(*_pack(contrast, Wanted(), backend, small))[0]
     wanted = Wanted(*[isinstance(tensor, Tensor) and tensor.requires_grad for tensor in differentiable])
     packed = _pack(contrast, wanted, backend, small)
     if any(wanted):
         return _Recorded.apply(*packed.tensors, packed.numbers, packed.integers, packed.line)[0]
-    return _forward(*packed)[0]
+    return _run_forward(*packed)[0]

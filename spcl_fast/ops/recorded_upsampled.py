@@ -103,7 +103,8 @@ for _op in (_forward, _gradient):
 # ---- autograd ---------------------------------------------------------------------------------------------------------
 
 
-_converted = dispatched.once(_gradient, "the loss of up-sampled logits")
+_run_forward = dispatched.direct(_forward)
+_converted = dispatched.once(dispatched.direct(_gradient), "the loss of up-sampled logits")
 
 
 class _Derivative:
@@ -112,7 +113,7 @@ class _Derivative:
     @staticmethod
     def compute(*inputs):
         *tensors, numbers, integers, line = inputs
-        return _forward(tensors, numbers, integers, line)
+        return _run_forward(tensors, numbers, integers, line)
 
     @staticmethod
     def keep(ctx, inputs, output):
@@ -135,7 +136,7 @@ class _Derivative:
             logits, labels, class_weight, pixel_weight, *_ = ctx.saved_tensors
             weight = grad_loss if pixel_weight is None else grad_loss * pixel_weight
             tensors = [logits.detach(), labels, class_weight, weight]
-            dlogits = _forward(tensors, ctx.numbers, ctx.integers, ctx.line.replace(" none", " sum"))[1]
+            dlogits = _run_forward(tensors, ctx.numbers, ctx.integers, ctx.line.replace(" none", " sum"))[1]
         else:
             logits, dlogits = ctx.saved_tensors
             dlogits = dlogits * grad_loss
@@ -154,4 +155,4 @@ def recorded(op: str, problem: UpsampledLoss, backend: str) -> Tensor:
     tensors, numbers, integers, line = _pack(op, problem, backend, wanted)
     if wanted:
         return (_Transformed if transformed else _Recorded).apply(*tensors, numbers, integers, line)[0]
-    return _forward(tensors, numbers, integers, line)[0]
+    return _run_forward(tensors, numbers, integers, line)[0]

@@ -62,7 +62,7 @@ def upsampled_prediction(
         "small" if backends.is_small(values) else "",
         f"@{backend}" if backend else "",
     )
-    return Prediction(*_prediction(logits.detach(), thresholds, float(temperature), [*size, ignore_index], line))
+    return Prediction(*_run(logits.detach(), thresholds, float(temperature), [*size, ignore_index], line))
 
 
 def label_dtype(num_classes: int) -> torch.dtype:
@@ -88,3 +88,4 @@ def _(logits, thresholds, temperature, integers, line):
 
 
 _prediction.register_vmap(dispatched.looped_over_batch(_prediction))
+_run = dispatched.direct(_prediction)
