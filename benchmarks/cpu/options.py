@@ -241,7 +241,7 @@ def _row(op: str, option: str, shape: str, times: dict | None = None, **more: An
     if times is not None:
         mine = times["ours"]["median_ms"]
         faster = {peer: round(took["median_ms"] / mine, 2) for peer, took in times.items() if peer != "ours"}
-        more = {"times": times, "times_faster_than": faster, **more}
+        more = {"times": times, "times_faster_than": faster, "load": round(os.getloadavg()[0], 2), **more}
     print(op, option, shape, more, flush=True)
     return {"op": op, "option": option, "shape": shape, **more}
 

@@ -47,15 +47,22 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def direct(op: CustomOpDef) -> Callable:
+def direct(op: CustomOpDef, writes: tuple[int, ...] = ()) -> Callable:
     """`op`, without the way through the dispatcher where nobody watches it: 20 us of a small call, a few times per loss.
 
-    For ops that write to none of their arguments. The dispatcher is there for tracers, modes, transforms, profilers and kinds of tensors.
+    The dispatcher is there for tracers, modes, transforms, profilers and kinds of tensors. writes: places of the arguments that the op
+    writes to; autograd is told as the dispatcher would tell it.
     """
     function = op._init_fn
 
     def call(*arguments):
-        return op(*arguments) if _is_watched() or not _are_plain(arguments) else function(*arguments)
+        if _is_watched() or not _are_plain(arguments) or any(arguments[place].requires_grad for place in writes):
+            return op(*arguments)
+        result = function(*arguments)
+        for place in writes:
+            if not arguments[place].is_inference():
+                torch.autograd.graph.increment_version(arguments[place])
+        return result
 
     return call
 

@@ -41,7 +41,7 @@ def move_prototypes_(
     line = dispatched.line(
         "normalize" if normalize else "", "decay" if decay_absent else "", small, f"@{backend}" if backend else ""
     )
-    _move_prototypes(prototypes, pixels.features.detach(), values, keep, min_pixels, ignore_index, line)
+    _run(prototypes, pixels.features.detach(), values, keep, min_pixels, ignore_index, line)
 
 
 def _check_prototypes(prototypes: Tensor, features: Tensor) -> None:
@@ -73,6 +73,9 @@ def _move_prototypes(
 @_move_prototypes.register_fake
 def _(prototypes, features, labels, keep, min_pixels, ignore_index, line):
     return None
+
+
+_run = dispatched.direct(_move_prototypes, writes=(0,))
 
 
 def moved_prototypes(

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import spcl_fast as sf
+from spcl_fast import ops
 from spcl_fast.ops import dispatched
 
 
@@ -108,3 +109,12 @@ def test_a_kind_of_tensor_with_rules_of_its_own_is_asked(call):
     first = "features" if call in (contrast, moments) else "logits"
     call(**given | {first: given[first].as_subclass(Logged)})
     assert any(CALLS[call] & set(name.split(".")) for name in Logged.asked), sorted(Logged.asked)
+
+
+def test_autograd_is_told_that_prototypes_moved():
+    given = problem()
+    prototypes, other = given["prototypes"], torch.ones(5, 16, requires_grad=True)
+    product = (prototypes * other).sum()
+    ops.move_prototypes_(prototypes, given["features"], given["labels"], keep=0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
