@@ -223,16 +223,15 @@ def test_a_bad_probability_makes_the_loss_nan_and_raises_the_flag(backend, num_c
 def test_a_class_with_a_bias_of_minus_infinity_is_as_if_it_were_not_there(backend, num_classes, masked, loss):
     p, masked = problem((2, 20, 3, 5), num_classes), [2] if masked == 1 else list(range(masked))  # or a first block
     others = torch.tensor([k for k in range(num_classes) if k not in masked])
-    place = torch.full((256 if num_classes < 256 else num_classes,), 255)
-    place[others] = torch.arange(len(others))
-    labels = p.labels.where(torch.isin(p.labels, others), 255)
+    place = torch.zeros(num_classes, dtype=torch.long).index_copy(0, others, torch.arange(len(others)))
+    labels = p.labels.where(torch.isin(p.labels, others) & (p.labels != 255), -100)
     bias, leaves = (
         torch.zeros(num_classes).index_fill(0, torch.tensor(masked), -torch.inf),
         (*LEAVES, "bias", "temperature"),
     )
-    common = {"temperature": p.temperature, "loss": loss}
+    common = {"temperature": p.temperature, "loss": loss, "ignore_index": -100}
     got = differentiated(backend, plain(p, labels=labels, bias=bias, **common), leaves)
-    fewer = place[labels.where(labels != 255, others[0])].where(labels != 255, 255)
+    fewer = place[labels.clamp_min(0)].where(labels != -100, -100)
     without = plain(p, labels=fewer, prototypes=p.prototypes[others], bias=bias[others], **common)
     expected = differentiated(backend, without, leaves)
     torch.testing.assert_close(got[:2], expected[:2], rtol=1e-5, atol=1e-7)
