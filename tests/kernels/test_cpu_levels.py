@@ -20,8 +20,7 @@ FILES = (
     *(f"tests/kernels/test_cpu_{part}.py" for part in ("drawn", "contrast_options", "upsampled_options", "streamed")),
     "tests/ops/prototype_contrastive_loss/test_contrast_values.py",
     "tests/ops/upsampled_cross_entropy/test_upsampled_values.py",
-    *(f"tests/ops/test_{part}.py" for part in ("prototype_logits", "class_moments", "balance", "upsampled_prediction")),
-    "tests/ops/test_upsampled_confusion.py",
+    "tests/ops/test_prototype_logits.py",
 )
 
 
@@ -71,8 +70,8 @@ def test_a_lower_instruction_set_passes_the_same_tests(level):
 
     if ORDER.index(_cpu.cpu_capability()) < ORDER.index(level):
         pytest.skip(f"this processor has only {_cpu.cpu_capability()}")
-    # what is traced, refused or shared between threads is the same at every level
-    chosen = "cpu and not compile and not threads and not linear_head"
+    # of the ops' tests every option, with logits kept and computed again, over several panels and bands
+    chosen = "test_cpu or (cpu and (few or saved or panels or bands or logits))"
     code = (
         "import sys, pytest; from spcl_fast import _cpu; print('level', _cpu.cpu_capability());"
         f"sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', '-k', {chosen!r}, *{FILES}]))"

@@ -71,8 +71,15 @@ def test_an_ignored_pixel_that_is_not_finite_changes_nothing(backend, case):
     assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("dim", [20, 520])
-@pytest.mark.parametrize(("backend", "dtype"), on_each_dtype(CONTRAST))
+@pytest.mark.parametrize(
+    ("backend", "dtype", "dim"),
+    [
+        (*row.values, dim)
+        for row in on_each_dtype(CONTRAST)
+        for dim in (20, 520)
+        if dim == 20 or row.values[0] != "triton"
+    ],
+)
 def test_non_finite_and_zero_features(backend, dtype, dim):
     p = problem((2, dim, 3, 5), ignored=0, dtype=dtype)
     p.features[0, :, 0, 0] = 0
@@ -119,7 +126,7 @@ def test_empty_batch_and_single_pixel(backend, shape, reduction):
 
 @pytest.mark.parametrize(
     ("backend", "case"),
-    on_each_backend(CONTRAST, [o for o in OPTIONS if "teacher" not in o.needs and "map" not in o.name]),
+    unless_slow(on_each_backend(CONTRAST, [o for o in OPTIONS if "teacher" not in o.needs and "map" not in o.name])),
 )
 def test_an_empty_batch_with_every_option(backend, case):
     p = problem()

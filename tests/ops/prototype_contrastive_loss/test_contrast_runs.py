@@ -101,7 +101,7 @@ def test_every_element_of_every_output_is_written(backend, dtype, monkeypatch):
 
 @pytest.mark.parametrize(("backend", "case"), on_each_backend(CONTRAST, SOME))
 def test_a_gradient_alone_is_what_it_is_among_all(backend, case):
-    p = problem((2, 33, 3, 7), 7) if backend == "triton" else problem((1, 160, 5, 13), 19)
+    p = problem((2, 20, 3, 5), 7) if backend == "triton" else problem((1, 160, 5, 13), 19)
     given = case.given(p)
     together = differentiated(backend, given, case.leaves)
     for index, leaf in enumerate(case.leaves, 1):

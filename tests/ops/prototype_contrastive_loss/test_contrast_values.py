@@ -23,7 +23,7 @@ from on_backends import (
     usable,
     why_not,
 )
-from problems import CONTRAST, OPTIONS, named, problem, unless_slow
+from problems import CONTRAST, KINDS, OPTIONS, named, problem, unless_slow
 from shapes import SHAPES, Shape, on_each_shape
 
 import spcl_fast as sf
@@ -92,6 +92,7 @@ EACH = [
     for shape in (FEW, STREAMED, BLOCKS, SAVED)
     for row in on_each_backend(CONTRAST, OPTIONS, num_classes=shape.num_classes, dim=shape.shape[1])
     if row.values[0] not in shape.too_slow
+    if shape == FEW or row.values[0] != "triton" or row.values[1] in KINDS
 ]
 
 
