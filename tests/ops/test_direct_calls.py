@@ -12,7 +12,7 @@ from spcl_fast import ops
 from spcl_fast.ops import dispatched
 
 
-def problem(device: str = "cpu") -> dict[str, torch.Tensor]:
+def inputs(device: str = "cpu") -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     tensors = {
         "features": torch.randn(2, 16, 5, 7, generator=generator),
@@ -64,35 +64,35 @@ class Seen(TorchDispatchMode):
 
 @pytest.mark.parametrize("call", CALLS)
 def test_the_results_are_the_dispatchers_bit_by_bit(call, monkeypatch):
-    direct = call(**problem())
+    direct = call(**inputs())
     monkeypatch.setattr(dispatched, "_is_watched", lambda: True)
-    assert all(torch.equal(a, b) for a, b in zip(direct, call(**problem()), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(direct, call(**inputs()), strict=True))
 
 
 @pytest.mark.parametrize("call", CALLS)
 def test_a_mode_and_a_profiler_see_the_ops(call):
     with Seen() as seen:
-        call(**problem())
+        call(**inputs())
     assert seen.names == CALLS[call]
     with torch.profiler.profile() as profile:
-        call(**problem())
+        call(**inputs())
     names = {event.key.removeprefix("spcl_fast::") for event in profile.key_averages()}
     assert names >= CALLS[call]
 
 
 @pytest.mark.parametrize("call", CALLS)
 def test_tensors_that_hold_no_values_are_never_computed_with(call):
-    assert all(result.is_meta for result in call(**problem("meta")))
+    assert all(result.is_meta for result in call(**inputs("meta")))
     with FakeTensorMode() as mode:
-        fake = {name: mode.from_tensor(tensor) for name, tensor in problem().items()}
+        fake = {name: mode.from_tensor(tensor) for name, tensor in inputs().items()}
     assert all(isinstance(result, FakeTensor) for result in call(**fake))
     with torch.device("meta"):  # the default for what is made here, not for the ops
-        assert not any(result.is_meta for result in call(**problem_on_cpu()))
+        assert not any(result.is_meta for result in call(**inputs_on_cpu()))
 
 
-def problem_on_cpu() -> dict[str, torch.Tensor]:
+def inputs_on_cpu() -> dict[str, torch.Tensor]:
     with torch.device("cpu"):
-        return problem()
+        return inputs()
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -105,14 +105,14 @@ def test_a_kind_of_tensor_with_rules_of_its_own_is_asked(call):
             cls.asked.add(getattr(func, "__name__", str(func)))
             return super().__torch_function__(func, types, args, kwargs or {})
 
-    given = problem()
+    given = inputs()
     first = "features" if call in (contrast, moments) else "logits"
     call(**given | {first: given[first].as_subclass(Logged)})
     assert any(CALLS[call] & set(name.split(".")) for name in Logged.asked), sorted(Logged.asked)
 
 
 def test_autograd_is_told_that_prototypes_moved():
-    given = problem()
+    given = inputs()
     prototypes, other = given["prototypes"], torch.ones(5, 16, requires_grad=True)
     product = (prototypes * other).sum()
     ops.move_prototypes_(prototypes, given["features"], given["labels"], keep=0.5)

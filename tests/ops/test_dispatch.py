@@ -259,7 +259,7 @@ def test_a_dynamic_export_is_not_bound_to_one_size_class(monkeypatch, strict):
 
 
 def test_what_is_traced_saves_what_the_backend_of_its_size_saves(table):
-    """At D 256 in float32 Triton keeps the logits and the CUDA kernels do not: a fake tensor must follow the choice."""
+    """At D 256 in float32 Triton keeps the logits and the CUDA kernels do not, unless prototypes learn: a fake tensor must follow the choice."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     pytest.importorskip("spcl_fast.kernels", reason="Triton is not installed")
@@ -270,7 +270,7 @@ def test_what_is_traced_saves_what_the_backend_of_its_size_saves(table):
         problem = Contrast(features, labels, prototypes, None, None, None, 1.0, True, 255, "mean")
         kept = {
             small: list(
-                recorded_contrast._forward(*recorded_contrast._pack(problem, Wanted(True, True), "", small))[4].shape
+                recorded_contrast._forward(*recorded_contrast._pack(problem, Wanted(True, False), "", small))[4].shape
             )
             for small in (True, False)
         }
