@@ -259,7 +259,7 @@ def test_a_dynamic_export_is_not_bound_to_one_size_class(monkeypatch, strict):
 
 
 def test_what_is_traced_saves_what_the_backend_of_its_size_saves(table):
-    """At D 256 in float32 Triton keeps the logits and the CUDA kernels do not, unless prototypes learn: a fake tensor must follow the choice."""
+    """At D 256 in float32, with fixed prototypes, Triton keeps the logits and CUDA does not: a fake tensor must follow the choice."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     pytest.importorskip("spcl_fast.kernels", reason="Triton is not installed")
