@@ -20,7 +20,7 @@ from on_backends import (
     usable,
     why_not,
 )  # fmt: skip
-from problems import CONTRAST, OPTIONS, named, problem
+from problems import CONTRAST, OPTIONS, named, problem, unless_slow
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import spcl_fast as sf
@@ -69,7 +69,7 @@ def test_same_bits_for_any_number_of_threads(backend, dtype, reduction):
     ("backend", "case", "num_classes"),
     [
         pytest.param(*row.values, num_classes, id=f"{row.id}-{num_classes}")
-        for row in on_each_backend(CONTRAST, OPTIONS)
+        for row in unless_slow(on_each_backend(CONTRAST, OPTIONS), slow=("reference",))
         for num_classes in (19, 330)
         if num_classes == 19 or (row.values[0] == "cuda" and row.values[1] in SOME)
         if row.values[0] != "triton"  # its interpreter has one order

@@ -33,8 +33,9 @@ EVERY = usable(CONTRAST, among=ALL)
 LEAVES = ("features", "prototypes")
 EXACT = 16.0  # eps of a value's scale that an option may cost at most, however wrong eager is
 # classes in one block and in several, logits saved and formed again; labels of the features' size and of twice that
-FEW, STREAMED, BLOCKS, SAVED = (
-    Shape("few classes", (2, 33, 5, 9), 5),
+FEW, FEW_PIXELS, STREAMED, BLOCKS, SAVED = (
+    Shape("few classes", (2, 33, 5, 9), 5, too_slow=("triton",)),
+    Shape("few classes and pixels", (2, 33, 3, 7), 5, too_slow=("reference", "cpu", "cuda")),
     Shape("many classes", (1, 20, 3, 7), 40),
     Shape("classes in blocks", (2, 37, 3, 5), 330, too_slow=("triton",)),
     Shape("saved logits", (1, 160, 5, 13), 19, (10, 26), too_slow=("triton", "reference")),
@@ -89,10 +90,10 @@ def test_weights_enter_value_and_gradient_but_pixel_weight_not_the_denominator(b
 
 EACH = [
     pytest.param(*row.values, shape, id=f"{shape.name}-{row.id}")
-    for shape in (FEW, STREAMED, BLOCKS, SAVED)
+    for shape in (FEW, FEW_PIXELS, STREAMED, BLOCKS, SAVED)
     for row in on_each_backend(CONTRAST, OPTIONS, num_classes=shape.num_classes, dim=shape.shape[1])
     if row.values[0] not in shape.too_slow
-    if shape == FEW or row.values[0] != "triton" or row.values[1] in KINDS
+    if shape == FEW_PIXELS or row.values[0] != "triton" or row.values[1] in KINDS
 ]
 
 
