@@ -41,6 +41,15 @@ def labelled_grid(name: str, features: Tensor, labels: Tensor, ignore_index: int
     return LabelledGrid(pixels.features.detach(), values.masked_fill(values == ignore_index, NONE), pixels.grid)
 
 
+def predictions_on(name: str, given: LabelledGrid, predictions: Tensor) -> Tensor:
+    """The predictions, which must have the features' grid."""
+    if tuple(predictions.shape) != given.grid:
+        raise ValueError(
+            f"{name}: predictions must have the features' grid {list(given.grid)}, got shape {list(predictions.shape)}"
+        )
+    return predictions.reshape(-1)
+
+
 _row_classes: dict[tuple[int, int, str], Tensor] = {}
 
 

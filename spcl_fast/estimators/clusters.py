@@ -7,7 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import distributed, ops
-from .assignment import NONE, Assignment, ClassRows, LabelledGrid, balanced_assignment, labelled_grid, own_scores
+from .assignment import (
+    NONE,
+    Assignment,
+    ClassRows,
+    LabelledGrid,
+    balanced_assignment,
+    labelled_grid,
+    own_scores,
+    predictions_on,
+)
 from .float32 import Float32Statistics
 
 _ASSIGNMENTS = ("gumbel", "argmax")
@@ -81,7 +90,9 @@ class PrototypeClusters(Float32Statistics):
         likeliest = found.rows()
         moving = likeliest if self.assignment == "argmax" else found.rows(sampled_index(found.probabilities))
         if predictions is not None:
-            moving = moving.masked_fill(predictions.reshape(found.labels.shape) != found.labels, NONE)
+            moving = moving.masked_fill(
+                predictions_on("PrototypeClusters", given, predictions).view(found.labels.shape) != found.labels, NONE
+            )
         moments = ops.class_moments(given.features, moving, len(self.rows), normalize=self.normalize, ignore_index=NONE)
         self.move_(moments.sums, moments.counts)
         return likeliest.view(given.grid)

@@ -19,6 +19,7 @@ from .assignment import (
     class_max,
     labelled_grid,
     own_scores,
+    predictions_on,
 )  # fmt: skip
 from .clusters import spread_around
 from .float32 import Float32Statistics
@@ -106,7 +107,9 @@ class GaussianMixture(Float32Statistics):
         rows = found.rows()
         counted = rows
         if predictions is not None:
-            counted = rows.masked_fill(predictions.reshape(rows.shape) != found.labels, NONE)
+            counted = rows.masked_fill(
+                predictions_on("GaussianMixture", given, predictions).view(rows.shape) != found.labels, NONE
+            )
         self._remember(given, counted, found.labels) if self.memory else self._fit_batch(given, counted)
         self.updates += 1
         return rows.view(given.grid)
@@ -167,6 +170,10 @@ class GaussianMixture(Float32Statistics):
 
 def gaussian_rows(means: Tensor, scales: Tensor) -> ClassRows:
     """log N(u; mean, diag(scale^2)) = <u, mean/scale^2> - 1/2 <u^2, 1/scale^2> + bias. means and scales [K, M, D] or [R, D]."""
+    if means.dim() not in (2, 3) or means.shape != scales.shape:
+        raise ValueError(
+            f"means and scales must both be [K, M, D] or both [R, D], got shapes {list(means.shape)} and {list(scales.shape)}"
+        )
     mean, precision = (
         means.detach().flatten(0, -2).double(),
         scales.detach().flatten(0, -2).double().square().reciprocal(),

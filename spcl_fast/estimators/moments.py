@@ -37,7 +37,7 @@ class ProtoEstimator(ExactBuffers):
     all ranks, in one all-reduce. Each update makes new buffers, so a loss recorded before it keeps what it has seen. No host sync.
     v is a difference of float32 sums: off by about 1e-7 (1 + m^2 / v) of itself.
     Memory: the features are read once and nothing of their size is made; [K, D] sums. The authors' code makes three tensors [N, K, D].
-    Source: SePiCo, arXiv 2204.08808; SDCA, arXiv 2105.02001; ProCA, arXiv 2207.06654 (the mean alone); Chan et al., 1979.
+    Source: SePiCo, arXiv 2204.08808; SDCA, arXiv 2105.05013; ProCA, arXiv 2207.06654 (the mean alone); Chan et al., 1979.
     """
 
     mean: Tensor

@@ -17,7 +17,7 @@ class PseudoLabelThresholds(nn.Module):
     The quantile is an element of the data, `sorted(x)[round(quantile * len(x))]` (half to even, at most the last), as in the release,
     which stores every confidence: 18.7 GB for Cityscapes. Here a class is a histogram whose bins are single float32 values; when there
     are more than 16384 of them, those far from the quantile are joined into cells of 1/1024 of their size. So the result is exact as long
-    as the quantile has not moved into a joined cell (`exact()` tells), and off by less than half a cell, 1/2048 of the threshold,
+    as the quantile has not moved into a joined cell (`exact()` reports it), and off by less than half a cell, 1/2048 of the threshold,
     otherwise. A second pass over the same predictions, after `second_pass()`, makes it exact. Under 5 MB for 19 classes, whatever the
     number of pixels. The state is in `state_dict`. Source: arXiv 2111.12358; `core/utils/pseudo_label.py` of the released code.
     """

@@ -19,12 +19,15 @@ from ..estimators.centre import TeacherCentre
 
 
 class DINOLoss(nn.Module):
-    """Mean over pairs of a teacher view q and a student view v other than q of the mean loss; the centre moves after it.
+    """Mean over pairs of a teacher view q and a student view v other than q of the mean over rows of
+    -sum over k of t_k log softmax over k of <v, student prototype_k> / temperature,
+    t = softmax over k of (<q, teacher prototype_k> - centre_k) / teacher temperature. The centre moves after it.
 
     num_prototypes     K.
     temperature        of the student (0.1).
     keep               share of the old centre (0.9).
-    Source: `DINOLoss` of facebookresearch/dino; there a schedule gives the teacher's temperature, here the caller (0.04 to 0.07).
+    Source: DINO, arXiv 2104.14294; `DINOLoss` of facebookresearch/dino, where a schedule gives the teacher's temperature, here the caller
+    (0.04 to 0.07).
     """
 
     def __init__(

@@ -22,9 +22,11 @@ from ..estimators.mixture import GaussianMixture, gaussian_rows
 def gmm_class_logits(
     features: Tensor, means: Tensor, scales: Tensor, *, temperature: float = 1.0, normalize: bool = True
 ) -> Tensor:
-    """z. features [B, D, h, w] or [N, D]; means and scales [K, M, D], constants -> [B, K, h, w] or [N, K] float32.
+    """z_k = max over m of log N(x/|x|; means_km, diag(scales_km^2)) / temperature. features [B, D, h, w] or [N, D];
+    means and scales (standard deviations) [K, M, D], constants -> [B, K, h, w] or [N, K] float32.
 
     Differentiable in features. Memory: the logits; neither [N, K M] densities nor the authors' [N, K M, D] differences.
+    Source: GMMSeg, arXiv 2210.02025; its code trains by the cross-entropy of LayerNorm(z) over classes.
     """
     return ops.prototype_logits(
         features, **_tempered(gaussian_rows(means, scales), temperature), normalize=normalize, **_pooled(means)
@@ -35,7 +37,10 @@ def gmm_loss(
     features: Tensor, labels: Tensor, means: Tensor, scales: Tensor, *, temperature: float = 1.0, normalize: bool = True,
     ignore_index: int = 255,
 ) -> Tensor:  # fmt: skip
-    """Cross-entropy of z on the features' grid. labels [B, H, W] or [N], classes. -> []. Memory: 8 bytes per pixel and the gradient."""
+    """mean over labelled pixels of -log softmax(z)[label],  z = `gmm_class_logits`, whose arguments these are.
+
+    labels [B, H, W] of any size or [N], classes -> []. Memory: 8 bytes per pixel and the gradient. Source: GMMSeg, arXiv 2210.02025.
+    """
     rows = _tempered(gaussian_rows(means, scales), temperature)
     return ops.prototype_contrastive_loss(
         features, labels, **rows, normalize=normalize, ignore_index=ignore_index, **_pooled(means)
@@ -46,7 +51,11 @@ def gmm_component_contrast(
     features: Tensor, row_labels: Tensor, means: Tensor, scales: Tensor, *, temperature: float = 1.0, normalize: bool = True,
     ignore_index: int = NONE,
 ) -> Tensor:  # fmt: skip
-    """Cross-entropy over all K M components. row_labels [B, h, w] or [N]: rows k M + m, -1 where there is none. -> []."""
+    """mean over labelled pixels of -log softmax(l / temperature)[row],  l the log densities of all K M components.
+
+    row_labels [B, h, w] or [N]: rows k M + m as `GaussianMixture.assign` gives them, -1 where there is none -> [].
+    Everything else as in `gmm_class_logits`. Source: GMMSeg, arXiv 2210.02025 (weight 0.01).
+    """
     rows = _tempered(gaussian_rows(means, scales), temperature)
     return ops.prototype_contrastive_loss(features, row_labels, **rows, normalize=normalize, ignore_index=ignore_index)
 
@@ -63,6 +72,10 @@ def _tempered(rows: ClassRows, temperature: float) -> dict[str, Any]:
 
 
 def _pooled(means: Tensor) -> dict[str, Any]:
+    if means.dim() != 3:
+        raise ValueError(
+            f"means and scales must be [K, M, D], M components for each of K classes, got {list(means.shape)}"
+        )
     num_classes, components, _ = means.shape
     return {
         "prototype_class": row_classes(num_classes, components, means),

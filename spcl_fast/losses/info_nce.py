@@ -32,8 +32,11 @@ def masked_info_nce(
     excluded: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:  # [], or [A] for reduction="none"; float32 (float64 for float64 anchors)
-    """The mean of loss_a over the anchors that have a positive; 0 where none has.
+    """Mean over the anchors that have a positive (0 where none has) of
+    loss_a = mean over rows j of the anchor's label of softplus(n_a - s_aj),  n_a = logsumexp of s_aj over rows of other labels,
+    s_aj = <anchor_a, row_j> / temperature.
 
+    anchors [A, D], labels [A]; rows [R, D], row_labels [R] -> [] or, for reduction="none", [A].
     Differentiable once, in anchors and rows. Anchors and rows are used as they are, normalise them first.
 
     rows, row_labels  label -1: a row that is neither positive nor negative. Parts, several tensors one after the other, spare a copy.
@@ -41,6 +44,7 @@ def masked_info_nce(
     Raises ValueError or TypeError for what does not fit.
     Memory: O(A + gradients) and blocks of 16 MB. Rows that are sorted by label are compared on the CPU with anchors of those labels alone
     where positives are looked for. The same bits in each run.
+    Source: ContrastiveSeg, arXiv 2101.11939, eq. 3.
     """
     parts, of_parts = _parts(anchors, labels, rows, row_labels)
     checks.check_temperature("masked_info_nce", temperature)

@@ -33,6 +33,7 @@ class _Loss(nn.Module):
 class PrototypeContrastiveLoss(_Loss):
     """`prototype_contrastive_loss` with its settings fixed. forward(features, labels, prototypes, pixel_weight, variances, bias).
 
+    Shapes, memory, errors and source are those of the function.
     temperature may be an nn.Parameter of shape [], which is learned then.
     """
 
@@ -74,7 +75,10 @@ class PrototypeContrastiveLoss(_Loss):
 
 
 class UpsampledCrossEntropyLoss(_Loss):
-    """`upsampled_cross_entropy` with its settings fixed. forward(logits, labels, pixel_weight=None, size=None)."""
+    """`upsampled_cross_entropy` with its settings fixed. forward(logits, labels, pixel_weight=None, size=None).
+
+    Shapes, memory, errors and source are those of the function.
+    """
 
     def __init__(
         self,

@@ -23,10 +23,13 @@ from .similarity import labelled_similarity
 def pixel_prototype_contrast(
     features: Tensor, row_labels: Tensor, prototypes: Tensor, *, temperature: float = 1.0, normalize: bool = True, ignore_index: int = NONE
 ) -> Tensor:  # fmt: skip
-    """PPC. features [B, D, h, w] or [N, D]; row_labels [B, h, w] or [N], integer, rows of prototypes [K M, D]. -> [] float32.
+    """PPC: mean over labelled pixels of -log softmax(<u, p_r> / temperature)[row],  u = x/|x|.
 
+    features [B, D, h, w] or [N, D]; row_labels [B, h, w] or [N], integer, rows of prototypes [K M, D] (not classes)
+    as `PrototypeClusters.assign` gives them, -1 where there is none -> [] float32. Prototypes are used as they are: unit rows.
     Differentiable in features and prototypes. Nothing labelled: 0 (the authors' code: NaN).
     Memory: that of prototype_contrastive_loss; the [N, K M] logits are never there. Raises as that op.
+    Source: ProtoSeg, arXiv 2203.15102.
     """
     return ops.prototype_contrastive_loss(
         features, row_labels, prototypes, temperature=temperature, normalize=normalize, ignore_index=ignore_index
@@ -36,7 +39,10 @@ def pixel_prototype_contrast(
 def pixel_prototype_distance(
     features: Tensor, row_labels: Tensor, prototypes: Tensor, *, normalize: bool = True, ignore_index: int = NONE
 ) -> Tensor:
-    """PPD, with the shapes of `pixel_prototype_contrast`. One dot product per pixel. Memory: the gradient and 8 bytes per pixel."""
+    """PPD: mean over labelled pixels of (1 - <u, p_row>)^2,  with the shapes of `pixel_prototype_contrast`.
+
+    One dot product per pixel. Memory: the gradient and 8 bytes per pixel. Source: ProtoSeg, arXiv 2203.15102.
+    """
     similarity, is_labelled = labelled_similarity(
         features, row_labels, prototypes, normalize=normalize, ignore_index=ignore_index
     )
@@ -44,7 +50,10 @@ def pixel_prototype_distance(
 
 
 def prototype_class_logits(features: Tensor, prototypes: Tensor, *, normalize: bool = True) -> Tensor:
-    """max_m s_km -> [B, K, h, w] or [N, K]: what ProtoSeg segments by, before its LayerNorm over classes. prototypes [K, M, D]."""
+    """max over m of <x/|x|, prototype_km>: what ProtoSeg segments by, before its LayerNorm over classes.
+
+    features [B, D, h, w] or [N, D], prototypes [K, M, D], unit rows -> [B, K, h, w] or [N, K]. Source: ProtoSeg, arXiv 2203.15102.
+    """
     num_classes, per_class, _ = prototypes.shape
     return ops.prototype_logits(
         features, prototypes.flatten(0, 1), temperature=1.0, normalize=normalize, pool="max", num_classes=num_classes,
@@ -53,7 +62,11 @@ def prototype_class_logits(features: Tensor, prototypes: Tensor, *, normalize: b
 
 
 class ProtoSegLoss(nn.Module):
-    """ppc_weight PPC + ppd_weight PPD. forward(features, row_labels, prototypes [K M, D]) -> []. Defaults: the authors' configuration."""
+    """ppc_weight PPC + ppd_weight PPD, the two terms next to the cross-entropy of the up-sampled class logits.
+
+    forward(features [B, D, h, w] or [N, D], row_labels [B, h, w] or [N], prototypes [K M, D]) -> []: `pixel_prototype_contrast` and
+    `pixel_prototype_distance`. Defaults: the authors' configuration. Source: ProtoSeg, arXiv 2203.15102.
+    """
 
     def __init__(
         self,

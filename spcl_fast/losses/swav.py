@@ -15,12 +15,13 @@ from .. import ops
 
 
 class SwAVLoss(nn.Module):
-    """forward(crops, prototypes, queues=None) -> [].
+    """Mean over assigned crops i and other crops v of the cross-entropy of v's softmax against i's balanced assignment.
 
+    forward(crops, each [N, D]; prototypes [K, D]; queues=None) -> [].
     temperature 0.1, epsilon 0.05, iterations 3, crops_for_assign (0, 1): the authors' defaults. With torch.distributed initialised the
     balance is over all ranks. Neither scores nor assignment, [N, K], are ever there. Memory: O(N D + K) and the gradients.
     Prototypes are used as they are: the authors normalise them, in place, before each step.
-    Source: `train` and `distributed_sinkhorn` in main_swav.py of facebookresearch/swav.
+    Source: `train` and `distributed_sinkhorn` in main_swav.py of facebookresearch/swav, arXiv 2006.09882.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""TextHead: pixels against text embeddings, as DenseCLIP (arXiv 2112.01518) and tqdm (arXiv 2407.15101) segment."""
+"""TextHead: pixels against text embeddings, as DenseCLIP (arXiv 2112.01518) and tqdm (arXiv 2407.09033) segment."""
 
 from __future__ import annotations
 

@@ -45,23 +45,29 @@ def prototype_contrastive_loss(
 
     Differentiable once, in `features`, `prototypes`, `bias` and `temperature`.
 
-    features      float32, bfloat16, float16 (float64: reference backend); any strides, no copy is made.
-    labels        integers of any size: read at the features' pixels by the rule of F.interpolate(mode="nearest"); bool is 0 and 1.
-                  Floating, on the features' grid: probabilities t, loss = -sum_k t_k log softmax(z)_k as in F.cross_entropy. A pixel whose
-                  probabilities are all 0 is unlabelled. `TeacherTargets`: probabilities that are computed and never stored.
-    prototypes    used as they are: they are not normalised here.
+    features      [B, D, h, w], [N, D], [B, D, L] or [B, D, T, h, w]: float32, bfloat16, float16 (float64: reference backend); any strides,
+                  no copy is made.
+    labels        integers [B, H, W] of any size, or [N]: read at the features' pixels by the rule of F.interpolate(mode="nearest");
+                  bool is 0 and 1.
+                  Floating [B, K, h, w] or [N, K], on the features' grid: probabilities t, loss = -sum_k t_k log softmax(z)_k as in
+                  F.cross_entropy. A pixel whose probabilities are all 0 is unlabelled. `TeacherTargets`: probabilities that are computed
+                  and never stored.
+    prototypes    [K, D], or [B, K, D] for one set per image (with prototype_class [M, D] or [B, M, D]); used as they are: they are not
+                  normalised here.
     temperature   a number, or a tensor of shape [] that may be learned; it is read where it is, without a host sync. Must be above 0.
     normalize     False: the dot product with x itself.
     ignore_index  pixels with this label have loss 0 and gradient exactly 0.
-    class_weight  as in F.cross_entropy: the mean divides by the summed class weights of the labelled pixels (by the number of labelled
+    class_weight  [K], as in F.cross_entropy: the mean divides by the summed class weights of the labelled pixels (by the number of labelled
                   pixels for probabilities and for loss="sigmoid").
-    pixel_weight  multiplies a pixel's loss and gradient and is not part of the mean's denominator.
-    variances     the quadratic term of z; a constant.
+    pixel_weight  of the features' grid, or of the integer labels' shape, then read by the nearest rule: multiplies a pixel's loss and
+                  gradient and is not part of the mean's denominator.
+    variances     of the prototypes' shape: the quadratic term of z; a constant.
     reduction     "mean" | "sum" | "none" (the map, 0 where ignored). Nothing labelled: 0, and gradient 0.
     backend       "reference" | "cpu" | "triton" | "cuda"; None: the fastest usable one.
-    bias          added to the logit after the temperature: a linear head, log priors, -1/2 |prototype|^2.
+    bias          [K] or [B, K], with prototype_class [M] or [B, M]: added to the logit after the temperature: a linear head, log
+                  priors, -1/2 |prototype|^2.
     label_smoothing  e: the target is (1 - e) t_k + e/K, as in F.cross_entropy, class weights included.
-    prototype_class  class of each of M rows of prototypes; a class's z is its rows' z pooled by `pool`: "logsumexp" or "max" (of equal
+    prototype_class  [M]: class of each of M rows of prototypes; a class's z is its rows' z pooled by `pool`: "logsumexp" or "max" (of equal
                   rows the lowest has the gradient). K = prototype_class.max() + 1, or `num_classes` where that is more; a class without a
                   row has probability 0. On a GPU, `num_classes` saves a wait for the maximum (once per tensor).
     margin        m: the label's logit has <u, prototype_label> - m for its dot product (CosFace).

@@ -30,7 +30,7 @@ def prototype_logits(
     num_classes: int | None = None,
 ) -> Tensor:  # [B, K, h, w], [N, K], ...; float32 (float64 for float64 features)
     """z_k = <u, prototype_k> / temperature + 1/2 <u^2, variances_k> / temperature^2 + bias_k, u = x/|x|; pooled into classes as in
-    `prototype_contrastive_loss`, whose arguments these are.
+    `prototype_contrastive_loss`, whose arguments these are -> [B, K, h, w] or [N, K].
 
     Differentiable once, in `features`, `prototypes`, `bias` and `temperature`. With `upsampled_cross_entropy` this is a segmentation head
     (DenseCLIP and tqdm: text prototypes [B, K, D], temperature 0.07); a linear one has normalize=False, temperature=1 and a bias.

@@ -52,7 +52,14 @@ def _check_per_image(op: str, name: str, tensor: Tensor, pixels: Pixels) -> None
     if tensor.shape[0] != pixels.grid[0]:
         raise ValueError(
             f"{op}: {name} must hold one set for each of {pixels.grid[0]} images, got shape {list(tensor.shape)}"
+            f"{_several_per_class(name, tensor)}"
         )
+
+
+def _several_per_class(name: str, tensor: Tensor) -> str:
+    if name != "prototypes":
+        return ""
+    return f"; M rows for each of K classes are prototypes [K M, {tensor.shape[-1]}] with prototype_class [K M]"
 
 
 def _check_bias(op: str, rows: Rows, pixels: Pixels) -> None:

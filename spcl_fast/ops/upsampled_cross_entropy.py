@@ -29,6 +29,8 @@ def upsampled_cross_entropy(
 ) -> Tensor:  # [] or, for reduction="none", [B, H, W]; float32 (float64 for float64 logits)
     """F.cross_entropy(F.interpolate(logits, labels' size, mode="bilinear") / temperature, labels), differentiable once in `logits`.
 
+    logits [B, K, h, w]; labels [B, H, W] integers; class_weight [K]; pixel_weight [B, H, W] -> [] or, for reduction="none", [B, H, W].
+    align_corners=True, as SPCL's code; F.interpolate's and mmsegmentation's default is False: pass what your head was trained with.
     Weights, reductions, smoothing, denominator and ignored pixels as in `prototype_contrastive_loss`; any size ratio, up and down.
     Floating labels are probabilities, up-sampled by the same rule to `size`, or where that is None to pixel_weight's size, or else used at
     their own; the logits are up-sampled to the same size. A pixel whose probabilities are all 0 is unlabelled.
@@ -76,7 +78,8 @@ def upsampled_binary_cross_entropy(
         z = F.interpolate(logits, labels' size, mode="bilinear") / temperature,   q_k = sigmoid(z_k) if k = label else 1 - sigmoid(z_k)
         loss of a pixel = - sum_k class_weight_k (1 - q_k)^gamma log q_k
 
-    The mean divides by the number of labelled pixels. Differentiable once in `logits`; everything else as in `upsampled_cross_entropy`.
+    logits [B, K, h, w], labels [B, H, W] -> []. The mean divides by the number of labelled pixels. Differentiable once in `logits`;
+    everything else as in `upsampled_cross_entropy`.
     Source: Lin et al., Focal Loss, arXiv 1708.02002.
     """
     checks.check_logits(_BINARY, logits)

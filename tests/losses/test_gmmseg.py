@@ -204,3 +204,16 @@ def test_adapt_takes_it_by_name():
     objective(x, labels()).backward()
     assert objective.prototypes.shape == (K, D) and x.grad.any()
     assert objective(x, torch.full(GRID, 255)) == 0
+
+
+def test_means_without_a_dimension_of_components_and_predictions_of_another_size_are_refused_by_shape():
+    x, y = features(), labels()
+    with pytest.raises(ValueError, match=r"must be \[K, M, D\], M components for each of K classes, got \[12, 8\]"):
+        gmm_loss(x, y, drawn(K * M, D), torch.ones(K * M, D))
+    with pytest.raises(ValueError, match=r"got shapes \[4, 3, 8\] and \[4, 3, 1\]"):
+        gmm_class_logits(x, drawn(K, M, D), torch.ones(K, M, 1))
+    with pytest.raises(
+        ValueError,
+        match=r"GaussianMixture: predictions must have the features' grid \[2, 5, 7\], got shape \[2, 9, 9\]",
+    ):
+        GaussianMixture(K, D, components=M).update_(x, y, torch.zeros(2, 9, 9, dtype=torch.long))

@@ -206,3 +206,17 @@ def test_adapt_takes_it_by_name():
     objective(x, labels()).backward()
     assert objective.prototypes.shape == (K, D) and x.grad.any()
     assert objective(x, torch.full(GRID, 255)) == 0
+
+
+def test_predictions_of_another_size_than_the_features_grid_are_refused_by_shape():
+    clusters = PrototypeClusters(K, D, M)
+    with pytest.raises(
+        ValueError,
+        match=r"PrototypeClusters: predictions must have the features' grid \[2, 5, 7\], got shape \[2, 9, 9\]",
+    ):
+        clusters.update_(features(), labels(), torch.zeros(2, 9, 9, dtype=torch.long))
+
+
+def test_prototypes_per_class_given_to_a_loss_of_rows_are_refused_with_the_shape_to_use():
+    with pytest.raises(ValueError, match=r"prototypes \[K M, 8\] with prototype_class \[K M\]"):
+        pixel_prototype_contrast(features(), labels(K * M, -1), drawn(K, M, D))
