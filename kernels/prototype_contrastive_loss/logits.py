@@ -38,7 +38,11 @@ def dots(image_ptr, stride_d, prototypes, b, offs_n, mask_n, k0, K, D,
     offs_k = k0 + tl.arange(0, BLOCK_K)
     mask_k = offs_k < K
     feat_ptrs = image_ptr + offs_n[:, None] + offs_d[None, :].to(tl.int64) * stride_d
-    proto_ptrs = prototypes.ptr + image_offset(prototypes, b) + offs_k[None, :].to(tl.int64) * D + offs_d[:, None]
+    if prototypes.variances is not None:
+        rows = offs_k[None, :].to(tl.int64) * D + offs_d[:, None]  # of both: a second address would spill
+        proto_ptrs = prototypes.ptr + image_offset(prototypes, b) + rows
+    else:
+        proto_ptrs = prototypes.ptr + image_offset(prototypes, b) + offs_k[None, :].to(tl.int64) * D + offs_d[:, None]
     step = tl.full((), BLOCK_D, tl.int64) * stride_d
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     quadratic = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
@@ -53,10 +57,7 @@ def dots(image_ptr, stride_d, prototypes, b, offs_n, mask_n, k0, K, D,
             square += tl.sum(wide * wide, 1)
         if prototypes.variances is not None:
             v = tl.load(
-                prototypes.variances
-                + image_offset(prototypes, b)
-                + offs_k[None, :].to(tl.int64) * D
-                + (offs_d[:, None] + d),
+                prototypes.variances + image_offset(prototypes, b) + rows + d,
                 mask=mask_k[None, :] & mask_d[:, None],
                 other=0.0,
             )
