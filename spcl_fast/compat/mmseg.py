@@ -140,6 +140,7 @@ class CrossEntropyLoss(nn.Module):
     """use_sigmoid, use_mask, reduction, class_weight, loss_weight, loss_name, avg_non_ignore: as mmsegmentation's, and so the defaults.
 
     forward(cls_score, label, weight=None, avg_factor=None, reduction_override=None, ignore_index=-100) -> loss_weight times the loss.
+    Shapes as in `cross_entropy`, with use_sigmoid `binary_cross_entropy`, with use_mask `mask_cross_entropy`.
     Quirks kept: `avg_non_ignore=False` divides the mean by all pixels, and the constructor warns about it; the ignored label is -100 unless
     the call says otherwise (mmsegmentation's heads say 255). class_weight may be the name of a .npy or .json file.
     align_corners, of the constructor alone, is ours: for scores smaller than the labels, that of the head's `resize` (mmsegmentation's

@@ -194,6 +194,7 @@ def _sorted_back(weight: Tensor, labelled: Tensor, order: Tensor | None) -> Tens
 class ContrastiveLoss(nn.Module):
     """The module of the authors' auxiliary head, same arguments, defaults and return value.
 
+    feat [B, A, h, w], mask [B, 1, H, W] integer labels, mean and covariance [C, A].
     forward(feat, mask, weight, avg_factor, reduction_override, **kwargs with mean, covariance, bank, ratio) -> loss_weight * loss; a list
     of feats gives the sum over its entries. Quirk kept: reg_relative_weight counts only with use_reg=True.
     """
@@ -207,7 +208,9 @@ class ContrastiveLoss(nn.Module):
         if use_dist and use_bank:
             raise ValueError("ContrastiveLoss: use_dist and use_bank are two losses; set one of them")
         if num_classes is None:
-            raise ValueError("ContrastiveLoss: num_classes is missing")
+            raise ValueError(
+                "ContrastiveLoss: num_classes is missing; pass num_classes=19 (Cityscapes) or your number of classes"
+            )
         self.use_dist, self.use_bank, self.use_reg = use_dist, use_bank, use_reg
         self.use_avg_pool, self.scale_min_ratio = use_avg_pool, scale_min_ratio
         self.contrast_temp, self.num_classes, self.reduction = contrast_temp, num_classes, reduction

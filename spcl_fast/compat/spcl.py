@@ -57,6 +57,7 @@ class PixelCLLoss(nn.Module):
     """core/utils/loss.py: the sum of the source's and the target's contrastive loss, temperature 100, unit features, 255 ignored.
 
     cfg is kept and never read. forward(semantic_prototype [D, K], src_feat [B, D, h, w], src_mask, tgt_feat, tgt_mask) -> [].
+    A mask has one label per pixel of its features: [B, h, w], [B, 1, h, w] or flat.
     """
 
     def __init__(self, cfg=None, temperature: float = 100.0) -> None:
@@ -72,6 +73,16 @@ class PixelCLLoss(nn.Module):
         )
 
     def _domain(self, semantic_prototype: Tensor, feat: Tensor, mask: Tensor) -> Tensor:
+        if mask.numel() * feat.shape[1] != feat.numel():
+            raise ValueError(
+                f"PixelCLLoss: a mask must have one label per pixel of its features {list(feat.shape)}, got {list(mask.shape)}; scale "
+                'labels down by F.interpolate(mode="nearest"), or use spcl_fast.prototype_contrastive_loss, which reads any size'
+            )
+        if semantic_prototype.dim() != 2 or len(semantic_prototype) != feat.shape[1]:
+            raise ValueError(
+                f"PixelCLLoss: semantic_prototype must be [D, K] = [{feat.shape[1]}, K] as the release keeps it, "
+                f"got {list(semantic_prototype.shape)}"
+            )
         mask = mask.reshape(feat.shape[0], *feat.shape[2:])  # the release takes any shape with as many pixels
         return ops.prototype_contrastive_loss(feat, mask, semantic_prototype.t(), temperature=self.temperature)
 

@@ -43,7 +43,10 @@ def cross_entropy_of_upsampled(
 
 
 class CrossEntropyLossOfUpsampled(nn.Module):
-    """nn.CrossEntropyLoss on scores that are still small: same arguments, forward(input, target)."""
+    """nn.CrossEntropyLoss on scores that are still small: same arguments, forward(input [N, C, h, w], target [N, H, W]) -> [].
+
+    Everything else as in `cross_entropy_of_upsampled`.
+    """
 
     weight: Tensor | None
 

@@ -23,7 +23,8 @@ class CAPIClustering(nn.Module):
     The student's loss is `capi_loss` against these targets. Defaults: target_temperature 0.06, prediction_temperature 0.12, 3 iterations.
     bias drops out of the balance, which its first step removes.
     Memory: O(N (E + positions) + positions K) and blocks of 8 MB; the [N, K] assignments, which the authors store, are never there.
-    Source: `OnlineClustering` in model.py of facebookresearch/capi. Different: rows of length below 1e-7 are normalised to length 1.
+    Source: arXiv 2502.08769, `OnlineClustering` in model.py of facebookresearch/capi.
+    Different: rows of length below 1e-7 are normalised to length 1.
     """
 
     def __init__(
@@ -88,7 +89,10 @@ def capi_loss(
     features: Tensor, targets: ops.TeacherTargets, prototypes: Tensor, bias: Tensor | None = None, *, temperature: float = 0.12,
     backend: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """mean over rows of - sum over k of t_nk log softmax over k of (<x/|x|, prototype_k> + bias_k) / temperature. features [N, D] -> []."""
+    """mean over rows of - sum over k of t_nk log softmax over k of (<x/|x|, prototype_k> + bias_k) / temperature. features [N, D] -> [].
+
+    prototypes [K, D], bias [K]; targets: those of `CAPIClustering`. Source: CAPI, arXiv 2502.08769.
+    """
     return ops.prototype_contrastive_loss(
         features, targets, prototypes, temperature=temperature, bias=None if bias is None else bias / temperature,
         backend=backend,

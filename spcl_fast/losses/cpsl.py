@@ -29,6 +29,7 @@ def self_labels(
 ) -> TeacherTargets:
     """Soft labels q_nk = exp(cos(x_n, prototype_k) / epsilon + u_n + v_k): rows sum to 1, columns of batch and queue to (N + Q) share_k.
 
+    features [N, D], prototypes [K, D], class_share [K] which sums to 1, queue [Q, D]: unit features of earlier batches.
     For `prototype_contrastive_loss`; computed where they are used. class_share None: uniform. Constants: no gradient.
     Raises ValueError or TypeError as `balance_`. Memory: O(N + Q + K) and the unit features; the authors' code has [N + Q, K] a few times.
     Source: CPSL, arXiv 2203.09744, class-balanced pixel-level self-labelling.
@@ -49,6 +50,7 @@ def self_label_loss(
 ) -> Tensor:  # []
     """mean over n of  -sum over k of q_nk log softmax(z)_nk,   z_nk = cos(x_n, prototype_k) / temperature.
 
+    features [N, D], prototypes [K, D] -> [].
     Differentiable once, in `features` and `prototypes` (the authors' features come from the EMA teacher: pass them detached).
     `prototype_contrastive_loss`; raises and allocates as that. Source: CPSL, arXiv 2203.09744.
     """

@@ -74,7 +74,8 @@ class IBOTPatchLoss(nn.Module):
     An image without a masked token counts as 0, as in the authors' code. Tokens that are not masked are computed, too, with weight 0: give
     those that are masked alone as one image of [1, N, D] with `weight` where they are selected already (DINOv2: 1 / masked of its image,
     divided by the number of images).
-    Source: `iBOTLoss` of bytedance/ibot (its `patch` part; the `cls` part is DINOLoss); `iBOTPatchLoss` of facebookresearch/dinov2.
+    Source: arXiv 2111.07832, `iBOTLoss` of bytedance/ibot (its `patch` part; the `cls` part is DINOLoss);
+    `iBOTPatchLoss` of facebookresearch/dinov2.
     """
 
     def __init__(

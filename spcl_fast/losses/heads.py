@@ -80,7 +80,8 @@ class CosineHead(_Head):
     """z_k = scale * cos(x, weight_k), with `batch_norm` of BatchNorm(x).
 
     scale        the initial one; learnt through its logarithm (`log_scale`, as CLIP's logit_scale) unless `learn_scale` is False.
-    forward and loss as in `LinearHead`. A feature of norm 0 has cosine 0 to every class.
+    forward(features [B, D, h, w] or [N, D]) -> [B, K, h, w] or [N, K], and loss, as in `LinearHead`.
+    A feature of norm 0 has cosine 0 to every class.
     Memory: the logits; with `batch_norm` the normalised features, too, because a length cannot be folded into a weight.
     Source: Gidaris and Komodakis, arXiv 1804.09458; CLIP, arXiv 2103.00020.
     """

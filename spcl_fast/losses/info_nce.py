@@ -67,6 +67,7 @@ def prototype_info_nce(
     anchors [A, D], labels [A] (-1: left out), prototypes [K, D], rows and row_labels as in `masked_info_nce`; mean over anchors.
     The kind of ReCo and U2PL (temperature 0.5): they draw 512 and 50 of the memory's rows per anchor, here all of them are negatives, so
     nothing is drawn and nothing of [A, 512, D] gathered. Differentiable in anchors, prototypes and rows. Memory: blocks of 16 MB.
+    Source: ReCo, arXiv 2104.04465; U2PL, arXiv 2203.03884.
     """
     parts, of_parts = _parts(anchors, labels, rows, row_labels)
     checks.check_temperature("prototype_info_nce", temperature)

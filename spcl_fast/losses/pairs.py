@@ -22,6 +22,7 @@ def pair_info_nce(
     """Mean over pairs (n, p) of one label of  log(1 + exp(m_n - s_np)),   m_n = log sum over rows of other labels of exp s_n.,
     s = <anchor, row> / temperature.
 
+    anchors [N, D], labels [N]; rows [R, D], row_labels [R] (None: the anchors, and none is a row of itself) -> [].
     Used as they are: normalise before. Differentiable once, in anchors and rows. No pair, or no row of another label: 0.
     Memory: the gradients, and 4 MB of similarities at a time. Plain PyTorch.
     Source: van den Oord et al., arXiv 1807.03748; Chen et al., arXiv 2002.05709 (NT-Xent); Khosla et al., arXiv 2004.11362.

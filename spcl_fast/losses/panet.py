@@ -21,7 +21,7 @@ _EPS = 1e-5  # of the authors' denominators
 def masked_mean(features: Tensor, masks: Tensor) -> Tensor:
     """features [B, D, h, w], masks [B, K, H, W] (any weights, constants) -> [B, K, D]. Differentiable in features.
 
-    The bilinear rule is that of F.interpolate(align_corners=False). Memory: masks of the small size. Source: `FewShotSeg.getFeatures`.
+    The bilinear rule is that of F.interpolate(align_corners=False). Memory: masks of the small size. Source: PANet, arXiv 1908.06391.
     """
     if features.dim() != 4 or masks.dim() != 4 or len(features) != len(masks):
         raise ValueError(
@@ -43,7 +43,10 @@ def _bilinear(small: int, large: int, like: Tensor) -> Tensor:
 
 
 def panet_prototypes(support: Tensor, fore_mask: Tensor, back_mask: Tensor) -> Tensor:
-    """support [ways, shots, D, h, w], masks [ways, shots, H, W] -> [1 + ways, D], the background first, each a mean over shots."""
+    """support [ways, shots, D, h, w], masks [ways, shots, H, W] -> [1 + ways, D], the background first, each a mean over shots.
+
+    Source: PANet, arXiv 1908.06391, by masked average pooling of the up-sampled features (`masked_mean`).
+    """
     ways, shots = support.shape[:2]
     masks = torch.stack([back_mask, fore_mask], 2).flatten(0, 1)
     means = masked_mean(support.flatten(0, 1), masks).view(ways, shots, 2, -1).mean(1)
@@ -51,12 +54,18 @@ def panet_prototypes(support: Tensor, fore_mask: Tensor, back_mask: Tensor) -> T
 
 
 def panet_logits(features: Tensor, prototypes: Tensor, *, scale: float = 20.0, backend: str | None = None) -> Tensor:
-    """scale cos(x, prototype_k): features [B, D, h, w], prototypes [K, D] or [B, K, D] -> [B, K, h, w]. A prototype of 0 gives 0."""
+    """scale cos(x, prototype_k): features [B, D, h, w], prototypes [K, D] or [B, K, D] -> [B, K, h, w]. A prototype of 0 gives 0.
+
+    Source: PANet, arXiv 1908.06391 (scale 20).
+    """
     return ops.prototype_logits(features, F.normalize(prototypes, dim=-1), temperature=1 / scale, backend=backend)
 
 
 def panet_loss(logits: Tensor, labels: Tensor, *, backend: str | None = None) -> Tensor:
-    """Cross-entropy of the logits up-sampled (align_corners=False) to labels [B, H, W]; 255 is ignored; mean over labelled pixels."""
+    """Cross-entropy of the logits up-sampled (align_corners=False) to labels [B, H, W]; 255 is ignored; mean over labelled pixels.
+
+    logits [B, K, h, w] -> []. Source: PANet, arXiv 1908.06391.
+    """
     return ops.upsampled_cross_entropy(logits, labels, align_corners=False, backend=backend)
 
 
@@ -66,7 +75,8 @@ def panet_alignment_loss(
     """The support segmented by prototypes of the query's own prediction. query [N, D, h, w], logits [N, 1 + ways, h, w] of it, support
     [ways, shots, D, h, w], masks [ways, shots, H, W] of 0 and 1 -> [].
 
-    A way that is predicted nowhere adds nothing; a pixel in neither mask is ignored. No host sync. Source: `FewShotSeg.alignLoss`.
+    A way that is predicted nowhere adds nothing; a pixel in neither mask is ignored. No host sync. Source: PANet, arXiv 1908.06391,
+    `FewShotSeg.alignLoss`.
     """
     ways, shots = support.shape[:2]
     predicted = (

@@ -21,6 +21,7 @@ def distance_weights(
 ) -> Tensor:  # [B, K, h, w] or [N, K], float32 (float64 for float64 features)
     """softmax over k of  -scale |x - prototype_k|.  `scale` is what ProDA calls proto_temperature. A constant: no gradient.
 
+    features [B, D, h, w] or [N, D]; prototypes [K, D] -> [B, K, h, w] or [N, K], float32.
     |x - p|^2 = |x|^2 - (2 <x, p> - |p|^2) is taken in float32, so a distance d is off by about 1e-7 |x|^2 / d.
     Raises ValueError or TypeError as `prototype_logits`. Memory: the [.., K] map, twice; the authors' code makes a map of the features'
     size per class. Source: ProDA, arXiv 2101.10979, eq. 5.
@@ -39,7 +40,10 @@ def distance_weights(
 def cosine_weights(
     features: Tensor, prototypes: Tensor, *, temperature: float = 0.08, backend: str | None = None
 ) -> Tensor:
-    """softmax over k of  cos(x, prototype_k) / temperature: CPSL's weights (arXiv 2203.09744). Shapes as `distance_weights`."""
+    """softmax over k of  cos(x, prototype_k) / temperature: CPSL's weights.
+
+    features [B, D, h, w] or [N, D]; prototypes [K, D] -> [B, K, h, w] or [N, K], a constant. Source: CPSL, arXiv 2203.09744.
+    """
     unit = torch.nn.functional.normalize(prototypes, dim=1)
     return prototype_logits(features, unit, temperature=temperature, backend=backend).softmax(1)
 
@@ -54,6 +58,7 @@ def rectified_labels(
 ) -> Tensor:  # [B, h, w] int64
     """argmax of r = weights * probabilities, made to sum to 1; `ignore_index` where the largest r is below `threshold`.
 
+    weights and probabilities (soft pseudo-labels) [B, K, h, w] -> [B, h, w] int64.
     A pixel whose r are all 0 is ignored (the authors' code takes class 0). Source: ProDA, arXiv 2101.10979, eq. 4; CPSL does the same.
     """
     if weights.shape != probabilities.shape or weights.dim() < 2:
@@ -82,6 +87,7 @@ def symmetric_cross_entropy(
 ) -> Tensor:  # []
     """alpha * mean of -log p_y + beta * mean of 9.21 (1 - p_y),   p the softmax of the logits, up-sampled bilinearly to the labels' size.
 
+    logits [B, K, h, w], labels [B, H, W] integer -> [].
     The second term is cross-entropy with label and prediction exchanged and log 0 taken as log 1e-4. Means over labelled pixels; nothing
     labelled: 0. The authors clamp p at 1e-7, which changes the value by less than 1e-6 K; they ignore label 250.
     Memory: the map of -log p_y, [B, H, W]; the authors' code has softmax and one-hot at that size. Source: ProDA, arXiv 2101.10979; Wang et
@@ -104,6 +110,7 @@ def uniform_regularizer(
 ) -> Tensor:  # []
     """mean over all pixels of  -1/K sum over k of log p_k  of the logits up-sampled to `size` (None: as they are): ProDA's MRKLD.
 
+    logits [B, K, h, w] -> [].
     `upsampled_cross_entropy` with all of the label smoothed away; raises and allocates as that. Source: Zou et al., arXiv 1908.09822.
     """
     size = (logits.shape[2], logits.shape[3]) if size is None else size

@@ -39,8 +39,9 @@ def pixel_prototype_contrast(
 def pixel_prototype_distance(
     features: Tensor, row_labels: Tensor, prototypes: Tensor, *, normalize: bool = True, ignore_index: int = NONE
 ) -> Tensor:
-    """PPD: mean over labelled pixels of (1 - <u, p_row>)^2,  with the shapes of `pixel_prototype_contrast`.
+    """PPD: mean over labelled pixels of (1 - <u, p_row>)^2,  with the arguments of `pixel_prototype_contrast`.
 
+    features [B, D, h, w] or [N, D]; row_labels [B, h, w] or [N]; prototypes [K M, D], unit rows -> [].
     One dot product per pixel. Memory: the gradient and 8 bytes per pixel. Source: ProtoSeg, arXiv 2203.15102.
     """
     similarity, is_labelled = labelled_similarity(

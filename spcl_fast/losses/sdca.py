@@ -27,6 +27,8 @@ def sdca_loss(
         v_k = 1/2 <u^2, variance_k/|variance_k|> / temperature^2,   z_k = <u, mean_k/|mean_k|> / temperature + v_k,   u = x/|x|
         loss = logsumexp z - z_y + v_y
 
+    features [B, D, h, w] or [N, D]; labels [B, H, W] of any size or [N], integer; mean and variance [K, D], constants -> [] or, for
+    reduction="none", [B, h, w] or [N].
     `prototype_contrastive_loss(variances=..., positive_variance=False)`; raises and allocates as that.
     Source: SDCA, arXiv 2105.05013; that the variance has unit length, too, is in the released code (core/utils/loss.py).
     """
@@ -48,6 +50,8 @@ def proca_loss(
 ) -> Tensor:  # as sdca_loss
     """Prototype contrast:  loss = -log softmax(z)_y,   z_k = cos(x, prototype_k) / temperature.
 
+    features [B, D, h, w] or [N, D]; labels [B, H, W] of any size or [N], integer; prototypes [K, D], a constant -> [] or, for
+    reduction="none", [B, h, w] or [N].
     `prototype_contrastive_loss` with prototypes of unit length; raises and allocates as that. Source: ProCA, arXiv 2207.06654.
     """
     return prototype_contrastive_loss(

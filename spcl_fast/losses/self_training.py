@@ -19,6 +19,7 @@ def quality_weight(
 ) -> Tensor:  # [B, H, W] float32
     """Every pixel has the share of ALL the batch's pixels whose confidence is at least `threshold`; 0 in the first and last rows.
 
+    confidence [B, H, W], the teacher's largest probability -> [B, H, W] float32.
     No host sync (the authors' code waits twice). With class mix, the pasted source pixels get 1 afterwards.
     Source: DAFormer, arXiv 2111.14887, of DACS; its Cityscapes settings ignore 15 rows at the top and 120 at the bottom.
     """
@@ -45,9 +46,10 @@ def quality_weighted_cross_entropy(
 ) -> Tensor:  # []
     """sum over pixels of weight * -log softmax(z)_y / number of ALL pixels,   z the logits up-sampled bilinearly.
 
+    logits [B, K, h, w], labels [B, H, W] integer, pixel_weight [B, H, W], class_weight [K] -> [].
     The loss of mixed images in DAFormer, of masked ones in MIC, of both in VFM-UDA(++): ignored pixels and weights of 0 stay in the
     denominator, so a batch of poor pseudo-labels weighs less. Without pixel_weight it is mmsegmentation's default mean.
-    `upsampled_cross_entropy(denominator="all")`; raises and allocates as that.
+    `upsampled_cross_entropy(denominator="all")`; raises and allocates as that. Source: DAFormer, arXiv 2111.14887; MIC, arXiv 2212.01322.
     """
     return upsampled_cross_entropy(
         logits, labels, pixel_weight=pixel_weight, class_weight=class_weight, denominator="all", align_corners=align_corners,
@@ -68,6 +70,7 @@ def confident_cross_entropy(
 ) -> Tensor:  # []
     """Sum of -log softmax(z)_y over pixels whose confidence is at least `threshold`, over the number of ALL pixels that are no padding.
 
+    logits [B, K, h, w]; labels, the teacher's argmax, confidence and ignored (`ignore_index` where padded) [B, H, W] -> [].
     One of UniMatch's three terms; its loss is (labelled + 1/4 strong_1 + 1/4 strong_2 + 1/2 perturbed features) / 2. Nothing but padding:
     0, where the authors' code has NaN. `upsampled_cross_entropy` with a denominator; no host sync. Source: UniMatch, arXiv 2208.09910.
     """

@@ -33,6 +33,8 @@ def proto_cl(
 ) -> Tensor:  # [] or, for reduction="none", [B, h, w] or [N]; float32 (float64 for float64 features)
     """ProtoCL:  loss = w_y (logsumexp z - z_y),   z_k = <u, prototype_k> / temperature,   u = x/|x|.
 
+    features [B, D, h, w] or [N, D]; labels [B, H, W] of any size or [N], integer; prototypes [K, D], a constant -> [] or, for
+    reduction="none", [B, h, w] or [N].
     `prototype_contrastive_loss`, but the mean divides by the number of labelled pixels whatever their class weights, as the authors' does.
     Raises and allocates as that. `proto_reg` is the regulariser. Source: SePiCo, arXiv 2204.08808, eq. for prototype-level contrast.
     """
@@ -60,6 +62,8 @@ def dist_cl(
 ) -> Tensor:  # as proto_cl
     """DistCL: the upper bound of contrast with infinitely many draws from each class's Gaussian.
 
+    features [B, D, h, w] or [N, D]; labels [B, H, W] of any size or [N], integer; prototypes and variances [K, D], constants ->
+    [] or, for reduction="none", [B, h, w] or [N].
         v_k = 1/2 ratio <u^2, variance_k> / temperature^2,   z_k = <u, prototype_k> / temperature + v_k,   u = x/|x|
         loss = w_y (logsumexp z - z_y) + v_y
 
@@ -96,6 +100,8 @@ def bank_cl(
 ) -> Tensor:  # as proto_cl
     """BankCL: each of the M rows of the pixel's class against the mean row of every other class.
 
+    features [B, D, h, w] or [N, D]; labels [B, H, W] of any size or [N], integer; rows [K, M, D] and is_there [K, M] bool, constants ->
+    [] or, for reduction="none", [B, h, w] or [N].
         loss = mean over m of  -log( e^{s_ym} / (e^{s_ym} + sum over c != y of e^{mean of s_c}) ),   s_cm = <u, row_cm> / temperature
 
     rows        as `MeanBank.rows`, with `MeanBank.is_there()`. Classes without a row take no part, and their pixels count as ignored.
@@ -140,6 +146,7 @@ def proto_reg(
 ) -> Tensor:  # []
     """loss = sum over k of log softmax(z)_k / (K ln K),   z_k = <m, prototype_k> / temperature,   m the mean unit feature.
 
+    features [B, D, h, w] or [N, D]; labels [B, H, W] of any size or [N], integer: which pixels count; prototypes [K, D], a constant -> [].
     The sign is the authors'; z is that of the mean feature, one row, so it costs a read of the features. 0 for one class.
     Nothing labelled: 0. Raises and allocates as `mean_feature`. Source: SePiCo, arXiv 2204.08808, L_reg.
     """

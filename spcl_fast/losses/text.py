@@ -19,7 +19,7 @@ class TextHead(nn.Module):
 
     Quirks of the authors' code, kept as defaults: the mean is over ALL pixels (denominator="all", mmsegmentation's), and the scores are
     up-sampled with align_corners=False.
-    Source: `DenseCLIP.after_extract_feat` and `_identity_head_forward_train` of raoyongming/DenseCLIP (temperature 0.07).
+    Source: arXiv 2112.01518, `DenseCLIP.after_extract_feat` and `_identity_head_forward_train` of raoyongming/DenseCLIP (temperature 0.07).
     """
 
     def __init__(
