@@ -110,7 +110,10 @@ def test_temperatures_and_features_as_they_are_with_classes_in_blocks(backend, t
 
 
 @pytest.mark.parametrize("name", ["variances", "no positive variance, class weight"])
-@pytest.mark.parametrize(("backend", "shape"), on_each_shape(CONTRAST, "variances", "no_positive_variance"))
+@pytest.mark.parametrize(
+    ("backend", "shape"),
+    on_each_shape(CONTRAST, "variances", "no_positive_variance", among=("reference", "cpu", "cuda")),
+)
 def test_variances_of_any_number_of_classes_and_channels(backend, shape, name):
     (case,) = named(OPTIONS, name)
     for dtype in (torch.float32, torch.bfloat16):
@@ -175,6 +178,7 @@ LEARNED = named(
 DRAWN = [
     pytest.param(*row.values, shape, classes, id=f"{row.id}-{classes}")
     for row in on_each_backend(CONTRAST, LEARNED)
+    if row.values[0] != "triton" or row.values[1] in LEARNED[:1] + LEARNED[4:5]
     for shape, classes in (
         [((2, 24, 7, 13), 5)] if row.values[0] in ON_CPU else [((1, 24, 3, 13), 5)] if row.values[0] == "triton"
         else [((1, 24, 3, 13), 5), ((2, 37, 3, 5), 330), ((1, 300, 2, 7), 512)]
