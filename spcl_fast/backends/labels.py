@@ -33,6 +33,14 @@ def resize_nearest(labels: Tensor, *size: int) -> Tensor:
     return labels[(..., *index)]
 
 
+def as_int64(labels: Tensor) -> Tensor:
+    """Labels of any integer dtype; a uint64 one that int64 does not hold is no class and no ignore_index, so not the -1 of a cast."""
+    if labels.dtype != torch.uint64:
+        return labels.long()
+    values = labels.view(torch.int64)
+    return values.where(values >= 0, _HUGE_LABEL)
+
+
 @functools.cache
 def label_flag(device: torch.device) -> Tensor:
     """[] int64 on `device`: the largest bad label seen since the last `check_labels`, or the smallest int64."""
@@ -76,7 +84,7 @@ def refuse_bad_labels(labels: object, grid: Sequence[int], num_classes: int, ign
     if labels.is_floating_point():
         check_probabilities(labels)
     else:
-        check_range(resize_nearest(labels, *grid).long(), num_classes, ignore_index, labels)
+        check_range(as_int64(resize_nearest(labels, *grid)), num_classes, ignore_index, labels)
 
 
 def check_probabilities(probabilities: Tensor) -> Tensor | None:

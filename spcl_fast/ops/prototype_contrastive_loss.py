@@ -93,6 +93,8 @@ def prototype_contrastive_loss(
         _OP, ignore_index=ignore_index, backend=backend, normalize=normalize, positive_variance=positive_variance
     )
     checks.check_reduction(_OP, reduction)
+    if prototype_class is not None and _is_soft(pixels, labels):
+        checks.refuse_together(_OP, _soft_words(labels), "prototype_class", "soft labels are one per prototype")
     targets = _labels(pixels, labels, classes, backend)
     if class_weight is not None:
         class_weight = _class_weight(pixels, class_weight, classes)
@@ -116,10 +118,20 @@ def _is_default(denominator: str | Tensor) -> bool:
     return isinstance(denominator, str) and denominator == "labelled"
 
 
+def _is_soft(pixels: Pixels, labels: object) -> bool:
+    if isinstance(labels, TeacherTargets):
+        return True
+    return isinstance(labels, Tensor) and labels.dtype in checks.FLOATS and labels.dim() == len(pixels.grid) + 1
+
+
+def _soft_words(labels: object) -> str:
+    return "probabilities as labels" if isinstance(labels, Tensor) else "TeacherTargets"
+
+
 def _labels(pixels: Pixels, labels: Tensor | TeacherTargets, classes: int, backend: str | None) -> Tensor | Teacher:
     if isinstance(labels, TeacherTargets):
         return teacher_of(_OP, pixels, labels.resolved(backend), classes)
-    if isinstance(labels, Tensor) and labels.dtype in checks.FLOATS and labels.dim() == len(pixels.grid) + 1:
+    if _is_soft(pixels, labels):
         return probabilities_of(_OP, pixels, labels, classes)
     return labels_of(_OP, pixels, labels)
 
@@ -136,10 +148,8 @@ def _check_together(c: Contrast) -> None:
     checks.check_share(_OP, "label_smoothing", c.label_smoothing)
     checks.check_finite(_OP, "margin", c.margin)
     checks.check_choice(_OP, "loss", c.loss, LOSSES)
-    soft = "TeacherTargets" if isinstance(c.labels, Teacher) else "probabilities as labels"
+    soft = _soft_words(c.labels)
     if isinstance(c.labels, Teacher) or c.labels.is_floating_point():
-        if c.prototype_class is not None:
-            checks.refuse_together(_OP, soft, "prototype_class", "soft labels are one per prototype")
         if c.margin:
             checks.refuse_together(_OP, soft, "margin", "a margin is taken from the one labelled class")
         if not c.positive_variance:

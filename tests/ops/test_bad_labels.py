@@ -47,6 +47,15 @@ def test_it_is_named_with_its_value_and_first_pixel(op, backend, value, dtype):
         OPS[op](labels, backend=backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+def test_the_largest_uint64_is_not_an_ignore_index_of_minus_one(op, backend):
+    labels = torch.zeros(2, 12, 16, dtype=torch.uint64)
+    put(labels, 2**64 - 1, (1, 4, 6))
+    with pytest.raises(ValueError, match=rf"label {2**64 - 1} at pixel \(image 1, row 4, column 6\)"):
+        OPS[op](labels, backend=backend, ignore_index=-1)
+
+
 @pytest.mark.parametrize("value", [2**64 - 1, 9])
 def test_labels_that_are_compared_with_a_prediction_are_named_too(value):
     labels = torch.zeros(1, 3, 3, dtype=torch.uint64)

@@ -9,7 +9,7 @@ from ..contract import Contrast, Gradients, Logits, Saved, SavedLike, Wanted
 from . import rows as linear
 from .exact import exact, fixed_sum, matmul, wide
 from .rows import Rows
-from .targets import Goal, goal_of, is_soft, soft_loss, soft_residual, softmax, targets_of_image
+from .targets import Goal, goal_of, is_soft, negative_log_softmax, soft_loss, soft_residual, softmax, targets_of_image
 
 
 def saves_logits(num_rows: int, dim: int) -> bool:
@@ -39,10 +39,10 @@ def _pixel_losses(z: Tensor, x: Tensor, inv: Tensor, rows: Rows, contrast: Contr
     """[P], before factor and pixel weight."""
     if is_soft(contrast):
         return soft_loss(z, targets_of_image(contrast, goal, b, z.dtype), contrast.class_weight, contrast.loss)
-    own = z.gather(0, goal.classes(b)[None])[0]
+    own = negative_log_softmax(z).gather(0, goal.classes(b)[None])[0]
     if rows.variances is not None and not contrast.positive_variance:
-        own = own - _variance_term(x, inv, rows, goal.classes(b))
-    return z.logsumexp(0) - own
+        own = own + _variance_term(x, inv, rows, goal.classes(b))
+    return own
 
 
 @exact

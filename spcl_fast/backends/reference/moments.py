@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..contract import Average, Moments
-from ..labels import check_range, resize_nearest
+from ..labels import as_int64, check_range, resize_nearest
 from .exact import exact, wide
 from .rows import EPS
 
@@ -15,7 +15,7 @@ from .rows import EPS
 def class_moments(problem: Moments) -> tuple[Tensor, Tensor, Tensor]:
     features, labels, num_classes, normalize, ignore_index, squares, pixel_weight = problem
     dtype, (batch, dim, height, width) = wide(features.dtype), features.shape
-    given, labels = labels, resize_nearest(labels, height, width).long()
+    given, labels = labels, as_int64(resize_nearest(labels, height, width))
     labelled, _ = check_range(labels, num_classes, ignore_index, given)
     target = labels.where(labelled, num_classes).flatten(1)  # the unlabelled go to a row that is dropped
     sums = features.new_zeros(num_classes + 1, dim, dtype=torch.float64)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..contract import Contrast, Teacher
-from ..labels import check_probabilities, check_range, resize_nearest
+from ..labels import as_int64, check_probabilities, check_range, resize_nearest
 from .exact import matmul
 
 
@@ -41,7 +41,7 @@ def goal_of(contrast: Contrast, dtype: torch.dtype, check: bool = True) -> Goal:
         any_bad = check_probabilities(labels) if check else None
         labelled = (labels != 0).any(1).flatten(1)
         return Goal(labelled, None, labelled.to(dtype), labelled.to(dtype), any_bad)
-    given, labels = labels, resize_nearest(labels, *c.features.shape[2:]).long()
+    given, labels = labels, as_int64(resize_nearest(labels, *c.features.shape[2:]))
     if check:
         labelled, any_bad = check_range(labels, c.num_classes, c.ignore_index, given)
     else:
@@ -74,9 +74,9 @@ def smoothed(target: Tensor, label_smoothing: float) -> Tensor:
 def soft_loss(z: Tensor, target: Tensor, class_weight: Tensor | None, kind: str) -> Tensor:
     """z, target [K, P] -> [P]. A class without probability adds nothing, whatever its logit."""
     if kind == "sigmoid":
-        terms = torch.nn.functional.softplus(z) - torch.where(target == 0, 0, target * z)
+        terms = softplus(z) - torch.where(target == 0, 0, target * z)
     else:
-        terms = torch.where(target == 0, 0, target * (z.logsumexp(0) - z))
+        terms = torch.where(target == 0, 0, target * negative_log_softmax(z))
     if class_weight is not None:
         terms = terms * class_weight.to(z.dtype)[:, None]
     return terms.sum(0, dtype=torch.float64).to(z.dtype)
@@ -90,6 +90,17 @@ def soft_residual(z: Tensor, target: Tensor, class_weight: Tensor | None, kind: 
     if class_weight is not None:
         target = target * class_weight.to(z.dtype)[:, None]
     return softmax(z) * target.sum(0, dtype=torch.float64).to(z.dtype) - target
+
+
+def softplus(z: Tensor) -> Tensor:
+    """log(1 + exp(z)). That of torch is z above 20, which float64 sees."""
+    return -torch.nn.functional.logsigmoid(-z)
+
+
+def negative_log_softmax(z: Tensor) -> Tensor:
+    """z [K, P] -> [K, P], by the maximum as `softmax`: the small loss of a pixel that is sure is not a difference of two large numbers."""
+    below = z - z.amax(0)
+    return below.exp().sum(0, dtype=torch.float64).log().to(z.dtype) - below
 
 
 def softmax(z: Tensor) -> Tensor:

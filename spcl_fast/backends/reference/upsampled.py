@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..contract import UpsampledClasses, UpsampledLoss
-from ..labels import check_probabilities, check_range
+from ..labels import as_int64, check_probabilities, check_range
 from .exact import exact, fixed_sum, matmul, wide, widened
-from .targets import smoothed, softmax
+from .targets import smoothed, softmax, softplus
 
 _STRIP_ELEMENTS = 1 << 20  # values of an up-sampled strip alive at once: 4 MB
 
@@ -92,7 +92,7 @@ def _goal(problem: UpsampledLoss, binary: bool, dtype: torch.dtype) -> _Goal:
         any_bad = check_probabilities(p.labels)
         labelled = _has_probability(p, dtype)
         return _Goal(labelled, None, labelled.to(dtype), labelled.to(dtype), any_bad)
-    labels = p.labels.long()
+    labels = as_int64(p.labels)
     labelled, any_bad = check_range(labels, num_classes, p.ignore_index, p.labels)
     index, ones = labels.where(labelled, 0), labelled.to(dtype)
     weight = ones if p.class_weight is None else ones * p.class_weight.to(dtype)[index]
@@ -205,7 +205,7 @@ def _binary(strip: Tensor, target: Tensor, problem: UpsampledLoss) -> tuple[Tens
         sure = (strip == -torch.inf) & (target == 0)
         terms, residual = terms.where(~sure, 0), residual.where(~sure, 0)
     else:
-        terms = torch.nn.functional.softplus(strip) - torch.where(target == 0, 0, target * strip)
+        terms = softplus(strip) - torch.where(target == 0, 0, target * strip)
         residual = strip.sigmoid() - target
     if weight is None:
         return terms, residual
@@ -245,7 +245,7 @@ def upsampled_confusion(problem: UpsampledClasses) -> Tensor:
     p, logits = problem, problem.logits
     dtype, (batch, num_classes, *low), (height, width) = wide(logits.dtype), logits.shape, p.size
     assert p.labels is not None  # the confusion's rows
-    labels = p.labels.long()
+    labels = as_int64(p.labels)
     labelled, _ = check_range(labels, num_classes, p.ignore_index, p.labels)
     y, x = _axes(low, p.size, p.align_corners, logits, dtype)
     counts = torch.zeros(num_classes * num_classes + 1, dtype=torch.int64, device=logits.device)  # the last: unlabelled

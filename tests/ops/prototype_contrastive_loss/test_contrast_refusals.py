@@ -133,3 +133,15 @@ def test_options_that_mean_nothing_together_are_refused_by_name(change, error, t
     }
     with pytest.raises(error, match=text):
         sf.prototype_contrastive_loss(**given | change)
+
+
+@pytest.mark.parametrize("soft", ["probabilities", "teacher"])
+@pytest.mark.parametrize("classes_per_row", ["as many", "fewer"])
+def test_soft_labels_of_pooled_rows_are_refused_by_name_whatever_their_number_of_classes(soft, classes_per_row):
+    p = problem()
+    words = "TeacherTargets" if soft == "teacher" else "probabilities as labels"
+    of_row = torch.arange(5) if classes_per_row == "as many" else torch.tensor([0, 0, 1, 1, 2])
+    with pytest.raises(ValueError, match=f"{words} and prototype_class cannot be used together"):
+        sf.prototype_contrastive_loss(
+            p.features, getattr(p, soft), p.prototypes, temperature=1.0, prototype_class=of_row
+        )

@@ -342,3 +342,39 @@ def test_a_linear_head_is_linear_cross_entropy(backend, reduction, smoothing, we
 
 def test_there_is_a_shape_for_every_way_of_cutting_a_problem():
     assert len(SHAPES[CONTRAST]) > 15
+
+
+@pytest.mark.parametrize("backend", usable(CONTRAST))
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_small_loss_of_a_pixel_that_is_sure_has_its_digits(backend, soft):
+    generator = torch.Generator().manual_seed(0)
+    prototypes = F.normalize(torch.randn(5, 32, generator=generator), dim=1)
+    labels = torch.randint(0, 5, (64,), generator=generator)
+    features = prototypes[labels] + 0.15 * torch.randn(64, 32, generator=generator)
+
+    def error(dtype, loss):
+        given = F.one_hot(labels, 5).to(dtype) if soft else labels
+        return loss(features.to(dtype), given, prototypes.to(dtype))
+
+    def eager(x, given, rows):
+        return F.cross_entropy(F.normalize(x, dim=1) @ rows.T / 0.05, given, reduction="none")
+
+    exact = error(torch.float64, eager)
+    got = error(torch.float32, lambda *given: sf.prototype_contrastive_loss(
+        *given, temperature=0.05, reduction="none", backend=backend))  # fmt: skip
+    bound = 2 * (error(torch.float32, eager) - exact).abs().max()
+    assert exact.max() < 1 and (got - exact).abs().max() <= bound
+
+
+def test_a_sigmoid_of_large_logits_is_exact_in_float64():
+    generator = torch.Generator().manual_seed(0)
+    features, prototypes = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (6, 4))
+    labels, logits = torch.arange(6) % 4, 9 * features @ prototypes.T
+    expected = F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, 4).double(), reduction="none")
+    assert logits.max() > 20
+    got = sf.prototype_contrastive_loss(
+        features, labels, prototypes, temperature=1 / 9, normalize=False, loss="sigmoid", reduction="none"
+    )
+    torch.testing.assert_close(got, expected.sum(1), rtol=1e-14, atol=0)
+    up = sf.upsampled_binary_cross_entropy(logits[:, :, None, None], labels[:, None, None], reduction="none")
+    torch.testing.assert_close(up.flatten(), expected.sum(1), rtol=1e-14, atol=0)
