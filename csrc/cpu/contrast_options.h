@@ -209,7 +209,8 @@ void softmax_loss(const ContrastOptions& o, const float* z, const Aims& aims, co
   for (int v = 0; v < kPanel; v += V) {
     const vf most = load(top + v), rest = load(log_sum + v);
     LongSum sum;
-    if (!aims.targets) sum.add(load(aims.own + v) * ((most - load(aims.own_z + v)) + rest));
+    vf rough = {};  // an infinite loss, of which the corrections of LongSum would make NaN
+    if (!aims.targets) sum.add(rough = load(aims.own + v) * ((most - load(aims.own_z + v)) + rest));
     const int64_t terms = aims.targets || o.background_sum != 0 ? o.num_classes : 0;
     for (int64_t first = 0; first < terms; first += kSumBlock) {
       vf part = {};
@@ -218,9 +219,9 @@ void softmax_loss(const ContrastOptions& o, const float* z, const Aims& aims, co
         vf term = t * ((most - load(z + k * kPanel + v)) + rest);
         part += select(t == 0.0f, vf{}, term);  // a class of logit -inf that nobody aims at
       }
-      sum.add(part);
+      sum.add(part), rough += part;
     }
-    store(loss + v, sum.total);
+    store(loss + v, select(rough == __builtin_inff(), rough, sum.total));
   }
 }
 
@@ -235,13 +236,15 @@ SPCL_LOCAL
 void sigmoid_loss(const ContrastOptions& o, const float* z, const int32_t* label, const Aims& aims, float* loss) {
   for (int v = 0; v < kPanel; v += V) {
     LongSum sum;
+    vf rough = {};  // as in softmax_loss
     for (int64_t k = 0; k < o.num_classes; ++k) {
       vf value = load(z + k * kPanel + v), t = target_of(o, aims, load(label + v), k, v);
       vf linear = select(value > 0.0f, (1.0f - t) * value, -t * value);
       linear = select((value == -__builtin_inff()) & (t == 0.0f), vf{}, linear);
-      sum.add(o.class_scale[k] * (linear + log1p(exp(-magnitude(value)))));
+      vf term = o.class_scale[k] * (linear + log1p(exp(-magnitude(value))));
+      sum.add(term), rough += term;
     }
-    store(loss + v, sum.total);
+    store(loss + v, select(rough == __builtin_inff(), rough, sum.total));
   }
 }
 
@@ -301,12 +304,14 @@ void sigmoid_weights(const ContrastOptions& o, const int32_t* label, const Aims&
 }
 
 // Weights of classes -> weights of rows, over `dots`; radial [kPanel] = sum_m w_m dots_m. Softmax weights sum to 0, so
-// there any one dot may be taken off all of them first.
+// there any one dot may be taken off all of them first; unless a class without a row keeps its weight to itself.
 SPCL_LOCAL
 void spread_weights(const Contrast& a, const OptionBuffers& b, float* dots, float* radial) {
   const ContrastOptions& o = *a.options;
+  bool sums_to_0 = o.loss == kSoftmax;
+  for (int64_t k = 0; o.first_row && k < o.num_classes; ++k) sums_to_0 &= o.first_row[k] < o.first_row[k + 1];
   for (int v = 0; v < kPanel; v += V) {
-    const vf zero_point = o.loss == kSoftmax ? load(dots + v) : vf{};
+    const vf zero_point = sums_to_0 ? load(dots + v) : vf{};
     LongSum slope;
     for (int64_t k = 0; k < o.num_classes; ++k) {
       const vf of_class = load(b.z + k * kPanel + v);
