@@ -53,8 +53,11 @@ def _accept(context: Context, rows: Sequence[catalog.Stage], redo: Sequence[str]
             removed.append(row)
     coming = [row.name for row in rows]
     for row in rows:
-        for name in context.inputs(row):
-            if run.done(name) is None and name not in coming[: coming.index(row.name)]:
+        there = {one.name for one in catalog.STAGES if run.done(one.name) is not None} | set(
+            coming[: coming.index(row.name)]
+        )
+        for name in catalog.inputs(row, lambda name, there=there: name in there, context.setting):
+            if name not in there:
                 raise CheckpointError(_not_there(name, row, run, alone=len(rows) == 1))
         difference = difference_of(context, row)
         if difference:
