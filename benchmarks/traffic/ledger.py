@@ -77,37 +77,26 @@ def moved(launch: Launch, tensor: Tensor | None) -> Moved:
         return NOTHING
     storage = tensor.untyped_storage()
     start, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
-    s = launch.sectors
-    mine = (s.address + SECTOR > start) & (s.address < end)
-    requests, blocks = s.read_requests[mine], s.reading_blocks[mine]
-    return Moved(
-        int(s.read_bytes[mine].sum()),
-        SECTOR * int(requests.sum()),
-        SECTOR * int((requests > 0).sum()),
-        int(s.written_bytes[mine].sum()),
-        SECTOR * int(s.written_requests[mine].sum()),
-        SECTOR * int((requests - blocks).clip(0).sum()),
-    )
+    at = launch.sectors.address
+    mine = (at + SECTOR > start) & (at < end)
+    return _added_up(Sectors(*(column[mine] for column in launch.sectors)))
 
 
 def all_moved(launches: list[Launch], tensor: Tensor | None) -> Moved:
-    total = NOTHING
-    for launch in launches:
-        total = total + moved(launch, tensor)
-    return total
+    return sum((moved(launch, tensor) for launch in launches), NOTHING)
 
 
 def total(launches: list[Launch]) -> Moved:
     """Of all tensors, workspaces included."""
-    out = NOTHING
-    for launch in launches:
-        s = launch.sectors
-        out = out + Moved(
-            int(s.read_bytes.sum()),
-            SECTOR * int(s.read_requests.sum()),
-            SECTOR * int((s.read_requests > 0).sum()),
-            int(s.written_bytes.sum()),
-            SECTOR * int(s.written_requests.sum()),
-            SECTOR * int((s.read_requests - s.reading_blocks).clip(0).sum()),
-        )
-    return out
+    return sum((_added_up(launch.sectors) for launch in launches), NOTHING)
+
+
+def _added_up(s: Sectors) -> Moved:
+    return Moved(
+        int(s.read_bytes.sum()),
+        SECTOR * int(s.read_requests.sum()),
+        SECTOR * int((s.read_requests > 0).sum()),
+        int(s.written_bytes.sum()),
+        SECTOR * int(s.written_requests.sum()),
+        SECTOR * int((s.read_requests - s.reading_blocks).clip(0).sum()),
+    )
