@@ -12,10 +12,13 @@ namespace {
 
 void sum_partials(const std::vector<float>& partial, int64_t groups, float* out, int64_t size) {
   torch::stable::parallel_for(0, size, 4096, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      double sum = 0;
-      for (int64_t g = 0; g < groups; ++g) sum += partial[g * size + i];
-      out[i] = static_cast<float>(sum);
+    double sum[256];
+    for (int64_t first = begin; first < end; first += 256) {
+      const int64_t count = std::min<int64_t>(256, end - first);
+      std::fill(sum, sum + count, 0.0);
+      for (int64_t g = 0; g < groups; ++g)
+        for (int64_t i = 0; i < count; ++i) sum[i] += partial[g * size + first + i];
+      for (int64_t i = 0; i < count; ++i) out[first + i] = static_cast<float>(sum[i]);
     }
   });
 }

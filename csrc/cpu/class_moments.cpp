@@ -15,10 +15,13 @@ constexpr int kWalk = 4;        // vectors of channels that walk together
 // A row of channels is padded so that consecutive pixels do not fall on the same cache sets.
 int64_t row_stride(const Moments& a) { return (a.x.dim + kWalk * V - 1) / (kWalk * V) * (kWalk * V) + 16; }
 
-// packed [channels][kPanel] -> rows [kPanel][stride]
-void turn(const float* packed, int64_t channels, int64_t stride, float* rows) {
+// packed [channels][kPanel] -> rows [kPanel][stride]; `between` is called kTurns times at most.
+constexpr int64_t kTurns = kPanel / V * (kChunk / V);
+template <class Between>
+void turn(const float* packed, int64_t channels, int64_t stride, float* rows, Between& between) {
   for (int p = 0; p < kPanel; p += V) {
     for (int64_t d = 0; d < channels; d += V) {
+      between();
       vf block[V];
       for (int i = 0; i < V; ++i) block[i] = d + i < channels ? load(packed + (d + i) * kPanel + p) : vf{};
       transpose(block);
@@ -66,44 +69,71 @@ void walk_channels(const Moments& a, const float* rows, const int* pixel, const 
   }
 }
 
+struct LabelledPanel {
+  Span span;
+  alignas(64) int32_t label[kPanel];
+};
+
+// The labelled panels of a tile, and how many there are.
+int64_t read_panels(const Moments& a, int64_t tile, LabelledPanel* panels) {
+  const TileSpan t = tile_span(a.tiles, a.x, tile);
+  int64_t count = 0;
+  for (int64_t m = 0; m < t.panels; ++m) {
+    LabelledPanel& panel = panels[count];
+    panel.span = make_span(a.x, t.image, t.first + m * kPanel, t.pixels - m * kPanel);
+    if (read_labels(a.labels, a.x, panel.span, panel.label, a.first_bad)) ++count;
+  }
+  return count;
+}
+
+// A panel's rows through the walk.
+void add_panel(const Moments& a, const LabelledPanel& panel, const float* rows, const float* inv_norm, int64_t group) {
+  const int64_t partial = group * a.num_classes;
+  float weight[kPanel];
+  int pixel[kPanel], count = 0;
+  for (int p = 0; p < kPanel; ++p)
+    if (panel.label[p] >= 0) pixel[count++] = p, ++a.counts[partial + panel.label[p]];
+  if (!a.pixel_weight.data) return walk_channels<false>(a, rows, pixel, panel.label, inv_norm, nullptr, count, group);
+  for (int p = 0; p < kPanel; ++p) weight[p] = 1;
+  scale_by(a.pixel_weight, a.x, panel.span, panel.label, weight);
+  for (int j = 0; j < count; ++j) a.weights[partial + panel.label[pixel[j]]] += weight[pixel[j]];
+  walk_channels<true>(a, rows, pixel, panel.label, inv_norm, weight, count, group);
+}
+
 }  // namespace
 
-int64_t class_moments_scratch(const Moments& a) { return kChunk * kPanel + kPanel * row_stride(a); }
+int64_t class_moments_scratch(const Moments& a) { return 2 * kChunk * kPanel + kPanel * row_stride(a); }
 
+// The next chunk is packed, into the other of two buffers, while this one is turned.
 void class_moments(const Moments& a, int64_t tile, int64_t group, float* scratch) {
-  const TileSpan t = tile_span(a.tiles, a.x, tile);
-  const int64_t stride = row_stride(a), dim = a.x.dim, partial = group * a.num_classes;
-  float *packed = scratch, *rows = scratch + kChunk * kPanel;
-  alignas(64) int32_t label[kPanel];
+  const int64_t stride = row_stride(a), dim = a.x.dim, chunks = (dim + kChunk - 1) / kChunk;
+  float* rows = scratch + 2 * kChunk * kPanel;
+  LabelledPanel panels[kMaxPanels];
+  const int64_t count = read_panels(a, tile, panels), total = count * chunks;
+  const auto channels = [&](int64_t i) { return smaller(kChunk, dim - i % chunks * kChunk); };
+  const auto packed = [&](int64_t i) { return scratch + i % 2 * kChunk * kPanel; };
   alignas(64) float inv_norm[kPanel];
-  float weight[kPanel];
-  int pixel[kPanel];
-  for (int64_t m = 0; m < t.panels; ++m) {
-    const Span span = make_span(a.x, t.image, t.first + m * kPanel, t.pixels - m * kPanel);
-    if (!read_labels(a.labels, a.x, span, label, a.first_bad)) continue;
-    int count = 0;
-    for (int p = 0; p < kPanel; ++p) {
-      inv_norm[p] = 0;
-      if (label[p] >= 0) pixel[count++] = p, ++a.counts[partial + label[p]];
+  for (int64_t i = 0; i < total; ++i) {
+    const int64_t d = i % chunks * kChunk, n = channels(i);
+    if (i == 0) pack(a.x, panels[0].span, 0, n, packed(0));
+    for (int p = 0; d == 0 && p < kPanel; ++p) inv_norm[p] = a.normalize ? 0.0f : 1.0f;
+    PackBetween next = {};
+    if (i + 1 < total) {
+      const int64_t after = i + 2 < total ? i + 2 : i + 1;
+      next = {&a.x,
+              &panels[(i + 1) / chunks].span,
+              (i + 1) % chunks * kChunk,
+              channels(i + 1),
+              packed(i + 1),
+              ahead_of(a.x, panels[after / chunks].span, after % chunks * kChunk, channels(after)),
+              kTurns};
     }
-    for (int64_t d = 0; d < dim; d += kChunk) {
-      const int64_t n = smaller(kChunk, dim - d);
-      pack(a.x, span, d, n, packed);
-      if (a.normalize) add_squares(packed, n, inv_norm);
-      turn(packed, n, stride, rows + d);
-    }
-    if (a.normalize)
-      invert_norms(inv_norm);
-    else
-      for (int p = 0; p < kPanel; ++p) inv_norm[p] = 1;
-    if (!a.pixel_weight.data) {
-      walk_channels<false>(a, rows, pixel, label, inv_norm, nullptr, count, group);
-      continue;
-    }
-    for (int p = 0; p < kPanel; ++p) weight[p] = 1;
-    scale_by(a.pixel_weight, a.x, span, label, weight);
-    for (int j = 0; j < count; ++j) a.weights[partial + label[pixel[j]]] += weight[pixel[j]];
-    walk_channels<true>(a, rows, pixel, label, inv_norm, weight, count, group);
+    if (a.normalize) add_squares(packed(i), n, inv_norm);
+    turn(packed(i), n, stride, rows + d, next);
+    next.finish();
+    if (d + n < dim) continue;
+    if (a.normalize) invert_norms(inv_norm);
+    add_panel(a, panels[i / chunks], rows, inv_norm, group);
   }
 }
 

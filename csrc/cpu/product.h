@@ -6,10 +6,14 @@ namespace spcl {
 namespace SPCL_ISA {
 
 // c[M][kPanel] (+)= a[n][M]^T b[n][kPanel]: the one kernel under the logits and the gradient.
-// The chunk's sum starts at 0 and is added whole: a blocked sum, which loses less than one long chain.
-template <int M> SPCL_INLINE
-void product_block(const float* __restrict a, int64_t n, const float* __restrict b, float* __restrict c, bool add) {
+// The chunk's sum starts at 0 and is added whole: a blocked sum, which loses less than one long chain. `between` is
+// called kSteps times: work on memory that hides behind the arithmetic.
+constexpr int kSteps = kPanel / (kStep * V);
+template <int M, class Between> SPCL_INLINE
+void product_block(const float* __restrict a, int64_t n, const float* __restrict b, float* __restrict c, bool add,
+                   Between& between) {
   for (int s = 0; s < kPanel; s += kStep * V) {
+    between();
     vf acc[M][kStep];
     for (int i = 0; i < M; ++i)
       for (int v = 0; v < kStep; ++v) acc[i][v] = vf{};
@@ -67,34 +71,44 @@ struct Ahead {
   int lines;
 };
 
-SPCL_INLINE
-void fetch_part(const Ahead& ahead, int64_t part, int64_t parts) {
-  for (int64_t row = ahead.rows * part / parts; row < ahead.rows * (part + 1) / parts; ++row)
-    for (int line = 0; line < ahead.lines; ++line)
-      __builtin_prefetch(ahead.from + row * ahead.stride + line * 64, 0, 3);
-}
-
-template <int M> SPCL_INLINE
-void product_blocks(const Panels& a, int64_t first, int64_t last, int64_t j0, int64_t n, const float* b, float* c,
-                    bool add, const Ahead& ahead) {
-  for (int64_t block = first; block < last; ++block, c += M * kPanel) {
-    fetch_part(ahead, block - first, last - first);
-    product_block<M>(a.data + (block * a.length + j0) * M, n, b, c, add);
+// Fetches part after part.
+struct Fetch {
+  const Ahead& ahead;
+  int64_t parts, part = 0;
+  SPCL_INLINE_MEMBER void operator()() {
+    for (int64_t row = ahead.rows * part / parts; row < ahead.rows * (part + 1) / parts; ++row)
+      for (int line = 0; line < ahead.lines; ++line)
+        __builtin_prefetch(ahead.from + row * ahead.stride + line * 64, 0, 3);
+    ++part;
   }
+};
+
+template <int M, class Between> SPCL_INLINE
+void product_blocks(const Panels& a, int64_t first, int64_t last, int64_t j0, int64_t n, const float* b, float* c,
+                    bool add, Between& between) {
+  for (int64_t block = first; block < last; ++block, c += M * kPanel)
+    product_block<M>(a.data + (block * a.length + j0) * M, n, b, c, add, between);
 }
 
 // Blocks [first, last) of `a`, contraction over its [j0, j0 + n).
+template <class Between> SPCL_LOCAL
+void product_between(const Panels& a, int64_t first, int64_t last, int64_t j0, int64_t n, const float* b, float* c,
+                     bool add, Between& between) {
+  switch (a.rows) {
+    case 1: return product_blocks<1>(a, first, last, j0, n, b, c, add, between);
+    case 2: return product_blocks<2>(a, first, last, j0, n, b, c, add, between);
+    case 3: return product_blocks<3>(a, first, last, j0, n, b, c, add, between);
+    case 4: return product_blocks<4>(a, first, last, j0, n, b, c, add, between);
+    case 5: return product_blocks<5>(a, first, last, j0, n, b, c, add, between);
+    default: return product_blocks<6>(a, first, last, j0, n, b, c, add, between);
+  }
+}
+
 SPCL_LOCAL
 void product(const Panels& a, int64_t first, int64_t last, int64_t j0, int64_t n, const float* b, float* c, bool add,
              const Ahead& ahead) {
-  switch (a.rows) {
-    case 1: return product_blocks<1>(a, first, last, j0, n, b, c, add, ahead);
-    case 2: return product_blocks<2>(a, first, last, j0, n, b, c, add, ahead);
-    case 3: return product_blocks<3>(a, first, last, j0, n, b, c, add, ahead);
-    case 4: return product_blocks<4>(a, first, last, j0, n, b, c, add, ahead);
-    case 5: return product_blocks<5>(a, first, last, j0, n, b, c, add, ahead);
-    default: return product_blocks<6>(a, first, last, j0, n, b, c, add, ahead);
-  }
+  Fetch fetch = {ahead, (last - first) * kSteps};
+  product_between(a, first, last, j0, n, b, c, add, fetch);
 }
 
 }  // namespace SPCL_ISA

@@ -26,6 +26,10 @@ Span make_span(const Features& x, int64_t image, int64_t first, int64_t count) {
   span.rows_of_pixels = x.stride_w == 1 && (x.stride_h == x.width || x.height == 1);
   int64_t i = first / x.width, j = first % x.width;
   int64_t at = image * x.stride_b + i * x.stride_h + j * x.stride_w;
+  if (span.rows_of_pixels) {
+    for (int p = 0; p < kPanel; ++p) span.offset[p] = at + (p < span.count ? p : span.count - 1);
+    return span;
+  }
   for (int p = 0; p < kPanel; ++p) {
     span.offset[p] = at;
     if (p + 1 >= span.count) continue;
@@ -164,10 +168,45 @@ SPCL_LOCAL
 Ahead ahead_of(const Features& x, const Span& span, int64_t d0, int64_t channels) {
   const int64_t size = size_of(x.type);
   const char* from = (const char*)x.data + (span.offset[0] + d0 * x.stride_d) * size;
-  if (span.rows_of_pixels) return {from, x.stride_d * size, channels, (int)(kPanel * size / 64)};
+  const bool aligned = (uintptr_t)from % 64 == 0 && x.stride_d * size % 64 == 0;
+  if (span.rows_of_pixels) return {from, x.stride_d * size, channels, (int)(kPanel * size / 64) + !aligned};
   if (x.stride_d == 1) return {from, x.stride_w * size, span.count, (int)((channels * size + 63) / 64)};
   return {from, 0, 0, 0};
 }
+
+// Packs the next chunk a few rows at a time, while the product of this one goes on (`between` of product_between). Rows
+// that are far apart are fetched some 8 rows before they are packed, and no earlier: where their stride is a power of
+// two, no more of them fit the few sets of a cache that they all fall on.
+struct PackBetween {
+  const Features* x;  // nullptr: nothing comes
+  const Span* span;
+  int64_t d, channels;
+  float* to;
+  Ahead then;  // what comes afterwards
+  int64_t parts, part = 0;
+
+  SPCL_INLINE_MEMBER void operator()() {
+    if (!x || part >= parts) return;
+    const int64_t begin = channels * part / parts, end = channels * (part + 1) / parts;
+    ++part;
+    if (!span->rows_of_pixels) {
+      if (part == 1) pack(*x, *span, d, channels, to);
+      return;
+    }
+    if (begin == end) return;
+    pack(*x, *span, d + begin, end - begin, to + begin * kPanel);
+    const Ahead here = ahead_of(*x, *span, d, channels);
+    const int64_t ahead = end - begin < 8 ? 8 : end - begin;
+    for (int64_t row = begin + ahead; row < end + ahead; ++row) {
+      const char* from = row < channels ? here.from + row * here.stride : then.from + (row - channels) * then.stride;
+      for (int line = 0; line < here.lines; ++line) __builtin_prefetch(from + line * 64, 0, 3);
+    }
+  }
+  // What is left, where there were fewer calls than parts.
+  SPCL_INLINE_MEMBER void finish() {
+    while (x && part < parts) (*this)();
+  }
+};
 
 // Adds the squares of a packed chunk to sum [kPanel]. Chunk by chunk: a blocked sum loses less than one long one.
 SPCL_LOCAL

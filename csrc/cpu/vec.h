@@ -86,8 +86,19 @@ vf fused(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (_
 SPCL_INLINE
 vf fused(vf a, vf b, vf c) { return a * b + c; }
 #endif
+// b where a is NaN: what the instruction does, too.
 SPCL_INLINE
-vf larger(vf a, vf b) { return select(a > b, a, b); }  // b where a is NaN
+vf larger(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (vf)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return select(a > b, a, b);
+#endif
+}
 
 // ---- 16-bit floats ----------------------------------------------------------------------------------------------
 
