@@ -27,8 +27,10 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     import interpreter_bounds
+    import interpreter_speed
 
     interpreter_bounds.install()
+    interpreter_speed.install()
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import fcntl
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -47,16 +48,16 @@ def library(
     """
     assert COMPILER is not None
     BUILT.mkdir(parents=True, exist_ok=True)
-    with _lock():
-        headers = _planted_headers(replace)
-        emulator = ["cuda_emulator.cpp", *(["traffic.cpp"] if counted else [])]
-        sources = (*(f"tests/cuda_emulator/{file}" for file in emulator), *sources)
-        objects = [
-            _object(source, headers, replace, (*flags, *(COUNTED if counted and source.endswith(".cu") else ())))
-            for source in sources
-        ]
-        linking = [f for f in flags if f.startswith(("-l", "-L", "-Wl"))]
-        out = BUILT / f"{name}-{digest(*(o.name for o in objects), *flags)}.so"
+    headers = _planted_headers(replace)
+    emulator = ["cuda_emulator.cpp", *(["traffic.cpp"] if counted else [])]
+    sources = (*(f"tests/cuda_emulator/{file}" for file in emulator), *sources)
+    objects = [
+        _object(source, headers, replace, (*flags, *(COUNTED if counted and source.endswith(".cu") else ())))
+        for source in sources
+    ]
+    linking = [f for f in flags if f.startswith(("-l", "-L", "-Wl"))]
+    out = BUILT / f"{name}-{digest(*(o.name for o in objects), *flags)}.so"
+    with _lock(out):
         if not out.exists():
             _run([COMPILER, "-shared", "-Wl,-Bsymbolic", "-o", out.with_suffix(".tmp"), *objects, *linking])
             out.with_suffix(".tmp").replace(out)
@@ -69,11 +70,11 @@ def _planted_headers(replace) -> Path:
     if not {name for name, _, _ in replace} & {path.name for path in headers}:
         return CUDA
     csrc = BUILT / f"planted-{digest(repr(replace))}"
-    for folder in filter(Path.is_dir, CUDA.iterdir()):  # those without headers too: a source's ../ starts there
-        (csrc / "cuda" / folder.name).mkdir(parents=True, exist_ok=True)
-    for path in (*headers, *CUDA.parent.glob("*.h")):
-        copy = csrc / path.relative_to(CUDA.parent)
-        copy.write_text(_planted(path, replace))
+    with _lock(csrc):
+        for folder in filter(Path.is_dir, CUDA.iterdir()):  # those without headers too: a source's ../ starts there
+            (csrc / "cuda" / folder.name).mkdir(parents=True, exist_ok=True)
+        for path in (*headers, *CUDA.parent.glob("*.h")):
+            _write(csrc / path.relative_to(CUDA.parent), _planted(path, replace))
     return csrc / "cuda"
 
 
@@ -103,13 +104,14 @@ def _object(source: str, headers: Path, replace, flags: Sequence[str]) -> Path:
     folder = headers / path.parent.relative_to(CUDA) if path.is_relative_to(CUDA) else path.parent
     text_of_headers = [_planted(header, replace) for header in _included(path)]
     out = BUILT / f"{path.stem}-{digest(text, *text_of_headers, *FLAGS, *own_flags, torch.__version__)}.o"
-    if not out.exists():
-        copy = out.with_suffix(".cpp")
-        copy.write_text(f'#line 1 "{path}"\n{text}')
-        command = [COMPILER, "-x", "c++", "-c", copy, "-o", out.with_suffix(".tmp")]
-        _run([*command, f"-I{folder}", f"-I{headers}", *FLAGS, *own_flags])
-        out.with_suffix(".tmp").replace(out)
-        copy.unlink()
+    with _lock(out):
+        if not out.exists():
+            copy = out.with_suffix(".cpp")
+            copy.write_text(f'#line 1 "{path}"\n{text}')
+            command = [COMPILER, "-x", "c++", "-c", copy, "-o", out.with_suffix(".tmp")]
+            _run([*command, f"-I{folder}", f"-I{headers}", *FLAGS, *own_flags])
+            out.with_suffix(".tmp").replace(out)
+            copy.unlink()
     return out
 
 
@@ -136,9 +138,17 @@ def _run(command) -> None:
     assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stderr[-6000:]}"
 
 
+def _write(path: Path, text: str) -> None:
+    """At once, as another process may be compiling what it opens."""
+    half = path.with_suffix(f".{os.getpid()}")
+    half.write_text(text)
+    half.replace(path)
+
+
 @contextlib.contextmanager
-def _lock() -> Iterator[None]:
-    with open(BUILT / "lock", "w") as file:
+def _lock(made: Path) -> Iterator[None]:
+    """One process makes it, another one waits for it, and builds something else meanwhile."""
+    with open(f"{made}.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
