@@ -8,14 +8,14 @@
 namespace spcl {
 namespace {
 
-#define SPCL_KERNELS(ISA)                                                                                             \
-  Kernels {                                                                                                           \
-    #ISA, &ISA::contrast_forward_scratch, &ISA::contrast_forward, &ISA::contrast_backward_scratch,                    \
-        &ISA::contrast_backward, &ISA::contrast_weight, &ISA::contrast_one_pass_scratch, &ISA::contrast_one_pass,     \
-        &ISA::streamed_forward_scratch, &ISA::streamed_forward, &ISA::streamed_backward_scratch, &ISA::streamed_take, \
-        &ISA::streamed_backward, &ISA::streamed_give, &ISA::class_moments_scratch, &ISA::class_moments,               \
-        &ISA::upsampled_cross_entropy_scratch, &ISA::upsampled_cross_entropy, &ISA::upsampled_prediction_scratch,     \
-        &ISA::upsampled_prediction, &ISA::upsampled_confusion_scratch, &ISA::upsampled_confusion                      \
+#define SPCL_KERNELS(ISA)                                                                                   \
+  Kernels {                                                                                                 \
+    #ISA, &ISA::contrast_forward_scratch, &ISA::contrast_forward, &ISA::contrast_backward_scratch,          \
+        &ISA::contrast_backward, &ISA::streamed_forward_scratch, &ISA::streamed_forward,                    \
+        &ISA::streamed_backward_scratch, &ISA::streamed_take, &ISA::streamed_backward, &ISA::streamed_give, \
+        &ISA::class_moments_scratch, &ISA::class_moments, &ISA::upsampled_cross_entropy_scratch,            \
+        &ISA::upsampled_cross_entropy, &ISA::upsampled_prediction_scratch, &ISA::upsampled_prediction,      \
+        &ISA::upsampled_confusion_scratch, &ISA::upsampled_confusion                                        \
   }
 
 const Kernels kLevels[] = {

@@ -13,9 +13,6 @@ struct Kernels {
   decltype(&baseline::contrast_forward) contrast_forward;
   decltype(&baseline::contrast_backward_scratch) contrast_backward_scratch;
   decltype(&baseline::contrast_backward) contrast_backward;
-  decltype(&baseline::contrast_weight) contrast_weight;
-  decltype(&baseline::contrast_one_pass_scratch) contrast_one_pass_scratch;
-  decltype(&baseline::contrast_one_pass) contrast_one_pass;
   decltype(&baseline::streamed_forward_scratch) streamed_forward_scratch;
   decltype(&baseline::streamed_forward) streamed_forward;
   decltype(&baseline::streamed_backward_scratch) streamed_backward_scratch;

@@ -102,16 +102,6 @@ struct ContrastBackward : Contrast {
   double* dtemperature;   // [groups], zeroed; nullptr: not wanted
 };
 
-// The plain loss and the features' gradient for an incoming gradient of 1, together: the features are read once.
-struct ContrastOnePass : Contrast {
-  float denominator;
-  bool past_cache;         // as in ContrastBackward
-  Features dx;             // same shape as x
-  double* partial_loss;    // [tiles]
-  double* partial_weight;  // [tiles], of contrast_weight
-  int64_t* first_bad;      // of contrast_weight
-};
-
 // The loss with its classes streamed: prototypes are read as they lie, a block of rows at a time, and neither logits
 // nor packed prototypes of all classes are held. Of labels, or of a teacher whose targets are exp(<f, Q_k> /
 // temperature + u
@@ -265,9 +255,6 @@ struct UpsampledConfusion : Upsampled {
   void contrast_forward(const ContrastForward&, int64_t tile, float* scratch);                  \
   int64_t contrast_backward_scratch(const ContrastBackward&);                                   \
   void contrast_backward(const ContrastBackward&, int64_t tile, int64_t group, float* scratch); \
-  void contrast_weight(const ContrastOnePass&, int64_t tile);                                   \
-  int64_t contrast_one_pass_scratch(const ContrastOnePass&);                                    \
-  void contrast_one_pass(const ContrastOnePass&, int64_t tile, float* scratch);                 \
   int64_t streamed_forward_scratch(const StreamedForward&);                                     \
   void streamed_forward(const StreamedForward&, int64_t tile, float* scratch);                  \
   int64_t streamed_backward_scratch(const StreamedBackward&);                                   \

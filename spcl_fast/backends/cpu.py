@@ -8,11 +8,10 @@ at most twice the logits in float32.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from . import reference
 from .built import BUILT, build_record
 from .contract import (
     Ask,
@@ -44,7 +43,6 @@ OPTIONS = {  # the ops, and the options that each has
     "balance_": set(),
 }
 _TILE_ROWS = 4096  # more classes are streamed: up to here a panel's logits and their weights fit an L2 cache
-_ONE_PASS_DIM = 512  # up to here a tile's packed features are found in L2 when its gradient is formed; measured: 2048 is faster in two
 _LARGE_BYTES = 4 << 20
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _REDUCTIONS = ("mean", "sum", "none")
@@ -90,21 +88,7 @@ def saves_logits(num_rows: int, dim: int) -> bool:
     return dim >= 128 and num_rows * 3 <= dim
 
 
-def takes_one_pass(contrast: Contrast, wanted: Wanted) -> bool:
-    """Whether the forward forms the gradient, too, for an incoming gradient of 1: the features are read once. Of the plain loss, where the
-    features alone need a gradient; not of a map, whose incoming gradient is another for each pixel, nor of float16, which underflows."""
-    c = contrast
-    plain = c.loss == "softmax" and c.label_smoothing == 0 and c.margin == 0
-    rows_alone = c.bias is None and c.variances is None and c.prototype_class is None
-    hard = isinstance(c.labels, Tensor) and not c.labels.is_floating_point()
-    reduced = c.reduction != "none" and c.features.dtype != torch.float16
-    fits = c.features.shape[1] <= _ONE_PASS_DIM and not _streams(c)
-    return wanted == Wanted(features=True) and plain and rows_alone and hard and reduced and fits
-
-
 def saved_like(contrast: Contrast, wanted: Wanted) -> SavedLike:
-    if takes_one_pass(contrast, wanted):
-        return SavedLike(torch.float32, one_pass=True)
     if _streams(contrast):
         return SavedLike(torch.float64)
     return SavedLike(torch.float32, any(wanted) and saves_logits(*contrast.prototypes.shape[-2:]))
@@ -112,10 +96,6 @@ def saved_like(contrast: Contrast, wanted: Wanted) -> SavedLike:
 
 def contrast_forward(contrast: Contrast, wanted: Wanted) -> tuple[Tensor, Saved]:
     c, no_gradient = contrast, contrast.features.new_empty(0)
-    if takes_one_pass(c, wanted):
-        loss, dfeatures = one_pass(c)
-        nothing = [loss.new_empty(0) for _ in range(4)]
-        return loss, Saved(*nothing, dfeatures)
     reduction, save = _REDUCTIONS.index(c.reduction), any(wanted)
     if _streams(c):
         operands = _streamed_operands(c)
@@ -208,26 +188,7 @@ def _streamed_operands(c: Contrast) -> tuple:
     )
 
 
-def one_pass(c: Contrast) -> tuple[Tensor, Tensor]:
-    """-> loss [], dfeatures (features' dtype and layout) for an incoming gradient of 1. reduction: "mean" or "sum"."""
-    dfeatures = _empty_gradient(c.features)
-    loss, report = _ops.prototype_contrastive_one_pass(
-        c.features, _labels(c), _plain(c.prototypes), _plain(c.class_weight), _floats(c.pixel_weight), _floats(c.denominator), dfeatures,
-        *_settings(c), c.reduction == "mean",
-    )  # fmt: skip
-    _raise_for(report, c)
-    return loss, dfeatures
-
-
-def contrast_scale(dfeatures: Tensor, grad_loss: Tensor) -> None:
-    """Where grad_loss is 1 nothing is read or written; what is exactly 0 stays 0, whatever grad_loss is."""
-    factor = float(grad_loss)
-    if math.isfinite(factor):
-        if factor != 1:
-            dfeatures.mul_(factor)
-        return
-    for image in dfeatures:
-        image.copy_(torch.where(image == 0, image, image * factor))
+contrast_scale = reference.contrast_scale
 
 
 # ---- prototype_logits ---------------------------------------------------------------------------------------------

@@ -47,13 +47,6 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def may_need_gradient(value: object) -> bool:
-    """Under a transform: what no transform has wrapped depends on none of their inputs, and autograd alone may ask for its gradient."""
-    return isinstance(value, Tensor) and (
-        value.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(value)  # pyright: ignore[reportAttributeAccessIssue]
-    )
-
-
 def direct(op: CustomOpDef, writes: tuple[int, ...] = ()) -> Callable:
     """`op`, without the way through the dispatcher where nobody watches it: 20 us of a small call, a few times per loss.
 

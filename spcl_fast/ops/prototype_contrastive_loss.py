@@ -81,8 +81,7 @@ def prototype_contrastive_loss(
     negative, NaN or infinite (on a GPU the loss is NaN and `check_labels` reports the label).
     Memory: the forward reads the features once and keeps 8 bytes per pixel, on a GPU 12 (+ 4 K where K <= D/4, if the backend finds that
     cheaper than computing them again); the backward reads them once more and writes the gradient, the only feature-sized allocation.
-    In one pass (where only the features need a gradient: on a CPU up to 512 channels, with CUDA where asked for) the forward writes the
-    gradient, too, and keeps it instead of the features.
+    In one pass (CUDA, only where asked for) the forward writes the gradient, too, and keeps it instead of the features.
     Source: Xie et al., arXiv 2111.12358, L_cl; `core/utils/loss.py` of the released code (temperature 100). docs/losses.md lists which
     options are which paper's loss.
     """

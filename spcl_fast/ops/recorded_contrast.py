@@ -220,7 +220,6 @@ for _op in (_forward, _backward):
 
 
 _run_forward = dispatched.direct(_forward)
-_run_scale = dispatched.direct(_scale, writes=(0,))
 _gradients = dispatched.once(dispatched.direct(_backward), _OP)
 
 
@@ -261,37 +260,27 @@ class _Derivative:
         return tuple(nothing)
 
 
-class _DerivativeOfTransforms(_Derivative):
-    """After one pass the features are saved, too, though no value of theirs is read: a transform that differentiates again goes by them."""
-
-    @staticmethod
-    def keep(ctx, inputs, output):
-        _Derivative.keep(ctx, inputs, output)
-        if ctx.one_pass:
-            ctx.save_for_backward(output[-1], inputs[_FEATURES])
-
-
 _Recorded = dispatched.recordable(_Derivative)
-_Transformed = dispatched.transformable(_DerivativeOfTransforms, _OP)
+_Transformed = dispatched.transformable(_Derivative, _OP)
 
 
 # once more differentiated, it is refused; not in place, so that it can be
-_scaled = dispatched.once(lambda dfeatures, grad_loss, *_: (dfeatures * grad_loss).to(dfeatures.dtype), _OP)
+_scaled = dispatched.once(lambda dfeatures, grad_loss: (dfeatures * grad_loss).to(dfeatures.dtype), _OP)
 
 
 def _formed_gradient(ctx, grad_loss: Tensor) -> Tensor:
     """The gradient that the forward formed, scaled where it lies: it is the returned one, unless the graph is kept for another backward."""
-    dfeatures, *features = ctx.saved_tensors
+    (dfeatures,) = ctx.saved_tensors
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         if (
             not dispatched.is_transformed()
         ):  # stands for the features, which were not saved: who differentiates it again is refused
             dfeatures = dfeatures.detach().requires_grad_()
-        return _scaled(dfeatures, grad_loss, *features)
+        return _scaled(dfeatures, grad_loss)
     # the second is in no stub
     if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():  # pyright: ignore[reportAttributeAccessIssue]
         dfeatures = dfeatures.clone()
-    _run_scale(dfeatures, grad_loss, ctx.line)
+    _scale(dfeatures, grad_loss, ctx.line)
     return dfeatures
 
 
@@ -301,7 +290,7 @@ def recorded(contrast: Contrast, backend: str) -> Tensor:
     small = backends.is_small(contrast.features.numel())
     differentiable = (contrast.features, contrast.prototypes, contrast.bias, contrast.temperature)
     if dispatched.is_transformed():
-        wanted = Wanted(*map(dispatched.may_need_gradient, differentiable))
+        wanted = Wanted(*(isinstance(tensor, Tensor) for tensor in differentiable))
         packed = _pack(contrast, wanted, backend, small)
         return _Transformed.apply(*packed.tensors, packed.numbers, packed.integers, packed.line)[0]
     if not torch.is_grad_enabled():

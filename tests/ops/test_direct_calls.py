@@ -29,12 +29,6 @@ def contrast(features, labels, prototypes, logits):
     return loss.detach(), torch.autograd.grad(loss, features)[0]
 
 
-def contrast_of_prototypes(features, labels, prototypes, logits):
-    prototypes = prototypes.detach().requires_grad_()
-    loss = sf.prototype_contrastive_loss(features, labels, prototypes, temperature=0.3)
-    return loss.detach(), torch.autograd.grad(loss, prototypes)[0]
-
-
 def cross_entropy(features, labels, prototypes, logits):
     logits = logits.detach().requires_grad_()
     loss = sf.upsampled_cross_entropy(logits, labels)
@@ -50,8 +44,7 @@ def prediction(features, labels, prototypes, logits):
 
 
 CALLS = {  # and the ops that they are
-    contrast: {"prototype_contrastive_forward", "prototype_contrastive_scale"},
-    contrast_of_prototypes: {"prototype_contrastive_forward", "prototype_contrastive_backward"},
+    contrast: {"prototype_contrastive_forward", "prototype_contrastive_backward"},
     cross_entropy: {"upsampled_cross_entropy", "upsampled_cross_entropy_gradient"},
     moments: {"class_moments"},
     prediction: {"upsampled_prediction"},
@@ -113,7 +106,7 @@ def test_a_kind_of_tensor_with_rules_of_its_own_is_asked(call):
             return super().__torch_function__(func, types, args, kwargs or {})
 
     given = inputs()
-    first = "features" if call in (contrast, contrast_of_prototypes, moments) else "logits"
+    first = "features" if call in (contrast, moments) else "logits"
     call(**given | {first: given[first].as_subclass(Logged)})
     assert any(CALLS[call] & set(name.split(".")) for name in Logged.asked), sorted(Logged.asked)
 
