@@ -290,7 +290,10 @@ def named(options: tuple[Option, ...], *names: str) -> tuple[Option, ...]:
 
 
 # one for each kind of kernel and of sum, for what is too slow to be asked of every option
-KINDS = named(
+UPSAMPLED_KINDS = named(
+    UPSAMPLED_OPTIONS, "plain", "smoothing, weights, temperature", "probabilities, weights", "binary", "focal"
+)
+KINDS = UPSAMPLED_KINDS + named(
     OPTIONS, "bias", "prototypes per image", "all per image", "variances, bias and temperature", "no positive variance",
     "probabilities, weights, smoothing", "smoothing, weights", "pooled, weights, bias, temperature", "pooled by maximum",
     "margin, weights, temperature", "sigmoid, weights, bias, temperature", "teacher", "probabilities, map", "sigmoid, map",

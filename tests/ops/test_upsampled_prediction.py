@@ -120,12 +120,17 @@ def test_a_masked_class_is_never_predicted_and_the_others_are_as_without_it(back
         assert (got.labels != 1).all() and same.double().mean() > 0.99
 
 
-@pytest.mark.parametrize("high", [(4, 5), (9, 8), (13, 17), (40, 61)])
-@pytest.mark.parametrize("num_classes", [255, 256, 300, 847])
-@pytest.mark.parametrize("backend", MANY)
+@pytest.mark.parametrize(
+    ("backend", "num_classes", "high"),
+    [
+        (backend, num_classes, high)
+        for backend in MANY
+        for num_classes in (255, 256, 300, 847)
+        for high in ((4, 5), (9, 8), (13, 17), (40, 61))
+        if backend != "triton" or (num_classes, high) in ((255, (4, 5)), (256, (9, 8)))  # its interpreter is slow
+    ],
+)
 def test_more_classes_than_a_byte_can_say_are_predicted_as_int32(backend, num_classes, high):
-    if backend == "triton" and (num_classes == 847 or high == (40, 61)):
-        high, num_classes = (5, 7), 300  # its interpreter is slow
     p = problem((2, 1, 4, 5), num_classes, high)
     truth = oracle.prediction(p.logits, high)
     middle = truth["confidence"].median().item()
