@@ -163,11 +163,11 @@ GRIDS = [((5, 7), (5, 7)), ((5, 7), (21, 26)), ((2, 3), (8, 12)), ((2, 3), (3, 2
 @pytest.mark.parametrize(
     ("backend", "op", "grid", "high", "low"),
     [
-        (*row, grid, high, low)
+        (*row.values, grid, high, low)
         for row in EACH_OP
         for grid, high in GRIDS
         for low in MASKS
-        if row[0] != "triton" or low == -torch.inf or grid == (2, 3) < high  # its interpreter is slow
+        if row.values[0] != "triton" or low == -torch.inf or grid == (2, 3) < high  # its interpreter is slow
     ],
 )
 def test_a_masked_class_takes_no_part_and_the_others_are_as_without_it(backend, op, grid, high, low):
