@@ -22,7 +22,7 @@ demo: install ## the whole of SPCL on the generated pair of domains: a table and
 	@$(BIN)/spcl-fast demo $(ARGS)
 
 test: install lint ## lint and the whole test suite (ARGS="-k contrast")
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: install ## rules, format and types of Python, format of C++
 	@$(BIN)/python -m ruff check .
@@ -85,7 +85,7 @@ test-newest: ## the test suite beside the newest torch that the index has, in bu
 	@build/newest/bin/python -m pip --disable-pip-version-check install --quiet --upgrade $(NEWEST) --requirement build/newest/requirements.txt
 	@build/newest/bin/python -m pip --disable-pip-version-check install --quiet --no-build-isolation --no-deps --force-reinstall .
 	@build/newest/bin/python -c 'import torch; print("torch", torch.__version__)'
-	@PYTHONPATH=$$(build/newest/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])') build/newest/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	@PYTHONPATH=$$(build/newest/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])') build/newest/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 # torch for CUDA is some 5 GB; nvcc must be there, a GPU need not
 cuda-load: ## build the CUDA module beside a CUDA build of torch, in build/cuda_load, and load it
