@@ -35,8 +35,9 @@ from ..shapes import CONTRAST, UPSAMPLED
 
 _MODULES = (pixels, contrast, pool, prototypes, moments, upsample, prediction, confusion, balance, logits)
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
-SHAPES = [CONTRAST[name] for name in "ABCD"]
-CASES = [UPSAMPLED[name] for name in ("U1", "U2", "U3")]
+SHAPES = {name: CONTRAST[name] for name in "ABCD"}
+CASES = {name: UPSAMPLED[name] for name in ("U1", "U2", "U3")}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,17 +197,22 @@ def _contrast_option(dtype, **options) -> None:
         _forward_and_backward(problem, wanted)
 
 
-def _option_cases(dtype) -> Iterator[Callable[[], None]]:
-    for options in (
-        {"bias": True}, {"bias": True, "per_image": True}, {"temperature": _meta()}, {"margin": 0.1}, {"variances": True},
-        {"variances": True, "positive_variance": False}, {"label_smoothing": 0.1}, {"soft": True}, {"teacher": True}, {"loss": "sigmoid"},
-        {"pool": "logsumexp"}, {"pool": "max"},
-    ):  # fmt: skip
-        yield lambda o=options: _contrast_option(dtype, **o)
-    yield lambda: _logits(dtype)
-    yield lambda: _balance(dtype)
-    for case in CASES:
-        yield lambda c=case: _upsampled_option(c, dtype)
+Case = tuple[str, Callable[[], None]]  # what the launches of a call are called in the table
+
+
+def _option_cases(dtype) -> Iterator[Case]:
+    for name, options in {
+        "bias": {"bias": True}, "bias per image": {"bias": True, "per_image": True}, "learned temperature": {"temperature": _meta()},
+        "margin": {"margin": 0.1}, "variances": {"variances": True},
+        "negative variances": {"variances": True, "positive_variance": False}, "label smoothing": {"label_smoothing": 0.1},
+        "soft labels": {"soft": True}, "teacher": {"teacher": True}, "sigmoid": {"loss": "sigmoid"},
+        "pool logsumexp": {"pool": "logsumexp"}, "pool max": {"pool": "max"},
+    }.items():  # fmt: skip
+        yield f"contrast {name}", lambda o=options: _contrast_option(dtype, **o)
+    yield "logits", lambda: _logits(dtype)
+    yield "balance", lambda: _balance(dtype)
+    for name, case in CASES.items():
+        yield f"upsampled {name} options", lambda c=case: _upsampled_option(c, dtype)
 
 
 def _logits(dtype) -> None:
@@ -237,30 +243,34 @@ def _upsampled_option(case, dtype) -> None:
     confusion.upsampled_confusion(UpsampledClasses(map_, size, True, 255, labels=labels), flag)
 
 
-def cases(quick: bool) -> Iterator[Callable[[], None]]:
+def cases(quick: bool, dtypes: tuple[torch.dtype, ...] = ()) -> Iterator[Case]:
     """Every op on the quoted shapes, in the dtypes and layouts the table knows; quick leaves out what compiles to much the same."""
-    dtypes = (torch.float32, torch.bfloat16) if quick else (torch.float32, torch.bfloat16, torch.float16)
-    for dtype in dtypes:
-        for shape in SHAPES:
-            yield lambda s=shape, d=dtype: _contrast(s, d)
-            yield lambda s=shape, d=dtype: _moments(s, d)
-        for case in CASES[:1] if quick else CASES:
-            yield lambda c=case, d=dtype: _upsampled(c, d)
-        yield lambda d=dtype: _contrast((1, 2048, 64, 64, 1900), d, prototypes=not quick)  # both D and K in steps
-        if quick:
-            continue
-        yield from _option_cases(dtype)
-        for shape in SHAPES:
-            yield lambda s=shape, d=dtype: _contrast(s, d, channels_last=True)
-            yield lambda s=shape, d=dtype: _moments(s, d, channels_last=True)
-        yield lambda d=dtype: _contrast(
-            CONTRAST["B"], d, labels=torch.int64, weights=True, reduction="none", normalize=False
-        )
-        yield lambda d=dtype: _contrast((2, 48, 33, 65, 100_000), d)
-        yield lambda d=dtype: _contrast((2, 64, 64, 64, 64), d)
-        yield lambda d=dtype: _moments((2, 48, 33, 65, 100_000), d)
-        yield lambda d=dtype: _moments(CONTRAST["B"], d, squares=True)
-        for case in CASES:
-            yield lambda c=case, d=dtype: _upsampled(c, d, align_corners=False, weights=True)
-            yield lambda c=case, d=dtype: _upsampled(c, d, gradient=False, reduction="none")
-        yield lambda d=dtype: _upsampled(((2, 19, 128, 128), (64, 48)), d)
+    for dtype in dtypes or ((torch.float32, torch.bfloat16) if quick else DTYPES):
+        for name, shape in SHAPES.items():
+            yield f"contrast {name}", lambda s=shape, d=dtype: _contrast(s, d)
+            yield f"moments {name}", lambda s=shape, d=dtype: _moments(s, d)
+        for name, case in list(CASES.items())[: 1 if quick else None]:
+            yield f"upsampled {name}", lambda c=case, d=dtype: _upsampled(c, d)
+        # both D and K in steps
+        yield "contrast D 2048 K 1900", lambda d=dtype: _contrast((1, 2048, 64, 64, 1900), d, prototypes=not quick)
+        if not quick:
+            yield from _more_cases(dtype)
+
+
+def _more_cases(dtype) -> Iterator[Case]:
+    yield from _option_cases(dtype)
+    for name, shape in SHAPES.items():
+        yield f"contrast {name} channels_last", lambda s=shape: _contrast(s, dtype, channels_last=True)
+        yield f"moments {name} channels_last", lambda s=shape: _moments(s, dtype, channels_last=True)
+    yield (
+        "contrast B weights",
+        lambda: _contrast(CONTRAST["B"], dtype, labels=torch.int64, weights=True, reduction="none", normalize=False),
+    )
+    yield "contrast K 100000", lambda: _contrast((2, 48, 33, 65, 100_000), dtype)
+    yield "contrast K 64", lambda: _contrast((2, 64, 64, 64, 64), dtype)
+    yield "moments K 100000", lambda: _moments((2, 48, 33, 65, 100_000), dtype)
+    yield "moments B squares", lambda: _moments(CONTRAST["B"], dtype, squares=True)
+    for name, case in CASES.items():
+        yield f"upsampled {name} half pixels", lambda c=case: _upsampled(c, dtype, align_corners=False, weights=True)
+        yield f"upsampled {name} loss map", lambda c=case: _upsampled(c, dtype, gradient=False, reduction="none")
+    yield "upsampled smaller", lambda: _upsampled(((2, 19, 128, 128), (64, 48)), dtype)

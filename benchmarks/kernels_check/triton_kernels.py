@@ -15,17 +15,23 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
 from spcl_fast.kernels import pixels
 
+from . import sass
 from .launches import Launch, cases, recorded
+from .occupancy import resident_blocks
 
 SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+PINNED = (80, 90)  # architectures; Triton 3.7 compiles no tile as small as these for sm_100
+PINNED_DTYPES = (torch.float32, torch.bfloat16)  # float16 compiles to what bfloat16 does, with other conversions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +41,8 @@ class Usage:
     shared_bytes: int
     matrix: str  # wgmma | mma | fma
     wide_loads: int  # 16-byte loads from global memory
+    warps: int
+    cubin: bytes = dataclasses.field(repr=False)
 
 
 def compiled(launch: Launch, capability: int) -> Usage:
@@ -54,19 +62,17 @@ def compiled(launch: Launch, capability: int) -> Usage:
         file.write(binary.asm["cubin"])
         file.flush()
         listing = subprocess.run(
-            [_cuobjdump(), "-res-usage", file.name], check=True, capture_output=True, text=True
+            [sass.tool("cuobjdump"), "-res-usage", file.name], check=True, capture_output=True, text=True
         ).stdout
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", listing)}
-    return Usage(used["REG"], used["STACK"] + used["LOCAL"], binary.metadata.shared, matrix, wide)
-
-
-def _cuobjdump() -> str:
-    own = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return str(own) if own.exists() else "cuobjdump"
+    spilled, warps = used["STACK"] + used["LOCAL"], binary.metadata.num_warps
+    return Usage(used["REG"], spilled, binary.metadata.shared, matrix, wide, warps, binary.asm["cubin"])
 
 
 def faults(launch: Launch, usage: Usage, capability: int) -> list[str]:
     found = []
+    if usage.registers * 32 * usage.warps > 65536:
+        found.append(f"{32 * usage.warps} threads of {usage.registers} registers do not fit a multiprocessor")
     if usage.stack_bytes:
         found.append(f"{usage.stack_bytes} bytes spilled")
     if usage.shared_bytes > SHARED_BYTES[capability]:
@@ -98,25 +104,75 @@ def _wide_rows(launch: Launch, names: list[str]) -> bool:
     return flat and aligned <= known
 
 
-_HEADER = "kernel             dtype arch   warps stages  regs  shared stack dot     16B  blocks"
+HEADER = "kernel             dtype arch   warps stages  regs  shared stack dot     16B  blocks"
 
 
 def _line(launch: Launch, usage: Usage, capability: int) -> str:
     options = dict(launch.options)
-    blocks = [
-        f"{name.removeprefix('BLOCK_')}={launch.constant(name)}"
-        for name, _ in launch.signature
-        if name.startswith("BLOCK") or name in ("ROWS", "COLS", "TAIL")
-    ]
+    blocks = [f"{name}={value}" for name, value in _blocks(launch)]
     return (
         f"{launch.name:18} {launch.dtype:5} sm_{capability:<3} {options.get('num_warps', 4):5} {options.get('num_stages', 3):6} "
         f"{usage.registers:5} {usage.shared_bytes:7} {usage.stack_bytes:5} {usage.matrix:6} {usage.wide_loads:4}  {' '.join(blocks)}"
     )
 
 
+def launches_of(capability: int, quick: bool, dtypes: tuple[torch.dtype, ...] = ()) -> dict[Launch, list[str]]:
+    """Every launch that compiles to something of its own -> the cases that make it."""
+    found: dict[Launch, list[str]] = {}
+    with recorded(f"sm_{capability}") as launches:
+        for name, call in cases(quick, dtypes):
+            call()
+            for launch in launches:
+                if name not in (names := found.setdefault(launch, [])):
+                    names.append(name)
+            launches.clear()
+    return found
+
+
+def row_of(launch: Launch, usage: Usage, capability: int, names: list[str], number: int) -> dict:
+    """Of the pinned table. number: of this kernel among those that the case launches."""
+    listing = next(iter(sass.listings(usage.cubin).values()))
+    hot, options = listing.hot, dict(launch.options)
+    again = f" {number}" if number > 1 else ""
+    return {
+        "by": "triton", "kernel": launch.name, "case": f"{names[0]} {launch.dtype}{again}", "arch": f"sm_{capability}", "also": names[1:],
+        "blocks": dict(_blocks(launch)), "warps": usage.warps, "stages": options.get("num_stages", 3), "registers": usage.registers,
+        "shared_bytes": usage.shared_bytes, "stack_bytes": usage.stack_bytes, "matrix": usage.matrix,
+        "resident_blocks": resident_blocks(capability, 32 * usage.warps, usage.registers, usage.shared_bytes),
+        "instructions": listing.pipes, "loop": hot.pipes if hot else {}, "loop_bytes": hot.global_bytes if hot else 0,
+    }  # fmt: skip
+
+
+def _blocks(launch: Launch) -> Iterator[tuple[str, object]]:
+    for name, _ in launch.signature:
+        if name.startswith("BLOCK") or name in ("ROWS", "COLS", "TAIL"):
+            yield name.removeprefix("BLOCK_"), launch.constant(name)
+
+
+def rows(
+    capability: int, wanted: Callable[[str], bool], is_late: Callable[[], bool]
+) -> Iterator[tuple[dict | None, str, bool]]:
+    """A row, its line for the terminal and whether it is faulty; None where there is no time left for it."""
+    numbers: dict[tuple[str, str], int] = {}
+    for launch, names in launches_of(capability, False, PINNED_DTYPES).items():
+        same = (launch.name, f"{names[0]} {launch.dtype}")
+        numbers[same] = numbers.get(same, 0) + 1
+        title = f"triton {launch.name} {names[0]} {launch.dtype} sm_{capability}"
+        if not wanted(title):
+            continue
+        if is_late():
+            yield None, title, False
+            continue
+        usage = compiled(launch, capability)
+        found = faults(launch, usage, capability)
+        line = _line(launch, usage, capability) + "".join(f"  <-- {text}" for text in found)
+        yield row_of(launch, usage, capability, names, numbers[same]), line, bool(found)
+
+
 def main(argv: list[str] | None = None) -> int:
+    """Everything that is launched, pinned or not."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.kernels_check.triton_kernels", description=__doc__.splitlines()[0]
+        prog="python -m benchmarks.kernels_check.triton_kernels", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument(
         "--quick", action="store_true", help="default settings, fewer dtypes and layouts (for the test suite)"
@@ -127,13 +183,10 @@ def main(argv: list[str] | None = None) -> int:
     if pixels.INTERPRETED:
         print("kernels-check compiles; unset TRITON_INTERPRET", file=sys.stderr)
         return 2
-    print(_HEADER)
+    print(HEADER)
     wrong = 0
     for capability in options.capability:
-        with recorded(f"sm_{capability}") as launches:
-            for case in cases(options.quick):
-                case()
-        for launch in dict.fromkeys(launches):
+        for launch in launches_of(capability, options.quick):
             if options.kernel and not any(word in launch.name for word in options.kernel):
                 continue
             usage = compiled(launch, capability)

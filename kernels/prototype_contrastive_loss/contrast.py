@@ -23,7 +23,7 @@ from .problem import (
     sizes_of,
     target_of,
 )
-from .prototypes import prototype_gradient
+from .prototypes import cut_to, prototype_gradient
 from .targets import target_pixels_kernel
 
 
@@ -172,7 +172,7 @@ def form_of(features: Tensor, num_classes: int, simple: bool, has_logits: bool) 
     if simple and settings is not None and num_classes <= settings["BLOCK_K"]:
         return "tile", settings
     row = "contrast_backward_split" if simple else "contrast_backward_target"
-    return "split", launch.settings_of(arch, row, dtype, dim, num_classes, layout(features))
+    return "split", cut_to(launch.settings_of(arch, row, dtype, dim, num_classes, layout(features)), dim)
 
 
 def _feature_gradient(problem, operands, wanted):

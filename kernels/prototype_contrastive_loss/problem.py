@@ -93,9 +93,10 @@ def holds_tile(features: Tensor) -> bool:
 
 
 def saves_logits(contrast) -> bool:
-    """Whether 4 M bytes per pixel are saved for the backward: where they are few next to the features and the tile cannot stay on chip.
+    """Whether 4 M bytes per pixel are saved for the backward: where they are at most half of the features' bytes and the tile cannot stay
+    on chip (a backward that forms them again does it once per block of 256 output channels, and for the prototypes once more).
     Logits with a variance term are not: the backward needs their parts. Rows that are pooled always are."""
     if contrast.prototype_class is not None:
         return True
-    few = contrast.prototypes.shape[-2] * 4 <= contrast.features.shape[1]
+    few = contrast.prototypes.shape[-2] * 8 <= contrast.features.shape[1] * contrast.features.element_size()
     return few and contrast.variances is None and not holds_tile(contrast.features)

@@ -2,7 +2,8 @@
 
 A program owns BLOCK_K prototypes, BLOCK_O channels and one of a fixed number of groups of pixel tiles; a second kernel adds the groups in
 order. The number of groups is a function of the sizes alone, so the bits do not depend on the GPU. No atomics.
-Floor: feat read once (S bytes), 2 N D K operations, 4 where the logits are computed again. Workspace: groups x K x D floats, at most 32 MB
+Floor: feat read once (S bytes) per block of classes, 2 N D K operations, 4 where the logits are computed again: for those, feat is read
+once more per block of classes and of channels. Workspace: groups x K x D floats, at most 32 MB
 (or one group). Half floats: s is divided by the tile's largest before the dot and put back after it, so that nothing underflows.
 """
 
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import launch
-from ..pixels import INTERPRETED, architecture, layout, precision, read_weights
+from ..pixels import INTERPRETED, architecture, layout, power_of_two, precision, read_weights
 from .logits import inverse_temperature
 from .problem import features_of
 from .targets import read_pixels, read_target, saved_tile, weights_again
@@ -130,6 +131,11 @@ def add_groups_kernel(partial_ptr, out_ptr, size, groups, BLOCK: tl.constexpr):
     tl.store(out_ptr + offs, acc, mask=mask)
 
 
+def cut_to(settings: dict[str, int], dim: int) -> dict[str, int]:
+    """BLOCK_O of the power of two that holds D, where that is less."""
+    return settings | {"BLOCK_O": min(settings["BLOCK_O"], max(16, power_of_two(dim)))}
+
+
 def group_tiles(tiles: int, blocks: int, floats: int) -> tuple[int, int]:
     """-> tiles a group, number of groups; from the sizes alone. `blocks` programs a group, `floats` of workspace a group."""
     tiles = max(1, tiles)
@@ -150,8 +156,10 @@ def add_groups(partial, groups: int):
 def prototype_gradient(features, operands, per_image: bool, needs_bias: bool):
     """-> dprototypes [K, D] or [B, K, D], dbias [K] or [B, K] or None; float32."""
     grad, target, prototypes, weights, saved, size = operands
-    settings = launch.settings_of(
-        architecture(features), "contrast_prototypes", features.dtype, size.D, size.K, layout(features)
+    plain = target.plain is not None and prototypes.variances is None
+    name = "contrast_prototypes" if plain else "contrast_prototypes_target"
+    settings = cut_to(
+        launch.settings_of(architecture(features), name, features.dtype, size.D, size.K, layout(features)), size.D
     )
     batch = features.shape[0]
     images = batch if per_image else 1

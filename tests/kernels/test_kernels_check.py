@@ -277,7 +277,14 @@ def test_kernels_check_refuses_to_compile_for_the_interpreter():
 @pytest.mark.parametrize("arch", sorted(launch.TABLES))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_table_answers_for_every_size(arch, dtype):
-    for kernel in ("contrast_forward", "contrast_backward_split", "contrast_prototypes", "moments", "unit_moments"):
+    kernels_ = (
+        "contrast_forward",
+        "contrast_backward_split",
+        "contrast_prototypes",
+        "contrast_prototypes_target",
+        "moments",
+    )
+    for kernel in (*kernels_, "unit_moments"):
         for dim in (1, 64, 2048, 8192):
             for num_classes in (1, 19, 150, 1900, 100_000):
                 assert launch.find(arch, kernel, dtype, dim, num_classes)["BLOCK_N"] >= (1 if "unit" in kernel else 16)
