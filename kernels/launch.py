@@ -33,6 +33,13 @@ def _row(kernel: str, *, warps: int = 4, stages: int = 3, registers: int | None 
 
 _small = functools.partial(_row, registers=None)  # the interpreter knows no registers
 
+_FEW = functools.partial(_row, "contrast_prototypes", max_classes=32, BLOCK_K=32, stages=1, warps=8)
+_FEW_CLASSES: list[Row] = [
+    _FEW(dtype="fp32", BLOCK_N=32, BLOCK_D=32, BLOCK_O=64),
+    _FEW(max_dim=256, BLOCK_N=64, BLOCK_D=32, BLOCK_O=256),
+    _FEW(BLOCK_N=64, BLOCK_D=64, BLOCK_O=128),
+]
+
 # BLOCK_N pixels, BLOCK_K classes, BLOCK_D channels of a dot, BLOCK_O channels of an output. maxnreg 255 is no limit, but without it ptxas
 # aims at an occupancy of its own and takes a few bytes of spills for it.
 _DEFAULT: list[Row] = [
@@ -61,8 +68,19 @@ _DEFAULT: list[Row] = [
     # Backward, both K and D in steps: any size.
     # BLOCK_O is cut to the power of two that holds D where that is less. Each block of output channels forms all logits again, and each
     # block of classes reads the features again: large ones, of as many registers as there are, save arithmetic and L2 both.
-    _row("contrast_backward_split", dtype="fp32", BLOCK_N=32, BLOCK_K=64, BLOCK_D=16, BLOCK_O=256, stages=2, warps=8),
+    _row("contrast_backward_split", dtype="fp32", BLOCK_N=32, BLOCK_K=64, BLOCK_D=16, BLOCK_O=256, stages=1, warps=8),
     _row("contrast_backward_split", BLOCK_N=64, BLOCK_K=64, BLOCK_D=64, BLOCK_O=128, stages=2, warps=8),
+    _row(
+        "contrast_backward_split_saved",
+        dtype="fp32",
+        BLOCK_N=64,
+        BLOCK_K=16,
+        BLOCK_D=16,
+        BLOCK_O=128,
+        stages=1,
+        warps=8,
+    ),
+    _row("contrast_backward_split_saved", BLOCK_N=64, BLOCK_K=64, BLOCK_D=64, BLOCK_O=128, stages=2, warps=8),
     # With an option that needs more of a pixel in registers (any target but a plain label; variances): less of everything else.
     _row("contrast_forward_target", dtype="fp32", BLOCK_N=64, BLOCK_K=32, BLOCK_D=16, warps=8),
     _row("contrast_forward_variances", dtype="fp32", BLOCK_N=32, BLOCK_K=32, BLOCK_D=16, stages=2),
@@ -70,19 +88,8 @@ _DEFAULT: list[Row] = [
     _row("contrast_forward_target", BLOCK_N=64, BLOCK_K=32, BLOCK_D=64, stages=2),
     _row("contrast_backward_target", dtype="fp32", BLOCK_N=32, BLOCK_K=32, BLOCK_D=16, BLOCK_O=32, stages=2, warps=8),
     _row("contrast_backward_target", BLOCK_N=32, BLOCK_K=32, BLOCK_D=32, BLOCK_O=64, stages=2, warps=8),
-    _row(
-        "contrast_prototypes",
-        dtype="fp32",
-        max_classes=32,
-        BLOCK_N=32,
-        BLOCK_K=32,
-        BLOCK_D=32,
-        BLOCK_O=64,
-        stages=1,
-        warps=8,
-    ),
+    *_FEW_CLASSES,
     _row("contrast_prototypes", dtype="fp32", BLOCK_N=32, BLOCK_K=64, BLOCK_D=16, BLOCK_O=256, stages=1, warps=8),
-    _row("contrast_prototypes", max_classes=32, BLOCK_N=64, BLOCK_K=32, BLOCK_D=64, BLOCK_O=256, stages=1, warps=8),
     _row("contrast_prototypes", BLOCK_N=64, BLOCK_K=64, BLOCK_D=64, BLOCK_O=128, stages=1, warps=8),
     _row("contrast_prototypes_target", dtype="fp32", BLOCK_N=32, BLOCK_K=32, BLOCK_D=32, BLOCK_O=64, stages=1, warps=8),
     _row("contrast_prototypes_target", BLOCK_N=64, BLOCK_K=32, BLOCK_D=64, BLOCK_O=128, stages=1, warps=8),
@@ -115,17 +122,7 @@ TABLES: dict[str, list[Row]] = {
         # With many classes the prototypes are most of what is read: of L2, once per tile of pixels, or of pixels once per block of classes.
         _row("contrast_forward_resident", max_classes=64, max_dim=256, BLOCK_N=64, BLOCK_K=32, stages=2),
         _row("contrast_forward_resident", max_dim=256, BLOCK_N=128, BLOCK_K=32, stages=2, warps=8),
-        _row(
-            "contrast_prototypes",
-            dtype="half",
-            max_classes=32,
-            BLOCK_N=64,
-            BLOCK_K=32,
-            BLOCK_D=64,
-            BLOCK_O=256,
-            stages=1,
-            warps=8,
-        ),
+        *_FEW_CLASSES,
         _row("contrast_prototypes", dtype="half", BLOCK_N=64, BLOCK_K=64, BLOCK_D=64, BLOCK_O=256, stages=1, warps=8),
         *_DEFAULT,
     ],
@@ -135,7 +132,7 @@ TABLES: dict[str, list[Row]] = {
         # the contrast's tiles of one size: numpy rounds a product by it, and the backward must meet the logits of the forward
         *(
             _small(f"contrast_{k}", BLOCK_N=32, BLOCK_K=32, BLOCK_D=16, BLOCK_O=16)
-            for k in ("backward_split", "backward_target", "prototypes", "prototypes_target")
+            for k in ("backward_split", "backward_split_saved", "backward_target", "prototypes", "prototypes_target")
         ),
         *(
             _small(f"contrast_{k}", BLOCK_N=32, BLOCK_K=32, BLOCK_D=16)

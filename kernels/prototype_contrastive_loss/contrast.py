@@ -163,7 +163,9 @@ def gradients(problem, grad: Incoming | None, target: Target, weights, saved: Sa
 
 
 def form_of(features: Tensor, num_classes: int, simple: bool, has_logits: bool) -> tuple[str, dict[str, int]]:
-    """Which of the backward's three kernels, and its settings. simple: a plain target, no variances, no gradient of the temperature."""
+    """Which of the backward's three kernels (the third in three forms), and its settings.
+
+    simple: a plain target, no variances, no gradient of the temperature."""
     dim, dtype, arch = features.shape[1], features.dtype, architecture(features)
     if simple and holds_tile(features) and not has_logits:
         settings = launch.settings_of(arch, "contrast_backward_resident", dtype, dim, num_classes, layout(features))
@@ -171,8 +173,9 @@ def form_of(features: Tensor, num_classes: int, simple: bool, has_logits: bool) 
     settings = launch.find(arch, "contrast_backward_tile", dtype, dim, num_classes, layout(features))
     if simple and settings is not None and num_classes <= settings["BLOCK_K"]:
         return "tile", settings
-    row = "contrast_backward_split" if simple else "contrast_backward_target"
-    return "split", cut_to(launch.settings_of(arch, row, dtype, dim, num_classes, layout(features)), dim)
+    form = "target" if not simple else "split_saved" if has_logits else "split"
+    settings = launch.settings_of(arch, f"contrast_backward_{form}", dtype, dim, num_classes, layout(features))
+    return form, cut_to(settings, dim)
 
 
 def _feature_gradient(problem, operands, wanted):

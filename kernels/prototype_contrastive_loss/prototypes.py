@@ -156,7 +156,7 @@ def add_groups(partial, groups: int):
 def prototype_gradient(features, operands, per_image: bool, needs_bias: bool):
     """-> dprototypes [K, D] or [B, K, D], dbias [K] or [B, K] or None; float32."""
     grad, target, prototypes, weights, saved, size = operands
-    plain = target.plain is not None and prototypes.variances is None
+    plain = target.plain is not None and prototypes.variances is None and not (per_image or needs_bias)
     name = "contrast_prototypes" if plain else "contrast_prototypes_target"
     settings = cut_to(
         launch.settings_of(architecture(features), name, features.dtype, size.D, size.K, layout(features)), size.D
