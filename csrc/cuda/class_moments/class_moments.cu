@@ -1,6 +1,7 @@
 // class_moments: the launches and the total. See class_moments.cuh for how it works.
 #include "class_moments.cuh"
 #include "class_totals.cuh"
+#include "pixel_norms.cuh"
 
 namespace spcl::gpu {
 

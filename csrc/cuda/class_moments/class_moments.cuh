@@ -6,6 +6,7 @@
 // start as soon as the warp has walked this one's. No one-hot matrix, no float atomics, no sort; the cost does not grow
 // with K. Reads the features once where the block forms the norms.
 #pragma once
+#include "../matrix.cuh"
 #include "../pixels.cuh"
 #include "class_moments.h"
 
@@ -86,14 +87,51 @@ template <class T> struct MomentsBlock {
     }
   }
 
-  // Lanes along channels, which are neighbours in memory: each lane loads its own rows.
+  // Channels that are neighbours in memory: a warp takes a sector of channels of 4 pixels (half floats: of 8, in words
+  // of two channels), which meet in 32 different banks.
   __device__ __forceinline__ void load_channels(const TilePlace& t) const {
     const T* data = pixel_data(t, 0);
-    for (int own = 0; own < kThreadChannels; ++own) {
-      const int d = first_row(own) + lane;
-      if (d < channels)
-        copy_each<T>(t.pixels, [&](int p) { return row(d) + p; }, [&](int p) { return data + p * a.x.stride_w + d; });
-    }
+    if constexpr (sizeof(T) == 2)
+      if ((a.x.dim | a.x.stride_w) % 2 == 0 && reinterpret_cast<uintptr_t>(data) % 4 == 0) return load_words(t, data);
+    constexpr int kPixels = sizeof(T) == 4 ? 4 : 1;
+    const int p = lane / (32 / kPixels);
+    for (int own = 0; own < kThreadChannels; ++own)
+      for (int r = lane % (32 / kPixels); r < 32; r += 32 / kPixels) {
+        const int d = first_row(own) + r;
+        if (d >= channels) continue;
+        copy_each<T>((t.pixels - p + kPixels - 1) / kPixels, [&](int i) { return row(d) + p + i * kPixels; },
+                     [&](int i) { return data + (p + i * kPixels) * a.x.stride_w + d; });
+      }
+  }
+
+  // Two channels of two pixels a lane, turned from words of channels to words of pixels; half of the lanes write the
+  // second of the two rows first.
+  __device__ __forceinline__ void load_words(const TilePlace& t, const T* data) const {
+    constexpr int kBatch = 4;
+    const int second = lane % 8 / 4, first_pixel = lane / 8 * 2;
+    for (int own = 0; own < kThreadChannels; ++own)
+      for (int r = lane % 8 * 2; r < 32; r += 16) {
+        const int d = first_row(own) + r;
+        if (d >= channels) continue;
+        for (int start = first_pixel; start < t.pixels; start += 8 * kBatch) {
+          uint32_t low[kBatch], high[kBatch];
+#pragma unroll
+          for (int i = 0; i < kBatch; ++i) {
+            const int p = start + 8 * i;
+            const T* from = data + p * a.x.stride_w + d;
+            low[i] = p < t.pixels ? __ldg(reinterpret_cast<const uint32_t*>(from)) : 0;
+            high[i] = p + 1 < t.pixels ? __ldg(reinterpret_cast<const uint32_t*>(from + a.x.stride_w)) : 0;
+          }
+#pragma unroll
+          for (int i = 0; i < kBatch; ++i) {
+            const int p = start + 8 * i;
+            if (p >= t.pixels) break;
+            const uint32_t even = low_halves(low[i], high[i]), odd = high_halves(low[i], high[i]);
+            *reinterpret_cast<uint32_t*>(row(d + second) + p) = second ? odd : even;
+            *reinterpret_cast<uint32_t*>(row(d + 1 - second) + p) = second ? even : odd;
+          }
+        }
+      }
   }
 
   __device__ __forceinline__ void load(const TilePlace& t) const {
@@ -344,40 +382,6 @@ __global__ void __launch_bounds__(kMostThreads, 1) moments_kernel(const __grid_c
       a.partial_counts[b.range * a.num_classes + k] = b.counts[k];
       if constexpr (kWeighted) a.partial_weights[b.range * a.num_classes + k] = b.weight_sums[k];
     }
-}
-
-// ---- the norms as a pass of their own, and the end --------------------------------------------------------------
-
-constexpr int kNormThreads = 256;
-
-// norms [B * P]: 1 / |x|. A block takes 32 pixels, its warps every eighth channel; where channels are neighbours, a
-// warp takes a pixel.
-template <class T> __global__ void __launch_bounds__(kNormThreads) norms_kernel(const Features x, float* norms) {
-  float* partial = shared_memory<float>();  // [warps][32]
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = kNormThreads / 32;
-  const int64_t pixels = x.height * x.width, first = static_cast<int64_t>(blockIdx.x) * 32, total = x.batch * pixels;
-  const bool by_channel = x.stride_d == 1 && x.stride_w != 1;
-  for (int i = by_channel ? warp : lane; i < 32; i += by_channel ? warps : 32) {
-    const int64_t n = first + i;
-    float sum = 0;
-    if (n < total) {
-      const T* data = static_cast<const T*>(x.data) + pixel_offset(x, n / pixels, n % pixels);
-#pragma unroll 8
-      for (int64_t d = by_channel ? lane : warp; d < x.dim; d += by_channel ? 32 : warps) {
-        const float v = to_float(data[d * x.stride_d]);
-        sum += v * v;
-      }
-    }
-    if (by_channel) sum = warp_sum(sum);
-    if (by_channel && lane == 0 && n < total) norms[n] = inverse_norm(sum);
-    if (!by_channel) partial[warp * 32 + lane] = sum;
-  }
-  if (by_channel) return;
-  __syncthreads();
-  if (warp != 0 || first + lane >= total) return;
-  float sum = 0;
-  for (int w = 0; w < warps; ++w) sum += partial[w * 32 + lane];
-  norms[first + lane] = inverse_norm(sum);
 }
 
 }  // namespace spcl::gpu

@@ -145,10 +145,18 @@ template <class T> struct ContrastDots {
   template <bool kSquare>
   __device__ __forceinline__ void write(float* logits, float* squares, const ContrastPart& part) {
     const int q = part.lane % 4, g = part.lane / 4;
+    const bool swaps = q >= 2;
 #pragma unroll
-    for (int i = 0; i < Shape::kSums - 8; ++i) {
-      const int k = part.group * Shape::kClasses + i / 32 * 16 + i % 4 / 2 * 8 + g;
-      logits[k * kLogitsRow + forward_pixel(i % 32 / 4, 2 * q + i % 2)] = sums[i];
+    for (int i = 0; i < Shape::kClasses / 4;
+         ++i) {  // half a fragment: 8 pixels of a class, side by side, in two writes
+      const int m = i / 4, lower = i / 2 % 2, column = i % 2, k = part.group * Shape::kClasses + m * 16 + lower * 8 + g;
+      const float* sum = sums + m * 32 + lower * 2 + column;
+      const float4 first = make_float4(sum[0], sum[4], sum[8], sum[12]),
+                   second = make_float4(sum[16], sum[20], sum[24], sum[28]);
+      // half of the lanes write the second one first: eight lanes meet in 32 different banks
+      float* to = logits + k * kLogitsRow + forward_pixel(0, 2 * q + column);
+      *reinterpret_cast<float4*>(to + (swaps ? 4 : 0)) = swaps ? second : first;
+      *reinterpret_cast<float4*>(to + (swaps ? 0 : 4)) = swaps ? first : second;
     }
     if constexpr (kSquare) return;
 #pragma unroll

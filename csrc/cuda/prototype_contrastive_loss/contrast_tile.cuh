@@ -1,6 +1,7 @@
 // A tile's pixels in and out: whatever layout the features have, the arithmetic sees rows of pixels in shared memory,
 // [channel][kRow].
 #pragma once
+#include "../matrix.cuh"
 #include "../pixels.cuh"
 #include "contrast_plan.h"
 
@@ -116,6 +117,64 @@ template <class T> __device__ __forceinline__ void stage_one(const T* from, bool
     *to = there ? *from : from_float<T>(0.0f);
 }
 
+// Channels side by side, and pairs of half floats of a pixel in words of memory.
+template <class T> __device__ __forceinline__ bool channel_words(const Features& x) {
+  return sizeof(T) == 2 && reinterpret_cast<uintptr_t>(x.data) % 4 == 0 &&
+         (x.dim | x.stride_b | x.stride_h | x.stride_w) % 2 == 0;
+}
+
+// The part of lane `i` of 32 in piece `piece` of a chunk whose channels lie side by side: a sector of channels of a few
+// pixels, that meet in 32 different banks of shared memory. Half floats: two channels of two pixels a lane.
+template <class T> struct ChannelPiece {
+  static constexpr int kEach = 4 / sizeof(T), kSector = 32 / sizeof(T),
+                       kAcross = ContrastShape<sizeof(T)>::kChunk / kSector;
+  static constexpr int kCount = kAcross * kTile / (4 * kEach);
+  int c, p;
+  __device__ __forceinline__ ChannelPiece(int piece, int lane)
+      : c(piece % kAcross * kSector + lane % 8 * kEach), p((piece / kAcross * 4 + lane / 8) * kEach) {}
+};
+
+// 2 x 2 half floats from rows to columns, and back. Of the two rows in shared memory half of the lanes take the second
+// one first, or they would meet the others in their banks.
+template <class T>
+__device__ __forceinline__ void stage_words(const Features& x, const ContrastTile& tile, const int64_t* offset,
+                                            int64_t d0, T* to) {
+  using Shape = ContrastShape<2>;
+  const int lane = threadIdx.x % 32, second = lane % 8 / 4, channels = channels_from<T>(x, d0);
+  const T* data = static_cast<const T*>(x.data) + d0;
+#pragma unroll 4
+  for (int piece = threadIdx.x / 32; piece < ChannelPiece<T>::kCount; piece += blockDim.x / 32) {
+    const ChannelPiece<T> at(piece, lane);
+    const bool there = at.c < channels;
+    const uint32_t a = there && at.p < tile.count ? *reinterpret_cast<const uint32_t*>(data + offset[at.p] + at.c) : 0;
+    const uint32_t b =
+        there && at.p + 1 < tile.count ? *reinterpret_cast<const uint32_t*>(data + offset[at.p + 1] + at.c) : 0;
+    const uint32_t low = low_halves(a, b), high = high_halves(a, b);
+    T* row = to + at.c * Shape::kRow + at.p;
+    *reinterpret_cast<uint32_t*>(row + second * Shape::kRow) = second ? high : low;
+    *reinterpret_cast<uint32_t*>(row + (1 - second) * Shape::kRow) = second ? low : high;
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void store_words(const Features& dx, const ContrastTile& tile, const int64_t* offset,
+                                            int64_t d0, const T* from) {
+  using Shape = ContrastShape<2>;
+  const int lane = threadIdx.x % 32, second = lane % 8 / 4, channels = channels_from<T>(dx, d0);
+  T* data = static_cast<T*>(dx.data) + d0;
+#pragma unroll 2
+  for (int piece = threadIdx.x / 32; piece < ChannelPiece<T>::kCount; piece += blockDim.x / 32) {
+    const ChannelPiece<T> at(piece, lane);
+    const T* row = from + at.c * Shape::kRow + at.p;
+    const uint32_t one = *reinterpret_cast<const uint32_t*>(row + second * Shape::kRow),
+                   two = *reinterpret_cast<const uint32_t*>(row + (1 - second) * Shape::kRow);
+    const uint32_t low = second ? two : one, high = second ? one : two;
+    if (at.c >= channels || at.p >= tile.count) continue;
+    *reinterpret_cast<uint32_t*>(data + offset[at.p] + at.c) = low_halves(low, high);
+    if (at.p + 1 < tile.count) *reinterpret_cast<uint32_t*>(data + offset[at.p + 1] + at.c) = high_halves(low, high);
+  }
+}
+
 template <class T>
 __device__ __forceinline__ void stage_gathered(const Features& x, const ContrastTile& tile, const int64_t* offset,
                                                int64_t d0, T* to) {
@@ -123,11 +182,22 @@ __device__ __forceinline__ void stage_gathered(const Features& x, const Contrast
   const T* data = static_cast<const T*>(x.data);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, step = blockDim.x / 32,
             channels = channels_from<T>(x, d0);
+  if constexpr (sizeof(T) == 2)
+    if (x.stride_d == 1 && channel_words<T>(x)) return stage_words(x, tile, offset, d0, to);
   if (x.stride_d == 1) {
-    for (int c = lane; c < Shape::kChunk; c += 32)
+    if constexpr (sizeof(T) == 4) {
+#pragma unroll 4
+      for (int piece = warp; piece < ChannelPiece<T>::kCount; piece += step) {
+        const ChannelPiece<T> at(piece, lane);
+        stage_one(data + offset[at.p] + d0 + at.c, at.p < tile.count && at.c < channels,
+                  to + at.c * Shape::kRow + at.p);
+      }
+    } else {
+      for (int c = lane; c < Shape::kChunk; c += 32)
 #pragma unroll 8
-      for (int p = warp; p < kTile; p += step)
-        stage_one(data + offset[p] + d0 + c, p < tile.count && c < channels, to + c * Shape::kRow + p);
+        for (int p = warp; p < kTile; p += step)
+          stage_one(data + offset[p] + d0 + c, p < tile.count && c < channels, to + c * Shape::kRow + p);
+    }
     return;
   }
   for (int p = lane; p < kTile; p += 32) {
@@ -168,9 +238,18 @@ __device__ __forceinline__ void store_pixels(const Features& dx, Access access, 
   }
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, step = blockDim.x / 32;
   if (access == kGather && dx.stride_d == 1) {
-    for (int p = warp; p < tile.count; p += step)
-      for (int c = lane; c < channels; c += 32)
-        static_cast<T*>(dx.data)[offset[p] + d0 + c] = from[c * Shape::kRow + p];
+    if constexpr (sizeof(T) == 2) {
+      if (channel_words<T>(dx)) return store_words(dx, tile, offset, d0, from);
+      for (int p = warp; p < tile.count; p += step)
+        for (int c = lane; c < channels; c += 32)
+          static_cast<T*>(dx.data)[offset[p] + d0 + c] = from[c * Shape::kRow + p];
+    } else {
+      for (int piece = warp; piece < ChannelPiece<T>::kCount; piece += step) {
+        const ChannelPiece<T> at(piece, lane);
+        if (at.p < tile.count && at.c < channels)
+          static_cast<T*>(dx.data)[offset[at.p] + d0 + at.c] = from[at.c * Shape::kRow + at.p];
+      }
+    }
     return;
   }
   T* first = access == kGather ? static_cast<T*>(dx.data) : tile_of<T>(dx, tile);
