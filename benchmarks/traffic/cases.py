@@ -16,7 +16,7 @@ from benchmarks.problems import contrast_problem, upsampling_problem
 BACKENDS = ("triton", "cuda")
 # channels and classes of a shape of benchmarks.shapes; a map of few pixels whose rows are aligned to a sector, and one whose are not
 SIZES = {"A": (2048, 19), "B": (256, 19), "C": (512, 150), "D": (256, 1900)}
-GRIDS = {"even": (16, 16), "odd": (13, 17), "channels_last": (16, 16)}
+GRIDS = {"even": (16, 16), "odd": (19, 29), "channels_last": (16, 16)}
 UPSAMPLED = {"U1": (19, (12, 18), (96, 144)), "U2": (19, (16, 24), (64, 96)), "U3": (150, (8, 10), (32, 40))}
 # how far bfloat16 goes: Triton's interpreter multiplies it wrongly, and float16 moves as many bytes
 HALF = {"triton": torch.float16, "cuda": torch.bfloat16}

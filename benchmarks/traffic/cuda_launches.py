@@ -20,7 +20,7 @@ from tests.cuda_emulator import emulated
 
 from .ledger import Launch, Place, Sectors, Wavefronts
 
-FIELDS = 14  # of traffic_launch in traffic.cpp
+FIELDS = 15  # of traffic_launch in traffic.cpp
 
 
 @functools.cache
@@ -44,12 +44,14 @@ def counted(cuda: emulated.Backend) -> Iterator[list[Launch]]:
 def _launch(cuda: emulated.Backend, index: int) -> Launch:
     values = (ctypes.c_uint64 * FIELDS)()
     cuda.handle.traffic_launch(index, values)
-    kernel, blocks, threads, shared_bytes, barriers, _, footprint, *shared, count = (int(value) for value in values)
+    kernel, blocks, threads, shared_bytes, barriers, _, footprint, *shared, in_flight, count = (
+        int(value) for value in values
+    )
     rows = np.zeros((count, len(Sectors._fields)), np.int64)
     cuda.handle.traffic_sectors(index, rows.ctypes.data_as(ctypes.c_void_p))
     return Launch(
         _name(cuda.path, _offset(cuda.path, kernel)), blocks, threads, Sectors(*rows[rows[:, 0].argsort()].T.copy()),
-        footprint, shared_bytes, barriers, Wavefronts(*shared[:3]), Wavefronts(*shared[3:]), _places(cuda, index),
+        footprint, shared_bytes, barriers, Wavefronts(*shared[:3]), Wavefronts(*shared[3:]), _places(cuda, index), in_flight,
     )  # fmt: skip
 
 

@@ -52,6 +52,7 @@ class Launch(NamedTuple):
     shared_read: Wavefronts | None = None
     shared_written: Wavefronts | None = None
     places: tuple[Place, ...] = ()
+    in_flight: int | None = None  # bytes of cp.async that a block waited for at once, at most
 
 
 class Moved(NamedTuple):
@@ -89,6 +90,16 @@ def all_moved(launches: list[Launch], tensor: Tensor | None) -> Moved:
 def total(launches: list[Launch]) -> Moved:
     """Of all tensors, workspaces included."""
     return sum((_added_up(launch.sectors) for launch in launches), NOTHING)
+
+
+def distinct(launch: Launch) -> int:
+    """Bytes of all sectors that were read or written, each once."""
+    return SECTOR * len(launch.sectors.address)
+
+
+def common(launch: Launch) -> int:
+    """Bytes of the sectors that all blocks read: in a cache there is one of each, however many blocks run."""
+    return SECTOR * int((launch.sectors.reading_blocks >= max(2, launch.blocks)).sum())
 
 
 def _added_up(s: Sectors) -> Moved:

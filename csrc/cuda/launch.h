@@ -143,7 +143,7 @@ template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(f
 template <> __device__ __forceinline__ __half from_float<__half>(float v) { return __float2half_rn(v); }
 
 // 16 bytes of features as floats.
-template <class T> __device__ __forceinline__ void unpack(const uint4& raw, float (&out)[16 / sizeof(T)]) {
+template <class T> __device__ __forceinline__ void unpack(uint4 raw, float (&out)[16 / sizeof(T)]) {
   const unsigned word[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {

@@ -39,7 +39,7 @@ struct Warp {
 struct Copy {
   void* to;
   char data[16];
-  int bytes, group;
+  int bytes, given, group;
 };
 
 struct Block {
@@ -273,7 +273,7 @@ void copy_async(void* to, const void* from, int bytes, int given) {
     fail("cp.async of %d bytes, %d given", bytes, given);
   if (reinterpret_cast<uintptr_t>(to) % bytes || (given && reinterpret_cast<uintptr_t>(from) % bytes))
     fail("cp.async is misaligned");
-  Copy copy{to, {}, bytes, now->group};
+  Copy copy{to, {}, bytes, given, now->group};
   if (on_copy) on_copy(__builtin_return_address(0), to, from, bytes, given);
   if (given) memcpy(copy.data, from, given);
   memset(to, 0xff, bytes);
@@ -282,6 +282,11 @@ void copy_async(void* to, const void* from, int bytes, int given) {
 void copy_async_commit() { ++now->group; }
 void copy_async_wait(int pending) {
   auto& copies = now->copies;
+  if (on_wait) {
+    int bytes = 0;
+    for (const Copy& copy : copies) bytes += copy.given;
+    on_wait(bytes);
+  }
   size_t kept = 0;
   for (const Copy& copy : copies)
     if (copy.group < now->group - pending)

@@ -251,6 +251,7 @@ struct Shape {
 };
 __attribute__((weak)) void on_launch(const void* kernel, const Shape& shape);
 __attribute__((weak)) void on_copy(const void* place, void* to, const void* from, int bytes, int given);
+__attribute__((weak)) void on_wait(int bytes);             // of this thread's copies that were not waited for so far
 __attribute__((weak)) void on_blocks_ended(int barriers);  // of the blocks of one cluster
 
 }  // namespace emulator

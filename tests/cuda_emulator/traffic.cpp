@@ -41,12 +41,14 @@ struct Counts {
   const void* kernel;
   Shape shape;
   uint64_t barriers = 0, requests = 0, footprint = 0;     // footprint: of the block that touches most sectors, in bytes
+  uint64_t in_flight = 0;                                 // bytes that a block's threads waited for at once, at most
   std::map<std::pair<const void*, bool>, Shared> places;  // of shared memory: place in the code, is it written?
   std::unordered_map<uint64_t, Sector> sectors;
 };
 
 std::vector<Counts> launches;
 std::vector<std::vector<Access>> logs;  // by thread of the blocks that run
+std::vector<uint64_t> waited;           // by thread: the most bytes of copies that it waited for at once
 bool counting = false;
 
 struct Request {
@@ -135,6 +137,14 @@ void on_copy(const void* place, void* to, const void* from, int bytes, int given
   note(place, to, bytes, true);
 }
 
+void on_wait(int bytes) {
+  if (!counting) return;
+  const Place& p = here();
+  const size_t thread = static_cast<size_t>(p.rank) * p.block_size.x + p.thread.x;
+  if (waited.size() <= thread) waited.resize(thread + 1);
+  waited[thread] = std::max<uint64_t>(waited[thread], bytes);
+}
+
 Shared all_of(const Counts& counts, bool write) {
   Shared all;
   for (const auto& [place, s] : counts.places)
@@ -152,9 +162,13 @@ void on_blocks_ended(int barriers) {
       if (logs.size() < warp + kWarp) logs.resize(warp + kWarp);
       count_warp(counts, warp, touched);
     }
+    uint64_t in_flight = 0;
+    for (size_t t = first; t < std::min(waited.size(), first + counts.shape.threads); ++t) in_flight += waited[t];
+    counts.in_flight = std::max(counts.in_flight, in_flight);
     for (const auto& [sector, read] : touched) counts.sectors[sector].reading_blocks += read;
     counts.footprint = std::max<uint64_t>(counts.footprint, touched.size() * kSector);
   }
+  waited.clear();
 }
 
 }  // namespace emulator
@@ -189,13 +203,13 @@ extern "C" {
 // From here on, until it is called with 0; what was counted before is forgotten.
 void traffic_count(int on) {
   emulator::counting = on;
-  if (on) emulator::launches.clear(), emulator::logs.clear();
+  if (on) emulator::launches.clear(), emulator::logs.clear(), emulator::waited.clear();
 }
 
 int traffic_launches() { return static_cast<int>(emulator::launches.size()); }
 
 // kernel, blocks, threads, shared bytes, barriers, global requests, footprint, then wavefronts, ideal, requests of
-// shared reads and of shared writes, number of sectors
+// shared reads and of shared writes, bytes in flight, number of sectors
 void traffic_launch(int index, uint64_t* out) {
   const emulator::Counts& c = emulator::launches.at(index);
   const dim3& b = c.shape.blocks;
@@ -213,6 +227,7 @@ void traffic_launch(int index, uint64_t* out) {
                              written.wavefronts,
                              written.ideal,
                              written.requests,
+                             c.in_flight,
                              c.sectors.size()};
   memcpy(out, values, sizeof(values));
 }

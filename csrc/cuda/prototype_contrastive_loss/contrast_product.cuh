@@ -191,6 +191,13 @@ template <class T> struct ContrastProduct {
     }
   }
 
+  // Eight floats, of which half of the lanes read the second four first: they would meet the others in their banks.
+  static __device__ __forceinline__ void read_swapped(float4 (&out)[2], const float* from, bool swaps) {
+    const float4 first = *reinterpret_cast<const float4*>(from + (swaps ? 4 : 0)),
+                 second = *reinterpret_cast<const float4*>(from + (swaps ? 0 : 4));
+    out[0] = swaps ? second : first, out[1] = swaps ? first : second;
+  }
+
   // A row belongs to 4 lanes of one warp: all read (a shifted row reaches into the next lane's words), then all write,
   // not shifted.
   __device__ __forceinline__ void finish(T* x, const PixelTable* table, bool uses_x, int shifts) {
@@ -206,15 +213,19 @@ template <class T> struct ContrastProduct {
       }
       __syncwarp();
 #pragma unroll
-      for (int j = 0; j < 8; j += 2) {
-        const int p = backward_pixel(j, 2 * q);
-        const float4 along = *reinterpret_cast<const float4*>(table->along + p),
-                     inward = *reinterpret_cast<const float4*>(table->inward + p);
-        const float2 low = to_floats<T>(v[j]), high = to_floats<T>(v[j + 1]);
-        v[j] = to_halves<T>(gradient_of(sums[j][2 * r], low.x, along.x, inward.x),
-                            gradient_of(sums[j][2 * r + 1], low.y, along.y, inward.y));
-        v[j + 1] = to_halves<T>(gradient_of(sums[j + 1][2 * r], high.x, along.z, inward.z),
-                                gradient_of(sums[j + 1][2 * r + 1], high.y, along.w, inward.w));
+      for (int j = 0; j < 8; j += 4) {
+        float4 along[2], inward[2];
+        read_swapped(along, table->along + backward_pixel(j, 2 * q), q >= 2);
+        read_swapped(inward, table->inward + backward_pixel(j, 2 * q), q >= 2);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int n = j + 2 * i;
+          const float2 low = to_floats<T>(v[n]), high = to_floats<T>(v[n + 1]);
+          v[n] = to_halves<T>(gradient_of(sums[n][2 * r], low.x, along[i].x, inward[i].x),
+                              gradient_of(sums[n][2 * r + 1], low.y, along[i].y, inward[i].y));
+          v[n + 1] = to_halves<T>(gradient_of(sums[n + 1][2 * r], high.x, along[i].z, inward[i].z),
+                                  gradient_of(sums[n + 1][2 * r + 1], high.y, along[i].w, inward[i].w));
+        }
       }
       uint4* to = reinterpret_cast<uint4*>(row + 16 * q);
       to[0] = make_uint4(v[0], v[1], v[2], v[3]), to[1] = make_uint4(v[4], v[5], v[6], v[7]);
