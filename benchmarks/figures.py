@@ -15,6 +15,7 @@ from pathlib import Path
 
 from benchmarks import RESULTS, ROOT
 from benchmarks.adaptation.lines import Spread, by_setting, miou, paired, spread
+from benchmarks.traffic.rungs import gpu_table
 from spcl_fast import backends, catalog
 from spcl_fast.backends import contract
 
@@ -195,7 +196,13 @@ OPTION_WORDS = {
     "int32_labels": "more than 255 classes",
 }
 TABLES = {
-    README: {"speed": speed_table, "memory": memory_table, "adaptation": adaptation_table, "demo": demo_table},
+    README: {
+        "gpu": gpu_table,
+        "speed": speed_table,
+        "memory": memory_table,
+        "adaptation": adaptation_table,
+        "demo": demo_table,
+    },
     LOSSES: {"backends": backends_table, "options": options_table, "teacher": teacher_table},
 }
 

@@ -2,8 +2,9 @@
 
     python -m benchmarks.gpu [--dry-run] [--parts correct,time] [--again] [--seconds 530]
 
-From the times of Triton's and the CUDA kernels it then makes this GPU's part of the table by which the package picks one of them
-(`choice.py`); nothing is picked by times whose checks failed.
+Next to each time stand the bytes and the limiter that were predicted without a GPU (`predicted.py`); rows that are more than 15 % from
+their prediction are named at the end. From the times of Triton's and the CUDA kernels it then makes this GPU's part of the table by which
+the package picks one of them (`choice.py`); nothing is picked by times whose checks failed.
 
 Needs torch, triton, numpy and pytest, no network and no installed package. A part that is done for these sources is not repeated, so that
 a run that was stopped goes on; parts that no longer fit into --seconds are left for the next call, and say so. `--dry-run` goes through the
@@ -30,7 +31,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
 from benchmarks import RESULTS, ROOT
-from benchmarks.gpu import choice
+from benchmarks.gpu import choice, predicted
 from benchmarks.gpu.where import Skipped, Where
 from benchmarks.machine import describe_gpu, today
 from spcl_fast.kernels.pixels import interpreter_trouble
@@ -178,6 +179,7 @@ def main(argv: list[str] | None = None) -> int:
         results["cuda_beside_triton"] = choice.beside_triton(results["parts"])
         save(path, results)
     print(f"wrote {path}")
+    print(predicted.table(results["parts"]), end="\n\n")
     if not options.dry_run:
         print(choice.write(results))
     return int(any(results["parts"].get(name, {}).get("state") == "failed" for name in wanted))

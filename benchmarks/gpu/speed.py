@@ -14,6 +14,7 @@ import torch
 
 import spcl_fast as sf
 from benchmarks import shapes as quoted
+from benchmarks.gpu.predicted import compared, machine_of, predicted
 from benchmarks.peers import formulas
 from benchmarks.problems import contrast_problem, upsampling_problem
 from spcl_fast import backends
@@ -166,6 +167,10 @@ def _row(context, op, shape_name, dtype, call, floor_us, counted_bytes=None, **m
         rate = counted_bytes / best / 1e3
         row |= {"gb_s": round(rate), "share_of_copy": round(rate / ceilings(context)["copy_gb_s"], 3)}
     row |= more
+    if not context.dry:
+        arch = machine_of(".".join(map(str, torch.cuda.get_device_capability(context.device))))
+        copy = ceilings(context)["copy_gb_s"]
+        row |= compared(best, predicted(op, shape_name, row["dtype"], context.backend, copy, arch))
     print("   ", {k: v for k, v in row.items() if v is not None}, flush=True)
     return row
 

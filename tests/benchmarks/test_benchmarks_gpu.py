@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import choice
+from benchmarks.gpu import choice, predicted
 from spcl_fast.kernels.pixels import interpreter_trouble
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,3 +47,39 @@ def test_make_gpu_runs_through_on_tiny_shapes_without_a_gpu(tmp_path):
     assert (
         again.stdout.count("done before") == len(json.loads(out.read_text())["parts"]) == 7
     )  # what is done is not done again
+
+
+def timed(predicted_us: float, measured_us: float, op: str = "class_moments") -> dict:
+    found = {"predicted_bytes": 2_000_000, "limiter": "DRAM bytes", "predicted_us": predicted_us}
+    return {"op": op, "shape": "A", "dtype": "bfloat16", **predicted.compared(measured_us, found)}
+
+
+def test_rows_that_are_far_from_their_prediction_are_named():
+    parts = {
+        "moments": {"rows": [timed(10.0, 11.0), timed(10.0, 13.0, "slow"), {"op": "not predicted"}]},
+        "moments_cuda": {"rows": [timed(10.0, 8.0)]},
+        "graph": {"state": "skipped"},
+    }
+    assert predicted.disagreements(parts) == [
+        "triton, slow, A, bfloat16: 1.30 of the predicted time (DRAM bytes)",
+        "cuda, class_moments, A, bfloat16: 0.80 of the predicted time (DRAM bytes)",
+    ]
+    text = predicted.table(parts)
+    assert "2 of 3 rows are more than 15% from what the counts predict" in text
+    assert all(word in text for word in ("11.0", "10.0", "2.0", "DRAM bytes"))
+    assert predicted.table({"graph": {"state": "skipped"}}) == ""
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_every_timed_op_has_a_prediction_from_the_counts(backend):
+    machine = predicted.machine_of("9.0")
+    for op, (name, _) in predicted.OPS.items():
+        shape, dtype = ("U2", "float32") if "upsampled" in name else ("B", "bfloat16")
+        found = predicted.predicted(op, shape, dtype, backend, 4000.0, machine)
+        assert found["predicted_bytes"] > 0 and found["predicted_us"] > 0 and found["limiter"]
+    size = 2 * 256 * 256 * 512 * 2  # S of B in half floats
+    both = predicted.predicted("contrast forward + backward", "B", "bfloat16", backend, 4000.0, machine)
+    assert 3 * size <= both["predicted_bytes"] <= 4 * size
+    assert both["predicted_us"] >= 3 * size / 4e6
+    assert predicted.predicted("source step", "A", "bfloat16", backend, 4000.0, machine) == {}
+    assert predicted.machine_of("8.0").name == "A100"
