@@ -58,7 +58,7 @@ figures: install ## README's tables and pictures from benchmarks/results (ARGS="
 reliability: install ## docs/reliability.md from the tests that it names
 	@$(BIN)/python -m benchmarks.reliability
 
-kernels-check: install ## compile every GPU kernel without a GPU: registers, shared memory, spills
+kernels-check: install ## compile every GPU kernel without a GPU, against the pinned table (ARGS="--only sm_90 --seconds 280", --update)
 	@$(BIN)/python -m benchmarks.kernels_check $(ARGS)
 
 traffic: install ## count what every GPU kernel moves, without a GPU: docs/gpu-evidence.md (ARGS="--only class_moments")

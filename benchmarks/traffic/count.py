@@ -19,7 +19,7 @@ FOLDERS = {
 }  # of csrc/cuda that an op needs
 
 # class_moments on as few pixels as are counted here would leave its blocks too few ranges and form the norms in a pass of their own: it is
-# counted in the form that the quoted shapes take (tests/kernels/test_traffic.py asks their plans)
+# counted in the form that the quoted shapes take (tests/kernels/test_cuda_index.py asks their plans)
 AS_QUOTED = {"class_moments": (("class_moments.h", "kEnoughRanges =\n    64;", "kEnoughRanges =\n    1;"),)}
 
 

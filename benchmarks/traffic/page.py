@@ -181,7 +181,7 @@ def verdict_table(result: dict) -> str:
 
 def text(result: dict) -> str:
     parts = [HEAD, "## Goals\n", goals_table(result) + "\n", reasons.MISSED, reasons.before_and_after(result)]
-    parts += [reasons.VERDICT, verdict_table(result) + "\n"]
+    parts += [reasons.VERDICT, verdict_table(result) + "\n", reasons.STATIC]
     for op, title in TITLES.items():
         rows = [row for row in result["rows"] if row["case"].split(", ")[0] == op]
         parts += [f"## {title}\n", table(op, rows) + "\n"]

@@ -80,6 +80,16 @@ names the rows that disagree.
 """
 
 
+STATIC = """## The static side
+
+`make kernels-check` compiles every kernel for sm_80 and sm_90 (CUDA for sm_90a and sm_100, too; Triton 3.7 compiles no tile
+as small as these for sm_100) and compares each row with `benchmarks/results/kernels.json`: registers, shared memory, spills,
+resident blocks, instructions by pipe of the kernel and of a trip of its hot loop. It fails with the rows that differ;
+`ARGS=--update` pins them. `cuxray` 0.6.0 was tried and is not used: it reads these cubins only with NVIDIA's tools of CUDA 12.9,
+which it downloads by itself, so that none of its findings could be checked by hand.
+"""
+
+
 def before_and_after(result: dict) -> str:
     rows = {(row["case"], row["by"]): row for row in result["rows"]}
     lines = ["### Before and after\n", "| case | by | pass | figure | before | now |", "|---|---|---|---|---|---|"]
