@@ -20,7 +20,12 @@ FOLDERS = {
 
 # class_moments on as few pixels as are counted here would leave its blocks too few ranges and form the norms in a pass of their own: it is
 # counted in the form that the quoted shapes take (tests/kernels/test_cuda_index.py asks their plans)
-AS_QUOTED = {"class_moments": (("class_moments.h", "kEnoughRanges =\n    64;", "kEnoughRanges =\n    1;"),)}
+AS_QUOTED = {
+    "class_moments": (
+        ("class_moments.h", "kEnoughRanges =\n    64;", "kEnoughRanges =\n    1;"),
+        ("class_moments.h", "pixels / (4 * num_classes)", "4"),
+    )
+}
 
 
 def counted(case: Case, names: tuple[str, ...] = BACKENDS) -> Iterator[dict]:

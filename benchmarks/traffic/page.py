@@ -47,7 +47,10 @@ def running_bytes(kernel: dict) -> int:
 def _from_dram(row: dict) -> Iterator[float]:
     """Features that a pass reads, but what a block reads again while it is in L2."""
     for phase in _phases(row):
-        yield sum(k["compulsory"] + (k["again"] if running_bytes(k) > CACHE_BYTES else 0) for k in phase["kernels"])
+        yield sum(
+            k["compulsory"] + (k["again"] if running_bytes(k) > CACHE_BYTES and not works.is_reused_at_once(k) else 0)
+            for k in phase["kernels"]
+        )
 
 
 def _sectors(row: dict) -> Iterator[float | None]:
@@ -179,9 +182,31 @@ def verdict_table(result: dict) -> str:
     return markdown(["op", "shape, type, rows", "by", "pass", *machines], rows)
 
 
+def hidden_latency(result: dict) -> str:
+    """Which kernels of A and B hold neither two blocks nor 32 KB in flight on a multiprocessor of an H200."""
+    late, count, machine = [], 0, MACHINES[0]
+    for row in ours(result):
+        problem = works.Problem.of(row["case"])
+        if not (problem.is_quoted and problem.is_map and problem.shape in "AB"):
+            continue
+        for phase in row.keys() & {"forward", "backward"}:
+            for k, work in zip(row[phase]["kernels"], works.works(row, phase, machine), strict=True):
+                if not k["read"]:
+                    continue
+                count += 1
+                resident, bytes_ = work.resident_blocks or 0, work.in_flight_bytes or 0
+                if resident < 2 and resident * bytes_ < machine.in_flight_bytes:
+                    kept = f"{resident} block, {resident * bytes_ / 1024:.0f} KB"
+                    late.append(f"* {row['by']}, {row['case']}: {work.name}, {kept}")
+    head = (
+        f"Two blocks or 32 KB in flight per multiprocessor (sm_90, A and B): {count - len(late)} of {count} kernels.\n"
+    )
+    return "\n".join([head, *sorted(late), ""])
+
+
 def text(result: dict) -> str:
     parts = [HEAD, "## Goals\n", goals_table(result) + "\n", reasons.MISSED, reasons.before_and_after(result)]
-    parts += [reasons.VERDICT, verdict_table(result) + "\n", reasons.STATIC]
+    parts += [reasons.VERDICT, verdict_table(result) + "\n", hidden_latency(result), reasons.STATIC]
     for op, title in TITLES.items():
         rows = [row for row in result["rows"] if row["case"].split(", ")[0] == op]
         parts += [f"## {title}\n", table(op, rows) + "\n"]

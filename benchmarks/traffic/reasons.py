@@ -76,7 +76,7 @@ names the rows that disagree.
 | shared memory | wavefronts / (multiprocessors x clock); CUDA alone |
 | FMA, tensor | 2 N D K x products / rate, K padded to the kernel's blocks |
 | exponentials | N K per softmax / (16 x multiprocessors x clock) |
-| issue slots | (all instructions + the hot loop's for each further trip) x warps / (4 x multiprocessors x clock); Triton alone |
+| issue slots | the hot loop's instructions x trips x warps / (4 x multiprocessors x clock); Triton alone |
 """
 
 

@@ -9,7 +9,7 @@ Each resource gives a lower bound on a kernel's time, all of them multiples of t
     shared memory    wavefronts / (multiprocessors * clock)
     FMA, tensor      2 N D K * products / rate; K as it is padded to a block
     exponentials     N K per softmax / (16 * multiprocessors * clock)
-    issue slots      (instructions + (trips - 1) * the hot loop's) * warps / (4 * multiprocessors * clock)
+    issue slots      the hot loop's instructions * trips * warps / (4 * multiprocessors * clock)
 
 The largest names the limiter. The share of copy speed is what must move at least (S forward; 2 S backward) over the sum of the kernels'
 largest. Counted: bytes, sectors, wavefronts, blocks, bytes in flight of cp.async. Static: registers, resident blocks, instructions, stages.

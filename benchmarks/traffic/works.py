@@ -124,6 +124,11 @@ def _work(k: dict, static: dict | None, by: str, problem: Problem, machine: Mach
     )  # fmt: skip
 
 
+def is_reused_at_once(k: dict) -> bool:
+    """Whether what a block reads again is what its next tile needs: 32 bytes of each channel later, in L1 whatever else the block reads."""
+    return "unit_moments" in k["name"]
+
+
 def _dram_bytes(k: dict, grouped: bool, resident: int, problem: Problem, machine: Machine) -> float:
     """Each sector once, the second reads of a block too where so many blocks hold more than L2. The prototypes do not grow with pixels."""
     _, _, dim, classes = problem.sizes
@@ -133,7 +138,7 @@ def _dram_bytes(k: dict, grouped: bool, resident: int, problem: Problem, machine
     if grouped:
         rest = min(rest, WORKSPACE_BYTES / problem.unit_bytes)
     running = machine.multiprocessors * resident * (k["block_footprint_bytes"] - k["common_bytes"]) + k["common_bytes"]
-    again = k["again"] if running > machine.cache_bytes else 0.0
+    again = k["again"] if running > machine.cache_bytes and not is_reused_at_once(k) else 0.0
     return (k["compulsory"] + again + k["gradient"] + rest) * problem.unit_bytes
 
 
@@ -155,11 +160,17 @@ def _arithmetic(k: dict, static: dict | None, problem: Problem) -> tuple[float, 
     name, read = k["name"], k["read"]
     if not problem.is_map:
         return 0.0, 1.0 if read else 0.0
+    if "norms" in name:
+        return 1 / classes, 0.0
     if "moments" in name:
         return ((static or {}).get("blocks", {}).get("K", 2) / classes * problem.itemsize**-1 * 4 if read else 0.0), 0.0
     if not read:
         return 0.0, 0.0
-    own = {"general": 240, "prototypes": 80 if problem.dtype == "float32" else 128}
+    own = {
+        "general_p": 80 if problem.dtype == "float32" else 128,
+        "general": 240,
+        "prototypes": 80 if problem.dtype == "float32" else 128,
+    }
     block = (static or {}).get("blocks", {}).get("K") or next(
         (v for word, v in own.items() if word in name), 20 if problem.dtype == "float32" else 32
     )
@@ -177,14 +188,14 @@ def _arithmetic(k: dict, static: dict | None, problem: Problem) -> tuple[float, 
 
 
 def _instructions(k: dict, static: dict | None, problem: Problem) -> float:
-    """Of warps: everything once, and the hot loop as often as its loads need for what a block was counted to move."""
-    if static is None or not static["loop_bytes"] or "threads" in k:
+    """Of warps, at the least: the hot loop as often as its loads need for what a block was counted to read. Not of `unit_moments`, whose
+    innermost loop is that over the classes of a tile."""
+    if static is None or not static["loop_bytes"] or "threads" in k or "unit" in k["name"]:
         return 0.0
     threads = 32 * static["warps"]
-    per_block = k["all"] * problem.unit_bytes / problem.scale / k["blocks"]
-    trips = max(1.0, per_block / (threads * static["loop_bytes"]))
-    loop, everything = sum(static["loop"].values()), sum(static["instructions"].values())
-    return (everything + (trips - 1) * loop) * static["warps"] * k["blocks"] * problem.scale
+    read = k["read"] if "moments" in k["name"] else k["all"] - k["gradient"]
+    trips = read * problem.unit_bytes / problem.scale / k["blocks"] / (threads * static["loop_bytes"])
+    return trips * sum(static["loop"].values()) * static["warps"] * k["blocks"] * problem.scale
 
 
 def _in_flight(k: dict, static: dict | None, problem: Problem) -> float | None:
@@ -196,7 +207,11 @@ def _in_flight(k: dict, static: dict | None, problem: Problem) -> float | None:
     if "resident" in k["name"] or "unit" in k["name"]:
         tiles = max(1, math.ceil(problem.counted_pixels / static["blocks"]["N"]))
         return problem.unit_bytes / problem.scale / tiles
-    return max(1, static["stages"] - 1) * static["loop_bytes"] * 32 * static["warps"] or None
+    ahead = max(1, static["stages"] - 1) * static["loop_bytes"] * 32 * static["warps"]
+    tile = (
+        static["blocks"].get("N", 0) * static["blocks"].get("O", 0) * problem.itemsize
+    )  # of the second factor, at once
+    return max(ahead, tile) or None
 
 
 def verdicts(row: dict, machine: Machine) -> dict[str, Verdict]:

@@ -106,10 +106,10 @@ def why_not(ask: Ask) -> str | None:
 def saves_logits(
     num_classes: int, dim: int, dtype: torch.dtype = torch.float32, learned_prototypes: bool = False
 ) -> bool:
-    """Whether 4 K bytes per pixel are saved for the backward: where they are few next to the features, and a block's 64 pixels are too many
-    bytes to be found in L2 when they are read again, or the prototypes' gradient would have each of its blocks form them anew (counted in
-    docs/gpu-evidence.md: features read 7 times instead of 2). Not yet measured on a GPU."""
-    return num_classes * 4 <= dim and (learned_prototypes or dim * dtype.itemsize > _CACHED_BYTES)
+    """Whether 4 K bytes per pixel are saved for the backward: where they are at most half of the features' bytes, and a block's 64 pixels
+    are too many bytes to be found in L2 when they are read again, or the prototypes' gradient would have each of its blocks form them anew
+    (counted in docs/gpu-evidence.md: features read 20 times instead of 2 at C in float32). Not yet measured on a GPU."""
+    return num_classes * 8 <= dim * dtype.itemsize and (learned_prototypes or dim * dtype.itemsize > _CACHED_BYTES)
 
 
 _one_pass_asked = False  # not yet measured on a GPU
