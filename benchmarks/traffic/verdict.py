@@ -11,8 +11,9 @@ Each resource gives a lower bound on a kernel's time, all of them multiples of t
     exponentials     N K per softmax / (16 * multiprocessors * clock)
     issue slots      the hot loop's instructions * trips * warps / (4 * multiprocessors * clock)
 
-The largest names the limiter. The share of copy speed is what must move at least (S forward; 2 S backward) over the sum of the kernels'
-largest. Counted: bytes, sectors, wavefronts, blocks, bytes in flight of cp.async. Static: registers, resident blocks, instructions, stages.
+The largest names the limiter; DRAM, where none is more than a tenth above it. The share of copy speed is what must move at least (S
+forward; 2 S backward) over the sum of the kernels' largest. Counted: bytes, sectors, wavefronts, blocks, bytes in flight of cp.async.
+Static: registers, resident blocks, instructions, stages.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from .machines import Machine
 DRAM, FLIGHT, WAVES, CACHE, SHARED, FMA, TENSOR, EXP, ISSUE = (
     "DRAM bytes", "bytes in flight", "waves", "L2", "shared memory", "FMA", "tensor", "exponentials", "issue slots",
 )  # fmt: skip
+SAME = 1.1
 
 
 class Work(NamedTuple):
@@ -81,7 +83,10 @@ def _idle(work: Work, machine: Machine) -> float:
 
 def judged(works: list[Work], least_bytes: float, machine: Machine) -> Verdict:
     """least_bytes: that must move whatever the kernels are."""
-    longest = {work.name: max(bounds(work, machine).items(), key=lambda item: item[1]) for work in works}
-    kernel, (limiter, _) = max(longest.items(), key=lambda item: item[1][1])
-    total = sum(seconds for _, seconds in longest.values())
-    return Verdict(limiter, min(1.0, least_bytes / machine.dram_bytes_s / total), kernel)
+    found = [(work.name, bounds(work, machine)) for work in works]
+    longest = [max(by_resource.values()) for _, by_resource in found]
+    kernel, by_resource = found[longest.index(max(longest))]
+    limiter = max(by_resource, key=lambda resource: by_resource[resource])
+    if by_resource[limiter] <= SAME * by_resource[DRAM]:
+        limiter = DRAM
+    return Verdict(limiter, min(1.0, least_bytes / machine.dram_bytes_s / sum(longest)), kernel)

@@ -88,13 +88,16 @@ def static_of(kernel: str, by: str, problem: Problem, machine: Machine) -> dict 
         return next((r for r in _rows() if r["arch"] == machine.cuda_arch and r["kernel"] in names), None)
     op = {"prototype_contrastive_loss": "contrast", "class_moments": "moments"}.get(problem.op, "upsampled")
     case = f"{op} {problem.shape}" + (" channels_last" if problem.layout == "channels_last" else "")
+    found = []
     for row in _rows():
         if (row["by"], row["kernel"], row["arch"]) != ("triton", kernel.removesuffix("_kernel"), machine.triton_arch):
             continue
-        first, _, dtype = row["case"].partition(f" {triton}")
-        if row["case"] != first and not dtype and case in (first, *row["also"]):
-            return row
-    return None
+        first, _, dtype = row["case"].removesuffix(" 2").rpartition(" ")
+        if case in (first, *row["also"]):
+            found.append(
+                (dtype != triton, row)
+            )  # some have no features among their operands, and one row for all dtypes
+    return min(found, key=lambda pair: pair[0], default=(False, None))[1]
 
 
 def works(row: dict, phase: str, machine: Machine) -> list[Work]:
@@ -125,8 +128,9 @@ def _work(k: dict, static: dict | None, by: str, problem: Problem, machine: Mach
 
 
 def is_reused_at_once(k: dict) -> bool:
-    """Whether what a block reads again is what its next tile needs: 32 bytes of each channel later, in L1 whatever else the block reads."""
-    return "unit_moments" in k["name"]
+    """Whether a block walks tile after tile and reads again what this tile or the last one read: no farther apart than one tile is large,
+    however many of them the block walks."""
+    return "unit_moments" in k["name"] or "prototype_kernel" in k["name"] or "prototypes_kernel" in k["name"]
 
 
 def _dram_bytes(k: dict, grouped: bool, resident: int, problem: Problem, machine: Machine) -> float:
