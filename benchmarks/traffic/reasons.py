@@ -24,8 +24,11 @@ MISSED = """### Missed, and why
 * **Up-sampled cross-entropy.** A program owns cells of the low-resolution grid and asks for the nodes around them, with a
   halo: several times the map's bytes, but the same block asks again within a few KB (*again*, *in flight*), so L1 and L2
   serve it. From DRAM come 0.15 U.
-* **Blocks and bytes in flight.** CUDA's float32 forward holds one block of 128 to 384 threads by its 130 to 160 registers;
-  three stages of 8 KB of pixels are 16 KB on their way. The verdicts that say *bytes in flight* are these rows.
+* **Shared wavefronts.** CUDA's D goes through the general kernels, whose writes of a round's logits and products still meet in
+  banks; `moments` at A walks mixed units pixel by pixel, where lanes read words 36 or 20 apart. Not done.
+* **Blocks and bytes in flight.** The list after the verdicts names the kernels of A and B with one block and less than 32 KB: CUDA's
+  `moments` where rows of half floats are odd or channels lie side by side (through registers: cp.async copies 4 bytes at
+  least), Triton's `moments` and the prototypes' gradients, which are one stage deep by their registers.
 """
 
 # (case, backend, pass, figure of the page) -> what it was before larger blocks, saved logits and writes without bank conflicts

@@ -128,9 +128,11 @@ def _work(k: dict, static: dict | None, by: str, problem: Problem, machine: Mach
 
 
 def is_reused_at_once(k: dict) -> bool:
-    """Whether a block walks tile after tile and reads again what this tile or the last one read: no farther apart than one tile is large,
-    however many of them the block walks."""
-    return "unit_moments" in k["name"] or "prototype_kernel" in k["name"] or "prototypes_kernel" in k["name"]
+    """Whether what a block reads again is no farther apart than one tile of pixels is large, however many tiles it walks: kernels that go
+    tile by tile, and less than half of the features: sectors that two requests of an odd row share."""
+    return k["again"] < 0.5 or any(
+        word in k["name"] for word in ("unit_moments", "prototype_kernel", "prototypes_kernel")
+    )
 
 
 def _dram_bytes(k: dict, grouped: bool, resident: int, problem: Problem, machine: Machine) -> float:
