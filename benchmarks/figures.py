@@ -245,7 +245,12 @@ def draw_speed(path: Path) -> None:
             for offset, (ms, colour) in enumerate(zip(times, (GREY, DARK, OURS), strict=True)):
                 axes.barh(position + 0.26 * offset, ms, height=0.25, color=colour)
             axes.text(
-                times[2] * 1.06, position + 0.52, f"{times[0] / times[2]:.0f}×", va="center_baseline", fontsize=8, color=OURS
+                times[2] * 1.06,
+                position + 0.52,
+                f"{times[0] / times[2]:.0f}×",
+                va="center_baseline",
+                fontsize=8,
+                color=OURS,
             )
             names.append((position + 0.26, f"{op.replace('_', ' ')}  {shape}"))
             position += 1.0
