@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import DataError
+from .classes import IGNORE
 
 Colour = tuple[int, int, int]
 _SHOWN = 3  # colours that an error spells out
@@ -43,7 +44,9 @@ class LabelColours:
         if not self.names_indices or len(self.ids) < len(self.pairs):
             return
         flat = image.getpalette("RGB") or []
-        used = np.flatnonzero(np.bincount(np.asarray(image).ravel(), minlength=256)).tolist()
+        used = np.flatnonzero(
+            np.bincount(np.asarray(image).ravel(), minlength=256)[:IGNORE]
+        ).tolist()  # void has any colour
         shown = {k: (flat[3 * k], flat[3 * k + 1], flat[3 * k + 2]) for k in used if 3 * k + 2 < len(flat)}
         if len(shown) < len(used) or not all(colour in self.ids for colour in shown.values()):
             return

@@ -13,7 +13,7 @@ class TeacherCentre(Float32Statistics):
     """centre_k <- keep centre_k + (1 - keep) mean over pixels of <f_n, prototype_k>, which is <mean f_n, prototype_k>.
 
     num_prototypes  K of `.centre`, a [K] float32 buffer that starts at 0.
-    keep            share of the OLD centre (0.9).
+    keep            share of the OLD centre (0.9). A mean that is not finite (an overflow in float16) leaves the centre as it is.
     With torch.distributed initialised the mean is over the pixels of all ranks. Memory: O(K + D); the [N, K] logits are never there.
     Source: Caron et al., DINO, arXiv 2104.14294; `DINOLoss.update_center` of the authors' code.
     """
@@ -42,7 +42,8 @@ class TeacherCentre(Float32Statistics):
         distributed.all_reduce_([packed])
         mean = packed[:-1] / packed[-1].clamp_min(1)
         logits = (prototypes.double() @ mean).to(self.centre.dtype)
-        self.centre = torch.where(packed[-1] > 0, self.keep * self.centre + (1 - self.keep) * logits, self.centre)
+        is_there = (packed[-1] > 0) & logits.isfinite()
+        self.centre = torch.where(is_there, self.keep * self.centre + (1 - self.keep) * logits, self.centre)
         return self
 
     def potentials(self, temperature: float) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops import checks
 from .assignment import NONE, labelled_grid
 from .float32 import Float32Statistics
 from .ring import enqueue_, over_ranks
@@ -13,7 +14,8 @@ from .ring import enqueue_, over_ranks
 class ClassMemory(Float32Statistics):
     """num_classes, dim, size: `.queue` [K, size, D] float32, unit features; `.written` [K] int64, how many each class ever got.
 
-    max_samples  pixels of a batch that enter per class, evenly spaced in the order of pixels (10).
+    max_samples  pixels of a batch that enter per class, evenly spaced in the order of pixels (10); those that are not finite never do.
+    The queue is moved in place: update after the backward of a loss that was recorded against it, or before that loss.
     With torch.distributed initialised the pixels of all ranks enter; each must have as many. No host sync.
     Memory: 4 K size D bytes. Source: the pixel queue of Wang et al., arXiv 2101.11939; theirs draws at random, see compat.contrastiveseg.
     """
@@ -51,7 +53,9 @@ class ClassMemory(Float32Statistics):
             raise ValueError(
                 f"ClassMemory: features must have {self.queue.shape[2]} channels, got shape {list(features.shape)}"
             )
-        pixels, own = over_ranks(given.features), over_ranks(given.labels)
+        is_finite = given.features.sum(1, dtype=checks.wide(given.features)).isfinite()  # one more pass, nothing kept
+        own = over_ranks(given.labels.masked_fill(~is_finite, NONE))
+        pixels = over_ranks(given.features)
         taken = enqueue_(self.queue, self.queue_next, pixels, own, self.max_samples, normalize=self.normalize)
         self.written = self.written + taken
         return self

@@ -7,9 +7,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..ops import checks
+from ..ops import checks, dispatched
 
 _TILE = 64  # pixels of one class
 _AT_ONCE = 1 << 20  # similarities that are alive: 4 MB
@@ -46,14 +45,12 @@ def bank_contrast(
     at = labels.long().where(valid, 0)
     valid = valid & bank.is_there.any(1)[at]
     classes = at.where(valid, len(bank.rows))
-    return _BankContrast.apply(features, classes, bank.rows, bank.is_there, float(temperature), normalize)
+    return _recorded(features, classes, bank.rows, bank.is_there, float(temperature), normalize)
 
 
-class _BankContrast(torch.autograd.Function):
+class _BankContrast:
     @staticmethod
-    def forward(ctx, features, classes, rows, is_there, temperature, normalize):
-        ctx.save_for_backward(features, classes, rows, is_there)
-        ctx.temperature, ctx.normalize = temperature, normalize
+    def compute(features, classes, rows, is_there, temperature, normalize):
         bank, tiles = Bank(rows, is_there), _tiles_of(classes.flatten(), len(rows))
         means, loss = bank.means(), rows.new_zeros(classes.numel())
         for part in _groups(tiles, rows.shape[1]):
@@ -63,7 +60,11 @@ class _BankContrast(torch.autograd.Function):
         return loss.view(classes.shape)
 
     @staticmethod
-    @once_differentiable
+    def keep(ctx, inputs, output):
+        *tensors, ctx.temperature, ctx.normalize = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
     def backward(ctx, grad):
         features, classes, rows, is_there = ctx.saved_tensors
         bank, tiles = Bank(rows, is_there), _tiles_of(classes.flatten(), len(rows))
@@ -81,6 +82,9 @@ class _BankContrast(torch.autograd.Function):
             found.index_put_((batch[..., None], _channels(features), row[..., None], column[..., None]),
                              dx.to(found.dtype), accumulate=True)  # fmt: skip
         return found, None, None, None, None, None
+
+
+_recorded = dispatched.recorded_once(_BankContrast, "bank_cl")
 
 
 def _channels(features: Tensor) -> Tensor:

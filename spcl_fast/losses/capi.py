@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops import dispatched
 
 _BLOCK = 1 << 21  # scores that are there at a time: 8 MB
 
@@ -59,7 +60,8 @@ class CAPIClustering(nn.Module):
         weight, bias = self.layer.weight, self.layer.bias
         if self.positionwise and not _is_distributed():
             temperatures = self.target_temperature, self.prediction_temperature
-            loss, u, v = _PositionsLoss.apply(x, weight, bias, temperatures, self.iterations)
+            wants_features = dispatched.is_transformed() or (torch.is_grad_enabled() and x.requires_grad)
+            loss, u, v, *_ = _positions_loss(x, weight, bias, temperatures, self.iterations, wants_features)
             rows = F.normalize(x.detach(), dim=-1)
             return _with_own_potentials(rows, weight.detach(), self.target_temperature, u, v), loss
         targets = self.targets(x)
@@ -119,19 +121,26 @@ def _balanced_blocks(rows: Tensor, weight: Tensor, temperature: float, iteration
         yield at, similarities, u, v
 
 
-class _PositionsLoss(torch.autograd.Function):
-    """(loss [], u [positions * batch], v [positions, K]): assignments and their loss from one product per position, with the gradient
-    for an incoming one of 1; so nothing of [N, K] is kept and nothing is computed twice."""
+class _PositionsLoss:
+    """(loss [], u [positions * batch], v [positions, K], and three gradients): assignments and their loss from one product per position,
+    with the gradients for an incoming one of 1; so nothing of [N, K] is kept and nothing is computed twice. The gradient of float16
+    features is kept in float32: it would underflow before it is scaled."""
 
     @staticmethod
-    def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, temperatures: tuple[float, float], iterations: int
+    def compute(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        temperatures: tuple[float, float],
+        iterations: int,
+        wants_features: bool,
     ):
         target, prediction = temperatures
         norm = x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         rows = x / norm
         kind = torch.float64 if x.dtype == torch.float64 else torch.float32
-        dx = torch.zeros_like(x if ctx.needs_input_grad[0] else x[:0])
+        kept = kind if x.dtype == torch.float16 else x.dtype
+        dx = torch.zeros_like(x if wants_features else x[:0], dtype=kept)
         dweight, dbias = torch.zeros_like(weight, dtype=kind), weight.new_zeros(len(weight), dtype=kind)
         total, found = dweight.new_zeros(()), []
         for at, similarities, u, v in _balanced_blocks(rows, weight, target, iterations):
@@ -143,22 +152,34 @@ class _PositionsLoss(torch.autograd.Function):
             own = rows[at].to(kind)
             dweight += slope.flatten(0, 1).t() @ own.flatten(0, 1)
             dbias += slope.sum((0, 1))
-            if ctx.needs_input_grad[0]:
+            if wants_features:
                 drow = slope @ weight.to(kind)
-                dx[at] = ((drow - own * (drow * own).sum(2, keepdim=True)) / norm[at]).to(x.dtype)
+                dx[at] = ((drow - own * (drow * own).sum(2, keepdim=True)) / norm[at]).to(kept)
             found.append((u, v))
-        ctx.has_bias = bias is not None
-        ctx.save_for_backward(dx, dweight, dbias)
         u, v = torch.cat([u for u, _ in found]).flatten(), torch.cat([v for _, v in found])[:, 0]
-        ctx.mark_non_differentiable(u, v)
-        return total / (x.shape[0] * x.shape[1]), u, v
+        return total / (x.shape[0] * x.shape[1]), u, v, dx, dweight, dbias
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor, _, __):  # pyright: ignore[reportIncompatibleMethodOverride]
-        dx, dweight, dbias = ctx.saved_tensors
-        dx = dx * grad if ctx.needs_input_grad[0] else None
-        return dx, dweight * grad, dbias * grad if ctx.has_bias else None, None, None
+    def keep(ctx, inputs, output):
+        ctx.dtypes, ctx.has_bias = (inputs[0].dtype, inputs[1].dtype), inputs[2] is not None
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[3:])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, *_):
+        dx, dweight, dbias = (gradient * grad for gradient in ctx.saved_tensors)
+        of_features, of_weight = ctx.dtypes
+        return (
+            dx.to(of_features) if ctx.needs_input_grad[0] else None,
+            dweight.to(of_weight),
+            dbias.to(of_weight) if ctx.has_bias else None,
+            None,
+            None,
+            None,
+        )
+
+
+_positions_loss = dispatched.recorded_once(_PositionsLoss, "CAPIClustering")
 
 
 def _with_own_potentials(rows: Tensor, weight: Tensor, temperature: float, u: Tensor, v: Tensor) -> ops.TeacherTargets:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops.dispatched import ignores_autocast
 
 
 class _Head(nn.Module):
@@ -66,6 +67,7 @@ class LinearHead(_Head):
         self.bias = nn.Parameter(torch.zeros(num_classes)) if bias else None
         nn.init.normal_(self.weight, std=0.01)  # as mmsegmentation's conv_seg
 
+    @ignores_autocast
     def forward(self, features: Tensor) -> Tensor:
         self._check(features)
         weight, bias = self.weight, self.bias

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import checks
+from ..ops import checks, dispatched
 
 _BLOCK = 1 << 22  # similarities that are there at a time: 16 MB, a few times over
 NONE = -1  # an anchor or a row that takes no part
@@ -50,8 +50,8 @@ def masked_info_nce(
     checks.check_temperature("masked_info_nce", temperature)
     labels = labels.long()
     excluded = labels.new_full(labels.shape, NONE) if excluded is None else excluded.long()
-    negatives = _NegativeLogsumexp.apply(anchors, labels, of_parts, float(temperature), *parts)
-    losses, counts = _PositiveMean.apply(anchors, negatives, labels, excluded, of_parts, float(temperature), *parts)
+    negatives, _ = _negatives(anchors, labels, of_parts, float(temperature), *parts)
+    losses, counts, _ = _positive_mean(anchors, negatives, labels, excluded, of_parts, float(temperature), *parts)
     if reduction == "none":
         return losses
     checks.check_choice("masked_info_nce", "reduction", reduction, ("mean", "none"))
@@ -72,7 +72,7 @@ def prototype_info_nce(
     parts, of_parts = _parts(anchors, labels, rows, row_labels)
     checks.check_temperature("prototype_info_nce", temperature)
     labels = labels.long()
-    negatives = _NegativeLogsumexp.apply(anchors, labels, of_parts, float(temperature), *parts)
+    negatives, _ = _negatives(anchors, labels, of_parts, float(temperature), *parts)
     own = (anchors.to(negatives.dtype) * prototypes.to(negatives.dtype)[labels.clamp_min(0)]).sum(1) / temperature
     losses = torch.where(labels != NONE, F.softplus(negatives - own), 0)
     return losses.sum() / (labels != NONE).sum().clamp_min(1)
@@ -152,13 +152,13 @@ def _wide(anchors: Tensor) -> Tensor:
     return anchors.to(checks.wide(anchors))
 
 
-class _NegativeLogsumexp(torch.autograd.Function):
-    """n [A]; -inf where there is no negative."""
+class _NegativeLogsumexp:
+    """(n [A], -inf where there is no negative; n as its backward reads it)."""
 
     @staticmethod
-    def forward(
-        ctx, anchors: Tensor, labels: Tensor, of_parts: tuple[Tensor, ...], temperature: float, *parts: Tensor
-    ) -> Tensor:
+    def compute(
+        anchors: Tensor, labels: Tensor, of_parts: tuple[Tensor, ...], temperature: float, *parts: Tensor
+    ) -> tuple[Tensor, Tensor]:
         wide = _wide(anchors)
         largest = wide.new_full((len(wide),), -torch.inf)
         total = torch.zeros_like(largest)
@@ -169,13 +169,16 @@ class _NegativeLogsumexp(torch.autograd.Function):
             total = total * (largest - base).exp() + scores.sub_(base[:, None]).exp_().sum(1)
             largest = now
         found = largest + total.log()
-        ctx.of_parts, ctx.temperature = of_parts, temperature
-        ctx.save_for_backward(anchors, labels, found, *parts)
-        return found.where(total > 0, -torch.inf)
+        return found.where(total > 0, -torch.inf), found
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def keep(ctx, inputs, output):
+        anchors, labels, ctx.of_parts, ctx.temperature, *parts = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(anchors, labels, output[1], *parts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _):
         anchors, labels, found, *parts = ctx.saved_tensors
         wide = _wide(anchors)
         grad = grad.masked_fill(found == -torch.inf, 0) / ctx.temperature
@@ -187,12 +190,12 @@ class _NegativeLogsumexp(torch.autograd.Function):
         return gradients.anchors.to(anchors.dtype), None, None, None, *gradients.of_parts
 
 
-class _PositiveMean(torch.autograd.Function):
-    """(mean over positives of softplus(n - s) [A], number of positives [A])."""
+class _PositiveMean:
+    """(mean over positives of softplus(n - s) [A], number of positives [A], slope of the mean in n [A])."""
 
     @staticmethod
-    def forward(
-        ctx, anchors: Tensor, negatives: Tensor, labels: Tensor, excluded: Tensor, of_parts: tuple[Tensor, ...], temperature: float,
+    def compute(
+        anchors: Tensor, negatives: Tensor, labels: Tensor, excluded: Tensor, of_parts: tuple[Tensor, ...], temperature: float,
         *parts: Tensor,
     ):  # fmt: skip
         wide = _wide(anchors)
@@ -205,17 +208,20 @@ class _PositiveMean(torch.autograd.Function):
             slope[chosen] += gap.sigmoid_().masked_fill_(~positive, 0).sum(1)
             counts[chosen] += positive.sum(1)
         number = counts.clamp_min(1)
-        ctx.of_parts, ctx.temperature = of_parts, temperature
-        ctx.save_for_backward(anchors, negatives, labels, excluded, number, slope / number, *parts)
-        ctx.mark_non_differentiable(counts)
-        return total / number, counts
+        return total / number, counts, slope / number
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor, _):  # pyright: ignore[reportIncompatibleMethodOverride]
-        anchors, negatives, labels, excluded, number, slope, *parts = ctx.saved_tensors
+    def keep(ctx, inputs, output):
+        anchors, negatives, labels, excluded, ctx.of_parts, ctx.temperature, *parts = inputs
+        _, counts, slope = output
+        ctx.mark_non_differentiable(counts, slope)
+        ctx.save_for_backward(anchors, negatives, labels, excluded, counts, slope, *parts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, *_):
+        anchors, negatives, labels, excluded, counts, slope, *parts = ctx.saved_tensors
         wide = _wide(anchors)
-        each = -grad / number / ctx.temperature
+        each = -grad / counts.clamp_min(1) / ctx.temperature
         gradients = _Gradients(wide, parts, ctx.needs_input_grad[6:])
         for chosen, block in _blocks_with_positives(wide, labels, ctx.temperature, parts, ctx.of_parts):
             positive = block.positive(labels[chosen], excluded[chosen])
@@ -238,3 +244,7 @@ class _Gradients:
         of_part = self.of_parts[block.part]
         if of_part is not None:
             of_part[block.at] += (share.t() @ self.values[chosen]).to(of_part.dtype)
+
+
+_negatives = dispatched.recorded_once(_NegativeLogsumexp, "masked_info_nce")
+_positive_mean = dispatched.recorded_once(_PositiveMean, "masked_info_nce")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import ops
-from ..ops import checks
+from ..ops import checks, dispatched
 from ..ops.labels import labels_on
 from ..ops.pixels import labels_of, pixels_of
 
@@ -22,14 +21,12 @@ def mean_feature(features: Tensor, labels: Tensor, *, normalize: bool = True, ig
     """
     pixels = pixels_of("mean_feature", features)
     labels = labels_on(labels_of("mean_feature", pixels, labels), pixels.features.shape[2:])
-    return _MeanFeature.apply(pixels.features, labels != ignore_index, normalize)
+    return _recorded(pixels.features, labels != ignore_index, normalize)
 
 
-class _MeanFeature(torch.autograd.Function):
+class _MeanFeature:
     @staticmethod
-    def forward(ctx, features: Tensor, labelled: Tensor, normalize: bool) -> Tensor:
-        ctx.save_for_backward(features, labelled)
-        ctx.normalize = normalize
+    def compute(features: Tensor, labelled: Tensor, normalize: bool) -> Tensor:
         if features.dtype == torch.float64:  # sums of the op are float32
             rows = torch.nn.functional.normalize(features, dim=1) if normalize else features
             return rows.where(labelled[:, None], 0).sum((0, 2, 3)) / labelled.sum().clamp_min(1)
@@ -37,7 +34,11 @@ class _MeanFeature(torch.autograd.Function):
         return found.sums[0] / found.counts[0].clamp_min(1)
 
     @staticmethod
-    @once_differentiable
+    def keep(ctx, inputs, output):
+        features, labelled, ctx.normalize = inputs
+        ctx.save_for_backward(features, labelled)
+
+    @staticmethod
     def backward(ctx, grad: Tensor):
         features, labelled = ctx.saved_tensors
         share = labelled.to(grad.dtype) / labelled.sum().clamp_min(1)
@@ -50,3 +51,6 @@ class _MeanFeature(torch.autograd.Function):
         inward = (cosine * scale / norm).where(norm > 1e-12, 0)  # F.normalize: below its eps the norm is a constant
         found = features * -inward[:, None].to(features.dtype)
         return found.addcmul_(scale[:, None].to(found.dtype), along.to(found.dtype)), None, None
+
+
+_recorded = dispatched.recorded_once(_MeanFeature, "mean_feature")

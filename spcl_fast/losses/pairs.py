@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from ..ops import checks, dispatched
 
 _AT_ONCE = 1 << 20  # similarities that are alive: 4 MB
 
@@ -30,18 +31,21 @@ def pair_info_nce(
     if (rows is None) != (row_labels is None):
         raise ValueError("pair_info_nce: rows and row_labels belong together; give both or neither")
     if rows is None or row_labels is None:
-        return _PairInfoNCE.apply(anchors, labels, anchors, labels, True, float(temperature))
+        return _recorded(anchors, labels, anchors, labels, True, float(temperature))[0]
     if rows.shape[1:] != anchors.shape[1:] or labels.shape != anchors.shape[:1] or row_labels.shape != rows.shape[:1]:
         raise ValueError(
             f"pair_info_nce: expected anchors [N, D] with labels [N], rows [R, D] with row_labels [R], got {list(anchors.shape)}, "
             f"{list(labels.shape)}, {list(rows.shape)} and {list(row_labels.shape)}"
         )
-    return _PairInfoNCE.apply(anchors, labels, rows, row_labels, False, float(temperature))
+    return _recorded(anchors, labels, rows, row_labels, False, float(temperature))[0]
 
 
-class _PairInfoNCE(torch.autograd.Function):
+class _PairInfoNCE:
+    """(loss [], what a pair counts for [])."""
+
     @staticmethod
-    def forward(ctx, anchors, labels, rows, row_labels, is_self, temperature):
+    def compute(anchors, labels, rows, row_labels, is_self, temperature):
+        anchors, rows = (values.to(checks.wide(values)) for values in (anchors, rows))
         total, pairs, opposed = anchors.new_zeros(()), labels.new_zeros(()), labels.new_zeros((), dtype=torch.bool)
         for here, positive, negative in _blocks(labels, row_labels, is_self):
             score, level = _scores(anchors[here], rows, negative, temperature)
@@ -49,14 +53,19 @@ class _PairInfoNCE(torch.autograd.Function):
             pairs += positive.sum()
             opposed |= negative.any()
         share = (pairs.clamp_min(1).to(total.dtype).reciprocal()).where(opposed, 0)
-        ctx.save_for_backward(anchors, labels, rows, row_labels, share)
-        ctx.is_self, ctx.temperature = is_self, temperature
-        return total * share
+        return total * share, share
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        anchors, labels, rows, row_labels, share = ctx.saved_tensors
+    def keep(ctx, inputs, output):
+        *tensors, ctx.is_self, ctx.temperature = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*tensors, output[1])
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        *given, share = ctx.saved_tensors
+        labels, row_labels = given[1], given[3]
+        anchors, rows = (given[i].to(checks.wide(given[i])) for i in (0, 2))
         d_anchors, d_rows = torch.zeros_like(anchors), torch.zeros_like(rows)
         scale = grad * share / ctx.temperature
         for here, positive, negative in _blocks(labels, row_labels, ctx.is_self):
@@ -66,7 +75,10 @@ class _PairInfoNCE(torch.autograd.Function):
             d_score = (push - pull) * scale
             d_anchors[here] = d_score @ rows
             d_rows += d_score.t() @ anchors[here]
-        return d_anchors, None, d_rows, None, None, None
+        return d_anchors.to(given[0].dtype), None, d_rows.to(given[2].dtype), None, None, None
+
+
+_recorded = dispatched.recorded_once(_PairInfoNCE, "pair_info_nce")
 
 
 def _blocks(labels: Tensor, row_labels: Tensor, is_self: bool) -> Iterator[tuple[slice, Tensor, Tensor]]:

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+from ..ops.dispatched import ignores_autocast
 
 _EPS = 1e-5  # of the authors' denominators
 
 
+@ignores_autocast
 def masked_mean(features: Tensor, masks: Tensor) -> Tensor:
     """features [B, D, h, w], masks [B, K, H, W] (any weights, constants) -> [B, K, D]. Differentiable in features.
 
@@ -69,6 +71,7 @@ def panet_loss(logits: Tensor, labels: Tensor, *, backend: str | None = None) ->
     return ops.upsampled_cross_entropy(logits, labels, align_corners=False, backend=backend)
 
 
+@ignores_autocast
 def panet_alignment_loss(
     query: Tensor, logits: Tensor, support: Tensor, fore_mask: Tensor, back_mask: Tensor, *, scale: float = 20.0
 ) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..estimators import MeanBank, ProtoEstimator
 from ..estimators.moments import Moments
 from ..ops import checks, labels_on, prototype_contrastive_loss
+from ..ops.dispatched import ignores_autocast
 from ..ops.pixels import labels_of, pixel_weight_of, pixels_of
 from .bank_contrast import Bank, bank_contrast
 from .mean_feature import mean_feature
@@ -135,6 +136,7 @@ def bank_cl(
     return loss.sum() / (grid != ignore_index).sum().clamp_min(1) if reduction == "mean" else loss.sum()
 
 
+@ignores_autocast
 def proto_reg(
     features: Tensor,  # [B, D, h, w] or [N, D]
     labels: Tensor,  # [B, H, W] or [N], integer: which pixels count

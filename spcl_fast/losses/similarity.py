@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops import checks
+from ..ops import checks, dispatched
 from ..ops.pixels import labels_of, pixels_of
 
 _BLOCK = 1 << 20  # values of gathered prototypes that are there at a time
@@ -44,13 +44,15 @@ def labelled_similarity(
     is_labelled = own != ignore_index
     is_bad = is_labelled & ((own < 0) | (own >= len(prototypes)))  # on a GPU, where the check does not wait
     own = own.masked_fill(~is_labelled | is_bad, -1)
-    found = _LabelledSimilarity.apply(pixels.features, own, prototypes, normalize).masked_fill(is_bad, torch.nan)
-    return pixels.map(found), pixels.map(is_labelled)
+    found, _ = _recorded(pixels.features, own, prototypes, normalize)
+    return pixels.map(found.masked_fill(is_bad, torch.nan)), pixels.map(is_labelled)
 
 
-class _LabelledSimilarity(torch.autograd.Function):
+class _LabelledSimilarity:
+    """(similarity, norm of the features), both of the features' grid."""
+
     @staticmethod
-    def forward(ctx, features: Tensor, own: Tensor, prototypes: Tensor, normalize: bool) -> Tensor:
+    def compute(features: Tensor, own: Tensor, prototypes: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
         wide = checks.wide(features)
         found = features.new_zeros(own.shape, dtype=wide)
         norm = features.new_ones(own.shape, dtype=wide)
@@ -61,13 +63,16 @@ class _LabelledSimilarity(torch.autograd.Function):
                 norm[image, lines] = x.square().sum(0).sqrt()
                 dot = dot / norm[image, lines].clamp_min(_EPS)
             found[image, lines] = dot.masked_fill(own[image, lines] < 0, 0)
-        ctx.normalize = normalize
-        ctx.save_for_backward(features, own, prototypes, found, norm)
-        return found
+        return found, norm
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def keep(ctx, inputs, output):
+        *tensors, ctx.normalize = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*tensors, *output)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _):
         features, own, prototypes, found, norm = ctx.saved_tensors
         grad = grad.masked_fill(own < 0, 0)
         dfeatures = torch.empty_like(features if ctx.needs_input_grad[0] else features[:0])
@@ -82,6 +87,9 @@ class _LabelledSimilarity(torch.autograd.Function):
             _of_prototypes(ctx.normalize, features, own, prototypes, grad, norm) if ctx.needs_input_grad[2] else None
         )
         return dfeatures if ctx.needs_input_grad[0] else None, None, dprototypes, None
+
+
+_recorded = dispatched.recorded_once(_LabelledSimilarity, "labelled_similarity")
 
 
 def _blocks(features: Tensor) -> Iterator[tuple[int, slice]]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from .. import distributed
+from ..config.values import plain
 from ..data import Dataset, eval_batches, write_label_png
+from ..data.content import content_of
 from ..data.left_out import counted
 from ..errors import DataError
 from ..models import SegmentationModel
@@ -16,6 +19,33 @@ from ..runs.tensorfile import replace_tensors
 from ..train.evaluate import evaluate_model, label_map, mean_text, predict_logits
 from ..train.windows import windows_of
 from .context import Context
+
+EVALUATED = "evaluated"  # in evaluation.json: what the figures depend on besides the net
+
+
+def needs_evaluation(context: Context, stage: str) -> bool:
+    """Whether a finished stage has no figures, or has those of other images or of other settings. The same on every process."""
+    needed, record = False, None
+    if distributed.is_main():
+        record = context.run.read_json(layout.of_stage(stage, layout.EVALUATION))
+        now = _evaluated(context)
+        # runs of before this was kept have figures that nothing says more of
+        known = record.get(EVALUATED, now) if isinstance(record, dict) else None
+        needed = known is None or (now is not None and known != now)
+    needed = distributed.broadcast_object(needed)
+    if needed and record is not None:
+        context.run.say(
+            f"{stage}: to be evaluated again, as its figures are of other images or other settings of evaluate"
+        )
+    return needed
+
+
+def _evaluated(context: Context) -> dict[str, Any] | None:
+    dataset, evaluate = context.evaluation_data, context.config.evaluate
+    if dataset is None:
+        return None
+    seen = {name: getattr(evaluate, name) for name in ("tta", "window", "window_stride", "images")}
+    return plain({**seen, "data": content_of(dataset)})
 
 
 def evaluate_stage(context: Context, stage: str, model: SegmentationModel) -> None:
@@ -49,7 +79,7 @@ def evaluate_stage(context: Context, stage: str, model: SegmentationModel) -> No
             images=evaluate.images,
             keep=keep,
         )
-        run.write_json(layout.of_stage(stage, layout.EVALUATION), scores.as_json())
+        run.write_json(layout.of_stage(stage, layout.EVALUATION), {**scores.as_json(), EVALUATED: _evaluated(context)})
         count = len(dataset.spread(evaluate.images))
         run.say(f"{stage}: {mean_text(scores.miou)} on {counted(count, 'target validation image')}")
     distributed.barrier()

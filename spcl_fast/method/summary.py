@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from .. import catalog
 from ..runs import layout
 from .context import Context
+from .evaluation import EVALUATED
 
 
 def write_summary(context: Context) -> dict[str, Any]:
@@ -24,6 +26,7 @@ def write_summary(context: Context) -> dict[str, Any]:
         summary[stage.net] = (
             None if evaluation is None else {key: evaluation[key] for key in ("miou", "iou", "predicted_share")}
         )
+    _warn_of_other_figures(context)
     done = {stage.name: run.done(stage.name) or {} for stage in trained}
     summary["gap_closed"] = gap_closed(summary)
     summary["seconds"] = {stage: round(record["seconds"], 1) for stage, record in done.items() if "seconds" in record}
@@ -35,6 +38,21 @@ def write_summary(context: Context) -> dict[str, Any]:
     summary["machine"] = _machine(context)
     run.write_json(layout.SUMMARY, summary)
     return summary
+
+
+def _warn_of_other_figures(context: Context) -> None:
+    """A stage done later, by itself, may have been evaluated otherwise than those before it."""
+    ways: dict[str, list[str]] = {}
+    for stage in catalog.trained():
+        evaluation = context.run.read_json(layout.of_stage(stage.name, layout.EVALUATION)) or {}
+        if EVALUATED in evaluation:
+            ways.setdefault(json.dumps(evaluation[EVALUATED], sort_keys=True), []).append(stage.name)
+    if len(ways) > 1:
+        groups = " and ".join(", ".join(stages) for stages in ways.values())
+        context.run.say(
+            f"warning: {groups} were evaluated on other images or with other settings of evaluate: their figures do not compare. "
+            "`spcl-fast run` with all of these stages evaluates them alike."
+        )
 
 
 def gap_closed(nets: Mapping[str, Any]) -> float | None:

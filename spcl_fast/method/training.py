@@ -20,7 +20,7 @@ from ..train.loop import fit
 from ..train.schedule import poly_schedule
 from .context import Context
 from .domains import class_weight
-from .evaluation import evaluate_stage, keep_best
+from .evaluation import evaluate_stage, keep_best, needs_evaluation
 from .labels import check_labels, check_pseudo_labels
 from .nets import Nets
 from .parts import Shown
@@ -85,7 +85,7 @@ def train_stage(context: Context, row: catalog.Stage, stage: TrainedStage, forec
         )
     if result.skipped:
         context.run.say(f"{row.name}: finished before ({result.steps} iterations)")
-    if not result.skipped or context.run.read_json(layout.of_stage(row.name, layout.EVALUATION)) is None:
+    if not result.skipped or needs_evaluation(context, row.name):
         picked = context.config.evaluate.selection != "last"
         evaluate_stage(context, row.name, context.model_of(row.name) if picked else model)
     return trainee

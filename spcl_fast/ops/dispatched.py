@@ -5,6 +5,7 @@ A struct of contract.py travels as lists of tensors and of numbers and one line 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 
@@ -156,6 +157,45 @@ def transformable(cls: type, op: str) -> type[torch.autograd.Function]:
         "jvp": staticmethod(jvp),
     }
     return type(cls.__name__, (torch.autograd.Function,), members)
+
+
+def recorded_once(cls: type, name: str) -> Callable:
+    """apply(*inputs), the first of them a tensor, of a class with `compute`, `keep` and `backward` in plain PyTorch: for eager code,
+    torch.compile and torch.func, differentiable once, and in the dtypes that it asks for under autocast, too."""
+
+    def backward(ctx, *grads):
+        with _without_autocast(grads[0]):
+            return cls.backward(ctx, *grads)
+
+    members = {
+        "compute": staticmethod(cls.compute),
+        "keep": staticmethod(cls.keep),
+        "backward": staticmethod(torch.autograd.function.once_differentiable(backward)),
+    }
+    whole = type(cls.__name__, (), members)
+    recorded, transformed = recordable(whole), transformable(whole, name)
+
+    def apply(*inputs):
+        with _without_autocast(inputs[0]):
+            return (transformed if is_transformed() else recorded).apply(*inputs)
+
+    return apply
+
+
+def ignores_autocast(function: Callable) -> Callable:
+    """A decorator: what the function multiplies keeps the dtype that it asks for. One of its arguments is a tensor."""
+
+    @functools.wraps(function)
+    def call(*arguments, **named):
+        with _without_autocast(next(value for value in arguments if isinstance(value, Tensor))):
+            return function(*arguments, **named)
+
+    return call
+
+
+def _without_autocast(like: Tensor) -> contextlib.AbstractContextManager:
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 def looped_over_batch(op: Callable) -> Callable:
