@@ -174,7 +174,7 @@ def read_settings(path: Path, origin: str) -> dict[str, GivenValue]:
     except (OSError, UnicodeError) as error:
         raise ConfigError(f"--config {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{origin}: not valid YAML: {_what_is_wrong(error)}") from None
     if content is None:
         return {}
     if not isinstance(content, Mapping):
@@ -193,6 +193,13 @@ def read_settings(path: Path, origin: str) -> dict[str, GivenValue]:
         check_setting(key, origin)
         given[key] = GivenValue(value, origin)
     return given
+
+
+def _what_is_wrong(error: Exception) -> str:
+    """The reader's finding and the line, without its excerpt and its names for where the text came from."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    what = " ".join((problem or str(error).partition(chr(10))[0]).split())
+    return f"line {mark.line + 1}, column {mark.column + 1}: {what}" if mark is not None else what
 
 
 @cache

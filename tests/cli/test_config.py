@@ -170,7 +170,8 @@ def test_a_wrong_word_is_told_with_key_value_and_expectation(key, text, words):
         ("adapt: {lr: fast}", ["adapt.lr", "x.yaml", "expected a number"]),
         ("adapt: 3", ["adapt", "group of settings"]),
         ("- a\n- b", ["expected settings", "list"]),
-        ("adapt: {lr: 1", ["not valid YAML"]),
+        ("adapt: {lr: 1", ["not valid YAML", "line 1, column 14"]),
+        ("seed: 1\nname: a: b", ["not valid YAML", "line 2, column 8"]),
         ("seed: 1\nadapt: {lr: 1}\nseed: 2", ["'seed' is given twice", "line 3"]),
         ("seed: !!python/object/apply:os.system ['echo hacked']", ["not valid YAML", "python/object"]),
         ("seed: 1\n\x00", ["not valid YAML"]),
@@ -181,6 +182,7 @@ def test_a_broken_file_is_told_with_its_name_and_runs_nothing(content, words, tm
     path.write_text(content)
     told = message(load_config, files=[path])
     assert all(word in told for word in words), told
+    assert "<" not in told.replace("'<stream end>'", "") and "^" not in told  # no words of the reader's about itself
     assert "hacked" not in capfd.readouterr().out
 
 

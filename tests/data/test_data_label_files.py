@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from spcl_fast.data import build_dataset, check_data
 from spcl_fast.data.colours import LabelColours
 from spcl_fast.data.files import read_ids, read_ids_first_channel_16bit, read_image
+from spcl_fast.data.palette import write_label_png
 from spcl_fast.errors import DataError
 
 UPRIGHT = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3) * 2
@@ -193,6 +194,14 @@ def test_a_palette_png_whose_own_colours_contradict_its_indices_is_refused(tmp_p
             with pytest.raises(DataError, match="contradicts classes.json: its palette shows index 0"):
                 build_dataset("folders", tmp_path, "train").load(0)
     assert data.classes.names == ("sky", "road", "car")
+
+
+def test_void_in_a_palette_png_may_have_the_colour_of_a_class(tmp_path):
+    palette = [[0, 0, 0], [128, 64, 128], [0, 0, 142]]  # black is the background's, as VOC has it
+    data = coloured_set(tmp_path, IDS, palette=palette)
+    ids = np.where(IDS == 1, 255, IDS).astype(np.uint8)
+    write_label_png(tmp_path / "labels/train/a.png", ids, palette)  # pseudo-labels, too: black where nothing is kept
+    assert data.load(0)[1].tolist() == ids.tolist()
 
 
 def test_colours_of_a_shared_classes_file_are_its_classes(tmp_path):

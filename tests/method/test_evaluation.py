@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_run import tiny_config
+from tiny_run import save_scenes, tiny_config
 
 from spcl_fast.cli import main
 from spcl_fast.data.classes import ClassSet, distinct
@@ -129,6 +129,41 @@ def test_where_nothing_is_labelled_there_is_no_figure():
     scores = Scores(classes, np.zeros((2, 2), int))
     assert scores.miou is None and scores.as_json()["miou"] is None and set(scores.iou.values()) == {None}
     assert gap_closed({"source_only": {"miou": None}, "adapted": {"miou": 1.0}, "oracle": {"miou": 2.0}}) is None
+
+
+def test_figures_of_other_settings_or_images_are_not_kept(tmp_path, capsys):
+    for side in ("source", "target"):
+        save_scenes(tmp_path / side, f"generated_{side}")
+    sides = {f"{side}.dataset": "folders" for side in ("source", "target")}
+    sides |= {f"{side}.root": str(tmp_path / side) for side in ("source", "target")}
+    sides |= {f"{side}.classes": str(tmp_path / "source" / "classes.json") for side in ("source", "target")}
+    written = tmp_path / "run" / "source_only" / "evaluation.json"
+
+    def confusion(**changes):
+        run_stages(tiny_config(tmp_path, **sides, **changes), ("source_only",))
+        return json.loads(written.read_text())["confusion"]
+
+    first = confusion()
+    before = written.stat().st_mtime_ns
+    assert confusion() == first and written.stat().st_mtime_ns == before, "nothing is done twice"
+    capsys.readouterr()
+    assert np.sum(confusion(**{"evaluate.images": "1"})) * 4 == np.sum(first)
+    assert "source_only: to be evaluated again" in capsys.readouterr().out
+    assert confusion() == first
+    label = tmp_path / "target" / "labels" / "val" / "0.png"
+    Image.fromarray(np.full_like(np.asarray(Image.open(label)), 1)).save(label)
+    assert np.sum(confusion(), axis=1).tolist() != np.sum(first, axis=1).tolist()
+
+
+def test_nets_that_were_evaluated_in_different_ways_are_said_to_be(tmp_path, capsys):
+    run_stages(tiny_config(tmp_path), ("source_only",))
+    run_stages(tiny_config(tmp_path, **{"evaluate.tta": "flip"}), ("control",))
+    assert (
+        "warning: source_only and control were evaluated on other images or with other settings"
+        in capsys.readouterr().out
+    )
+    run_stages(tiny_config(tmp_path, **{"evaluate.tta": "flip"}), ("source_only", "control"))
+    assert "warning: source_only" not in capsys.readouterr().out
 
 
 def test_a_net_that_is_not_finite_is_neither_evaluated_nor_does_it_predict(finished, tmp_path, capsys):
