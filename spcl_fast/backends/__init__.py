@@ -72,7 +72,8 @@ def pick(ask: Ask, backend: str | None) -> str:
         tried = (*measured.order(ask), *order(device)) if device == "cuda" else order(device)
         return next(name for name in tried if name == "reference" or why_not(name, ask) is None)
     if backend not in BACKENDS:
-        raise ValueError(f"{ask.op}: unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}")
+        where = " (of SPCL_FAST_BACKEND)" if backend == os.environ.get("SPCL_FAST_BACKEND") else ""
+        raise ValueError(f"{ask.op}: unknown backend {backend!r}{where}; expected one of {', '.join(BACKENDS)}")
     reason = why_not(backend, ask)
     if reason is not None:
         raise RuntimeError(f"{ask.op}: backend {backend!r} was asked for and cannot be used: {reason}")

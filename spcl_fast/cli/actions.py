@@ -23,12 +23,22 @@ if TYPE_CHECKING:
 
 def _resolve(args: argparse.Namespace, *, preset: str | None = None) -> Config | None:
     """The Config of a command, or None after --print-config printed it; what is printed obeys the rules that a run has."""
+    _check_environment()
     config = settings.load_config(args.preset or preset, args.config, args.set, args.given)
     if args.print_config:
         check_config(config, _stages(args, config), reading=False)
         print(settings.dump_config(config), end="")
         return None
     return config
+
+
+def _check_environment() -> None:
+    asked, known = os.environ.get("SPCL_FAST_BACKEND"), catalog.names(catalog.BACKENDS)
+    if asked and asked not in known:
+        hint = settings.suggestion(asked, known)
+        raise ConfigError(
+            f"SPCL_FAST_BACKEND={asked}: there is no such backend{hint or '; there are ' + ', '.join(known)}"
+        )
 
 
 def _stages(args: argparse.Namespace, config: Config) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ config/schema.py. Here: words to settings, errors to one message and an exit cod
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import os
 import sys
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 from ..config import load as settings
 from ..errors import ConfigError, SpclFastError
 from ..runs import layout
+from ..runs.output import silence
 from .commands import COMMANDS, Command
 from .help import settings_help
 
@@ -36,19 +38,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in argv
     name = argv[0] if argv and argv[0] in COMMANDS else None
     title = f"spcl-fast {name}" if name else "spcl-fast"
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  closed by the caller (`>&-`): nothing is shown
     for stream in (sys.stdout, sys.stderr):  # an ASCII terminal shows the names of classes and files in escapes
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         if name is None:
             return _top_level(argv)
-        return COMMANDS[name].act(_parse(name, [word for word in argv[1:] if word != "--debug"])) or 0
+        code = COMMANDS[name].act(_parse(name, [word for word in argv[1:] if word != "--debug"])) or 0
+        sys.stdout.flush()  # here, where a full disk is told
+        return code
     except SystemExit as stop:  # argparse, after --help
         return int(stop.code or 0)
     except KeyboardInterrupt:
         return _complain(title, "stopped from the keyboard", 130)
     except BrokenPipeError:  # `spcl-fast run --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout)
         return 0
     except Exception as error:
         if debug:
@@ -62,6 +67,9 @@ def _in_words(title: str, error: Exception) -> tuple[str, int]:
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in _EXTRA:
         library = (error.name or "").partition(".")[0]
         return f"{title} needs '{library}': pip install \"spcl_fast[{_EXTRA[library]}]\"", ConfigError.exit_code
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+        silence(sys.stdout)
+        return f"cannot write what is shown: {error.strerror}. Make room, or send the output elsewhere", 1
     remedy = "This is a bug, or something no check foresaw: the same command with --debug shows where."
     return f"unexpected {type(error).__name__}: {error}\n{remedy}", 1
 

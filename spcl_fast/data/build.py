@@ -61,9 +61,8 @@ def build_dataset(
         return _generated(kind, split, None if classes is None else Path(classes), classes_key, labels, count=limit)
     root = Path(root)
     if not root.is_dir():
-        raise DataError(
-            f"{kind}: the root folder {root} does not exist. Set `root` to the folder that holds the data set."
-        )
+        what = "is a file, not a folder" if root.is_file() else "does not exist"
+        raise DataError(f"{kind}: the root folder {root} {what}. Set `root` to the folder that holds the data set.")
     search = Search(follow_links, skip_odd_names=skip_bad_files)
     with searching(search):
         layout: Layout = catalog.load(row.home)(root, split, 19 if num_classes is None else num_classes)

@@ -88,7 +88,7 @@ def _decode(path: Path, what: str, prepare: Prepare | None = None, max_pixels: i
     except (
         Exception
     ) as error:  # decoders of broken files raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
-        raise DataError(f"{what} {path} cannot be decoded: {error}. It may be truncated. {_REMEDY}") from error
+        raise DataError(f"{what} {path} cannot be decoded: {str(error).rstrip(chr(46))}. {_REMEDY}") from error
 
 
 def _raw_mode(image: Image.Image) -> str:

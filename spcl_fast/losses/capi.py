@@ -136,9 +136,9 @@ class _PositionsLoss:
         wants_features: bool,
     ):
         target, prediction = temperatures
-        norm = x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        rows = x / norm
         kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=kind).clamp_min(1e-12)
+        rows = x / norm
         kept = kind if x.dtype == torch.float16 else x.dtype
         dx = torch.zeros_like(x if wants_features else x[:0], dtype=kept)
         dweight, dbias = torch.zeros_like(weight, dtype=kind), weight.new_zeros(len(weight), dtype=kind)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from .. import catalog
 from ..config import Config
+from ..config.load import suggestion
 from ..config.schema import EvaluateConfig
 from ..data.classes import CITYSCAPES_16, CITYSCAPES_19, THIRTEEN_OF_SIXTEEN, ClassSet, read_classes
 from ..data.files import MAX_PIXELS, Search, find_images, inside, read_image, searching
@@ -54,6 +55,11 @@ def find_weights(path: Path, stage: str | None = None, *, selected: bool = False
 
     results = final_first()
     stage = stage and stage.replace("-", "_")  # its command's name
+    if stage and stage not in catalog.names(catalog.trained()):
+        known = catalog.names(catalog.trained())
+        raise ConfigError(
+            f"--stage {stage}: no net is of such a stage{suggestion(stage, known)} (there are {', '.join(known)})"
+        )
     for name in (stage,) if stage else results:
         if not stage and not (path / name / layout.DONE).is_file():
             continue
@@ -246,6 +252,10 @@ def _readable(
                 raise
             skipped += 1
             say(f"skipped: {error}")
+    if skipped == len(files):
+        raise DataError(
+            f"none of {counted(skipped, 'image')} in {root} can be read: nothing was predicted. Look at the files named above."
+        )
     if skipped:
         say(f"{skipped} of {counted(len(files), 'image')} skipped")
 

@@ -18,6 +18,7 @@ from . import layout
 from .checkpoint import CheckpointStore
 from .durable import finite, make_folder, replace_file, replace_json
 from .identity import flat_settings, settings_difference, settings_sha256
+from .output import tell
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
@@ -30,7 +31,7 @@ class Run:
     ) -> None:
         self.folder = Path(folder)
         self._writes = writes
-        self.output = output if output is not None else sys.stdout
+        self.output = output if output is not None else sys.stdout or open(os.devnull, "w")  # noqa: SIM115  closed: `>&-`
         self._tensorboard = tensorboard
         self._boards: dict[str, Any] = {}
         self._lock: int | None = None
@@ -248,14 +249,3 @@ def _belongs(line: bytes, stage: str, step: int) -> bool:
     if record is None:
         return False
     return record.get("stage") != stage or not isinstance(record.get("step"), int) or record["step"] <= step
-
-
-def tell(output: TextIO, line: str) -> None:
-    """Print a line, with escapes for letters that the output cannot show. Where nobody reads any more (`| head`, a `tee` that died)
-    training goes on, unheard.
-    """
-    encoding = getattr(output, "encoding", None) or "utf-8"
-    try:
-        print(line.encode(encoding, "backslashreplace").decode(encoding), file=output, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())  # what is still in the buffer, too

@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import Any, TextIO
 
-from ..runs.folder import tell
 from ..runs.layout import COLUMNS
+from ..runs.output import tell
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 

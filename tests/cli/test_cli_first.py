@@ -14,6 +14,7 @@ from spcl_fast.config.load import all_settings, load_config
 from spcl_fast.errors import ConfigError
 from spcl_fast.memory_plan import cards, fitting
 from spcl_fast.memory_plan.fitting import settings_within
+from spcl_fast.runs.output import tell
 from spcl_fast.runs.signs import gain_note
 from spcl_fast.train import device
 
@@ -214,3 +215,45 @@ def test_threads_on_a_busy_machine_are_warned_of(monkeypatch):
     monkeypatch.setattr(device.torch, "get_num_threads", lambda: 2)
     monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "2")
     assert device.crowded(6.0) is None, "who sets it knows"
+
+
+# ---- what surrounds a command ------------------------------------------------------------------------------------------
+
+
+def shell(line, **environment):
+    done = subprocess.run(
+        ["bash", "-c", line.replace("spcl-fast", f"{sys.executable} -m spcl_fast")],
+        capture_output=True, text=True, env={**os.environ, **environment}, timeout=120,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr and "This is a bug" not in done.stderr, done.stderr
+    return done
+
+
+def test_an_output_that_cannot_be_written_is_no_bug():
+    full = shell("spcl-fast run --preset demo --print-config > /dev/full")
+    assert full.returncode == 1 and "cannot write what is shown: No space left on device. Make room" in full.stderr
+    assert shell("spcl-fast run --preset demo --print-config >&-").returncode == 0
+
+
+def test_training_goes_on_where_its_lines_cannot_be_written(tmp_path, capsys):
+    with open("/dev/full", "w") as full:
+        tell(full, "first")
+        tell(full, "second")
+    assert capsys.readouterr().err == "nothing more is shown: the output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize("words", [("evaluate",), ("predict", "images", "out")])
+def test_a_stage_that_trains_no_net_gets_a_suggestion(words, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(f"target: {{dataset: generated_target}}\nname: {tmp_path.name}\n")
+    (tmp_path / "images").mkdir()
+    rest = [tmp_path / word for word in words[1:]]
+    err = told(capsys, 2, words[0], tmp_path / "run", *rest, "--stage", "adpt")
+    assert "--stage adpt: no net is of such a stage; did you mean adapt?" in err
+
+
+def test_a_backend_of_the_environment_that_is_not_there_is_a_wrong_setting(monkeypatch, capsys):
+    monkeypatch.setenv("SPCL_FAST_BACKEND", "trition")
+    assert "SPCL_FAST_BACKEND=trition: there is no such backend; did you mean triton?" in told(
+        capsys, 2, "run", "--preset", "demo"
+    )

@@ -90,15 +90,16 @@ def test_pairs_of_half_floats_are_summed_in_float32(dtype):
 
 
 def test_small_gradients_of_float16_survive_a_scaler():
-    x = torch.randn(40, 50, D, generator=DRAWN)
+    x = torch.randn(100, 200, D, generator=DRAWN).half()
 
     def scaled(x):
         torch.manual_seed(0)
         return CAPIClustering(D, 5)(x)[1] * 65536
 
-    exact = gradient(scaled, x)
-    assert (exact / 65536).abs().median() < 2e-5  # of half of them float16 has a digit or two
-    assert (gradient(scaled, x.half()).float() - exact).norm() < 2e-3 * exact.norm()
+    exact = gradient(scaled, x.float())
+    small = (exact / 65536).abs() < 2e-6  # of those float16 has five bits or fewer
+    error = (gradient(scaled, x).float() - exact)[small].norm() / exact[small].norm()
+    assert small.float().mean() > 0.1 and error < 5e-3
 
 
 MADE = {
