@@ -21,7 +21,7 @@ from ..train import memory
 from ..train.lean import LeanModel
 from ..train.meter import Weighted
 from .nets import Nets
-from .parts import Shown, backward, never, parts_of, predicted_share, shares, total
+from .parts import Shown, backward, is_labelled, never, parts_of, predicted_share, shares, total
 from .pseudo_labels import FIRST
 from .stage import BANK, OWN, Feed, Trainee, forward_shapes
 
@@ -97,7 +97,7 @@ class AdaptStep:
             contrasts.append(pull.detach())
         agreeing, labelled = total(pixels)
         return {
-            "segmentation": total(segmentations),
+            "segmentation": Weighted(total(segmentations), is_labelled(source)),
             "source_excess": self._excess(total(contrasts), agreeing),
             "source_agreement": Weighted(agreeing / labelled.clamp_min(1), labelled),
         }

@@ -13,6 +13,7 @@ from ..config import Config, DistillConfig
 from ..data import with_class_mix
 from ..runs.identity import step_seed
 from ..train.lean import LeanModel
+from ..train.meter import Values, Weighted
 from .nets import Nets
 from .parts import Shown, Step, never, segmentation_pass, share_into
 from .pseudo_labels import SECOND
@@ -53,10 +54,10 @@ def distill_step(
 ) -> Step:
     """Cross-entropy on target against its pseudo-labels; with `source_weight` on source, too."""
 
-    def step(batch: Any, it: int) -> dict[str, Tensor]:
+    def step(batch: Any, it: int) -> Values:
         # what `feeds` declares: target alone, or source and target
         source, target = batch if train.source_weight else (None, batch)
-        values: dict[str, Tensor] = {}
+        values: dict[str, Tensor | Weighted] = {}
         common = {"accumulate": accumulate, "temperature": train.temperature}
         if source is not None:
             values["segmentation"] = segmentation_pass(

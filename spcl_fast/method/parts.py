@@ -21,7 +21,7 @@ from ..data.classes import IGNORE
 from ..ops import upsampled_cross_entropy
 from ..train import memory
 from ..train.lean import LeanModel
-from ..train.meter import Values
+from ..train.meter import Values, Weighted
 
 Step = Callable[[Any, int], Values]  # (batch or a tuple of batches, iteration) -> what is logged
 Look = Callable[[Tensor], None]  # is given logits [B, K, h, w] on the way
@@ -82,8 +82,10 @@ def segmentation_pass(
     class_weight: Tensor | None,
     weight: float = 1.0,
     look: Look = lambda logits: None,
-) -> Tensor:
-    """Cross-entropy of a batch, gone backward. -> its value. `look` is shown the logits of every part."""
+) -> Weighted:
+    """Cross-entropy of a batch, gone backward. -> its value, which counts where a pixel is labelled. `look` is shown the logits of every
+    part.
+    """
     parts, values = parts_of(batch, accumulate), []
     for part, share in zip(parts, shares([part.labels for part in parts], class_weight), strict=True):
         _, logits = net(part.images)
@@ -94,7 +96,12 @@ def segmentation_pass(
             )
         backward(weight * loss)
         values.append(loss.detach())
-    return total(values)
+    return Weighted(total(values), is_labelled(batch))
+
+
+def is_labelled(batch: Batch) -> Tensor:
+    """Whether any pixel of it is, 0-dim: the loss of a batch without a label is 0, which is no figure."""
+    return (batch.labels != IGNORE).any()
 
 
 def predicted_share(logits: Tensor) -> Tensor:
@@ -102,6 +109,6 @@ def predicted_share(logits: Tensor) -> Tensor:
     return F.one_hot(logits.argmax(1), logits.shape[1]).float().mean((0, 1, 2))
 
 
-def share_into(values: dict[str, Tensor], wanted: bool) -> Look:
+def share_into(values: dict[str, Tensor] | dict[str, Tensor | Weighted], wanted: bool) -> Look:
     """Puts the predicted shares of the logits it is given last among a step's values."""
     return (lambda logits: values.update(predicted_share=predicted_share(logits))) if wanted else (lambda logits: None)

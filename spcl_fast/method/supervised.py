@@ -9,6 +9,7 @@ from torch import Tensor
 from ..config import Config, SourceConfig, TrainConfig
 from ..data import Batch
 from ..train.lean import LeanModel
+from ..train.meter import Values
 from .nets import Nets
 from .parts import Step, segmentation_pass
 from .stage import OWN, Feed, Trainee, forward_shapes
@@ -42,7 +43,7 @@ ORACLE = Supervised("oracle", "target")  # the upper bound; no other stage reads
 
 
 def supervised_step(net: LeanModel, train: TrainConfig, class_weight: Tensor | None, accumulate: int = 1) -> Step:
-    def step(batch: Batch, it: int) -> dict[str, Tensor]:
+    def step(batch: Batch, it: int) -> Values:
         return {
             "segmentation": segmentation_pass(
                 net, batch, accumulate, temperature=train.temperature, class_weight=class_weight

@@ -88,7 +88,7 @@ def load_trained(path: Path, config: Config, stage: str | None = None) -> Traine
         freeze_bn=config.model.freeze_bn,
         frozen_bn_eps=config.model.frozen_bn_eps,
     )
-    loaded = load_weights(model, weights)
+    loaded = load_weights(model, weights, trained=True)
     if any(key.startswith("classifier.") for key in loaded.fresh):
         raise CheckpointError(
             f"{weights} holds {loaded.format}, which has no classifier. Expected those of a trained net."

@@ -12,8 +12,9 @@ from ..models import Discriminator
 from ..ops import upsampled_cross_entropy
 from ..train import memory
 from ..train.lean import LeanModel
+from ..train.meter import Values, Weighted
 from .nets import Nets
-from .parts import Look, Shown, Step, backward, never, parts_of, share_into, shares, total
+from .parts import Look, Shown, Step, backward, is_labelled, never, parts_of, share_into, shares, total
 from .stage import NONE, OWN, Feed, Trainee, forward_shapes
 
 
@@ -83,7 +84,7 @@ def warmup_step(
         backward(discrimination / accumulate)
         return segmentation.detach(), adversarial.detach(), discrimination.detach() / accumulate
 
-    def step(batch: tuple[Batch, Batch], it: int) -> dict[str, Tensor]:
+    def step(batch: tuple[Batch, Batch], it: int) -> Values:
         sources, targets = (parts_of(domain, accumulate) for domain in batch)
         values: dict[str, Tensor] = {}
         look = share_into(values, shown(it))
@@ -92,7 +93,8 @@ def warmup_step(
             for row in zip(sources, targets, shares([s.labels for s in sources], class_weight), strict=True)
         ]
         losses = zip(("segmentation", "adversarial", "discriminator"), map(total, zip(*rows, strict=True)), strict=True)
-        return values | dict(losses)
+        values = values | dict(losses)
+        return {**values, "segmentation": Weighted(values["segmentation"], is_labelled(batch[0]))}
 
     return step
 

@@ -56,10 +56,13 @@ class _Found:
     leaves: tuple[str, ...] = ()  # prefixes inside those that it does not have
 
 
-def load_weights(model: SegmentationModel, path: str | Path, *, body_only: bool = False) -> LoadedWeights:
+def load_weights(
+    model: SegmentationModel, path: str | Path, *, body_only: bool = False, trained: bool = False
+) -> LoadedWeights:
     """Copy the weights of a file into `model`; all of them or, on any error, none.
 
     body_only: the classifier keeps its values and the file's is not read: for weights of a net with other classes.
+    trained: the net is to be used as it is, so that there is no advice to leave out its classifier.
 
     Reads torchvision state dicts (ResNet, VGG16), released SPCL checkpoints (with or without "module."), the EfficientNet-Lite0 encoder
     and our own safetensors (a file, or a folder that holds one). Raises ConfigError for a path without a file and for weights of another
@@ -79,7 +82,7 @@ def load_weights(model: SegmentationModel, path: str | Path, *, body_only: bool 
         raise ConfigError(
             f"{path} holds {found.format}, and the net is {model.name}: not one key fits. Change model.name or model.weights."
         )
-    _check(model, found, wanted, path)
+    _check(model, found, wanted, path, trained)
     model.load_state_dict(found.state, strict=False)
     return LoadedWeights(found.format, tuple(sorted(wanted)), tuple(sorted(expected - wanted)), found.unused)
 
@@ -93,7 +96,7 @@ def _without_classifier(found: _Found) -> _Found:
     return dataclasses.replace(found, state=state, unused=tuple(sorted({*found.unused, *unread})))
 
 
-def _check(model: SegmentationModel, found: _Found, wanted: set[str], path: Path) -> None:
+def _check(model: SegmentationModel, found: _Found, wanted: set[str], path: Path, trained: bool) -> None:
     missing, unexpected = sorted(wanted - found.state.keys()), sorted(found.state.keys() - wanted)
     own = model.state_dict()
     shapes = [
@@ -117,7 +120,12 @@ def _check(model: SegmentationModel, found: _Found, wanted: set[str], path: Path
         if others and all(key.startswith(_CLASSIFIER) for key in others):
             raise CheckpointError(
                 f"{path} looks like {found.format}, whose classifier does not fit {model.num_classes} classes: {'; '.join(problems)}. "
-                "Nothing was loaded; check the number of classes. To start from all but the classifier, pass --model.body_only."
+                "Nothing was loaded; "
+                + (
+                    "give the classes that it was trained with (--target.classes, --target.num_classes)."
+                    if trained
+                    else "check the number of classes. To start from all but the classifier, pass --model.body_only."
+                )
             )
         raise CheckpointError(
             f"{path} looks like {found.format} but does not fit {model.name} with {model.num_classes} classes: {'; '.join(problems)}. "

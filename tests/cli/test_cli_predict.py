@@ -72,6 +72,10 @@ def test_a_broken_image_stops_with_its_name_or_is_skipped_and_counted(run, image
     assert main([*words, "--skip-bad-files"]) == 0
     out = capsys.readouterr().out
     assert "b.png" in out and "1 of 3 images skipped" in out and "2 images: masks" in out
+    for image in images.rglob("*.png"):
+        image.write_bytes(b"")
+    assert main([*words, "--skip-bad-files"]) == 3, "nothing was predicted"
+    assert "none of 3 images in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -85,9 +89,15 @@ def test_a_broken_image_stops_with_its_name_or_is_skipped_and_counted(run, image
         (["{run}", "{tmp}/images", "{tmp}/out", "--stage", "adapt"], 5, "adapt/checkpoints"),
         (["{run}/weights", "{tmp}/images", "{tmp}/out", "--size", "big"], 2, "WIDTHxHEIGHT"),
         (["{run}/weights", "{tmp}/images", "{tmp}/out", "--model.name", "lite0"], 5, "model.name"),
+        (
+            ["{run}/weights", "{tmp}/images", "{tmp}/out", "--target.classes", "{tmp}/five.json"],
+            5,
+            "give the classes that it was trained with",
+        ),
     ],
 )
 def test_what_cannot_be_predicted_is_told(words, code, told, run, images, tmp_path, capsys):
+    (tmp_path / "five.json").write_text(json.dumps({"names": list("abcde")}))
     assert main(["predict", *(word.format(run=run, tmp=tmp_path) for word in words)]) == code
     error = capsys.readouterr().err
     assert told in error and "Traceback" not in error

@@ -356,6 +356,25 @@ def test_compile_is_of_the_body_and_changes_no_key(monkeypatch):
     assert_close(results[1], results[0])
 
 
+@pytest.mark.parametrize("name", ["supervised", "distill", "warmup"])
+def test_a_step_without_a_label_adds_no_0_to_the_loss_that_is_shown(name):
+    net, source, target = net_of("tiny"), batch(0), batch(1)
+    step, given, shown = {
+        "supervised": (supervised_step(net, SourceConfig(), None), lambda s, t: s, "segmentation"),
+        "distill": (distill_step(net, DistillConfig(), None), lambda s, t: s, "distillation"),
+        "warmup": (
+            warmup_step(net, Discriminator(4, width=4), WarmupConfig(), None),
+            lambda s, t: (s, t),
+            "segmentation",
+        ),
+    }[name]
+    void, meter = dataclasses.replace(source, labels=torch.full_like(source.labels, 255)), Meter()
+    meter.add(step(given(source, target), 0), 0)
+    alone = meter.read().values[shown]
+    meter.add(step(given(void, target), 1), 1)
+    assert meter.read().values[shown] == pytest.approx(alone) and alone > 0
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_where_no_pixel_counts_no_contrast_is_reported(accumulate):
     net = net_of("tiny")
@@ -365,7 +384,7 @@ def test_where_no_pixel_counts_no_contrast_is_reported(accumulate):
     meter = Meter()
     meter.add(step((void, target), 0), 0)
     found = meter.read().values
-    assert "source_excess" not in found and "source_agreement" not in found and "target_excess" in found
+    assert not {"source_excess", "source_agreement", "segmentation"} & {*found} and "target_excess" in found
     meter.reset()
     meter.add(step((source, dataclasses.replace(target, labels=void.labels)), 1), 1)
     found = meter.read().values
