@@ -89,18 +89,21 @@ def test_a_broken_image_stops_with_its_name_or_is_skipped_and_counted(run, image
         (["{run}", "{tmp}/images", "{tmp}/out", "--stage", "adapt"], 5, "adapt/checkpoints"),
         (["{run}/weights", "{tmp}/images", "{tmp}/out", "--size", "big"], 2, "WIDTHxHEIGHT"),
         (["{run}/weights", "{tmp}/images", "{tmp}/out", "--model.name", "lite0"], 5, "model.name"),
-        (
-            ["{run}/weights", "{tmp}/images", "{tmp}/out", "--target.classes", "{tmp}/five.json"],
-            5,
-            "give the classes that it was trained with",
-        ),
     ],
 )
 def test_what_cannot_be_predicted_is_told(words, code, told, run, images, tmp_path, capsys):
-    (tmp_path / "five.json").write_text(json.dumps({"names": list("abcde")}))
     assert main(["predict", *(word.format(run=run, tmp=tmp_path) for word in words)]) == code
     error = capsys.readouterr().err
     assert told in error and "Traceback" not in error
+
+
+def test_weights_of_other_classes_get_advice_that_helps_here(run, images, tmp_path, capsys):
+    (tmp_path / "five.json").write_text(json.dumps({"names": list("abcde")}))
+    weights = shutil.copy(run / "weights" / "model.safetensors", tmp_path)
+    words = [str(weights), str(images), str(tmp_path / "out"), "--config", str(run / "config.yaml")]
+    assert main(["predict", *words, "--target.classes", str(tmp_path / "five.json")]) == 5
+    error = capsys.readouterr().err
+    assert "give the classes that it was trained with (--target.classes" in error and "body_only" not in error
 
 
 def test_predict_follows_no_link_out_of_the_folder(run, images, tmp_path, capsys):
