@@ -13,7 +13,7 @@ WORKERS ?= 2
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format figures reliability install bench kernels-check traffic cuda-load gpu soak clean
+.PHONY: help demo test lint format figures reliability install bench kernels-check traffic sanitize test-newest cuda-load gpu soak clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
@@ -77,15 +77,19 @@ sanitize: install ## the C++ kernels built with address and undefined-behaviour 
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		$(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider -k "not takes_less and not grow_no_memory" $(SANITIZED_TESTS) $(ARGS)
 
-# NEWEST="torch==2.15.0" names another one; PyPI's torch for Linux brings CUDA's libraries, PIP_INDEX_URL can name an index of CPU builds
+# NEWEST="torch==2.15.0" names another one; PyPI's torch for Linux brings CUDA's libraries (5 GB), PIP_INDEX_URL can name an index of CPU
+# builds. A copy of the checkout is built and tested: the one here has its compiled parts from the pinned torch, and pytest would import it.
 NEWEST ?= torch
 test-newest: ## the test suite beside the newest torch that the index has, in build/newest
 	@test -x build/newest/bin/python || $(PYTHON) -m venv build/newest
+	@mkdir -p build/newest/checkout
+	@tar --exclude=./build --exclude=./.venv --exclude=./.git --exclude=./runs --exclude='*.so' -cf - . | tar -xf - -C build/newest/checkout
+	@ln -sfn $(abspath ..)/shared build/newest/shared
 	@grep -vE '^(torch|triton)==' requirements.txt > build/newest/requirements.txt
 	@build/newest/bin/python -m pip --disable-pip-version-check install --quiet --upgrade $(NEWEST) --requirement build/newest/requirements.txt
-	@build/newest/bin/python -m pip --disable-pip-version-check install --quiet --no-build-isolation --no-deps --force-reinstall .
-	@build/newest/bin/python -c 'import torch; print("torch", torch.__version__)'
-	@PYTHONPATH=$$(build/newest/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])') build/newest/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	@cd build/newest/checkout && ../bin/python -m pip --disable-pip-version-check install --quiet --no-build-isolation --no-deps --editable .
+	@cd build/newest/checkout && ../bin/python -c 'import torch; print("torch", torch.__version__)'
+	@cd build/newest/checkout && ../bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 # torch for CUDA is some 5 GB; nvcc must be there, a GPU need not
 cuda-load: ## build the CUDA module beside a CUDA build of torch, in build/cuda_load, and load it
