@@ -11,6 +11,7 @@ import numpy as np
 
 from .classes import CITYSCAPES_IDS_19, IGNORE, LabelTable
 from .dataset import LabelIds
+from .left_out import counted
 
 MANY = 20  # unknown ids: more are not a class or two that the list lacks
 _LABEL_IDS = range(34)  # Cityscapes'
@@ -74,7 +75,7 @@ class Census:
                 Finding("absent", f"{self._names(absent)} never {self._verb(absent)} in {self._read()}", cause.stops)
             )
         if self.unknown:
-            most = ", ".join(f"{k} ({n} pixels)" for k, n in sorted(self.unknown.items())[:5])
+            most = ", ".join(f"{k} ({counted(n, 'pixel')})" for k, n in sorted(self.unknown.items())[:5])
             more = f" and {len(self.unknown) - 5} more" if len(self.unknown) > 5 else ""
             share = sum(self.unknown.values()) / total
             text = f"unknown ids in {self._read()}, ignored, {share:.1%} of the pixels: {most}{more}"

@@ -64,7 +64,7 @@ class DataReport:
         if self.unknown:
             lines.append(
                 "ids that this data set is not known to hold, counted as ignored: "
-                + ", ".join(f"{k} ({n} pixels)" for k, n in sorted(self.unknown.items()))
+                + ", ".join(f"{k} ({counted(n, 'pixel')})" for k, n in sorted(self.unknown.items()))
             )
         lines += ["", counted(len(self.problems), "problem") if self.problems else "no problems"]
         lines += [f"- {problem.name}: {problem.what}" for problem in self.problems[:most]]

@@ -106,7 +106,7 @@ def _listed(pixels: np.ndarray) -> str:
     found, counts = np.unique(pixels, axis=0, return_counts=True)
     most = np.argsort(-counts, kind="stable")[:_SHOWN]
     more = f" and {len(found) - len(most)} more" if len(found) > len(most) else ""
-    return ", ".join(f"{_text(found[k])} ({counts[k]} pixels)" for k in most) + more
+    return ", ".join(f"{_text(found[k])} ({counts[k]} pixel{'s' * int(counts[k] != 1)})" for k in most) + more
 
 
 def _text(colour: object) -> str:

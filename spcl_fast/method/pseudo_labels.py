@@ -16,6 +16,7 @@ from .. import distributed
 from ..compat.spcl import load_thres_const
 from ..config import Config
 from ..data import Dataset, eval_batches, with_pseudo_labels, write_label_png
+from ..data.left_out import counted
 from ..errors import NumericError
 from ..estimators.thresholds import PseudoLabelThresholds
 from ..models import SegmentationModel
@@ -46,7 +47,7 @@ class PseudoLabels:
         settings, run = context.config.pseudo_label, context.run
         if self.may_be_given and settings.folder is not None:
             labelled = with_pseudo_labels(context.domains.unlabelled_target(), self.folder(context.config))
-            run.say(f"{self.name}: {len(labelled)} labels from {settings.folder}")
+            run.say(f"{self.name}: {counted(len(labelled), 'label')} from {settings.folder}")
             return {}
         assert start is not None  # the catalog says from which stage
         model = context.model_of(start).eval()

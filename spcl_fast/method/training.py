@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import catalog
 from ..config import Config, TrainConfig
 from ..data import Dataset, with_pseudo_labels
+from ..data.left_out import counted
 from ..errors import ConfigError
 from ..models import SegmentationModel
 from ..models.norm import enough_pixels
@@ -84,7 +85,7 @@ def train_stage(context: Context, row: catalog.Stage, stage: TrainedStage, forec
             watch=warn_of_collapse(context),
         )
     if result.skipped:
-        context.run.say(f"{row.name}: finished before ({result.steps} iterations)")
+        context.run.say(f"{row.name}: finished before ({counted(result.steps, 'iteration')})")
     if not result.skipped or needs_evaluation(context, row.name):
         picked = context.config.evaluate.selection != "last"
         evaluate_stage(context, row.name, context.model_of(row.name) if picked else model)

@@ -89,7 +89,7 @@ class CheckpointStore:
             return checkpoint
         if problems:
             raise CheckpointError(
-                f"None of the {len(problems)} checkpoints in {self.folder} is whole:\n  "
+                f"No checkpoint in {self.folder} is whole:\n  "
                 + "\n  ".join(problems)
                 + "\nRemove that folder to start the stage anew."
             )

@@ -146,7 +146,7 @@ def test_a_colour_that_is_nearly_a_classes_is_refused_and_named(tmp_path):
     pixels = np.array(PALETTE, np.uint8)[IDS]
     pixels[0, 0] += 1
     data = coloured_set(tmp_path, pixels, palette=PALETTE)
-    with pytest.raises(DataError, match=r"colours that the palette lacks: \(71, 131, 181\) \(1 pixels\).*\"void\""):
+    with pytest.raises(DataError, match=r"colours that the palette lacks: \(71, 131, 181\) \(1 pixel\).*\"void\""):
         data.load(0)
     assert not check_data(data).ok
 
