@@ -30,13 +30,17 @@ def load_semantic_prototype(path: str | Path, num_classes: int) -> Tensor:
         prototype = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(
-            f"{path} cannot be read as the release's semantic_prototype.pth: {str(error).splitlines()[0]}"
+            f"{path} cannot be read as the release's semantic_prototype.pth: {_why(error, 'one tensor')}"
         ) from error
     if not isinstance(prototype, Tensor) or prototype.dim() != 2 or prototype.shape[1] != num_classes:
         found = (
             f"a tensor {list(prototype.shape)}" if isinstance(prototype, Tensor) else f"a {type(prototype).__name__}"
         )
         raise CheckpointError(f"{path} holds {found}; expected a tensor [D, {num_classes}], a column for each class")
+    if not prototype.isfinite().all():
+        raise CheckpointError(
+            f"{path} holds values that are not finite: the net that made it had diverged. Make it again"
+        )
     return prototype.float().t().contiguous()
 
 
@@ -45,12 +49,23 @@ def load_thres_const(path: str | Path, num_classes: int) -> Tensor:
     try:
         thresholds = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise CheckpointError(f"{path} cannot be read as the release's thres_const.npy: {error}") from error
+        raise CheckpointError(
+            f"{path} cannot be read as the release's thres_const.npy: {_why(error, 'one array of numbers')}"
+        ) from error
     if thresholds.shape != (num_classes,) or not np.issubdtype(thresholds.dtype, np.floating):
         raise CheckpointError(
             f"{path} holds {thresholds.dtype} {list(thresholds.shape)}; expected a threshold for each of {num_classes} classes"
         )
+    if not ((thresholds >= 0) & (thresholds <= 1)).all():
+        raise CheckpointError(f"{path} holds thresholds {thresholds.tolist()}; expected probabilities from 0 to 1")
     return torch.from_numpy(thresholds).float()
+
+
+def _why(error: Exception, expected: str) -> str:
+    """In our words: libraries advise to run what is in a file."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"expected {expected}, and it holds more than that, is damaged or is empty"
 
 
 class PixelCLLoss(nn.Module):

@@ -327,6 +327,24 @@ def test_what_is_not_the_releases_is_refused_in_words(tmp_path):
     np.save(tmp_path / "short.npy", np.zeros(3))
     with pytest.raises(CheckpointError, match=r"float64 \[3\]; expected a threshold for each of 5 classes"):
         load_thres_const(tmp_path / "short.npy", 5)
+    for value in (np.nan, 90.0, -0.5):
+        np.save(tmp_path / "odd.npy", np.array([0.1, value, 0.3, 0.4, 0.5]))
+        with pytest.raises(CheckpointError, match="expected probabilities from 0 to 1"):
+            load_thres_const(tmp_path / "odd.npy", 5)
+    np.save(tmp_path / "objects.npy", np.array([{}] * 5))
+    torch.save({"a": np.float64(1)}, tmp_path / "more.pth")
+    (tmp_path / "odd.npy").write_bytes(b"odd")
+    for load, name in (
+        (load_thres_const, "objects.npy"),
+        (load_thres_const, "odd.npy"),
+        (load_semantic_prototype, "more.pth"),
+    ):
+        with pytest.raises(CheckpointError, match="and it holds more than that, is damaged or is empty") as caught:
+            load(tmp_path / name, 5)
+        assert "pickle" not in str(caught.value) and "weights_only" not in str(caught.value)
+    torch.save(torch.full((8, 5), torch.nan), tmp_path / "nan.pth")
+    with pytest.raises(CheckpointError, match="not finite"):
+        load_semantic_prototype(tmp_path / "nan.pth", 5)
 
 
 def test_distillation_takes_mixed_images(finished, tmp_path):
