@@ -7,6 +7,7 @@ A label is read in place, in its own dtype and at its own size, compared as int6
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 
 import torch
 import triton
@@ -126,12 +127,11 @@ INTERPRETED = not isinstance(finish_kernel, triton.JITFunction)
 
 def interpreter_trouble() -> str | None:
     """Why Triton's interpreter does not work with what is installed, or None. Compiled kernels are not concerned."""
-    import numpy
-
-    if _version(triton.__version__) >= (3, 7) or _version(numpy.__version__) < (2, 4):
+    numpy = importlib.metadata.version("numpy")
+    if _version(triton.__version__) >= (3, 7) or _version(numpy) < (2, 4):
         return None
     return (
-        f"the interpreter of Triton {triton.__version__} fails with numpy {numpy.__version__} (any from 2.4 on): "
+        f"the interpreter of Triton {triton.__version__} fails with numpy {numpy} (any from 2.4 on): "
         "take triton>=3.7 or numpy<2.4, or run on a GPU"
     )
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 class Backend(NamedTuple):
     name: str
-    home: str  # a module with the members of backends/contract.py
+    home: str  # a module (or "module:object") with the members of backends/contract.py
     devices: tuple[str, ...]  # device types on which it is taken where nobody asked for a backend by name
 
 
@@ -57,7 +57,7 @@ class Stage(NamedTuple):
     after: tuple[str, ...] = ()  # stages whose results it starts from, see `inputs`
     reads: tuple[str, ...] = ("source", "target")  # domains whose data it needs
     settings: str = (
-        ""  # class of its section ("module:class", importable without torch) where config/schema.py has none
+        ""  # class of its section ("module:class", importable without torch), unless config/schema.py has it
     )
     absent: str = ""  # what a report lacks where this stage was not run
     remedies: tuple[Remedy, ...] = ()  # what helps where its net predicts one class for nearly every pixel

@@ -243,7 +243,7 @@ def test_the_plan_counts_them(house, run):
 
 def test_doctor_names_them_and_tests_the_backend(house):
     lines = spcl_fast(house, "doctor").splitlines()
-    for what, name in (("nets", "toy"), ("losses", "toy_loss"), ("data sets", "toy_pictures")):
+    for what, name in (("nets", "toy"), ("losses", "toy_loss"), ("data sets", "toy_pictures"), ("stages", "toy_stage")):
         assert any(line.startswith(f"{what}: ") and line.endswith(f", {name}") for line in lines)
     own = [line for line in lines if " toy " in line]
     assert any("class_moments" in line and "usable, self-test passed" in line for line in own)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import spcl_fast
+from spcl_fast import catalog
 
 ROOT = Path(__file__).resolve().parent.parent
 # word -> words it may import; a word is a file or folder of spcl_fast/ (kernels/ lies next to it: spcl_fast.kernels)
@@ -102,6 +103,23 @@ def test_imports_point_one_way():
     assert not wrong, "\n".join(wrong)
 
 
+def libraries(path: Path) -> set[str]:
+    """The libraries that a file imports, wherever the line stands; Python's own are left out."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    return {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names)
+
+
+def test_kernels_need_torch_and_triton_alone():
+    others = {str(path): more for path, _ in kernel_files() if (more := libraries(path) - {"torch", "triton"})}
+    assert not others
+
+
+def kernel_files():
+    return [(path, module) for path, module in modules() if module[1] == "kernels"]
+
+
 def test_an_arrow_the_other_way_is_seen(tmp_path):
     path = tmp_path / "x.py"
     path.write_text(
@@ -110,7 +128,7 @@ def test_an_arrow_the_other_way_is_seen(tmp_path):
     assert [word for _, word in imported_words(path, ("spcl_fast", "ops", "x"))] == ["train", "cli", "bank", "settings"]
 
 
-BACKENDS = {("spcl_fast", "backends", name) for name in ("cpu", "reference", "cuda")}
+BACKENDS = {tuple(row.home.partition(":")[0].split(".")) for row in catalog.BACKENDS}
 
 
 def imported_backends(path: Path, module: tuple[str, ...]):
@@ -182,6 +200,31 @@ def test_no_name_stands_for_two_things():
     places = [(name, path.relative_to(ROOT)) for path, module in modules() for name in named_things(path, module)]
     found = {name: [str(path) for other, path in places if other == name] for name in ONE_THING}
     assert not {name: paths for name, paths in found.items() if len(paths) > 1}
+
+
+def defined_names(path: Path) -> list[str]:
+    """Public classes and constants at a file's top level."""
+    found = []
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef):
+            found.append(node.name)
+        elif isinstance(node, ast.Assign):
+            found += [target.id for target in node.targets if isinstance(target, ast.Name) and target.id.isupper()]
+    return [name for name in found if not name.startswith("_")]
+
+
+# of each stage, backend, net; and the catalog's row of what backends/contract.py describes
+EACH_ITS_OWN = {"STAGE", "OPTIONS", "Backend", "WIDTHS", "DILATIONS"}
+
+
+def test_no_class_and_no_constant_of_the_house_has_a_name_that_another_has():
+    """Not counted: kernels/, which mirrors the contract's structs; compat/, which has other projects' names; generated scenes."""
+    found: dict[str, list[str]] = {}
+    for path, module in modules():
+        if module[1] not in ("kernels", "compat") and "generated" not in module:
+            for name in set(defined_names(path)) - EACH_ITS_OWN:
+                found.setdefault(name, []).append(path.relative_to(ROOT).as_posix())
+    assert not {name: files for name, files in found.items() if len(files) > 1}
 
 
 # ---- sizes -----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ which it is (`measured.py`), else the first usable one in the catalog's order.
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 from typing import cast
 
@@ -28,7 +27,7 @@ OPS = (
     "upsampled_binary_cross_entropy",
     "balance_",
 )
-BACKENDS = catalog.names(catalog.BACKENDS)
+NAMES = catalog.names(catalog.BACKENDS)
 
 
 @functools.cache
@@ -36,7 +35,7 @@ def _load(backend: str) -> Backend | str:
     """The backend's module, or the reason why it is not there."""
     home = catalog.find(catalog.BACKENDS, backend).home
     try:
-        return cast("Backend", importlib.import_module(home))
+        return cast("Backend", catalog.load(home))
     except ImportError as error:
         return f"{home} does not import: {error}"
 
@@ -71,9 +70,9 @@ def pick(ask: Ask, backend: str | None) -> str:
         device = ask.device.type
         tried = (*measured.order(ask), *order(device)) if device == "cuda" else order(device)
         return next(name for name in tried if name == "reference" or why_not(name, ask) is None)
-    if backend not in BACKENDS:
+    if backend not in NAMES:
         where = " (of SPCL_FAST_BACKEND)" if backend == os.environ.get("SPCL_FAST_BACKEND") else ""
-        raise ValueError(f"{ask.op}: unknown backend {backend!r}{where}; expected one of {', '.join(BACKENDS)}")
+        raise ValueError(f"{ask.op}: unknown backend {backend!r}{where}; expected one of {', '.join(NAMES)}")
     reason = why_not(backend, ask)
     if reason is not None:
         raise RuntimeError(f"{ask.op}: backend {backend!r} was asked for and cannot be used: {reason}")
@@ -98,7 +97,7 @@ def _usual(op: str, device: torch.device) -> Ask:
 def available_backends(device: torch.device | str | None = None) -> dict[str, dict[str, str | None]]:
     """{op: {backend: None if usable, else the reason}} for float32 tensors on `device` (default: the GPU if there is one)."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return {op: {backend: why_not(backend, _usual(op, device)) for backend in BACKENDS} for op in OPS}
+    return {op: {backend: why_not(backend, _usual(op, device)) for backend in NAMES} for op in OPS}
 
 
 def taken(op: str, device: torch.device) -> str:

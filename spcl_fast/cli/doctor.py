@@ -77,7 +77,8 @@ def _torchvision(say: Callable[[str], None]) -> None:
 def _catalog(say: Callable[[str], None]) -> list[str]:
     """What can be named in settings, each looked up where the catalog says it is; returns what is not there."""
     broken = []
-    for what, table in (("nets", catalog.NETS), ("losses", catalog.LOSSES), ("data sets", catalog.DATA_SETS)):
+    tables = {"nets": catalog.NETS, "losses": catalog.LOSSES, "data sets": catalog.DATA_SETS, "stages": catalog.STAGES}
+    for what, table in tables.items():
         found = []
         for row in table:
             try:
@@ -111,7 +112,7 @@ def _devices(say: Callable[[str], None]) -> None:
 
 
 def _compiled_part(say: Callable[[str], None]) -> list[str]:
-    """A C++ part that was never built is a slower machine; one that was built and does not load is a broken one."""
+    """A cpu backend that was never built means a slower machine; one that was built and does not load, a broken one."""
     try:
         compiled = importlib.import_module("spcl_fast._cpu")
     except ImportError as error:

@@ -18,7 +18,7 @@ _LABEL_IDS = range(34)  # Cityscapes'
 
 
 @dataclass(frozen=True)
-class Finding:
+class ClassFinding:
     """`kind`: nothing is labelled, one class alone occurs, classes never occur, ids are unknown. `stops`: training on it makes no sense."""
 
     kind: Literal["nothing", "one", "absent", "unknown"]
@@ -50,7 +50,7 @@ class Census:
     def ignored(self) -> int:
         return int(self.pixels[IGNORE])
 
-    def findings(self) -> list[Finding]:
+    def findings(self) -> list[ClassFinding]:
         """Everything that is odd about the labels, the worst first."""
         if not self.counted:
             return []
@@ -62,25 +62,27 @@ class Census:
         found = []
         if not met:
             found.append(
-                Finding(
+                ClassFinding(
                     "nothing", f"no pixel of {self._read()} has a class: {self.ignored / total:.1%} are ignored", True
                 )
             )
         elif met == 1 and sum(possible) > 1:
             only = self.classes[int(np.flatnonzero(self.pixels[:count])[0])]
             text = f"{only} is the only class in {self._read()}; {self.ignored / total:.1%} of the pixels are ignored"
-            found.append(Finding("one", text, True))
+            found.append(ClassFinding("one", text, True))
         elif absent:
             found.append(
-                Finding("absent", f"{self._names(absent)} never {self._verb(absent)} in {self._read()}", cause.stops)
+                ClassFinding(
+                    "absent", f"{self._names(absent)} never {self._verb(absent)} in {self._read()}", cause.stops
+                )
             )
         if self.unknown:
             most = ", ".join(f"{k} ({counted(n, 'pixel')})" for k, n in sorted(self.unknown.items())[:5])
             more = f" and {len(self.unknown) - 5} more" if len(self.unknown) > 5 else ""
             share = sum(self.unknown.values()) / total
             text = f"unknown ids in {self._read()}, ignored, {share:.1%} of the pixels: {most}{more}"
-            found.append(Finding("unknown", text, cause.stops or share > 0.5))
-        return [Finding(one.kind, f"{one.text}. {cause.text}", one.stops) for one in found]
+            found.append(ClassFinding("unknown", text, cause.stops or share > 0.5))
+        return [ClassFinding(one.kind, f"{one.text}. {cause.text}", one.stops) for one in found]
 
     def _read(self) -> str:
         labels = f"{self.counted} label{'' if self.counted == 1 else 's'}"

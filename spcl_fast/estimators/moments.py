@@ -12,7 +12,7 @@ from .. import ops
 from .moving import ExactBuffers, is_distributed, move_buffers_, summed_over_ranks
 
 
-class Moments(NamedTuple):
+class BatchMoments(NamedTuple):
     """Of a batch, or of a part of one: parts add up."""
 
     sums: Tensor  # [K, D]
@@ -90,11 +90,11 @@ class ProtoEstimator(ExactBuffers):
         """Merge a batch that comes in parts (features, labels); one part is alive at a time."""
         first, *others = (self.moments(features, labels) for features, labels in parts)
         for more in others:
-            first = Moments(*(left + right for left, right in zip(first, more, strict=True)))
+            first = BatchMoments(*(left + right for left, right in zip(first, more, strict=True)))
         return self.merge_(first)
 
     @torch.no_grad()
-    def moments(self, features: Tensor, labels: Tensor) -> Moments:
+    def moments(self, features: Tensor, labels: Tensor) -> BatchMoments:
         """Sums, counts and sums of squares of a batch, or of a part of one."""
         num_classes, dim = self.mean.shape
         found = ops.class_moments(
@@ -106,13 +106,13 @@ class ProtoEstimator(ExactBuffers):
                 f"ProtoEstimator: features must be [B, {dim}, h, w] or [N, {dim}], got shape {list(features.shape)}"
             )
         assert found.squares is not None
-        return Moments(found.sums, found.counts, found.squares)
+        return BatchMoments(found.sums, found.counts, found.squares)
 
     @torch.no_grad()
-    def merge_(self, batch: Moments) -> ProtoEstimator:
+    def merge_(self, batch: BatchMoments) -> ProtoEstimator:
         """Merge the moments of a batch, which are added over all ranks first. No host sync."""
         if is_distributed():
-            batch = Moments(*summed_over_ranks(*batch))
+            batch = BatchMoments(*summed_over_ranks(*batch))
         sums, counts, squares = (values.to(torch.float64) for values in batch)
         seen = (counts >= self.min_pixels) & sums.isfinite().all(1) & squares.isfinite().all(1)
         counts = counts.where(seen, 0)

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..estimators.assignment import NONE  # the label of an anchor or a row that takes no part
 from ..ops import checks, dispatched
 
 _BLOCK = 1 << 22  # similarities that are there at a time: 16 MB, a few times over
-NONE = -1  # an anchor or a row that takes no part
 
 
 def masked_info_nce(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..estimators import MeanBank, ProtoEstimator
-from ..estimators.moments import Moments
+from ..estimators.moments import BatchMoments
 from ..ops import checks, labels_on, prototype_contrastive_loss
 from ..ops.dispatched import ignores_autocast
 from ..ops.pixels import labels_of, pixel_weight_of, pixels_of
@@ -213,7 +213,7 @@ class BankCL(ProtoCL):
         super().__init__(num_classes, dim, **settings)
         self.bank = MeanBank(num_classes, dim, length, min_pixels=self.min_pixels)
 
-    def merge_(self, batch: Moments) -> BankCL:
+    def merge_(self, batch: BatchMoments) -> BankCL:
         super().merge_(batch)
         self.bank.append_(batch.sums, batch.counts)
         return self

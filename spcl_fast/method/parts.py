@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +20,9 @@ from ..data.classes import IGNORE
 from ..ops import upsampled_cross_entropy
 from ..train import memory
 from ..train.lean import LeanModel
-from ..train.meter import Values, Weighted
+from ..train.loop import Step as Step  # for the files of the stages
+from ..train.meter import Weighted
 
-Step = Callable[[Any, int], Values]  # (batch or a tuple of batches, iteration) -> what is logged
 Look = Callable[[Tensor], None]  # is given logits [B, K, h, w] on the way
 Shown = Callable[[int], bool]  # whether diagnostics belong to the values of this iteration
 

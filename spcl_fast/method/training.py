@@ -22,7 +22,7 @@ from ..train.schedule import poly_schedule
 from .context import Context
 from .domains import class_weight
 from .evaluation import evaluate_stage, keep_best, needs_evaluation
-from .labels import check_labels, check_pseudo_labels
+from .labels import check_own_labels, check_pseudo_labels
 from .nets import Nets
 from .parts import Shown
 from .prototypes import read_prototypes
@@ -61,7 +61,7 @@ def train_stage(context: Context, row: catalog.Stage, stage: TrainedStage, forec
     feeds, todo = stage.feeds(context.config), context.run.done(row.name) is None
     own = [feed for feed in feeds if feed.labels == OWN]
     for feed in own if todo else ():
-        check_labels(context, row.name, feed.side, fed_dataset(context, feed))
+        check_own_labels(context, row.name, feed.side, fed_dataset(context, feed))
     trainee = stage.build(context.config, RunNets(context, context.inputs(row)))
     if todo:
         pseudo = [fed_dataset(context, feed) for feed in feeds if feed.labels not in (OWN, NONE)]

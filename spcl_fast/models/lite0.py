@@ -21,14 +21,14 @@ from .base import NetSettings, SegmentationModel, linear_classifier
 from .chain import Block, Chain, run_blocks
 from .norm import FrozenBatchNorm2d, batch_norm, conv_norm, init_convs
 
-EPS = 1e-3  # the published BatchNorm's
+BATCH_NORM_EPS = 1e-3  # the published BatchNorm's
 # The published input is (value in 0..255 - 127) / 128.
 MEAN = (127 / 255,) * 3
 STD = (128 / 255,) * 3
 # Parts of the published encoder that this net does not build: what goes to stride 32, and the convolution before the global pooling.
 UNUSED = (*(f"_blocks.{index}." for index in range(11, 16)), "_conv_head.", "_bn1.", "_fc.")
 # kernel, stride, expansion, input and output channels, repeats
-STAGES = ((3, 1, 1, 32, 16, 1), (3, 2, 6, 16, 24, 2), (5, 2, 6, 24, 40, 2), (3, 2, 6, 40, 80, 3), (5, 1, 6, 80, 112, 3))
+BLOCKS = ((3, 1, 1, 32, 16, 1), (3, 2, 6, 16, 24, 2), (5, 2, 6, 24, 40, 2), (3, 2, 6, 40, 80, 3), (5, 1, 6, 80, 112, 3))
 SKIP_BLOCK = 4  # the last block at stride 8
 
 
@@ -78,11 +78,11 @@ class InvertedBottleneck(nn.Module):
         inner = inputs * expand
         if expand != 1:
             self._expand_conv = SameConv2d(inputs, inner, 1, bias=False)
-            self._bn0 = batch_norm(inner, frozen=frozen, eps=EPS)
+            self._bn0 = batch_norm(inner, frozen=frozen, eps=BATCH_NORM_EPS)
         self._depthwise_conv = SameConv2d(inner, inner, kernel, stride, groups=inner, bias=False)
-        self._bn1 = batch_norm(inner, frozen=frozen, eps=EPS)
+        self._bn1 = batch_norm(inner, frozen=frozen, eps=BATCH_NORM_EPS)
         self._project_conv = SameConv2d(inner, outputs, 1, bias=False)
-        self._bn2 = batch_norm(outputs, frozen=frozen, eps=EPS)
+        self._bn2 = batch_norm(outputs, frozen=frozen, eps=BATCH_NORM_EPS)
         self.expands = expand != 1
         self.residual = stride == 1 and inputs == outputs
 
@@ -101,9 +101,9 @@ class Lite0Encoder(nn.Module):
     def __init__(self, frozen: bool) -> None:
         super().__init__()
         self._conv_stem = SameConv2d(3, 32, 3, 2, bias=False)
-        self._bn0 = batch_norm(32, frozen=frozen, eps=EPS)
+        self._bn0 = batch_norm(32, frozen=frozen, eps=BATCH_NORM_EPS)
         self._blocks = nn.ModuleList()
-        for kernel, stride, expand, inputs, outputs, repeats in STAGES:
+        for kernel, stride, expand, inputs, outputs, repeats in BLOCKS:
             self._blocks.append(InvertedBottleneck(kernel, stride, expand, inputs, outputs, frozen))
             self._blocks.extend(
                 InvertedBottleneck(kernel, 1, expand, outputs, outputs, frozen) for _ in range(repeats - 1)
@@ -172,7 +172,7 @@ class Lite0Features(Chain):
         return [*self.encoder.blocks(), lambda deep, skip: self.head(skip, deep)]
 
     def stages(self) -> tuple[int, ...]:
-        return (1, 2, 4, 6, 9)  # the first block of each entry of STAGES, after the stem
+        return (1, 2, 4, 6, 9)  # the first block of each entry of BLOCKS, after the stem
 
 
 def lite0(num_classes: int, settings: NetSettings) -> SegmentationModel:

@@ -58,7 +58,7 @@ def row_potentials(
     features: Tensor, prototypes: Tensor, temperature: float, v: Tensor, backend: str | None = None
 ) -> Tensor:
     """u [N] in float64 with which the rows sum to 1; `backend` where it can."""
-    if backend in backends.BACKENDS and backends.why_not(backend, _ask(features, prototypes)) is not None:
+    if backend in backends.NAMES and backends.why_not(backend, _ask(features, prototypes)) is not None:
         backend = None
     line = dispatched.line(f"@{backend}" if backend else "")
     return -_rows(features.detach(), prototypes.detach(), v.double(), float(temperature), line)

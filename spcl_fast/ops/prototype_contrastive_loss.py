@@ -12,7 +12,7 @@ from .rows import Rows, check_rows
 from .teacher import TeacherTargets
 
 _OP = "prototype_contrastive_loss"
-LOSSES = ("softmax", "sigmoid")
+_LOSS_CHOICES = ("softmax", "sigmoid")
 
 
 def prototype_contrastive_loss(
@@ -147,7 +147,7 @@ def _check_together(c: Contrast) -> None:
     """Options by themselves, then pairs that mean nothing."""
     checks.check_share(_OP, "label_smoothing", c.label_smoothing)
     checks.check_finite(_OP, "margin", c.margin)
-    checks.check_choice(_OP, "loss", c.loss, LOSSES)
+    checks.check_choice(_OP, "loss", c.loss, _LOSS_CHOICES)
     soft = _soft_words(c.labels)
     if isinstance(c.labels, Teacher) or c.labels.is_floating_point():
         if c.margin:

@@ -26,7 +26,7 @@ SELECTION = {
 
 
 @dataclass(frozen=True)
-class Card:
+class Headline:
     title: str
     value: str
     note: str = ""
@@ -137,15 +137,15 @@ def _short(root: Any) -> str:
     return Path(str(root)).name or str(root)
 
 
-def _cards(run: RunFolder) -> list[Card]:
+def _cards(run: RunFolder) -> list[Headline]:
     cards = []
     final, final_title = (run.evaluations[run.final], catalog.title(run.final)) if run.final else (None, "")
     if run.baseline:
         cards.append(
-            Card(catalog.title(run.baseline), f"{run.evaluations[run.baseline].miou:.1f}", "mIoU on target, %")
+            Headline(catalog.title(run.baseline), f"{run.evaluations[run.baseline].miou:.1f}", "mIoU on target, %")
         )
     if final is not None:
-        cards.append(Card(f"SPCL, {final_title}", f"{final.miou:.1f}", "mIoU on target, %", "final"))
+        cards.append(Headline(f"SPCL, {final_title}", f"{final.miou:.1f}", "mIoU on target, %", "final"))
     if final is not None and run.baseline:
         cards.append(
             _gain("gain", final.miou - run.evaluations[run.baseline].miou, f"points over {catalog.title(run.baseline)}")
@@ -159,12 +159,12 @@ def _cards(run: RunFolder) -> list[Card]:
     if gap is not None:
         bounds = [row for row in catalog.with_role("bound") if row.name in run.evaluations]
         note = [f"of the way to the {row.title}'s {run.evaluations[row.name].miou:.1f}" for row in bounds]
-        cards.append(Card("gap closed", f"{100 * gap:.0f}%", ", ".join(note)))
+        cards.append(Headline("gap closed", f"{100 * gap:.0f}%", ", ".join(note)))
     return cards
 
 
-def _gain(title: str, value: float, note: str) -> Card:
-    return Card(title, f"{value:+.1f}", note, "good" if value > 0 else "bad")
+def _gain(title: str, value: float, note: str) -> Headline:
+    return Headline(title, f"{value:+.1f}", note, "good" if value > 0 else "bad")
 
 
 def _difference(before: float | None, after: float | None) -> float | None:

@@ -14,7 +14,7 @@ from .. import catalog
 from . import layout
 
 # Stage of a trained net -> its name in summary.json and its name for the reader, in the order of the method.
-NETS = {row.name: (row.net, row.title) for row in catalog.STAGES if row.net is not None}
+TRAINED = {row.name: (row.net, row.title) for row in catalog.STAGES if row.net is not None}
 # Colour-blind-safe (Okabe and Ito); classes that come without a palette get these in turn.
 SAFE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#000000", "#8A6D00")
 
@@ -89,19 +89,19 @@ def read_run(folder: Path) -> RunFolder:
             f"{layout.SUMMARY}: the run has not come to its end; what follows is what its stages have written so far"
         )
     _read_settings(run)
-    for stage in NETS:
+    for stage in TRAINED:
         evaluation = _evaluation(
             _json(run, layout.of_stage(stage, layout.EVALUATION)), run, layout.of_stage(stage, layout.EVALUATION)
         )
         # A summary may be all that was kept of a run.
-        evaluation = evaluation or _evaluation(run.summary.get(NETS[stage][0]), run, layout.SUMMARY)
+        evaluation = evaluation or _evaluation(run.summary.get(TRAINED[stage][0]), run, layout.SUMMARY)
         if evaluation is not None:
             run.evaluations[stage] = evaluation
     for stage in catalog.names(catalog.STAGES):
         record = _json(run, layout.of_stage(stage, layout.DONE))
         if record is not None:
             run.done[stage] = record
-    for stage in NETS:
+    for stage in TRAINED:
         record = _json(run, layout.of_stage(stage, layout.PLAN)) or {}
         run.saved_bytes[stage] = _numbers(record.get("saved_bytes"))
     for stage in (row.name for row in catalog.STAGES if row.net is None):
@@ -239,16 +239,16 @@ def _read_features(run: RunFolder) -> None:
 
 def _say_what_is_missing(run: RunFolder) -> None:
     say = run.missing.append
-    absent = [stage for stage in NETS if stage not in run.evaluations]
+    absent = [stage for stage in TRAINED if stage not in run.evaluations]
     started = [stage for stage in absent if stage in run.metrics or stage in run.done]
-    unscored = [NETS[stage][1] for stage in started if stage in run.done]
+    unscored = [TRAINED[stage][1] for stage in started if stage in run.done]
     if unscored:
         say(f"scores of {', '.join(unscored)}: the target has no labelled validation images")
     for stage in started:
         if stage not in run.done:
             step = run.metrics[stage][-1]["step"]
             say(
-                f"{NETS[stage][1]}: the stage stopped after step {step}; the same command goes on from its last checkpoint"
+                f"{TRAINED[stage][1]}: the stage stopped after step {step}; the same command goes on from its last checkpoint"
             )
     for row in catalog.trained():
         if row.absent and row.name in absent and row.name not in started:

@@ -34,7 +34,7 @@ from .resume import checkpoint_to_resume, identity_of
 from .signals import StopRequest, stop_requests
 from .state import TrainingState
 
-Step = Callable[[Any, int], Values]
+Step = Callable[[Any, int], Values]  # (batch or a tuple of batches, iteration) -> what is logged
 NAMES_SHOWN = 16  # file names in an error
 
 
@@ -362,9 +362,8 @@ class _Loop:
             self._save()
         paths = self.store.paths()
         saved = f"The newest state is in {paths[0]}" if paths else "There was no step to save yet"
-        raise OutOfMemory(
-            f"Out of memory at step {it} of {self.stage} on {self.device}. {saved}. {memory.remedy(self.settings, self.stage, self.device)}"
-        )
+        advice = memory.next_setting(self.settings, self.stage, self.device)
+        raise OutOfMemory(f"Out of memory at step {it} of {self.stage} on {self.device}. {saved}. {advice}")
 
     def _seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.started

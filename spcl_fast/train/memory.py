@@ -90,7 +90,7 @@ def release(device: torch.device) -> None:
         _give_back_freed_memory()
 
 
-def remedy(settings: LoopConfig, stage: str, device: torch.device) -> str:
+def next_setting(settings: LoopConfig, stage: str, device: torch.device) -> str:
     """The next setting to change: first those with which the same run goes on, then those that change its numbers."""
     same_run = (
         (settings.checkpoint != "auto" and not settings.compile, "--loop.checkpoint auto"),

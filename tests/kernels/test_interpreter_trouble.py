@@ -23,7 +23,7 @@ kernels = pytest.importorskip("spcl_fast.kernels", reason="Triton is not install
 )
 def test_an_interpreter_that_cannot_work_is_named_before_it_is_used(monkeypatch, triton_version, numpy_version, works):
     monkeypatch.setattr("triton.__version__", triton_version)
-    monkeypatch.setattr("numpy.__version__", numpy_version)
+    monkeypatch.setattr("importlib.metadata.version", {"numpy": numpy_version}.get)
     trouble = kernels.interpreter_trouble()
     assert (trouble is None) == works
     reason = backends.why_not("triton", asked("class_moments"))

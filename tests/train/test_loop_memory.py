@@ -97,7 +97,7 @@ def test_the_remedy_is_the_next_setting_that_is_not_taken_yet():
         {"accumulate": 4},
         {},
     ):
-        told.append(memory.remedy(settings, "adapt", torch.device("cuda")).split(";")[0])
+        told.append(memory.next_setting(settings, "adapt", torch.device("cuda")).split(";")[0])
         settings = dataclasses.replace(settings, **change)
     wanted = (
         "checkpoint auto",
@@ -109,7 +109,7 @@ def test_the_remedy_is_the_next_setting_that_is_not_taken_yet():
     assert all(f"with --loop.{flag}" in text for flag, text in zip(wanted, told, strict=False))
     assert ["same command" in text for text in told] == [True, True, False, False, False, False]
     assert told[5] == "Start a run of another name with a smaller --source.size and --target.size"
-    on_cpu = memory.remedy(LoopConfig(checkpoint="auto"), "adapt", torch.device("cpu"))
+    on_cpu = memory.next_setting(LoopConfig(checkpoint="auto"), "adapt", torch.device("cpu"))
     assert "offload" not in on_cpu and "--loop.precision bf16" in on_cpu
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..contract import Contrast, Gradients, Logits, Saved, SavedLike, Wanted
 from . import rows as linear
 from .exact import exact, fixed_sum, matmul, wide
-from .rows import Rows
+from .rows import WideRows
 from .targets import Goal, goal_of, is_soft, negative_log_softmax, soft_loss, soft_residual, softmax, targets_of_image
 
 
@@ -20,7 +20,7 @@ def saved_like(contrast: Contrast, wanted: Wanted) -> SavedLike:
     return SavedLike(wide(contrast.features.dtype), any(wanted) and saves_logits(*contrast.prototypes.shape[-2:]))
 
 
-def _with_margin(z: Tensor, rows: Rows, contrast: Contrast, goal: Goal, b: int) -> Tensor:
+def _with_margin(z: Tensor, rows: WideRows, contrast: Contrast, goal: Goal, b: int) -> Tensor:
     """Logits of the classes [K, P], the label's less the margin."""
     if not contrast.margin:
         return z
@@ -28,14 +28,14 @@ def _with_margin(z: Tensor, rows: Rows, contrast: Contrast, goal: Goal, b: int) 
     return z.scatter_add(0, goal.classes(b)[None], off[None])
 
 
-def _variance_term(x: Tensor, inv: Tensor, rows: Rows, index: Tensor) -> Tensor:
+def _variance_term(x: Tensor, inv: Tensor, rows: WideRows, index: Tensor) -> Tensor:
     """[P]: that of each pixel's own class."""
     assert rows.variances is not None
     whole = matmul(rows.variances, x.square()) * (0.5 * inv.square() / rows.temperature**2)
     return whole.gather(0, index[None])[0]
 
 
-def _pixel_losses(z: Tensor, x: Tensor, inv: Tensor, rows: Rows, contrast: Contrast, goal: Goal, b: int) -> Tensor:
+def _pixel_losses(z: Tensor, x: Tensor, inv: Tensor, rows: WideRows, contrast: Contrast, goal: Goal, b: int) -> Tensor:
     """[P], before factor and pixel weight."""
     if is_soft(contrast):
         return soft_loss(z, targets_of_image(contrast, goal, b, z.dtype), contrast.class_weight, contrast.loss)
@@ -141,7 +141,7 @@ def contrast_scale(dfeatures: Tensor, grad_loss: Tensor) -> None:
 # ---- gradients, image after image -------------------------------------------------------------------------------------
 
 
-def empty_gradients(features: Tensor, rows: Rows, wanted: Wanted) -> Gradients:
+def empty_gradients(features: Tensor, rows: WideRows, wanted: Wanted) -> Gradients:
     def zeros(shape, needed: bool) -> Tensor:
         return rows.prototypes.new_zeros(shape if needed else 0)
 

@@ -13,7 +13,7 @@ from .exact import fixed_sum, matmul, widened
 EPS = 1e-12  # of F.normalize
 
 
-class Rows(NamedTuple):
+class WideRows(NamedTuple):
     """What the M rows of one problem are made of, wide."""
 
     prototypes: Tensor  # [M, D] or [B, M, D]
@@ -25,7 +25,7 @@ class Rows(NamedTuple):
     pool: str
     num_classes: int
 
-    def image(self, b: int) -> Rows:
+    def image(self, b: int) -> WideRows:
         """Those of image b: prototypes [M, D], bias [M]."""
         prototypes, variances, bias = self.prototypes, self.variances, self.bias
         if prototypes.dim() == 3:
@@ -35,10 +35,10 @@ class Rows(NamedTuple):
         return self._replace(prototypes=prototypes, variances=variances, bias=bias)
 
 
-def rows_of(problem: Contrast | Logits, dtype: torch.dtype) -> Rows:
+def rows_of(problem: Contrast | Logits, dtype: torch.dtype) -> WideRows:
     p = problem
     temperature = p.temperature.to(dtype) if isinstance(p.temperature, Tensor) else p.temperature
-    return Rows(
+    return WideRows(
         p.prototypes.to(dtype), widened(p.variances, dtype), widened(p.bias, dtype), temperature, p.normalize,
         p.prototype_class, p.pool, p.num_classes,
     )  # fmt: skip
@@ -49,7 +49,7 @@ def inverse_norm(x: Tensor, normalize: bool) -> Tensor:
     return 1 / x.norm(dim=0).clamp_min(EPS) if normalize else torch.ones_like(x[0])
 
 
-def row_logits(x: Tensor, inv: Tensor, rows: Rows, with_variances: bool = True) -> Tensor:
+def row_logits(x: Tensor, inv: Tensor, rows: WideRows, with_variances: bool = True) -> Tensor:
     """x [D, P] -> s [M, P]."""
     logits = matmul(rows.prototypes, x) * (inv / rows.temperature)
     if with_variances and rows.variances is not None:
@@ -59,14 +59,14 @@ def row_logits(x: Tensor, inv: Tensor, rows: Rows, with_variances: bool = True) 
     return logits
 
 
-def membership(rows: Rows) -> Tensor:
+def membership(rows: WideRows) -> Tensor:
     """[K, M]: 1 where the row is the class's."""
     assert rows.prototype_class is not None
     classes = torch.arange(rows.num_classes, device=rows.prototype_class.device)
     return (rows.prototype_class == classes[:, None]).to(rows.prototypes.dtype)
 
 
-def pooled(s: Tensor, rows: Rows) -> Tensor:
+def pooled(s: Tensor, rows: WideRows) -> Tensor:
     """s [M, P] -> z [K, P]; -inf for a class without a row."""
     if rows.prototype_class is None:
         return s
@@ -78,7 +78,7 @@ def pooled(s: Tensor, rows: Rows) -> Tensor:
     return torch.where(top.isinf(), top, top + total.log())
 
 
-def unpooled(dz: Tensor, s: Tensor, z: Tensor, rows: Rows) -> Tensor:
+def unpooled(dz: Tensor, s: Tensor, z: Tensor, rows: WideRows) -> Tensor:
     """Gradient of the classes [K, P] -> of the rows [M, P]: by the rows' shares, or to the lowest row that is the maximum."""
     if rows.prototype_class is None:
         return dz
@@ -107,7 +107,7 @@ class RowGradients(NamedTuple):
 
 
 def row_gradients(
-    x: Tensor, inv: Tensor, ds: Tensor, ds_variances: Tensor, counted: Tensor | None, rows: Rows, wanted: Wanted
+    x: Tensor, inv: Tensor, ds: Tensor, ds_variances: Tensor, counted: Tensor | None, rows: WideRows, wanted: Wanted
 ) -> RowGradients:
     """x [D, P]; ds [M, P]: the gradient of the rows' logits, ds_variances: of their variance terms; counted [P]: pixels with a label, or
     None where every pixel counts. What stands at other pixels is never read into a sum."""
