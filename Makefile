@@ -80,7 +80,7 @@ sanitize: install ## the C++ kernels built with address and undefined-behaviour 
 # NEWEST="torch==2.15.0" names another one; PyPI's torch for Linux brings CUDA's libraries (5 GB), PIP_INDEX_URL can name an index of CPU
 # builds. A copy of the checkout is built and tested: the one here has its compiled parts from the pinned torch, and pytest would import it.
 NEWEST ?= torch
-test-newest: ## the test suite beside the newest torch that the index has, in build/newest
+test-newest: ## the test suite next to the newest torch that the index has, in build/newest
 	@test -x build/newest/bin/python || $(PYTHON) -m venv build/newest
 	@mkdir -p build/newest/checkout
 	@tar --exclude=./build --exclude=./.venv --exclude=./.git --exclude=./runs --exclude='*.so' -cf - . | tar -xf - -C build/newest/checkout
@@ -92,7 +92,7 @@ test-newest: ## the test suite beside the newest torch that the index has, in bu
 	@cd build/newest/checkout && ../bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 # torch for CUDA is some 5 GB; nvcc must be there, a GPU need not
-cuda-load: ## build the CUDA module beside a CUDA build of torch, in build/cuda_load, and load it
+cuda-load: ## build the CUDA module next to a CUDA build of torch, in build/cuda_load, and load it
 	@test -x build/cuda_load/bin/python || $(PYTHON) -m venv build/cuda_load
 	@build/cuda_load/bin/python -m pip --disable-pip-version-check install --quiet torch==2.14.1 numpy setuptools wheel pybind11
 	@SPCL_FAST_CUDA_ARCHS="$${SPCL_FAST_CUDA_ARCHS-90a}" build/cuda_load/bin/python -m pip --disable-pip-version-check install --no-build-isolation --no-deps --force-reinstall --verbose . 2>&1 | grep --line-buffered 'spcl_fast: '

@@ -162,7 +162,7 @@ def why_no_cuda() -> str | None:
     if os.environ.get("SPCL_FAST_NO_CUDA"):
         return "SPCL_FAST_NO_CUDA was set when the package was built"
     if torch.version.cuda is None:
-        return f"torch {torch.__version__} was built without CUDA; build again beside a CUDA build of torch"
+        return f"torch {torch.__version__} was built without CUDA; build again next to a CUDA build of torch"
     nvcc = nvcc_path()
     if nvcc is None:
         return "nvcc was not found (CUDA_HOME, PATH, /usr/local/cuda) when the package was built"

@@ -57,7 +57,7 @@ def page(users: dict[str, list[Line]], machinery: list[Run]) -> str:
         "",
         "Tried first by people who reported it to this or another project of the field. *Accepted*: it works, as said. *Refused*: an",
         "error that names the file, key or setting and what to do; exit code 2 (settings), 3 (data), 4 (numbers) or 5 (checkpoints).",
-        "*Reported*: the work goes on, and a line says so.",
+        "*Reported*: the work goes on, and a line is logged.",
     ]
     for title, found in users.items():
         lines += ["", f"## {title}", "", "| situation | | what happens | test |", "|---|---|---|---|"]

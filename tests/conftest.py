@@ -52,7 +52,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """Real images that lie beside the checkout and are no part of it."""
+    """Real images that lie next to the checkout and are no part of it."""
     if not (SHARED / "data").is_dir():
         pytest.skip(f"needs the real images in {SHARED / 'data'}, which are not part of the repository")
     return SHARED

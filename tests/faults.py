@@ -202,7 +202,7 @@ def tiny_batches(
 
 
 class TinyStage:
-    """Everything `fit` needs, made from a seed; `pause` seconds a step make it long enough to be hit by a signal."""
+    """Everything `fit` needs, made from a seed; `pause` seconds per step make it long enough to be hit by a signal."""
 
     def __init__(self, pause: float = 0.0, after_step: Callable[[int], None] | None = None) -> None:
         torch.manual_seed(1)

@@ -188,7 +188,7 @@ def prediction(logits, size, **settings) -> Mapping[str, Tensor]:
 
 
 def assert_as_accurate(got: Tensor, eager: Tensor, truth: Tensor, factor: float = 2.0, slack: float = 4.0) -> None:
-    """`got` may be `factor` times worse than same-dtype eager PyTorch, both judged by the float64 `truth`, plus a few eps of its scale."""
+    """`got` may be `factor` times worse than same-dtype eager PyTorch, both against the float64 `truth`, plus a few eps of its scale."""
     truth = truth.double()
     assert got.shape == truth.shape
     error = (got.double() - truth).abs().max().item() if got.numel() else 0.0

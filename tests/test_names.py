@@ -25,7 +25,7 @@ AT_HOME = {"spcl_fast/catalog.py": None, "spcl_fast/config/schema.py": None} | {
         "distill": {"distill"},
     }.items()
 }
-OTHER_WORDS = {"prototypes", "control"}  # a tensor's name, a role of a net: told from the stages by no parser
+OTHER_WORDS = {"prototypes", "control"}  # a tensor's name, a role of a net: which no parser can tell from a stage
 STILL = {  # a key of the committed result lines that is spelled like a stage
     "benchmarks/adaptation/seed.py",
     "benchmarks/adaptation/table.py",

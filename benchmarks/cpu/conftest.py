@@ -40,7 +40,7 @@ def _threads():
 
 @pytest.fixture
 def figure(benchmark) -> Callable:
-    """figure(op, problem, peer, call, rounds): time `call` and keep the result beside the others of this op and shape."""
+    """figure(op, problem, peer, call, rounds): time `call` and keep the result next to the others of this op and shape."""
 
     def time_it(
         op: str, problem: Problem | UpsampledProblem, peer: str, call: Callable[[], object], rounds: int

@@ -116,7 +116,7 @@ def why_no_table(results: dict) -> str | None:
 
 
 def write(results: dict, path: Path = measured.PATH) -> str:
-    """Put the choices of one GPU into the table; other architectures' stay. -> what was done, in words."""
+    """Put the choices of one GPU into the table; other architectures' stay. -> what was done, as text."""
     reason = why_no_table(results)
     if reason:
         return f"the choice of backends stays as it is: {reason}"

@@ -1,4 +1,4 @@
-"""What setup.py says of the compiled parts of this installation."""
+"""What setup.py reports about the compiled backends of this installation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ BUILT = "built"
 
 
 def build_record(part: str) -> str:
-    """Of the part `cpu` or `cuda`: BUILT, or in words why it is not there."""
+    """Of the backend `cpu` or `cuda`: BUILT, or the reason why it is not there."""
     record = FOLDER / f"{part}_build.txt"
     return (
         record.read_text(encoding="utf-8").strip() if record.exists() else "the package was not installed by setup.py"

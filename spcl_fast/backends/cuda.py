@@ -1,6 +1,6 @@
 """The CUDA C++ backend ("cuda"): csrc/cuda through torch.ops.spcl_fast_cuda. On CUDA tensors.
 
-Loaded when first asked about. What cannot be loaded is a reason in words, and Triton does the work.
+Loaded when first asked about. Where it cannot be loaded, the reason is kept and Triton does the work.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name is None:
             return _top_level(argv)
         code = COMMANDS[name].act(_parse(name, [word for word in argv[1:] if word != "--debug"])) or 0
-        sys.stdout.flush()  # here, where a full disk is told
+        sys.stdout.flush()  # here, where a full disk is still reported
         return code
     except SystemExit as stop:  # argparse, after --help
         return int(stop.code or 0)

@@ -1,4 +1,4 @@
-"""Whether a command can write where it is told to, found out before hours of work instead of after."""
+"""Whether a command can write to the places it was given, found out before hours of work instead of after."""
 
 from __future__ import annotations
 

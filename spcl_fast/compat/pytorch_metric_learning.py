@@ -21,7 +21,7 @@ from ..losses.pairs import pair_info_nce
 
 
 class _Loss(nn.Module):
-    """Takes what the library's losses take, and refuses in words what is not done here."""
+    """Takes what the library's losses take, and refuses, with the reason, what is not supported here."""
 
     takes_references = False
 

@@ -132,7 +132,7 @@ def _domains(config: Config, readers: dict[str, str]) -> Iterator[str]:
         domain: DataConfig = getattr(config, side)
         name, plus, _ = domain.dataset.partition("+")
         if name not in catalog.names(catalog.DATA_SETS):
-            continue  # _values has said so
+            continue  # _values has reported it
         rows[side] = row = catalog.find(catalog.DATA_SETS, name)
         if side in readers and row.needs_root and not domain.root:
             yield f"{side}.root is not set, and {readers[side]} reads the {side} data: give --{side}.root path/to/folder"

@@ -78,7 +78,7 @@ class Fitted:
 def settings_within(
     config: Config, stages: list[str], limit_bytes: int, *, bf16: bool = True, say: Callable[[str], None] = silent
 ) -> Fitted:
-    """The settings with the fewest operations a step whose peak is within the limit, at the largest images for which there are any.
+    """The settings with the fewest operations per step whose peak is within the limit, at the largest images for which there are any.
 
     Tried in this order, each on top of what is given: nothing; gradients absorbed; bfloat16; then recomputation, parts of the batch, both
     (the one that fits with the fewest counted operations); offload; smaller images. Raises ConfigError that names the least peak found.

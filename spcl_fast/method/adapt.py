@@ -50,7 +50,7 @@ STAGE = Adapt()
 
 @dataclass(frozen=True)
 class AdaptStep:
-    """The prototypes move once a step, by the whole batch, before any contrastive loss.
+    """The prototypes move once per step, by the whole batch, before any contrastive loss.
 
     Diagnostics take the target classifier forward that training does without (of the last part where there are several).
     """

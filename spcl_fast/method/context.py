@@ -49,7 +49,7 @@ class Context:
 
     @functools.cached_property
     def evaluation_data(self) -> Dataset | None:
-        """The target's labelled validation images, or None where it has none, which is said once."""
+        """The target's labelled validation images, or None where it has none, which is logged once."""
         split = self.config.target.val_split
         try:
             return self.domains.dataset("target", "val")

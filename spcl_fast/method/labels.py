@@ -13,7 +13,7 @@ COUNTED_IMAGES = 1000  # at most so many labels are read, spread evenly
 
 
 def check_own_labels(context: Context, stage: str, side: str, dataset: Dataset) -> None:
-    """A domain's own labels, once a run. Raises DataError for labels of one class, of none, or of ids that mean something else."""
+    """A domain's own labels, once per run. Raises DataError for labels of one class, of none, or of ids that mean something else."""
     if dataset.image_path(0) is None or side in context.labels_checked:
         return  # scenes made on the fly have the labels they are meant to have
     context.labels_checked.add(side)

@@ -21,7 +21,7 @@ _FEATURE_IMAGES = 12
 
 @torch.no_grad()
 def keep_samples(context: Context, model: SegmentationModel, prototypes: Tensor) -> None:
-    """The images and truths that `evaluate_stage` keeps predictions of, and features of both domains; once a run."""
+    """The images and truths that `evaluate_stage` keeps predictions of, and features of both domains; once per run."""
     if not distributed.is_main() or context.run.path(layout.FEATURES).is_file():
         return
     _keep_pictures(context)

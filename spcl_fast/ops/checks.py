@@ -1,4 +1,4 @@
-"""What an op refuses, in words that say what was given and what was expected. Shapes and dtypes only: nothing here reads a value."""
+"""What an op refuses, with what was given and what was expected. Shapes and dtypes only: nothing here reads a value."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def direct(op: CustomOpDef, writes: tuple[int, ...] = ()) -> Callable:
     """`op`, without the way through the dispatcher where nobody watches it: 20 us of a small call, a few times per loss.
 
     The dispatcher is there for tracers, modes, transforms, profilers and kinds of tensors. writes: places of the arguments that the op
-    writes to; autograd is told as the dispatcher would tell it.
+    writes to; autograd is notified as the dispatcher would do it.
     """
     function = op._init_fn
 

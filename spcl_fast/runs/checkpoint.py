@@ -36,7 +36,7 @@ _MANIFEST_BYTES = 1 << 20  # larger is not ours: do not parse it
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint in memory: CPU tensors by `file/name`, and whatever JSON was saved beside them."""
+    """A verified checkpoint in memory: CPU tensors by `file/name`, and whatever JSON was saved next to them."""
 
     step: int
     tensors: dict[str, Tensor]

@@ -231,7 +231,7 @@ def _summary_writer() -> Any:
     """TensorBoard's writer class, or None where it is not installed or does not import."""
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except Exception:  # a broken TensorFlow beside it raises anything; TensorBoard is optional
+    except Exception:  # a broken TensorFlow next to it raises anything; TensorBoard is optional
         return None
     return SummaryWriter
 

@@ -37,7 +37,7 @@ _ABSENT = "(absent)"
 
 
 def settings_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """What differs, in words: `adapt.lr: 0.1 -> 0.2; seed: 0 -> 1`. Empty if nothing does.
+    """What differs, as text: `adapt.lr: 0.1 -> 0.2; seed: 0 -> 1`. Empty if nothing does.
 
     A setting that the old ones lack counts as its default: a run of a version before that setting did what the default does. A path is
     compared by what lies there where both know it: the same data in another folder are the same.

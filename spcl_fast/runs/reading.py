@@ -42,7 +42,7 @@ class Features:
 
 @dataclass
 class RunFolder:
-    """A run as the report sees it. `missing` says in words what was not there or not readable."""
+    """A run as the report sees it. `missing` lists what was not there or not readable."""
 
     folder: Path
     classes: list[str] = field(default_factory=list)

@@ -43,7 +43,7 @@ class AbsorbingSGD(torch.optim.SGD):
 
     @torch.no_grad()
     def _begin(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        """v <- m v + d w, once a step."""
+        """v <- m v + d w, once per step."""
         self._touched[parameter] = None
         state = self.state[parameter]
         if state.get("momentum_buffer") is None:  # restored from a run of plain SGD that never had a gradient for it

@@ -144,7 +144,7 @@ def phase(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def recording(recorder: Recorder) -> Iterator[Recorder]:
-    """Inside, phases are told to `recorder`."""
+    """Inside, phases are reported to `recorder`."""
     global _recorder
     before, _recorder = _recorder, recorder
     try:

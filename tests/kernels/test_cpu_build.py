@@ -70,7 +70,7 @@ def test_a_torch_without_cuda_is_the_reason_of_a_missing_cuda_part(checkout):
         checkout,
         "import sys; sys.argv = ['setup.py', '--version']\nimport runpy\nprint(runpy.run_path('setup.py')['NO_CUDA'])",
     )
-    assert "was built without CUDA; build again beside a CUDA build of torch" in done.stdout
+    assert "was built without CUDA; build again next to a CUDA build of torch" in done.stdout
 
 
 def test_cuda_glue_compiles_beside_a_torch_without_cuda():

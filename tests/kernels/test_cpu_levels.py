@@ -1,4 +1,4 @@
-"""Every instruction set of the C++ backend: the same drawn problems, in a process that is told to use a lower one."""
+"""Every instruction set of the C++ backend: the same drawn problems, in a process that is made to use a lower one."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def _parked(street: Street) -> list[Thing]:
 
 
 def _yards(street: Street, rows: dict[int, Row]) -> list[Thing]:
-    """Cars on open ground beside the street and in side streets, at any angle."""
+    """Cars on open ground next to the street and in side streets, at any angle."""
     things: list[Thing] = []
     for side, row in rows.items():
         for lot in row.lots:
