@@ -18,6 +18,7 @@ from benchmarks.adaptation.lines import Spread, by_setting, miou, paired, spread
 from benchmarks.traffic.rungs import gpu_table
 from spcl_fast import backends, catalog
 from spcl_fast.backends import contract
+from spcl_fast.runs import layout
 
 README, LOSSES, PICTURES = ROOT / "README.md", ROOT / "docs" / "losses.md", ROOT / "docs" / "pictures"
 LINES = ROOT / "benchmarks" / "adaptation" / "results"
@@ -300,24 +301,24 @@ def draw_overlays(run: Path, path: Path, rows: int = 3) -> None:
 
     from spcl_fast.data.palette import overlay, read_label_png
 
-    classes = json.loads((run / "classes.json").read_text(encoding="utf-8"))
+    classes = json.loads((run / layout.CLASSES).read_text(encoding="utf-8"))
     palette = [tuple(colour) for colour in classes["palette"]]
-    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    summary = json.loads((run / layout.SUMMARY).read_text(encoding="utf-8"))
     final = [net for net, row in NETS.items() if row.role == "result" and summary.get(net)][-1]
     folder, before = NETS[final].name, NETS[BASELINE].name
-    samples = sorted((run / "report_samples").glob("**/*_image.png"))[:rows]
+    samples = sorted((run / layout.SAMPLES).glob(f"**/*{layout.IMAGE_SUFFIX}"))[:rows]
     figure, axes = _axes(9, 1.2 * len(samples) + 0.35)
     figure.clear()
     grid = figure.subplots(len(samples), 4, squeeze=False)
-    titles = ("target image", "true classes", f"source-only: {summary[BASELINE]['miou']:.0f} mIoU")
+    titles = ("target image", "true classes", f"{NETS[BASELINE].title}: {summary[BASELINE]['miou']:.0f} mIoU")
     for column, title in enumerate((*titles, f"{final}: {summary[final]['miou']:.0f} mIoU")):
         grid[0][column].set_title(title, fontsize=9)
     for cells, sample in zip(grid, samples, strict=True):
-        name = sample.relative_to(run / "report_samples").as_posix().removesuffix("_image.png")
+        name = sample.relative_to(run / layout.SAMPLES).as_posix().removesuffix(layout.IMAGE_SUFFIX)
         image = np.asarray(Image.open(sample).convert("RGB"))
         files = [
-            sample.with_name(sample.name.replace("_image.png", "_truth.png")),
-            *(run / stage / "predictions" / f"{name}.png" for stage in (before, folder)),
+            sample.with_name(sample.name.replace(layout.IMAGE_SUFFIX, layout.TRUTH_SUFFIX)),
+            *(run / stage / layout.PREDICTIONS / f"{name}.png" for stage in (before, folder)),
         ]
         shown = [image, *(overlay(image, read_label_png(file), palette) for file in files)]
         for cell, picture in zip(cells, shown, strict=True):

@@ -227,6 +227,13 @@ def test_no_class_and_no_constant_of_the_house_has_a_name_that_another_has():
     assert not {name: files for name, files in found.items() if len(files) > 1}
 
 
+def test_names_and_libraries_of_every_form_are_seen(tmp_path):
+    path = tmp_path / "x.py"
+    path.write_text("import os, numpy.linalg\nA = B = 1\n_C = 2\nclass D: ...\ndef f():\n    from yaml import load\n")
+    assert defined_names(path) == ["A", "B", "D"]
+    assert libraries(path) == {"numpy", "yaml"}
+
+
 # ---- sizes -----------------------------------------------------------------------------------------------------------
 
 CODE = {".py", ".h", ".cpp", ".cuh", ".cu"}

@@ -57,8 +57,11 @@ def test_a_stage_that_is_named_elsewhere_is_seen():
     assert not named_stages("x = run.adapt  # adapt\n")
 
 
-# who else may say such a name: the classes.json of a data set is no file of a run
-OWN_FILES = {(f"data/{name}.py", layout.CLASSES) for name in ("layouts", "build")}
+# who else may say such a name: the classes.json of a data set and the plan.json of benchmarks/results are no files of a run
+OWN_FILES = {(f"spcl_fast/data/{name}.py", layout.CLASSES) for name in ("layouts", "build")} | {
+    ("benchmarks/adaptation/day_to_dusk.py", layout.CLASSES),
+    *((f"benchmarks/{name}.py", layout.PLAN) for name in ("figures", "gpu/step", "memory/tables")),
+}
 
 
 def file_names() -> set[str]:
@@ -79,10 +82,10 @@ def said_names(path: Path, names: set[str]):
 
 
 def test_a_file_of_a_run_is_named_in_its_layout_alone():
-    top, wrong = ROOT / "spcl_fast", []
-    for path in sorted(top.rglob("*.py")):
-        where = path.relative_to(top).as_posix()
-        if where != "runs/layout.py":
+    wrong = []
+    for path in sorted([*(ROOT / "spcl_fast").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]):
+        where = path.relative_to(ROOT).as_posix()
+        if where != "spcl_fast/runs/layout.py":
             said = [(line, name) for line, name in said_names(path, file_names()) if (where, name) not in OWN_FILES]
             wrong += [f"{where}:{line}: {name!r}; take it from runs/layout.py" for line, name in said]
     assert not wrong, "\n".join(wrong)

@@ -17,6 +17,7 @@ from spcl_fast.config import Config
 from spcl_fast.memory_plan.peak import forecast
 from spcl_fast.method.context import Context
 from spcl_fast.method.run import run_stages
+from spcl_fast.runs import layout
 
 NETS = {row.name: row.net for row in catalog.trained()}
 
@@ -48,7 +49,7 @@ def run_setting(config: Config) -> None:
 def line_of(config: Config) -> dict[str, Any]:
     """What a finished run has to say, all of it from its folder."""
     run = Context(config).run
-    summary = run.read_json("summary.json")
+    summary = run.read_json(layout.SUMMARY)
     trained = [stage for stage in in_order(config) if stage in NETS]
     return {
         "seed": config.seed,
@@ -62,7 +63,7 @@ def line_of(config: Config) -> dict[str, Any]:
         "pseudo_labels": {
             stage: _kept(record)
             for stage in in_order(config)
-            if (record := run.read_json(f"{stage}/thresholds.json")) is not None
+            if (record := run.read_json(layout.of_stage(stage, layout.THRESHOLDS))) is not None
         },
         "seconds": summary["seconds"],
         "settings": recipe(config),

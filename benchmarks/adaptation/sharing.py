@@ -14,6 +14,7 @@ import yaml
 
 from spcl_fast import catalog
 from spcl_fast.config import Config
+from spcl_fast.runs import layout
 from spcl_fast.runs.folder import Run
 from spcl_fast.runs.identity import flat_settings, settings_difference
 
@@ -54,7 +55,7 @@ def take_over(stage: str, config: Config) -> Path | None:
     if run.path(stage).exists():  # done, or under way: the product goes on with it
         return None
     wanted = depends_on(stage, flat_settings(config))
-    for file in sorted(Path(config.runs_dir).glob("*/config.yaml")):
+    for file in sorted(Path(config.runs_dir).glob(f"*/{layout.CONFIG}")):
         donor = Run(file.parent)
         if donor.done(stage) is None or settings_difference(depends_on(stage, _settings_in(file)), wanted):
             continue
