@@ -28,7 +28,7 @@ def as_json(found: list[PeakMemory], config: Config, fitted: Fitted | None = Non
 def as_table(found: list[PeakMemory], config: Config) -> str:
     """Peak by category, in MiB, and by phase."""
     names = [name for name in CATEGORIES if any(p.categories.get(name, 0) >= 2**20 for p in found)]
-    header = ["stage", "peak GiB", *names, "floor", "TFLOP a step"]
+    header = ["stage", "peak GiB", *names, "floor", "TFLOP per step"]
     rows = [header]
     for p in found:
         parts = [f"{p.categories.get(name, 0) / 2**20:,.0f}" for name in names]
