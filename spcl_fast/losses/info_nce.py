@@ -141,7 +141,8 @@ def _blocks_with_positives(
     """(anchors that may have a positive in it, block): on the CPU those whose labels are there; on a GPU, without a sync, all."""
     for part, at, own, first in _spans(parts, of_parts, len(anchors)):
         chosen: Tensor | slice = slice(None)
-        if anchors.device.type == "cpu" and type(anchors) is Tensor:  # a fake tensor has no values
+        has_values = type(anchors) is Tensor and not torch.compiler.is_compiling()  # unlike a fake or traced tensor
+        if anchors.device.type == "cpu" and has_values:
             chosen = torch.isin(labels, own.unique()).nonzero()[:, 0]
             if not len(chosen):
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,24 +32,25 @@ def pair_info_nce(
     if (rows is None) != (row_labels is None):
         raise ValueError("pair_info_nce: rows and row_labels belong together; give both or neither")
     if rows is None or row_labels is None:
-        return _recorded(anchors, labels, anchors, labels, True, float(temperature))[0]
+        return _recorded(anchors, labels, None, None, float(temperature))[0]
     if rows.shape[1:] != anchors.shape[1:] or labels.shape != anchors.shape[:1] or row_labels.shape != rows.shape[:1]:
         raise ValueError(
             f"pair_info_nce: expected anchors [N, D] with labels [N], rows [R, D] with row_labels [R], got {list(anchors.shape)}, "
             f"{list(labels.shape)}, {list(rows.shape)} and {list(row_labels.shape)}"
         )
-    return _recorded(anchors, labels, rows, row_labels, False, float(temperature))[0]
+    return _recorded(anchors, labels, rows, row_labels, float(temperature))[0]
 
 
 class _PairInfoNCE:
-    """(loss [], what a pair counts for [])."""
+    """(loss [], what a pair counts for []). rows and row_labels None: the anchors."""
 
     @staticmethod
-    def compute(anchors, labels, rows, row_labels, is_self, temperature):
-        anchors, rows = (values.to(checks.wide(values)) for values in (anchors, rows))
-        total, pairs, opposed = anchors.new_zeros(()), labels.new_zeros(()), labels.new_zeros((), dtype=torch.bool)
-        for here, positive, negative in _blocks(labels, row_labels, is_self):
-            score, level = _scores(anchors[here], rows, negative, temperature)
+    def compute(anchors, labels, rows, row_labels, temperature):
+        given, is_self = _Given.of(anchors, labels, rows, row_labels), rows is None
+        total, pairs = given.anchors.new_zeros(()), labels.new_zeros(())
+        opposed = labels.new_zeros((), dtype=torch.bool)
+        for here, positive, negative in _blocks(labels, given.row_labels, is_self):
+            score, level = _scores(given.anchors[here], given.rows, negative, temperature)
             total += torch.logaddexp(level - score, score.new_zeros(())).where(positive, 0).sum()
             pairs += positive.sum()
             opposed |= negative.any()
@@ -57,25 +59,39 @@ class _PairInfoNCE:
 
     @staticmethod
     def keep(ctx, inputs, output):
-        *tensors, ctx.is_self, ctx.temperature = inputs
+        *tensors, ctx.temperature = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(*tensors, output[1])
 
     @staticmethod
     def backward(ctx, grad, _):
-        *given, share = ctx.saved_tensors
-        labels, row_labels = given[1], given[3]
-        anchors, rows = (given[i].to(checks.wide(given[i])) for i in (0, 2))
-        d_anchors, d_rows = torch.zeros_like(anchors), torch.zeros_like(rows)
+        anchors, labels, rows, row_labels, share = ctx.saved_tensors
+        given, is_self = _Given.of(anchors, labels, rows, row_labels), rows is None
+        d_anchors, d_rows = torch.zeros_like(given.anchors), torch.zeros_like(given.rows)
         scale = grad * share / ctx.temperature
-        for here, positive, negative in _blocks(labels, row_labels, ctx.is_self):
-            score, level = _scores(anchors[here], rows, negative, ctx.temperature)
+        for here, positive, negative in _blocks(labels, given.row_labels, is_self):
+            score, level = _scores(given.anchors[here], given.rows, negative, ctx.temperature)
             pull = (level - score).sigmoid().where(positive, 0)
             push = (score - level).exp().where(negative, 0) * pull.sum(1, keepdim=True)
             d_score = (push - pull) * scale
-            d_anchors[here] = d_score @ rows
-            d_rows += d_score.t() @ anchors[here]
-        return d_anchors.to(given[0].dtype), None, d_rows.to(given[2].dtype), None, None, None
+            d_anchors[here] = d_score @ given.rows
+            d_rows += d_score.t() @ given.anchors[here]
+        if rows is None:
+            return (d_anchors + d_rows).to(anchors.dtype), None, None, None, None
+        return d_anchors.to(anchors.dtype), None, d_rows.to(rows.dtype), None, None
+
+
+class _Given(NamedTuple):
+    anchors: Tensor  # [N, D], float32 or wider
+    rows: Tensor
+    row_labels: Tensor
+
+    @classmethod
+    def of(cls, anchors: Tensor, labels: Tensor, rows: Tensor | None, row_labels: Tensor | None) -> _Given:
+        wide = anchors.to(checks.wide(anchors))
+        if rows is None or row_labels is None:
+            return cls(wide, wide, labels)
+        return cls(wide, rows.to(wide.dtype), row_labels)
 
 
 _recorded = dispatched.recorded_once(_PairInfoNCE, "pair_info_nce")

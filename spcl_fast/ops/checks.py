@@ -23,7 +23,8 @@ def check_float(op: str, name: str, tensor: Tensor, dims: tuple[int, ...], layou
 
 
 def check_strided(op: str, name: str, tensor: Tensor) -> None:
-    if tensor.layout != torch.strided:
+    # torch.compile takes no question for a layout inside of a backward
+    if not torch.compiler.is_compiling() and tensor.layout != torch.strided:
         raise TypeError(f"{op}: {name} must be a dense tensor, got layout {str(tensor.layout).removeprefix('torch.')}")
 
 

@@ -59,6 +59,15 @@ def test_first_derivatives_by_torch_func(name):
     torch.testing.assert_close(grad(lambda x: loss(x) ** 2)(values), 2 * loss(values) * gradient(loss, values))
 
 
+@pytest.mark.parametrize("name", [name for name in OWN_GRADIENTS if name != "capi"])  # which draws its weights here
+def test_they_compile_in_one_graph(name):
+    loss, values = LOSSES[name]
+    torch._dynamo.reset()
+    leaf = values.clone().requires_grad_()
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(leaf).backward()
+    torch.testing.assert_close(leaf.grad, gradient(loss, values))
+
+
 @pytest.mark.parametrize("name", OWN_GRADIENTS)
 def test_forward_mode_is_refused_with_a_reason_instead_of_a_tangent_of_0(name):
     loss, values = LOSSES[name]
