@@ -188,7 +188,7 @@ def _of_trained_net(args: argparse.Namespace) -> Config | None:
         raise ConfigError(f"{args.weights}: there is no such run folder, checkpoint folder or weights file.")
     if run is not None and not args.preset and not args.config:
         args.config.append(run / layout.CONFIG)
-    elif not args.preset and not args.config and not args.print_config:
+    elif not args.preset and not args.config and not args.print_config and not layout.is_exported(args.weights):
         raise ConfigError(
             f"{args.weights} lies in no run folder, so the net is unknown: give --preset NAME or --config FILE.yaml."
         )
@@ -223,8 +223,8 @@ def on_predict(args: argparse.Namespace) -> None:
     from ..data.left_out import counted
     from ..method.trained import load_trained, parse_size, predict_folder
 
-    size = parse_size(args.size) if args.size else config.target.eval_size
     trained = load_trained(args.weights, config, args.stage)
+    size = parse_size(args.size) if args.size else trained.size or config.target.eval_size
     loop = config.loop
     count = predict_folder(
         trained,
@@ -237,6 +237,19 @@ def on_predict(args: argparse.Namespace) -> None:
         max_pixels=loop.max_pixels,
     )
     print(f"{counted(count, 'image')}: masks and overlays are in {args.output} (weights: {trained.weights})")
+
+
+def on_export(args: argparse.Namespace) -> None:
+    config = _of_trained_net(args)
+    if config is None:
+        return
+    if args.output.suffix not in layout.EXPORTED:
+        raise ConfigError(f"{args.output}: expected a name that ends with {' or '.join(layout.EXPORTED)}")
+    places.check_file(args.output, "export: the file to write")
+    check_domains(config, {"target": args.command})
+    from ..method.export import export_trained
+
+    export_trained(args.weights, config, args.stage, args.output, images=args.images)
 
 
 def on_check_data(args: argparse.Namespace) -> int:

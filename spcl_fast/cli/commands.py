@@ -26,7 +26,10 @@ class Command:
 
 def _weights_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "weights", metavar="RUN_OR_WEIGHTS", type=Path, help="a run folder, one of its checkpoints, or a weights file"
+        "weights",
+        metavar="RUN_OR_WEIGHTS",
+        type=Path,
+        help="a run folder, one of its checkpoints, a weights file, or an exported net",
     )
     parser.add_argument("--stage", metavar="NAME", help="which net of the run (default: the last one trained)")
 
@@ -44,6 +47,23 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder to write masks/ and overlays/ to")
     parser.add_argument(
         "--size", metavar="WxH", help="size at which the net sees an image, or native (default: target.eval_size)"
+    )
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    _weights_arguments(parser)
+    parser.add_argument(
+        "output",
+        metavar="FILE",
+        type=Path,
+        help="FILE.onnx (needs the extra: pip install 'spcl_fast[onnx]') or FILE.pt2",
+    )
+    parser.add_argument(
+        "--images",
+        metavar="N",
+        type=_at_least_one,
+        default=4,
+        help="compare with the net on N validation images (default: 4)",
     )
 
 
@@ -183,6 +203,13 @@ COMMANDS: dict[str, Command] = {
         actions.on_predict,
         _RECIPE,
         _predict_arguments,
+    ),
+    "export": Command(
+        "the net as one file, ONNX or a torch.export package, compared with the net before it is kept",
+        "spcl-fast export runs/demo net.onnx",
+        actions.on_export,
+        _RECIPE,
+        _export_arguments,
     ),
     "check-data": Command(
         "missing pairs, broken files, unknown ids, class shares; a page of pictures",

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # import name -> the extra that brings it; torch, numpy and triton come with the package itself
 _EXTRA = {
     **dict.fromkeys(("yaml", "rich", "PIL", "safetensors", "matplotlib", "jinja2"), "train"),
+    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx"),
     **dict.fromkeys(("pytest", "pytest_benchmark", "hypothesis", "torchmetrics"), "test"),
 }
 

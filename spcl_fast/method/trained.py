@@ -22,19 +22,22 @@ from ..data.left_out import counted, left_out_images
 from ..data.palette import overlay, write_label_png
 from ..errors import CheckpointError, ConfigError, DataError
 from ..runs import layout
+from .exported import load_exported
 
 if TYPE_CHECKING:
     from ..models import SegmentationModel
+    from .exported import Exported
 
 
 @dataclass(frozen=True)
 class Trained:
     """A net in eval mode on its device, what it predicts, and where its weights lay."""
 
-    model: SegmentationModel
+    model: SegmentationModel | Exported
     classes: ClassSet
     weights: Path
     device: torch.device
+    size: tuple[int, int] | None = None  # (width, height) at which an exported net wants to see images
 
 
 def final_first() -> tuple[str, ...]:
@@ -75,7 +78,13 @@ def find_weights(path: Path, stage: str | None = None, *, selected: bool = False
 
 
 def load_trained(path: Path, config: Config, stage: str | None = None) -> Trained:
-    """Build the config's net and fill it with the weights at `path`. Raises ConfigError or CheckpointError where they do not fit."""
+    """Build the config's net and fill it with the weights at `path`, or take an exported one as it is.
+
+    Raises ConfigError or CheckpointError where they do not fit.
+    """
+    if layout.is_exported(path):
+        exported, facts = load_exported(path)
+        return Trained(exported, facts.class_set, path, torch.device("cpu"), facts.size)
     from ..models import build_model, load_weights
     from ..train.device import choose_device
 

@@ -38,9 +38,13 @@ class SameConv2d(nn.Conv2d):
     def pad(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """x with the odd pixel of padding, and the padding that is left to the convolution."""
         kernel, stride = self.kernel_size[0], self.stride[0]
-        total = [max((-(-size // stride) - 1) * stride + kernel - size, 0) for size in x.shape[-2:]]
+        # Not negative, as no stride is larger than its kernel. Rounded up by an addition: ONNX divides negative sizes towards 0.
+        total = [((size + stride - 1) // stride - 1) * stride + kernel - size for size in x.shape[-2:]]
         padding = (total[0] // 2, total[1] // 2)
-        if total[0] % 2 or total[1] % 2:
+        any_size = (
+            stride > 1 and torch.compiler.is_exporting()
+        )  # odd and even ones; a branch would be exported for one of them
+        if any_size or total[0] % 2 or total[1] % 2:
             x = F.pad(x, (padding[1], total[1] - padding[1], padding[0], total[0] - padding[0]))
             padding = (0, 0)
         return x, padding

@@ -46,6 +46,9 @@ MANIFEST = "manifest.json"
 MASKS = "masks"
 OVERLAYS = "overlays"
 
+# of `spcl-fast export`
+EXPORTED = ONNX, TORCH = (".onnx", ".pt2")
+
 PHASES = ("data", "forward", "loss", "backward", "step")  # of one training step, in order
 
 
@@ -69,6 +72,10 @@ COLUMNS = frozenset(LogLine.__annotations__)
 def folder_of(config: Config) -> Path:
     """The run folder of these settings."""
     return Path(config.runs_dir) / config.name
+
+
+def is_exported(path: Path) -> bool:
+    return path.suffix in EXPORTED and not path.is_dir()
 
 
 def run_of(path: Path) -> Path | None:

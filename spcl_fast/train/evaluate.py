@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,11 +14,21 @@ from torch import Tensor
 from ..data import ClassSet, Dataset, eval_batches
 from ..data.classes import distinct
 from ..errors import NumericError
-from ..models import SegmentationModel
 from ..ops import upsampled_confusion, upsampled_prediction
 from .windows import Windows, windowed_logits
 
 Keep = Callable[[int, str, Callable[[], np.ndarray]], None]
+
+
+class Predictor(Protocol):
+    """What evaluation asks of a net, or of an exported one: images [B, 3, H, W] -> (anything, logits [B, K, h, w])."""
+
+    stride: int
+    training: bool
+
+    def __call__(self, images: Tensor, /) -> tuple[Any, Tensor]: ...
+    def eval(self) -> Any: ...
+    def train(self, mode: bool = True, /) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,7 @@ def mean_text(miou: float | None) -> str:
 
 @torch.no_grad()
 def predict_logits(
-    model: SegmentationModel, images: Tensor, name: str, *, tta: str = "none", windows: Windows | None = None
+    model: Predictor, images: Tensor, name: str, *, tta: str = "none", windows: Windows | None = None
 ) -> Tensor:
     """Low-resolution logits [B, K, h, w]; with tta="flip" the mean of those of the image (or window) and of its mirror image.
 
@@ -100,7 +110,7 @@ def label_map(logits: Tensor, size: tuple[int, int]) -> np.ndarray:
 
 @torch.no_grad()
 def evaluate_model(
-    model: SegmentationModel,
+    model: Predictor,
     dataset: Dataset,
     size: tuple[int, int],
     *,
