@@ -16,6 +16,7 @@ from . import launch
 from .operands import Map, Prototypes, Size
 from .pixels import architecture, on_device_of, precision, tile_of
 from .prototype_contrastive_loss.logits import dots, inverse_temperature, logits_of
+from .prototype_contrastive_loss.problem import wide
 
 
 @triton.jit
@@ -54,25 +55,21 @@ def balance_rows(problem, v: Tensor) -> Tensor:
 
 def balance_columns(problem, u: Tensor) -> Tensor:
     """-> [K] in u's dtype: logsumexp over n of s_nk + u_n."""
-    return _logsumexp(problem.prototypes.to(problem.features.dtype), problem.features, problem.temperature, u)
+    return _logsumexp(problem.prototypes, problem.features, problem.temperature, u)
 
 
 def _logsumexp(rows: Tensor, columns: Tensor, temperature: float, potential: Tensor) -> Tensor:
+    """[count, E], [others, E], [others] -> [count]. Half floats and float32 meet in float32: nothing is rounded to halves."""
+    rows, columns = (tensor.float() if tensor.dtype == torch.float64 else tensor for tensor in (rows, columns))
     count, dim = rows.shape
     out = torch.full((count,), -torch.inf, dtype=potential.dtype, device=rows.device)
     if rows.numel() == 0 or columns.numel() == 0:
         return out
     prototypes = Prototypes(
-        columns.to(rows.dtype).contiguous(),
-        None,
-        1 / temperature,
-        None,
-        potential.float().contiguous(),
-        None,
-        None,
-        None,
-    )
-    settings = launch.settings_of(architecture(rows), "contrast_forward", rows.dtype, dim, len(columns), "channels")
+        columns.contiguous(), None, 1 / temperature, None, potential.float().contiguous(), None, None, None, wide(rows, columns)
+    )  # fmt: skip
+    dtype = torch.float32 if prototypes.wide else rows.dtype  # of the products
+    settings = launch.settings_of(architecture(rows), "contrast_forward", dtype, dim, len(columns), "channels")
     with on_device_of(rows):
         row_logsumexp_kernel[(triton.cdiv(count, settings["BLOCK_N"]),)](
             Map(rows, 0, rows.stride(1), None, rows.stride(0)), prototypes, out, Size(count, 1, dim, len(columns)),

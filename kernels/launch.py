@@ -83,6 +83,9 @@ _DEFAULT: list[Row] = [
     _row("contrast_backward_split_saved", BLOCK_N=64, BLOCK_K=64, BLOCK_D=64, BLOCK_O=128, stages=2, warps=8),
     # With an option that needs more of a pixel in registers (any target but a plain label; variances): less of everything else.
     _row("contrast_forward_target", dtype="fp32", BLOCK_N=64, BLOCK_K=32, BLOCK_D=16, warps=8),
+    _row(
+        "contrast_forward_teacher", BLOCK_N=64, BLOCK_K=32, BLOCK_D=32, stages=2, warps=8
+    ),  # half floats against float32
     _row("contrast_forward_variances", dtype="fp32", BLOCK_N=32, BLOCK_K=32, BLOCK_D=16, stages=2),
     _row("contrast_forward_variances", BLOCK_N=64, BLOCK_K=32, BLOCK_D=64, stages=2),
     _row("contrast_forward_target", BLOCK_N=64, BLOCK_K=32, BLOCK_D=64, stages=2),
@@ -136,7 +139,7 @@ TABLES: dict[str, list[Row]] = {
         ),
         *(
             _small(f"contrast_{k}", BLOCK_N=32, BLOCK_K=32, BLOCK_D=16)
-            for k in ("forward", "forward_target", "forward_variances")
+            for k in ("forward", "forward_target", "forward_teacher", "forward_variances")
         ),
         *(_small(f"contrast_{k}_resident", BLOCK_N=32, BLOCK_K=32) for k in ("forward", "backward")),
         _small("contrast_backward_tile", max_classes=32, BLOCK_N=32, BLOCK_K=32, BLOCK_D=16, BLOCK_O=16),

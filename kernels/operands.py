@@ -56,7 +56,8 @@ class Weights(NamedTuple):
 
 
 class Prototypes(NamedTuple):
-    """[K, D] or [B, K, D] contiguous, in the features' dtype; and what makes a logit of a dot with them.
+    """[K, D] or [B, K, D] contiguous, and what makes a logit of a dot with them. Where they are not in the features' dtype, a kernel rounds
+    what it has loaded to it; or, with `wide`, both meet in float32.
 
     Logit: <x^, P> / temperature + 1/2 <x^2, V> / temperature^2 + bias, and less margin / temperature at the label.
     """
@@ -69,6 +70,7 @@ class Prototypes(NamedTuple):
     bias_b: int | None
     variances: Tensor | None  # as the prototypes lie, float32
     margin: float | None
+    wide: int | None = None
 
 
 class Probabilities(NamedTuple):

@@ -107,16 +107,16 @@ def finish_kernel(partial_ptr, given_ptr, loss_ptr, denominator_ptr, T, MEAN: tl
     for start in range(0, T, BLOCK):
         mask = start + offs < T
         total += tl.load(partial_ptr + start + offs, mask=mask, other=0.0).to(tl.float64)
-        if MEAN:
-            if given_ptr is None:
-                weight += tl.load(partial_ptr + T + start + offs, mask=mask, other=0.0).to(tl.float64)
+        weight += tl.load(partial_ptr + T + start + offs, mask=mask, other=0.0).to(tl.float64)
     loss = tl.sum(total, 0)
-    denominator = tl.where(loss == loss, 1.0, loss)  # NaN stays NaN: a bad label poisons the gradient of a sum, too
+    denominator = tl.sum(
+        weight, 0
+    )  # NaN where there is a bad label, which poisons the gradient of a sum, too; not a loss of 0 * inf
+    if not MEAN:
+        denominator = tl.where(denominator == denominator, 1.0, denominator)
     if MEAN:
         if given_ptr is not None:
-            denominator *= tl.load(given_ptr).to(tl.float64)
-        else:
-            denominator = tl.sum(weight, 0)
+            denominator = tl.where(denominator == denominator, 1.0, denominator) * tl.load(given_ptr).to(tl.float64)
         loss = tl.where(denominator == 0, 0.0, loss / tl.where(denominator == 0, 1.0, denominator))
     tl.store(loss_ptr, loss.to(tl.float32))
     tl.store(denominator_ptr, denominator.to(tl.float32))

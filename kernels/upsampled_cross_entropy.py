@@ -76,9 +76,10 @@ def label_weight_kernel(labels, weights, partial_ptr, size, K, BLOCK: tl.constex
 def _sum_and_label(
     ptr, bound, cls, at, terms, y, x, LOW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CELLS: tl.constexpr
 ):
-    """log2 of the sum over the classes of 2**((z - bound) factor), given a bound of z, and the label's z (a gather of it would need 64-bit
-    addresses). The bound is taken off before the scaling: z may be as low as floats go. LOW: some may be -inf; then a label's loss is
-    inf, and NaN where all classes are."""
+    """log2 of the sum over the classes of 2**((z - bound) factor), given a bound of z; and the loss, by the label's z (a gather of it would
+    need 64-bit addresses). The bound is taken off before the scaling: z may be as low as floats go. The two are never added up: at a low
+    temperature what float32 rounds off the logsumexp would be seen in every p. LOW: some may be -inf; then a label's loss is inf, and NaN
+    where all classes are."""
     total = tl.zeros([ROWS, COLS, CELLS], tl.float32)
     z_label = tl.zeros([ROWS, COLS, CELLS], tl.float32)
     for k in range(0, terms.K):
@@ -93,7 +94,7 @@ def _sum_and_label(
         total = tl.where((z_label == -float("inf")) & (bound < LOWEST), float("nan"), total)
     bits = tl.log2(total)
     nats = (bound - z_label) * terms.scaling.inv_temperature + bits * 0.6931471805599453
-    return bound + bits * terms.scaling.inv_factor, nats
+    return bits, nats
 
 
 @triton.jit
@@ -118,10 +119,11 @@ def plain_window(
     cls = tl.reshape(cls, [ROWS, COLS, CELLS])
 
     if gap * terms.scaling.factor > _SAFE_BITS:
-        largest = largest_of(image.logits, at, terms.K, terms.stride_k, y, x, ROWS, COLS, CELLS)
-        lse, nats = _sum_and_label(image.logits, largest, cls, at, terms, y, x, True, ROWS, COLS, CELLS)
+        bound = largest_of(image.logits, at, terms.K, terms.stride_k, y, x, ROWS, COLS, CELLS)
+        bits, nats = _sum_and_label(image.logits, bound, cls, at, terms, y, x, True, ROWS, COLS, CELLS)
     else:
-        lse, nats = _sum_and_label(image.logits, top[None, None, :], cls, at, terms, y, x, False, ROWS, COLS, CELLS)
+        bound = tl.zeros([ROWS, COLS, CELLS], tl.float32) + top[None, None, :]
+        bits, nats = _sum_and_label(image.logits, top[None, None, :], cls, at, terms, y, x, False, ROWS, COLS, CELLS)
     loss = flat(tl.where(cls >= 0, weight * nats, 0.0)) + poison
     loss_sum = tl.sum(tl.where(mine, loss, 0.0), 0)
     if image.loss is not None:
@@ -132,7 +134,7 @@ def plain_window(
         ptr = image.logits
         for k in range(0, terms.K):
             a, b, c, d = load_corners(ptr, at)
-            p = tl.exp2((interpolate(a, b, c, d, y, x) - lse) * terms.scaling.factor)
+            p = tl.exp2((interpolate(a, b, c, d, y, x) - bound) * terms.scaling.factor - bits)
             g = tl.where(cls >= 0, tl.where(cls == k, p - 1.0, p) * scale, 0.0)
             add_to_nodes(image.dlogits, g, k, y, column, columns, band, grid, CELLS)
             ptr += terms.stride_k
@@ -280,7 +282,7 @@ def _launch(problem, target: UpsampledTarget, divided_by, loss_map, dlogits):
     factor = _LOG2E / problem.temperature
     upsampled_loss_kernel[(programs,)](
         logits_map(logits), target, weights_of(problem.class_weight, problem.pixel_weight),
-        Scaling(factor, 1 / factor, 1 / problem.temperature, divided_by if dlogits is not None else None), Loss(loss_map, partial), dlogits,
+        Scaling(factor, 1 / problem.temperature, divided_by if dlogits is not None else None), Loss(loss_map, partial), dlogits,
         num_classes, grid_of(tuple(low), problem.output_size, align), tiling, align, halo, rows, cols, tail_rows, tail, CELLS, **LAUNCH,
     )  # fmt: skip
     return partial

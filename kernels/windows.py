@@ -42,7 +42,6 @@ class Scaling(NamedTuple):
     """factor = log2(e) / temperature; what a mean is divided by, where a gradient is formed."""
 
     factor: float
-    inv_factor: float
     inv_temperature: float
     denominator: Tensor | None
 

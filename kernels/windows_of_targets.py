@@ -54,6 +54,12 @@ def _target(image, target, cls, k, rows, cols, mask, ROWS: tl.constexpr, COLS: t
 
 
 @triton.jit
+def _aimed(image, target, cls, k, rows, cols, mask, ROWS: tl.constexpr, COLS: tl.constexpr, CELLS: tl.constexpr):
+    """keep t_k + share. A class that is not aimed at adds nothing; a class weight of 0 times an infinite loss is NaN."""
+    return target.keep * _target(image, target, cls, k, rows, cols, mask, ROWS, COLS, CELLS) + target.share
+
+
+@triton.jit
 def _class_weight(weights, k):
     w = 1.0
     if weights.class_ptr is not None:
@@ -102,13 +108,13 @@ def _softmax_walk(
     for k in range(0, terms.K):
         a, b, c, d = load_corners(ptr, at)
         z = interpolate(a, b, c, d, y, x) - bound
-        t = _target(image, target, cls, k, rows, cols, mask, ROWS, COLS, CELLS)
-        q = _class_weight(terms.weights, k) * (target.keep * t + target.share)
+        aimed = _aimed(image, target, cls, k, rows, cols, mask, ROWS, COLS, CELLS)
+        q = _class_weight(terms.weights, k) * aimed
         total += tl.exp2(z * terms.scaling.factor)
         mass += q
-        part = tl.where(q == 0, 0.0, q * z)
+        part = tl.where(aimed == 0, 0.0, q * z)
         if is_low:
-            part = tl.where((q != 0) & is_masked(ptr, at, y, x), -float("inf"), part)
+            part = tl.where((aimed != 0) & is_masked(ptr, at, y, x), q * -float("inf"), part)
         dot += part
         ptr += terms.stride_k
     if is_low:
@@ -153,7 +159,7 @@ def target_window(
             a, b, c, d = load_corners(ptr, at)
             z = interpolate(a, b, c, d, y, x) * terms.scaling.inv_temperature
             w = _class_weight(terms.weights, k)
-            q = target.keep * _target(image, target, wide, k, rows, cols, mask, ROWS, COLS, CELLS) + target.share
+            q = _aimed(image, target, wide, k, rows, cols, mask, ROWS, COLS, CELLS)
             if target.hard is not None:
                 loss, dz = _binary(z, wide == k, w, target.gamma)
             else:
@@ -173,17 +179,18 @@ def target_window(
         total, mass, dot = _softmax_walk(
             image, terms, bound, is_low, at, wide, rows, cols, mask, y, x, ROWS, COLS, CELLS
         )
-        value = mass * (tl.log2(total) * _LN2) - dot * terms.scaling.inv_temperature
+        bits = tl.log2(total)
+        value = mass * (bits * _LN2) - dot * terms.scaling.inv_temperature
         if target.labels is not None:
             counted = class_weight
         if image.dlogits is not None:
-            lse = bound + tl.log2(total) * terms.scaling.inv_factor
             ptr = image.logits
             for k in range(0, terms.K):
                 a, b, c, d = load_corners(ptr, at)
-                p = tl.exp2((interpolate(a, b, c, d, y, x) - lse) * terms.scaling.factor)
-                t = _target(image, target, wide, k, rows, cols, mask, ROWS, COLS, CELLS)
-                q = _class_weight(terms.weights, k) * (target.keep * t + target.share)
+                p = tl.exp2((interpolate(a, b, c, d, y, x) - bound) * terms.scaling.factor - bits)
+                q = _class_weight(terms.weights, k) * _aimed(
+                    image, target, wide, k, rows, cols, mask, ROWS, COLS, CELLS
+                )
                 g = tl.where(wide >= 0, (mass * p - q) * scale, 0.0)
                 add_to_nodes(image.dlogits, g, k, y, column, columns, band, grid, CELLS)
                 ptr += terms.stride_k

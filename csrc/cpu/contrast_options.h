@@ -59,7 +59,8 @@ int read_probabilities(const Contrast& a, const Span& at, float* out, int32_t* l
       vf t = load(out + k * kPanel + v);
       good &= (t >= 0.0f) & (t < __builtin_inff());
       sum += t;
-      store(out + k * kPanel + v, t * o.share[k] + o.background[k]);
+      vf aimed = select(t == 0.0f, splat(o.nothing + o.background[k]), t * o.share[k] + o.background[k]);
+      store(out + k * kPanel + v, aimed);
     }
     vi used = sum != 0.0f;
     for (int i = 0; i < V; ++i) {
@@ -217,7 +218,7 @@ void softmax_loss(const ContrastOptions& o, const float* z, const Aims& aims, co
       for (int64_t k = first; k < smaller(first + kSumBlock, terms); ++k) {
         vf t = aims.targets ? load(aims.targets + k * kPanel + v) : splat(o.background[k]);
         vf term = t * ((most - load(z + k * kPanel + v)) + rest);
-        part += select(t == 0.0f, vf{}, term);  // a class of logit -inf that nobody aims at
+        part += select(is_aimed(t), term, vf{});  // a class of logit -inf that nobody aims at
       }
       sum.add(part), rough += part;
     }
@@ -228,7 +229,7 @@ void softmax_loss(const ContrastOptions& o, const float* z, const Aims& aims, co
 SPCL_INLINE
 vf target_of(const ContrastOptions& o, const Aims& aims, vi label, int64_t k, int v) {
   if (aims.targets) return load(aims.targets + k * kPanel + v);
-  return select(label == (int32_t)k, load(aims.own + v), vf{}) + o.background[k];
+  return select(label == (int32_t)k, load(aims.own + v), splat(o.nothing)) + o.background[k];
 }
 
 // sum_k scale_k (log(1 + exp(z_k)) - t_k z_k) -> loss [kPanel].

@@ -33,6 +33,11 @@ struct LongSum {
     lost = (next - total) - corrected;
     total = next;
   }
+  // Of what may be infinite: inf - inf is no correction.
+  SPCL_INLINE_MEMBER void add_any(vf part) {
+    add(part);
+    lost = select(lost == lost, lost, vf{});
+  }
 };
 
 // logits [K][kPanel]: dot products in, logits out (times inv_norm / temperature). Gives the maximum and the log of the

@@ -67,7 +67,7 @@ vf finite_or_0(vf top) { return select(top == -__builtin_inff(), vf{}, top); }
 vf move_top(Gathered& g, int i, vf top) {
   const vf base = finite_or_0(top), shift = base - finite_or_0(g.top[i]), shrink = exp(-shift);
   g.sum[i].total *= shrink, g.sum[i].lost *= shrink;
-  g.aimed[i].add(-g.target[i].total * shift);
+  g.aimed[i].add_any(-g.target[i].total * shift);
   g.top[i] = top;
   return base;
 }
@@ -86,11 +86,11 @@ void add_softmax(const StreamedForward& a, Gathered& g, const int32_t* label, in
       if constexpr (kAims) {
         vf t = target.at(j);
         targets += t;
-        aimed += select(t == 0.0f, vf{}, t * z);
+        aimed += select(is_aimed(t), t * z, vf{});
       }
     }
     g.sum[v / V].add(part);
-    if constexpr (kAims) g.target[v / V].add(targets), g.aimed[v / V].add(aimed);
+    if constexpr (kAims) g.target[v / V].add(targets), g.aimed[v / V].add_any(aimed);
   }
 }
 
@@ -102,7 +102,7 @@ void add_sigmoid(const StreamedForward& a, Gathered& g, const int32_t* label, in
     vf z = load(b.dots + k * kPanel + v), t = target.at(k);
     vf linear = select(z > 0.0f, (1.0f - t) * z, -t * z);
     linear = select((z == -__builtin_inff()) & (t == 0.0f), vf{}, linear);
-    g.aimed[v / V].add(a.class_scale[first + k] * (linear + log1p(exp(-magnitude(z)))));
+    g.aimed[v / V].add_any(a.class_scale[first + k] * (linear + log1p(exp(-magnitude(z)))));
   }
 }
 

@@ -170,7 +170,7 @@ def backward_split_kernel(
         )  # fmt: skip
         if target.plain is not None:
             exact = tl.where((offs_k < size.K)[None, :], exact, 0.0)
-        weight = exact.to(prototypes.ptr.dtype.element_ty)
+        weight = exact.to(features.ptr.dtype.element_ty)
         c += tl.sum(weight.to(tl.float32) * linear, 1)
         mask_p = (offs_k < size.K)[:, None] & mask_d[None, :]
         p = tl.load(
@@ -178,6 +178,7 @@ def backward_split_kernel(
             mask=mask_p,
             other=0.0,
         )
+        p = p.to(weight.dtype)
         out = tl.dot(weight, p, out, input_precision=PRECISION)
         if prototypes.margin is not None:
             at_label += tl.sum(tl.where(offs_k[None, :] == cls[:, None], exact, 0.0), 1)

@@ -18,6 +18,7 @@ from .problem import (
     Features,
     features_of,
     holds_tile,
+    is_wide,
     prototypes_of,
     saves_logits,
     sizes_of,
@@ -68,6 +69,7 @@ def _launch(contrast, flag, bad_probability: int, loss_map, saved: Saved, class_
     )
     kind = "_target" if target.plain is None or class_logits is not None else "_resident" if resident else ""
     name = "contrast_forward" + ("_variances" if variances and class_logits is None else kind)
+    name = "contrast_forward_teacher" if is_wide(target) else name
     settings = launch.settings_of(architecture(features), name, features.dtype, size.D, size.K, layout(features))
     programs = features.shape[0] * triton.cdiv(size.P, settings["BLOCK_N"])
     partial = None if loss_map is not None else features.new_empty(2, programs, dtype=torch.float32)
@@ -121,9 +123,8 @@ def _with_pixels(grad: Incoming, contrast, target: Target, weights) -> Target:
     size = sizes_of(features, contrast.num_classes)
     scale = features.new_empty(features.shape[0], size.P, dtype=torch.float32)
     mass = torch.empty_like(scale)
-    settings = launch.settings_of(
-        architecture(features), "contrast_forward_target", features.dtype, size.D, size.K, layout(features)
-    )
+    row = "contrast_forward_teacher" if is_wide(target) else "contrast_forward_target"
+    settings = launch.settings_of(architecture(features), row, features.dtype, size.D, size.K, layout(features))
     programs = features.shape[0] * triton.cdiv(size.P, settings["BLOCK_N"])
     with on_device_of(features):
         target_pixels_kernel[(programs,)](

@@ -12,16 +12,18 @@ import triton.language as tl
 from ..pixels import pixel_offset, read_weights, softplus, tile_of
 from .forward import finish_pixels, save_logits
 from .logits import dots, inverse_norm, inverse_temperature, logits_of
-from .targets import class_weights, find_bad, raise_bad, read_target, smoothed, target_tile, with_margin
+from .targets import aimed_at, class_weights, find_bad, raise_bad, read_target, target_tile, with_margin
 
 
 @triton.jit
-def _include_targets(z, q, w, target, offs_k, K, top, total, mass, value):
-    """One more block of logits and of targets q: maximum, sum of exponentials, sum of q, and sum of q (z - top) so far.
+def _include_targets(z, aimed, w, target, offs_k, K, top, total, mass, value):
+    """One more block of logits and of targets q = w aimed: maximum, sum of exponentials, sum of q, and sum of q (z - top) so far.
+    What is not aimed at adds nothing, however low its logit; a weight of 0 times an infinite loss is NaN, as in F.cross_entropy.
     Sigmoid: value is the loss itself."""
     mask_k = (offs_k < K)[None, :]
+    q = w[None, :] * aimed
     if target.sigmoid is not None:
-        terms = w[None, :] * softplus(z) - tl.where(q == 0, 0.0, q * z)
+        terms = w[None, :] * softplus(z) - tl.where(aimed == 0, 0.0, q * z)
         value += tl.sum(tl.where(mask_k, terms, 0.0), 1)
     else:
         z = tl.where(mask_k, z, -float("inf"))
@@ -29,7 +31,7 @@ def _include_targets(z, q, w, target, offs_k, K, top, total, mass, value):
         base = tl.where(new_top == -float("inf"), 0.0, new_top)
         total = total * tl.exp(top - base) + tl.sum(tl.exp(z - base[:, None]), 1)
         value += tl.where(mass == 0, 0.0, mass * (top - base)) + tl.sum(
-            tl.where(q == 0, 0.0, q * (z - base[:, None])), 1
+            tl.where(mask_k & (aimed != 0), q * (z - base[:, None]), 0.0), 1
         )
         top = new_top
         mass += tl.sum(q, 1)
@@ -71,9 +73,9 @@ def target_forward_kernel(
         t = target_tile(target, cls, b, n, mask_n, k0, size, BLOCK_N, BLOCK_K, BLOCK_D, PRECISION)
         bad = find_bad(target, t, bad)
         seen += tl.sum(t, 1)
-        q = smoothed(t, target, weights, offs_k, size.K)
         w = class_weights(weights, offs_k, size.K)
-        top, total, mass, value = _include_targets(z, q, w, target, offs_k, size.K, top, total, mass, value)
+        aimed = aimed_at(t, target)
+        top, total, mass, value = _include_targets(z, aimed, w, target, offs_k, size.K, top, total, mass, value)
     raise_bad(target, bad)
     if target.probabilities is not None:
         cls = tl.where(mask_n & (seen != 0), 0, -1)

@@ -51,7 +51,10 @@ def dots(image_ptr, stride_d, prototypes, b, offs_n, mask_n, k0, K, D,
         mask_d = offs_d < D - d
         x = tl.load(feat_ptrs, mask=mask_n[:, None] & mask_d[None, :], other=0.0)
         p = tl.load(proto_ptrs, mask=mask_k[None, :] & mask_d[:, None], other=0.0)
-        acc = tl.dot(x, p, acc, input_precision=PRECISION)
+        if prototypes.wide is not None:
+            acc = tl.dot(x.to(tl.float32), p.to(tl.float32), acc, input_precision="tf32x3")  # float32's digits
+        else:
+            acc = tl.dot(x, p.to(x.dtype), acc, input_precision=PRECISION)
         if NORM:
             wide = x.to(tl.float32)
             square += tl.sum(wide * wide, 1)

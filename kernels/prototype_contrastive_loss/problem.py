@@ -46,8 +46,12 @@ def prototypes_of(problem) -> Prototypes:
     tau, bias, variances = problem.temperature, problem.bias, problem.variances
     on_device = isinstance(tau, Tensor)
     per_image = problem.prototypes.dim() == 3
+    prototypes = problem.prototypes.detach()
+    labels = getattr(problem, "labels", None)
+    if labels is None or isinstance(labels, Tensor):  # a teacher has very many classes: no copy of them is made
+        prototypes = prototypes.to(problem.features.dtype)
     return Prototypes(
-        problem.prototypes.detach().to(problem.features.dtype).contiguous(),
+        prototypes.contiguous(),
         problem.prototypes.shape[1] * problem.prototypes.shape[2] if per_image else None,
         1.0 if on_device else 1 / tau,
         tau.detach() if on_device else None,
@@ -75,9 +79,11 @@ def target_of(contrast, flag: Tensor, bad_probability: int) -> Target:
 
 
 def _teacher(teacher) -> Teacher:
-    features = teacher.features
-    prototypes = teacher.prototypes.to(features.dtype).contiguous()
-    dots = Prototypes(prototypes, None, 1 / teacher.temperature, None, None, None, None, None)
+    """Scores with float32's digits, whatever the dtypes: at a low temperature what half floats round off would be seen in every target."""
+    features, prototypes = teacher.features, teacher.prototypes.contiguous()
+    dots = Prototypes(
+        prototypes, None, 1 / teacher.temperature, None, None, None, None, None, wide(features, prototypes)
+    )
     return Teacher(
         Map(features, *features.stride()),
         dots,
@@ -85,6 +91,16 @@ def _teacher(teacher) -> Teacher:
         teacher.u.double().contiguous(),
         teacher.v.contiguous(),
     )
+
+
+def wide(features: Tensor, prototypes: Tensor) -> int | None:
+    """Whether the two meet in float32, because they are not in one dtype."""
+    return 1 if prototypes.dtype != features.dtype else None
+
+
+def is_wide(target: Target) -> bool:
+    """Whether a teacher's products are float32's: tiles of half floats would spill."""
+    return target.teacher is not None and target.teacher.prototypes.wide is not None
 
 
 def holds_tile(features: Tensor) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import launch
 from ..pixels import INTERPRETED, architecture, layout, power_of_two, precision, read_weights
 from .logits import inverse_temperature
-from .problem import features_of
+from .problem import features_of, is_wide
 from .targets import read_pixels, read_target, saved_tile, weights_again
 
 _PROGRAMS = 1024  # aimed at; a constant, not the GPU's size
@@ -158,8 +158,9 @@ def prototype_gradient(features, operands, per_image: bool, needs_bias: bool):
     grad, target, prototypes, weights, saved, size = operands
     plain = target.plain is not None and prototypes.variances is None and not (per_image or needs_bias)
     name = "contrast_prototypes" if plain else "contrast_prototypes_target"
+    dtype = torch.float32 if is_wide(target) else features.dtype
     settings = cut_to(
-        launch.settings_of(architecture(features), name, features.dtype, size.D, size.K, layout(features)), size.D
+        launch.settings_of(architecture(features), name, dtype, size.D, size.K, layout(features)), size.D
     )
     batch = features.shape[0]
     images = batch if per_image else 1

@@ -94,7 +94,12 @@ def target_tile(target, cls, b, n, mask_n, k0, size, BLOCK_N: tl.constexpr, BLOC
 @triton.jit
 def smoothed(t, target, weights, offs_k, K):
     """q = w_k (keep t + share), 0 beyond K."""
-    return class_weights(weights, offs_k, K)[None, :] * (target.keep * t + target.share)
+    return class_weights(weights, offs_k, K)[None, :] * aimed_at(t, target)
+
+
+@triton.jit
+def aimed_at(t, target):
+    return target.keep * t + target.share
 
 
 @triton.jit

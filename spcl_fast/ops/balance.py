@@ -29,6 +29,7 @@ def balance_(
     Each iteration balances the columns, then the rows, so the rows are exact and the columns nearly so; 3 iterations are those of SwAV and
     DINOv2. With torch.distributed initialised the columns are those of all ranks (one all-gather of K floats an iteration), and N is the
     number of all rows. Logarithms throughout: float16 features neither overflow nor lose small scores. Not differentiable. No host sync.
+    No rows at all: u is empty and v is 0.
     Raises ValueError or TypeError for what does not fit. Memory: O(N + K); neither [N, K] scores nor assignment.
     Source: Caron et al., arXiv 2006.09882, `distributed_sinkhorn` of the released code; Cuturi, NeurIPS 2013.
     """
@@ -49,7 +50,8 @@ def balance_(
         checks.check_device(_OP, features, "features", class_share=class_share)
         share = share + (class_share.to(share.dtype) * len(prototypes)).log()
     for _ in range(iterations):
-        v = share - _over_ranks(_columns(features, prototypes, u, float(temperature), line))
+        columns = _over_ranks(_columns(features, prototypes, u, float(temperature), line))
+        v = torch.where(columns == -torch.inf, 0, share - columns)  # of no rows at all: 0, not inf
         u = -_rows(features, prototypes, v, float(temperature), line)
     return u, v
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
+IGNORE_INDEX = 255  # the ops' default
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -101,6 +102,12 @@ def check_choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> No
 def refuse_together(op: str, first: str, second: str, reason: str) -> None:
     """For two options that mean nothing together."""
     raise ValueError(f"{op}: {first} and {second} cannot be used together: {reason}")
+
+
+def refuse_ignored_class(op: str, soft: str, ignore_index: int) -> None:
+    """A class to be ignored where the labels are none. As torch, which takes a negative number there: it names no class."""
+    if ignore_index >= 0 and ignore_index != IGNORE_INDEX:
+        refuse_together(op, soft, f"ignore_index={ignore_index}", "a pixel is left out by probabilities that are all 0")
 
 
 def scale_of(op: str, anchor: Tensor, temperature: float | Tensor) -> float | Tensor:

@@ -56,7 +56,7 @@ def prototype_contrastive_loss(
                   normalised here.
     temperature   a number, or a tensor of shape [] that may be learned; it is read where it is, without a host sync. Must be above 0.
     normalize     False: the dot product with x itself.
-    ignore_index  pixels with this label have loss 0 and gradient exactly 0.
+    ignore_index  pixels with this label have loss 0 and gradient exactly 0. No class may be named so where labels are probabilities.
     class_weight  [K], as in F.cross_entropy: the mean divides by the summed class weights of the labelled pixels (by the number of labelled
                   pixels for probabilities and for loss="sigmoid").
     pixel_weight  of the features' grid, or of the integer labels' shape, then read by the nearest rule: multiplies a pixel's loss and
@@ -71,8 +71,8 @@ def prototype_contrastive_loss(
                   rows the lowest has the gradient). K = prototype_class.max() + 1, or `num_classes` where that is more; a class without a
                   row has probability 0. On a GPU, `num_classes` saves a wait for the maximum (once per tensor).
     margin        m: the label's logit has <u, prototype_label> - m for its dot product (CosFace).
-    positive_variance  False: the label's logit in the numerator has no variance term, loss = logsumexp(z) - (<u, prototype_label> /
-                  temperature + bias_label): the DistCL loss of SePiCo.
+    positive_variance  False (with `variances`): the label's logit in the numerator has no variance term, loss = logsumexp(z) -
+                  (<u, prototype_label> / temperature + bias_label): the DistCL loss of SePiCo.
     denominator   what "mean" divides by: "labelled" pixels, "all" pixels of the grid, or a tensor of shape [].
     loss          "sigmoid": sum over k of the binary cross-entropy of z_k with [k = label], weighted by class_weight.
 
@@ -93,8 +93,10 @@ def prototype_contrastive_loss(
         _OP, ignore_index=ignore_index, backend=backend, normalize=normalize, positive_variance=positive_variance
     )
     checks.check_reduction(_OP, reduction)
-    if prototype_class is not None and _is_soft(pixels, labels):
-        checks.refuse_together(_OP, _soft_words(labels), "prototype_class", "soft labels are one per prototype")
+    if _is_soft(pixels, labels):
+        checks.refuse_ignored_class(_OP, _soft_words(labels), ignore_index)
+        if prototype_class is not None:
+            checks.refuse_together(_OP, _soft_words(labels), "prototype_class", "soft labels are one per prototype")
     targets = _labels(pixels, labels, classes, backend)
     if class_weight is not None:
         class_weight = _class_weight(pixels, class_weight, classes)
@@ -164,3 +166,7 @@ def _check_together(c: Contrast) -> None:
                 checks.refuse_together(
                     _OP, "positive_variance=False", name, "the numerator is one row's logit in the softmax"
                 )
+        if c.variances is None:
+            checks.refuse_together(
+                _OP, "positive_variance=False", "variances=None", "there is no variance term to leave out"
+            )

@@ -45,6 +45,8 @@ def upsampled_cross_entropy(
     checks.check_share(_OP, "label_smoothing", label_smoothing)
     if isinstance(labels, Tensor) and labels.dtype in checks.FLOATS and labels.dim() == 4:
         _check_probabilities(logits, labels)
+        checks.check_options(_OP, ignore_index=ignore_index, backend=backend)
+        checks.refuse_ignored_class(_OP, "probabilities as labels", ignore_index)
         size = _size_of_probabilities(labels, size, pixel_weight)
     else:
         labels = _integer_labels(_OP, logits, labels)

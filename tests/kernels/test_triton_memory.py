@@ -28,8 +28,6 @@ def test_a_teacher_of_65536_classes_takes_no_memory_of_rows_times_classes():
     small, *_ = rows
     assert (small["classes"], small["rows"], small["dim"], small["dtype"]) == (65536, 5000, 256, "float32")
     assert small["bytes"] <= 1_000_000 and small["stored_bytes"] > 1_000_000_000
-    for row in rows:
-        prototypes = 2 * 2 * row["classes"] * row["dim"]  # the student's and the teacher's, in half floats
-        assert row["bytes"] <= 1_000_000 + (prototypes if row["dtype"] == "bfloat16" else 0)
+    assert all(row["bytes"] <= 1_000_000 for row in rows), "no copy of the prototypes in the features' dtype"
     saved = json.loads((RESULTS / "triton_teacher.json").read_text(encoding="utf-8"))
     assert saved["rows"] == rows, "python -m benchmarks.kernels_check.memory --write"

@@ -72,6 +72,33 @@ def test_a_half_step_of_sinkhorn_is_the_logsumexp_of_all_scores(backend, sizes):
 
 
 @pytest.mark.parametrize("backend", EVERY)
+@pytest.mark.parametrize("dtypes_of", ["half features", "half prototypes"])
+def test_half_floats_next_to_float32_cost_the_potentials_no_digits(backend, dtypes_of):
+    """Rounding the others to half floats, too, would be seen 20 times enlarged, in every potential."""
+    half = dtypes(backend)[1]
+    features, prototypes, *_ = head_problem(45, 34)
+    given = [features.to(half), prototypes] if dtypes_of == "half features" else [features, prototypes.to(half)]
+
+    def potentials(features, prototypes):
+        return sf.balance_(features, prototypes, temperature=0.05, backend="reference")
+
+    got = call(sf.balance_, backend, features=given[0], prototypes=given[1], temperature=0.05)
+    eager, truth = (potentials(*(t.to(dtype) for t in given)) for dtype in (torch.float32, torch.float64))
+    for g, e, t in zip(got, eager, truth, strict=True):
+        oracle.assert_as_accurate(g, e, t)
+
+
+@pytest.mark.parametrize("backend", EVERY)
+@pytest.mark.parametrize("shared", [False, True], ids=["even", "class_share"])
+def test_of_no_rows_at_all_every_potential_is_0(backend, shared):
+    given = {"features": torch.empty(0, 8), "prototypes": torch.randn(3, 8), "temperature": 0.1}
+    if shared:
+        given["class_share"] = torch.tensor([0.5, 0.5, 0.0])
+    u, v = call(sf.balance_, backend, **given)
+    assert u.shape == (0,) and torch.equal(v, torch.zeros(3))
+
+
+@pytest.mark.parametrize("backend", EVERY)
 def test_scores_beyond_a_half_floats_range_are_balanced(backend):
     features, prototypes, *_ = head_problem(dtype=torch.float16)
     u, v = call(sf.balance_, backend, features=features * 30, prototypes=prototypes * 30, temperature=0.01)
@@ -103,6 +130,23 @@ def test_a_teachers_targets_are_the_probabilities_that_they_stand_for(backend, b
     eager, truth = (run(written, given, ("x", "p"), leaf_dtype=dtype) for dtype in (torch.float32, torch.float64))
     for g, e, t in zip(got, eager, truth, strict=True):
         oracle.assert_as_accurate(g, e, t, slack=32)
+
+
+@pytest.mark.parametrize("backend", usable(CONTRAST, "teacher", among=ALL))
+def test_a_teachers_half_features_next_to_float32_prototypes_cost_its_targets_no_digits(backend):
+    """At a temperature of 0.01 scores are near 100: prototypes in half floats would change each target by a tenth."""
+    teacher, of_teacher, student, of_student = head_problem(rows=36)
+    teacher = teacher.to(dtypes(backend)[1])
+    got = call(
+        sf.prototype_contrastive_loss, backend, features=student, prototypes=of_student, temperature=0.1, reduction="none",
+        labels=sf.TeacherTargets(teacher, of_teacher, 0.01),
+    )  # fmt: skip
+    eager, truth = (
+        -((teacher.to(dtype) @ of_teacher.to(dtype).T / 0.01).softmax(1)
+          * (F.normalize(student.to(dtype), dim=1) @ of_student.to(dtype).T / 0.1).log_softmax(1)).sum(1)
+        for dtype in (torch.float32, torch.float64)
+    )  # fmt: skip
+    oracle.assert_as_accurate(got, eager, truth, slack=16)
 
 
 @pytest.mark.parametrize(("change", "text"), [

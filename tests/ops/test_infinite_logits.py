@@ -1,4 +1,4 @@
-"""Logits of -inf, inf and NaN in the losses of up-sampled logits: at equal size F.cross_entropy's value and gradient, on every backend."""
+"""Logits of -inf, inf and NaN: F.cross_entropy's value and gradient, on every backend."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from on_backends import ALL, run, usable
-from problems import BINARY, CROSS, problem
+from problems import BINARY, CONTRAST, CROSS, problem
 
 import spcl_fast as sf
 
@@ -72,6 +72,56 @@ def test_at_equal_size_it_is_what_cross_entropy_gives(backend, reduction, name):
 @pytest.mark.parametrize("name", PIXELS)
 def test_with_smoothing_too(backend, name):
     assert_same(backend, name, 0.2, "mean")
+
+
+@pytest.mark.parametrize(
+    ("backend", "smoothing"),
+    [(name, 0.0) for name in usable(CROSS, among=ALL)]
+    + [(name, 0.2) for name in usable(CROSS, "label_smoothing", among=ALL)],
+)
+def test_a_class_weight_of_0_times_an_infinite_loss_is_nan_as_in_cross_entropy_and_the_gradient_is_not(
+    backend, smoothing
+):
+    given = with_pixel(PIXELS["the label and another"])
+    settings = {"label_smoothing": smoothing, "reduction": "sum"}
+    weights = torch.tensor([1.0, 0.0, 0.5, 2.0])
+    got, dlogits = run(sf.upsampled_cross_entropy, given | {"class_weight": weights}, ["logits"], backend, **settings)
+    expected, dexpected = run(plain, given | {"weight": weights}, ["logits"], **settings)
+    assert got.isnan() and expected.isnan() and dexpected.isfinite().all()
+    torch.testing.assert_close(dlogits, dexpected)
+
+
+def contrast_of_logits(logits, labels, bias, **settings):
+    """The same loss as a linear head on unit features: logits [N, K]."""
+    rows = torch.eye(logits.shape[1], dtype=logits.dtype)
+    return sf.prototype_contrastive_loss(
+        logits, labels, rows.to(logits.device), bias=bias, temperature=1.0, normalize=False, **settings
+    )
+
+
+@pytest.mark.parametrize(
+    ("backend", "classes"),  # for the C++ backend classes that are streamed, too
+    [(name, 5) for name in usable(CONTRAST, "label_smoothing", "bias", among=ALL)] + [("cpu", 4200)],
+)
+@pytest.mark.parametrize("weight", [0.0, 0.7])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_a_masked_class_costs_what_cross_entropy_makes_of_it(backend, classes, smoothing, weight):
+    if backend not in usable(CONTRAST, "label_smoothing", "bias", among=ALL):
+        pytest.skip(f"{backend} does not run here")
+    generator = torch.Generator().manual_seed(0)
+    given = {"logits": torch.randn(9, classes, generator=generator), "labels": torch.arange(9) % 5}
+    bias, weights = torch.zeros(classes), torch.full((classes,), 0.5)
+    bias[1], weights[1], given["labels"][3] = -INF, weight, 255
+    for reduction in ("sum", "none"):
+        settings = {"label_smoothing": smoothing, "reduction": reduction}
+        ours = run(contrast_of_logits, given | {"bias": bias, "class_weight": weights}, ["logits"], backend, **settings)
+
+        def theirs(logits, bias=bias, weight=weights, **more):
+            return plain(logits + bias.to(logits), weight=weight.to(logits), **more)
+
+        truth = run(theirs, given, ["logits"], leaf_dtype=torch.float64, **settings)
+        for got, expected in zip(ours, truth, strict=True):
+            torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize(

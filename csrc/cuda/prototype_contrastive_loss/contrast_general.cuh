@@ -186,10 +186,10 @@ __device__ __forceinline__ void see_classes(Seen& seen, const GeneralLogits& z, 
   for (int k = part; k < count; k += 4) top = fmaxf(top, z[k]);
   seen.raise(top);
   for (int k = part; k < count; k += 4) {
-    const float value = z[k], a = t.weight(k0 + k) * t.wanted(k0 + k);
+    const float value = z[k], wanted = t.wanted(k0 + k), a = t.weight(k0 + k) * wanted;
     if (value != -INFINITY) seen.total += expf(value - seen.top);
     const float own = lacks_own && k == z.own ? value - z.square(k) : value;  // in the numerator
-    if (a != 0) seen.below += a * (own == -INFINITY ? INFINITY : seen.top - own);
+    if (wanted != 0) seen.below += a * (own == -INFINITY ? INFINITY : seen.top - own);
     seen.mass += a;
   }
 }

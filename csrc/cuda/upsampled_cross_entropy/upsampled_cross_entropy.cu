@@ -151,8 +151,8 @@ __device__ __forceinline__ void gradient(const CrossEntropyTask& task, const Lan
       float2 nodes{0.0f, 0.0f};
       if (live && k < task.num_classes) {  // the same for all lanes of a warp
         const bool labelled = k == next;
-        const Exponents e = exponents(Pixels::load(task, plane, at.corners), window, task.factor, bound);
-        const Moments2 sum = pixels.moments(e, window, place, k, labelled);
+        const Exponents e = exponents(Pixels::load(task, plane, at.corners), window, Pixels::factor(task), bound);
+        const Moments2 sum = pixels.moments(task, e, window, place, k, labelled);
         if (labelled) next = next_code<Pixels::kRows * Pixels::kColumns>(place, k);
         nodes = node_sums(to_corners(sum, window), task.plan.lanes_per_cell);
         plane += task.stride_k;

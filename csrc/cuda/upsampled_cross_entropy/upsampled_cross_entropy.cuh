@@ -68,6 +68,7 @@ __device__ __forceinline__ float weight_of(const CrossEntropyTask& task, const P
 // Pixels of a narrow cell: one bound for all of them, geometric sequences.
 template <int kRows_, int kColumns_> struct NarrowWindow {
   static constexpr int kRows = kRows_, kColumns = kColumns_;
+  static __device__ __forceinline__ float factor(const UpsamplingTask& task) { return task.factor; }
   template <class T>
   static __device__ __forceinline__ Corners load(const UpsamplingTask&, const T* plane, const CornerOffsets& at) {
     return load_corners(plane, at);
@@ -126,8 +127,8 @@ template <int kRows_, int kColumns_> struct NarrowWindow {
 
   // The sums of a class's gradient. A pixel of that class has -(all other exponentials) in place of its own: p - 1
   // without cancellation.
-  __device__ __forceinline__ Moments2 moments(const Exponents& e, const Window& window, const PixelPlace& place, int k,
-                                              bool labelled) const {
+  __device__ __forceinline__ Moments2 moments(const UpsamplingTask&, const Exponents& e, const Window& window,
+                                              const PixelPlace& place, int k, bool labelled) const {
     if (!labelled) return geometric_moments(e, window.rows, scale);
     const float down = exp2_fast(e.down);
     float first = exp2_fast(e.first);
@@ -149,15 +150,17 @@ template <int kRows_, int kColumns_> struct NarrowWindow {
   }
 };
 
-// Pixels of any cell: each has its own maximum and its own exponentials. One row at a time.
+// Pixels of any cell: each has its own maximum and its own exponentials. One row at a time. Exponents are logits here,
+// and scaled once the maximum is off: at a low temperature they are in the thousands, and rounded accordingly.
 template <int kColumns_> struct WideWindow {
   static constexpr int kRows = 1, kColumns = kColumns_;
+  static __device__ __forceinline__ float factor(const UpsamplingTask&) { return 1.0f; }
   template <class T>
   static __device__ __forceinline__ Corners load(const UpsamplingTask& task, const T* plane, const CornerOffsets& at) {
     return load_any_corners(task, plane, at);
   }
-  // The exponent of a label in column j where `load` has raised a corner of its class: -inf where a corner that counts
-  // is (the loss is infinite), else finite, however low. z: the exponent of the raised corners.
+  // The scaled exponent of a label in column j where `load` has raised a corner of its class: -inf where a corner that
+  // counts is (the loss is infinite), else finite, however low. z: that of the raised corners.
   template <class T>
   static __device__ __forceinline__ float low_label(const UpsamplingTask& task, const T* plane, const CornerOffsets& at,
                                                     const Window& window, int j, float z, float bound) {
@@ -168,31 +171,31 @@ template <int kColumns_> struct WideWindow {
     const float logit =
         part(v.a, (1.0f - x) * (1.0f - y)) + part(v.b, x * (1.0f - y)) + part(v.c, (1.0f - x) * y) + part(v.d, x * y);
     if (logit == -INFINITY || logit != logit) return logit;
-    return fmaxf(logit * task.factor - bound, -3.4028234e38f);
+    return fmaxf((logit - bound) * task.factor, -3.4028234e38f);
   }
-  float scale[kColumns], lse[kColumns];
+  float scale[kColumns], largest[kColumns];
 
   template <class T>
   __device__ __forceinline__ float losses(const CrossEntropyTask& task, const T* image, const CornerOffsets& at,
                                           const Window& window, const PixelPlace& place, int num_classes, float,
                                           float gradient_scale, bool mine) {
-    float largest[kColumns], of_label[kColumns];
+    float of_label[kColumns];
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) largest[j] = -INFINITY, scale[j] = 0.0f, of_label[j] = 0.0f;
     const T* plane = image;
 #pragma unroll 1
     for (int k = 0; k < num_classes; ++k, plane += task.stride_k) {
-      const Exponents e = exponents(load(task, plane, at), window, task.factor, 0.0f);
+      const Exponents e = exponents(load(task, plane, at), window, factor(task), 0.0f);
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) largest[j] = fmaxf(largest[j], exponent_at(e, j));
     }
     plane = image;
 #pragma unroll 1
     for (int k = 0; k < num_classes; ++k, plane += task.stride_k) {
-      const Exponents e = exponents(load(task, plane, at), window, task.factor, 0.0f);
+      const Exponents e = exponents(load(task, plane, at), window, factor(task), 0.0f);
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
-        const float z = exponent_at(e, j) - largest[j];
+        const float z = (exponent_at(e, j) - largest[j]) * task.factor;
         scale[j] += exp2_fast(z);
         if (place.code(j) == k) of_label[j] = low_label(task, plane, at, window, j, z, largest[j]);
       }
@@ -201,25 +204,24 @@ template <int kColumns_> struct WideWindow {
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
       const int code = place.code(j);
-      const bool nothing = of_label[j] == -INFINITY && largest[j] <= task.lowest * task.factor;  // all classes are -inf
-      const float weight = weight_of(task, place, code, 0, j), total = nothing ? NAN : scale[j], bits = log2f(total);
+      const bool nothing = of_label[j] == -INFINITY && largest[j] <= task.lowest;  // all classes are -inf
+      const float weight = weight_of(task, place, code, 0, j), total = nothing ? NAN : scale[j];
       if (window.rows && j < window.columns)
-        sum += settle_pixel(task, place, code, 0, j, mine, (bits - of_label[j]) * kLn2, weight);
-      place.value(j) = (total - exp2_fast(of_label[j])) / total;
-      lse[j] = largest[j] + bits;
-      scale[j] = weight * gradient_scale;
+        sum += settle_pixel(task, place, code, 0, j, mine, (log2f(total) - of_label[j]) * kLn2, weight);
+      place.value(j) = total - exp2_fast(of_label[j]);
+      scale[j] = weight * gradient_scale / total;
     }
     return sum;
   }
 
-  __device__ __forceinline__ Moments2 moments(const Exponents& e, const Window&, const PixelPlace& place, int k,
-                                              bool) const {
+  __device__ __forceinline__ Moments2 moments(const UpsamplingTask& task, const Exponents& e, const Window&,
+                                              const PixelPlace& place, int k, bool) const {
     Moments2 sum{0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
       const int code = place.code(j);
-      const float g =
-          code < 0 ? 0.0f : scale[j] * (code == k ? -place.value(j) : exp2_fast(exponent_at(e, j) - lse[j]));
+      const float p = exp2_fast((exponent_at(e, j) - largest[j]) * task.factor);
+      const float g = code < 0 ? 0.0f : scale[j] * (code == k ? -place.value(j) : p);
       sum.all += g, sum.column += g * j;
     }
     return sum;

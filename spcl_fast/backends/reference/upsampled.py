@@ -185,10 +185,11 @@ def _logsumexp(strip: Tensor) -> Tensor:
 
 
 def _soft(strip: Tensor, target: Tensor, problem: UpsampledLoss) -> tuple[Tensor, Tensor]:
-    lse = _logsumexp(strip)
+    """A class that is not aimed at adds nothing; a class weight of 0 times an infinite loss is NaN, as in F.cross_entropy."""
+    terms = torch.where(target == 0, 0, target * (_logsumexp(strip) - strip))
     if problem.class_weight is not None:
-        target = target * problem.class_weight.to(strip.dtype)[:, None, None]
-    terms = torch.where(target == 0, 0, target * (lse - strip))
+        weight = problem.class_weight.to(strip.dtype)[:, None, None]
+        terms, target = terms * weight, target * weight
     return terms, softmax(strip) * target.sum(0, dtype=torch.float64).to(strip.dtype) - target
 
 
@@ -200,7 +201,8 @@ def _binary(strip: Tensor, target: Tensor, problem: UpsampledLoss) -> tuple[Tens
         log_q = torch.nn.functional.logsigmoid(sign * strip)
         q, miss = log_q.exp(), (sign * strip).neg().sigmoid()
         focus = miss**problem.gamma
-        terms, residual = -focus * log_q, sign * focus * (problem.gamma * q * log_q - miss)
+        q_log_q = torch.where(q == 0, 0, q * log_q)  # of an infinite loss, too
+        terms, residual = -focus * log_q, sign * focus * (problem.gamma * q_log_q - miss)
         # at -inf the class is surely absent: 0 * inf is no number
         sure = (strip == -torch.inf) & (target == 0)
         terms, residual = terms.where(~sure, 0), residual.where(~sure, 0)

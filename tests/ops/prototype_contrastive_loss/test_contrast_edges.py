@@ -282,18 +282,25 @@ def test_labels_of_a_class_without_a_row_cost_infinity(backend):
     assert value_of(backend, **case.given(p)) == torch.inf
 
 
-@pytest.mark.parametrize("backend", usable(CONTRAST, "prototype_class", "label_smoothing"))
+@pytest.mark.parametrize("backend", usable(CONTRAST, "prototype_class", "label_smoothing", among=ALL))
+@pytest.mark.parametrize(("reduction", "weight"), [("none", 0.7), ("sum", 0.7), ("sum", 0.0)])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
-def test_a_class_without_a_row_has_infinite_loss_and_the_gradients_of_the_formula(backend, loss, smoothing):
+def test_a_class_without_a_row_has_infinite_loss_and_the_gradients_of_the_formula(
+    backend, loss, smoothing, reduction, weight
+):
     p = problem((1, 8, 3, 4), 3)
     p.labels[0, 1] = 1  # the class without a row
-    given = plain(p, prototype_class=torch.tensor([0, 2, 2]), loss=loss, label_smoothing=smoothing, reduction="none")
-    given["temperature"] = p.temperature
+    given = plain(p, prototype_class=torch.tensor([0, 2, 2]), loss=loss, label_smoothing=smoothing, reduction=reduction)
+    given |= {"temperature": p.temperature, "class_weight": torch.tensor([1.0, weight, 2.0])}
     value, *gradients = differentiated(backend, given, (*LEAVES, "temperature"))
-    assert (value[p.labels == 1] == torch.inf).all() and not value.isnan().any()
+    if reduction == "none":
+        assert (value[p.labels == 1] == torch.inf).all() and not value.isnan().any()
+    else:
+        assert value == torch.inf if weight else value.isnan()
     expected = differentiated("reference", given, (*LEAVES, "temperature"))[1:]
     for got, right in zip(gradients, expected, strict=True):
+        assert right.isfinite().all()
         torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-5)
 
 

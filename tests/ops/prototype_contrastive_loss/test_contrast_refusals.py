@@ -101,6 +101,9 @@ _SOFT = {"labels": torch.ones(2, 5, 5, 7)}
     ({"positive_variance": False, "label_smoothing": 0.1}, ValueError, "positive_variance=False and label_smoothing"),
     ({"positive_variance": False, "loss": "sigmoid"}, ValueError, "positive_variance=False and loss='sigmoid'"),
     (_ROWS | {"positive_variance": False}, ValueError, "positive_variance=False and prototype_class"),
+    ({"positive_variance": False}, ValueError, "positive_variance=False and variances=None"),
+    (_SOFT | {"ignore_index": 3}, ValueError, "probabilities as labels and ignore_index=3"),
+    ({"labels": problem().teacher, "ignore_index": 0}, ValueError, "TeacherTargets and ignore_index=0"),
     ({"denominator": "all", "reduction": "sum"}, ValueError, "denominator=all and reduction='sum'"),
     ({"denominator": torch.tensor(1.0), "reduction": "none"}, ValueError, "denominator=a tensor and reduction='none'"),
     ({"denominator": "pixels"}, ValueError, "denominator must be 'labelled' or 'all', got 'pixels'"),
@@ -133,6 +136,15 @@ def test_options_that_mean_nothing_together_are_refused_by_name(change, error, t
     }
     with pytest.raises(error, match=text):
         sf.prototype_contrastive_loss(**given | change)
+
+
+def test_probabilities_take_the_defaults_of_ignore_index_here_and_in_torch():
+    p = problem()
+    values = [
+        sf.prototype_contrastive_loss(p.features, p.probabilities, p.prototypes, temperature=1.0, ignore_index=index)
+        for index in (255, -100)
+    ]
+    assert torch.equal(*values)
 
 
 @pytest.mark.parametrize("soft", ["probabilities", "teacher"])
