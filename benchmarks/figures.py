@@ -173,7 +173,8 @@ def backends_table() -> str:
     rows = []
     for op in backends.OPS:
         rows.append([f"**`{op}`**", *("yes" if op in options else "no" for options in has.values())])
-        used = [need for need in contract.NEEDS if any(need in options.get(op, ()) for options in has.values())]
+        reached = contract.NEEDS if op not in _NOT_REACHED else [n for n in contract.NEEDS if n not in _NOT_REACHED[op]]
+        used = [need for need in reached if any(need in options.get(op, ()) for options in has.values())]
         rows += [
             [
                 OPTION_WORDS.get(need, f"`{need}`"),
@@ -184,6 +185,8 @@ def backends_table() -> str:
     return markdown(["op and option", *(f"`{name}`" for name in has)], rows)
 
 
+# what a backend's loss shares with another one, and no argument of the op asks for
+_NOT_REACHED = {"upsampled_binary_cross_entropy": ("probabilities", "label_smoothing")}
 OPTION_WORDS = {
     "per_image_prototypes": "prototypes `[B, K, D]`",
     "tensor_temperature": "temperature as a tensor",

@@ -77,12 +77,12 @@ def why_not(ask: Ask) -> str | None:
     if device.type not in _DEVICES:
         return f"the CUDA kernels work on CUDA tensors, not on {device}"
     if op not in OPTIONS:
-        return f"the CUDA backend has no {op}; it has {' and '.join(OPTIONS)}"
+        return f"the CUDA backend has no {op}; it has {' and '.join(OPTIONS)}; use backend='triton'"
     if ask.dtype not in _DTYPES:
         return f"the CUDA kernels take float32, bfloat16 and float16, not {str(ask.dtype).removeprefix('torch.')}"
     lacks = ask.needs - OPTIONS[op]
     if lacks:
-        return f"{op} in CUDA has no {', no '.join(f'`{need}`' for need in sorted(lacks))}; use backend='reference'"
+        return f"{op} in CUDA has no {', no '.join(f'`{need}`' for need in sorted(lacks))}; use backend='triton'"
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
         return "the CUDA kernels need compute capability 8.0 or newer"
     if "variances" in ask.needs and ask.dtype == torch.float16:

@@ -53,7 +53,7 @@ def prototype_contrastive_loss(
                   F.cross_entropy. A pixel whose probabilities are all 0 is unlabelled. `TeacherTargets`: probabilities that are computed
                   and never stored.
     prototypes    [K, D], or [B, K, D] for one set per image (with prototype_class [M, D] or [B, M, D]); used as they are: they are not
-                  normalised here.
+                  normalised here. Next to half-float features GPU backends round them to the same dtype, as autocast does.
     temperature   a number, or a tensor of shape [] that may be learned; it is read where it is, without a host sync. Must be above 0.
     normalize     False: the dot product with x itself.
     ignore_index  pixels with this label have loss 0 and gradient exactly 0. No class may be named so where labels are probabilities.

@@ -8,10 +8,12 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tiny_run import save_scenes, tiny_config
 
 from spcl_fast.cli import main
+from spcl_fast.data import eval_batches
 from spcl_fast.data.classes import ClassSet, distinct
 from spcl_fast.errors import CheckpointError, NumericError
 from spcl_fast.method.context import Context
@@ -115,6 +117,57 @@ def test_predict_sees_an_image_in_the_windows_of_the_settings(finished, tmp_path
     assert np.array_equal(whole, predicted("b", "--evaluate.window", "53x37"))
     parts = predicted("c", "--evaluate.window", "20x20", "--evaluate.window_stride", "8x8")
     assert parts.shape == whole.shape and not np.array_equal(whole, parts)
+
+
+def logits_in_windows_of_16(model, image):
+    """[1, 3, 32, 48] -> the mean of the logits of windows at every 8 pixels, in float64."""
+    cell = model.stride
+    total = torch.zeros(1, 1, 32 // cell, 48 // cell, dtype=torch.float64)
+    count = torch.zeros_like(total)
+    for top in range(0, 17, 8):
+        for left in range(0, 33, 8):
+            there = slice(top // cell, (top + 16) // cell), slice(left // cell, (left + 16) // cell)
+            logits = model(image[:, :, top : top + 16, left : left + 16])[1]
+            total = total.expand(-1, logits.shape[1], -1, -1).clone()
+            total[:, :, there[0], there[1]] += logits
+            count[:, :, there[0], there[1]] += 1
+    return total / count
+
+
+def test_evaluate_and_predict_in_windows_are_a_plain_loop_with_interpolate_argmax_and_bincount(finished, tmp_path):
+    scored, folder = tmp_path / "figures.json", str(finished.run.folder)
+    windows = ["--evaluate.window", "16x16", "--evaluate.window_stride", "8x8"]
+    assert main(["evaluate", folder, "--stage", "oracle", "--output", str(scored), *windows]) == 0
+    found = np.array(json.loads(scored.read_text())["confusion"])
+
+    model, dataset = finished.model_of("oracle").double().eval(), finished.domains.dataset("target", "val").spread(4)
+    classes, expected, unclear, images = len(dataset.classes), np.zeros_like(found), 0, tmp_path / "images"
+    images.mkdir()
+    with torch.no_grad():
+        for index, (image, label, _) in enumerate(eval_batches(dataset, (48, 32))):
+            logits = logits_in_windows_of_16(model, image.double())
+            large = F.interpolate(logits, np.shape(label), mode="bilinear", align_corners=True)[0]
+            best = large.topk(2, 0)
+            unclear += int((best.values[0] - best.values[1] < 1e-4).sum())
+            pairs = (torch.from_numpy(np.array(label)).long() * classes + best.indices[0]).flatten()
+            expected += np.bincount(pairs[pairs < classes**2], minlength=classes**2).reshape(classes, classes)
+            dataset.image(index).resize((48, 32)).save(images / f"{index}.png")
+    assert expected.sum() == found.sum() and np.abs(found - expected).sum() <= 2 * unclear < expected.sum() / 100
+
+    assert (
+        main(["predict", folder, str(images), str(tmp_path / "out"), "--stage", "oracle", "--size", "native", *windows])
+        == 0
+    )
+    with torch.no_grad():
+        for path in sorted(images.iterdir()):
+            image = torch.from_numpy(np.array(Image.open(path)))[None].movedim(3, 1).double() / 255
+            large = F.interpolate(logits_in_windows_of_16(model, image), (32, 48), mode="bilinear", align_corners=True)[
+                0
+            ]
+            best = large.topk(2, 0)
+            clear = (best.values[0] - best.values[1] >= 1e-4).numpy()
+            mask = np.asarray(Image.open(tmp_path / "out" / "masks" / path.name))
+            assert clear.mean() > 0.99 and np.array_equal(mask[clear], best.indices[0].numpy()[clear])
 
 
 def test_a_net_picked_in_windows_is_never_called_one_picked_without(tmp_path):

@@ -17,6 +17,7 @@ from problems import problem
 
 import spcl_fast as sf
 from spcl_fast import backends
+from spcl_fast.backends import cuda, measured
 from spcl_fast.backends.contract import NEEDS
 
 OP = "prototype_contrastive_loss"
@@ -187,3 +188,22 @@ def test_no_set_of_options_is_refused_by_a_backend(backend):
     assert backends.why_not(backend, asked(OP, *of_the_op)) is None
     for pair in itertools.combinations(of_the_op, 2):
         assert backends.why_not(backend, asked(OP, *pair)) is None
+
+
+NOT_IN_CUDA = (
+    ("prototype_logits", ""), ("upsampled_binary_cross_entropy", ""), ("balance_", ""), ("upsampled_cross_entropy", "label_smoothing"),
+    ("upsampled_cross_entropy", "probabilities"), (OP, "teacher"), (OP, "prototype_class"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "need"), NOT_IN_CUDA)
+def test_what_cuda_lacks_falls_to_triton_and_is_refused_with_the_reason_where_cuda_is_named(op, need, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(cuda, "missing", lambda: None)
+    monkeypatch.setattr(measured, "order", lambda ask: ("cuda", "triton"))
+    monkeypatch.delenv("SPCL_FAST_BACKEND", raising=False)
+    ask = asked(op, *filter(None, [need]), device="cuda")
+    assert backends.pick(ask, None) == "triton"
+    assert backends.pick(asked("upsampled_confusion", device="cuda"), None) == "cuda"
+    with pytest.raises(RuntimeError, match=rf"no {f'`{need}`' if need else op}.*use backend='triton'"):
+        backends.pick(ask, "cuda")
