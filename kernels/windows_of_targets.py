@@ -55,7 +55,7 @@ def _target(image, target, cls, k, rows, cols, mask, ROWS: tl.constexpr, COLS: t
 
 @triton.jit
 def _aimed(image, target, cls, k, rows, cols, mask, ROWS: tl.constexpr, COLS: tl.constexpr, CELLS: tl.constexpr):
-    """keep t_k + share. A class that is not aimed at adds nothing; a class weight of 0 times an infinite loss is NaN."""
+    """keep t_k + share."""
     return target.keep * _target(image, target, cls, k, rows, cols, mask, ROWS, COLS, CELLS) + target.share
 
 
@@ -108,13 +108,12 @@ def _softmax_walk(
     for k in range(0, terms.K):
         a, b, c, d = load_corners(ptr, at)
         z = interpolate(a, b, c, d, y, x) - bound
-        aimed = _aimed(image, target, cls, k, rows, cols, mask, ROWS, COLS, CELLS)
-        q = _class_weight(terms.weights, k) * aimed
+        q = _class_weight(terms.weights, k) * _aimed(image, target, cls, k, rows, cols, mask, ROWS, COLS, CELLS)
         total += tl.exp2(z * terms.scaling.factor)
         mass += q
-        part = tl.where(aimed == 0, 0.0, q * z)
+        part = tl.where(q == 0, 0.0, q * z)
         if is_low:
-            part = tl.where((aimed != 0) & is_masked(ptr, at, y, x), q * -float("inf"), part)
+            part = tl.where((q != 0) & is_masked(ptr, at, y, x), -float("inf"), part)
         dot += part
         ptr += terms.stride_k
     if is_low:

@@ -117,11 +117,11 @@ class ContrastProblem {
     for (int64_t k = 0; k < K; ++k) {
       class_scale_[k] = a->class_weight ? a->class_weight[k] : 1.0f;
       const double weight = loss == kSoftmax ? class_scale_[k] : 1.0;
-      share_[k] = share_of((1 - settings_.label_smoothing) * weight);
-      background_[k] = share_of(settings_.label_smoothing / K * weight);
+      share_[k] = static_cast<float>((1 - settings_.label_smoothing) * weight);
+      background_[k] = static_cast<float>(settings_.label_smoothing / K * weight);
       options_.background_sum += settings_.label_smoothing / K * weight;
     }
-    options_.loss = loss, options_.num_classes = K, options_.nothing = nothing_aimed(settings_.label_smoothing);
+    options_.loss = loss, options_.num_classes = K;
     options_.bias = bias_.data(), options_.bias_stride = bias_stride_;
     options_.share = share_.data(), options_.background = background_.data(),
     options_.class_scale = class_scale_.data();

@@ -56,12 +56,11 @@ struct StreamedProblem {
     for (int64_t k = 0; k < K; ++k) {
       const double scale = a->class_weight ? a->class_weight[k] : 1.0, weight = sigmoid ? 1.0 : scale;
       if (sigmoid) class_scale.push_back(static_cast<float>(scale));
-      share.push_back(share_of((1 - s.label_smoothing) * weight));
-      if (s.label_smoothing != 0) background.push_back(share_of(s.label_smoothing / K * weight));
+      share.push_back(static_cast<float>((1 - s.label_smoothing) * weight));
+      if (s.label_smoothing != 0) background.push_back(static_cast<float>(s.label_smoothing / K * weight));
       a->background_sum += s.label_smoothing / K * weight;
     }
     a->share = share.data(), a->background = background.empty() ? nullptr : background.data();
-    a->nothing = nothing_aimed(s.label_smoothing);
     a->class_scale = class_scale.data();
     if (sigmoid) a->class_weight = nullptr;  // the denominator counts pixels
   }

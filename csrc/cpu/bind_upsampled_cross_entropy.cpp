@@ -36,12 +36,12 @@ struct LossOptions {
 
   LossOptions(const std::vector<double>& settings, bool binary, int64_t num_classes, const float* class_weight) {
     const double smoothing = settings[1];
-    view.binary = binary, view.gamma = static_cast<float>(settings[2]), view.nothing = nothing_aimed(smoothing);
+    view.binary = binary, view.gamma = static_cast<float>(settings[2]);
     for (int64_t k = 0; k < num_classes; ++k) {
       class_scale.push_back(class_weight ? class_weight[k] : 1.0f);
       const double weight = binary ? 1.0 : class_scale[k];
-      share.push_back(share_of((1 - smoothing) * weight));
-      background.push_back(share_of(smoothing / num_classes * weight));
+      share.push_back(static_cast<float>((1 - smoothing) * weight));
+      background.push_back(static_cast<float>(smoothing / num_classes * weight));
       view.background_sum += smoothing / num_classes * weight;
     }
     view.share = share.data(), view.background = background.data(), view.class_scale = class_scale.data();

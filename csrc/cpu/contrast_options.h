@@ -59,8 +59,7 @@ int read_probabilities(const Contrast& a, const Span& at, float* out, int32_t* l
       vf t = load(out + k * kPanel + v);
       good &= (t >= 0.0f) & (t < __builtin_inff());
       sum += t;
-      vf aimed = select(t == 0.0f, splat(o.nothing + o.background[k]), t * o.share[k] + o.background[k]);
-      store(out + k * kPanel + v, aimed);
+      store(out + k * kPanel + v, t * o.share[k] + o.background[k]);
     }
     vi used = sum != 0.0f;
     for (int i = 0; i < V; ++i) {
@@ -207,18 +206,22 @@ void log_sum_exp(const float* z, int64_t num_classes, float* top, float* log_sum
 SPCL_LOCAL
 void softmax_loss(const ContrastOptions& o, const float* z, const Aims& aims, const float* top, const float* log_sum,
                   float* loss) {
+  const int64_t terms = aims.targets || o.background_sum != 0 ? o.num_classes : 0;
   for (int v = 0; v < kPanel; v += V) {
     const vf most = load(top + v), rest = load(log_sum + v);
     LongSum sum;
     vf rough = {};  // an infinite loss, of which the corrections of LongSum would make NaN
-    if (!aims.targets) sum.add(rough = load(aims.own + v) * ((most - load(aims.own_z + v)) + rest));
-    const int64_t terms = aims.targets || o.background_sum != 0 ? o.num_classes : 0;
+    if (!aims.targets) {
+      const vf own = load(aims.own + v), term = own * ((most - load(aims.own_z + v)) + rest);
+      // a label of weight 0 and infinite loss: NaN, as in F.cross_entropy; nothing where it is one target of many
+      sum.add(rough = terms ? select(own == 0.0f, vf{}, term) : term);
+    }
     for (int64_t first = 0; first < terms; first += kSumBlock) {
       vf part = {};
       for (int64_t k = first; k < smaller(first + kSumBlock, terms); ++k) {
         vf t = aims.targets ? load(aims.targets + k * kPanel + v) : splat(o.background[k]);
         vf term = t * ((most - load(z + k * kPanel + v)) + rest);
-        part += select(is_aimed(t), term, vf{});  // a class of logit -inf that nobody aims at
+        part += select(t == 0.0f, vf{}, term);  // a class of logit -inf that nobody aims at
       }
       sum.add(part), rough += part;
     }
@@ -229,7 +232,7 @@ void softmax_loss(const ContrastOptions& o, const float* z, const Aims& aims, co
 SPCL_INLINE
 vf target_of(const ContrastOptions& o, const Aims& aims, vi label, int64_t k, int v) {
   if (aims.targets) return load(aims.targets + k * kPanel + v);
-  return select(label == (int32_t)k, load(aims.own + v), splat(o.nothing)) + o.background[k];
+  return select(label == (int32_t)k, load(aims.own + v), vf{}) + o.background[k];
 }
 
 // sum_k scale_k (log(1 + exp(z_k)) - t_k z_k) -> loss [kPanel].

@@ -44,13 +44,6 @@ enum ContrastLoss : int {
 
 // What a loss beyond the plain one is made of. M rows of prototypes, K classes. With target t and label_smoothing e,
 // all of (1 - e) t_k + e / K stands in two arrays: share_k t_k + background_k (softmax: both times the class weight).
-// A zero's sign says why it is one: the result is +0 where t_k is 0 and nothing is smoothed, so that nobody aims at the
-// class; and -0 where the class weight alone is 0, which an infinite loss makes NaN, as in F.cross_entropy.
-static inline float share_of(double value) { return value == 0 ? -0.0f : static_cast<float>(value); }
-
-// What share_k t_k is where t_k is 0.
-static inline float nothing_aimed(double label_smoothing) { return label_smoothing == 0 ? 0.0f : -0.0f; }
-
 struct ContrastOptions {
   ContrastLoss loss;
   int64_t num_classes;
@@ -58,7 +51,6 @@ struct ContrastOptions {
   int64_t bias_stride;      // floats between two images' biases; 0: shared
   const float* share;       // [K]
   const float* background;  // [K]
-  float nothing;            // `nothing_aimed`
   double background_sum;
   const float* class_scale;  // [K]: class weights of the sigmoid loss
   Features targets;          // [B, K, h, w] probabilities, or the incoming gradient of logits; no data: labels
@@ -129,7 +121,6 @@ struct Streamed {
   int64_t bias_stride;
   const float* share;       // [K], as in ContrastOptions; nullptr: no loss, only the logsumexp
   const float* background;  // [K] or nullptr
-  float nothing;
   double background_sum;
   const float* class_scale;  // [K], the sigmoid loss alone
   bool sigmoid;
@@ -222,7 +213,6 @@ struct UpsampledOptions {
   float gamma;
   const float* share;       // [K]
   const float* background;  // [K]
-  float nothing;
   double background_sum;
   const float* class_scale;  // [K]
   Upsampled targets;         // probabilities [B, K, g, f] and where the pixels lie between their nodes; no data: labels

@@ -75,8 +75,7 @@ void teacher_targets(const Streamed& a, int64_t first, int64_t count, const floa
     const vf high = load(u + v), low = load(u_low + v);
     for (int64_t k = 0; k < count; ++k) {
       vf score = fused(load(block + k * kPanel + v), factor, splat(a.teacher_v[first + k]));
-      vf t = exp((score + high) + low);
-      t = select(t == 0.0f, splat(a.nothing), t * a.share[first + k]);
+      vf t = exp((score + high) + low) * a.share[first + k];
       store(block + k * kPanel + v, a.background ? t + a.background[first + k] : t);
     }
   }
@@ -85,18 +84,16 @@ void teacher_targets(const Streamed& a, int64_t first, int64_t count, const floa
 // share_k t_k + background_k of V pixels: a teacher's, or those of labels, whose class counts from the block's first.
 struct BlockTargets {
   const float *given, *share, *background;
-  vf nothing;
   vi own;
 
   SPCL_INLINE_MEMBER BlockTargets(const Streamed& a, int64_t first, const int32_t* label, int v, const float* targets)
       : given(a.teacher.data ? targets + v : nullptr),
         share(a.share + first),
         background(a.background ? a.background + first : nullptr),
-        nothing(splat(a.nothing)),
         own(a.teacher.data ? splat((int32_t)-1) : load(label + v) - (int32_t)first) {}
   SPCL_INLINE_MEMBER vf at(int64_t k) const {
     if (given) return load(given + k * kPanel);
-    vf t = select(own == (int32_t)k, splat(share[k]), nothing);
+    vf t = select(own == (int32_t)k, splat(share[k]), vf{});
     return background ? t + background[k] : t;
   }
 };

@@ -86,7 +86,7 @@ void add_softmax(const StreamedForward& a, Gathered& g, const int32_t* label, in
       if constexpr (kAims) {
         vf t = target.at(j);
         targets += t;
-        aimed += select(is_aimed(t), t * z, vf{});
+        aimed += select(t == 0.0f, vf{}, t * z);
       }
     }
     g.sum[v / V].add(part);

@@ -60,9 +60,8 @@ struct VectorTargets {
 
 SPCL_INLINE
 vf target_of(const UpsampledOptions& o, const VectorTargets& t, int64_t k) {
-  if (!t.probabilities) return select(t.own == (int32_t)k, splat(o.share[k]), splat(o.nothing)) + o.background[k];
-  const vf given = load(t.probabilities + k * V);
-  return select(given == 0.0f, splat(o.nothing + o.background[k]), given * o.share[k] + o.background[k]);
+  if (t.probabilities) return load(t.probabilities + k * V) * o.share[k] + o.background[k];
+  return select(t.own == (int32_t)k, splat(o.share[k]), vf{}) + o.background[k];
 }
 
 // e becomes the slopes by the logits (in natural logarithms). Returns the loss.
@@ -75,7 +74,7 @@ vf soft_cross_entropy(const Upsampled& a, const UpsampledOptions& o, const float
   for (int64_t k = 0; k < a.logits.dim; ++k) whole += target_of(o, targets, k);
   for (int64_t k = 0; k < a.logits.dim; ++k) {
     const vf target = target_of(o, targets, k), logit = interpolate<kNear, kLow>(rows + k * node_stride(a), taps);
-    loss += select(is_aimed(target), target * (log_ratio<kLow>(top, logit, a.factor) + rest), vf{});
+    loss += select(target == 0.0f, vf{}, target * (log_ratio<kLow>(top, logit, a.factor) + rest));
     store(e + k * V, whole * (load(e + k * V) * inverse) - target);
   }
   return loss;

@@ -310,10 +310,6 @@ vf log(vf x) {
 SPCL_INLINE
 vf magnitude(vf x) { return (vf)((vi)x & 0x7fffffff); }
 
-// Whether anybody aims at a class, by its weighted target: see `share_of`.
-SPCL_INLINE
-vi is_aimed(vf target) { return (vi)target != 0; }
-
 // log(1 + x) of 0 to 1, without losing a small x.
 SPCL_INLINE
 vf log1p(vf x) {

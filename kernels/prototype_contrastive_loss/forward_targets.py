@@ -18,10 +18,13 @@ from .targets import aimed_at, class_weights, find_bad, raise_bad, read_target, 
 @triton.jit
 def _include_targets(z, aimed, w, target, offs_k, K, top, total, mass, value):
     """One more block of logits and of targets q = w aimed: maximum, sum of exponentials, sum of q, and sum of q (z - top) so far.
-    What is not aimed at adds nothing, however low its logit; a weight of 0 times an infinite loss is NaN, as in F.cross_entropy.
+    What has no q adds nothing, however low its logit; but a label of weight 0 whose loss is infinite makes NaN, as in F.cross_entropy.
     Sigmoid: value is the loss itself."""
     mask_k = (offs_k < K)[None, :]
     q = w[None, :] * aimed
+    adds = q != 0
+    if target.labels is not None:
+        adds = adds | (mask_k & (target.share == 0) & (aimed != 0))
     if target.sigmoid is not None:
         terms = w[None, :] * softplus(z) - tl.where(aimed == 0, 0.0, q * z)
         value += tl.sum(tl.where(mask_k, terms, 0.0), 1)
@@ -30,9 +33,7 @@ def _include_targets(z, aimed, w, target, offs_k, K, top, total, mass, value):
         new_top = tl.maximum(top, tl.max(z, 1))
         base = tl.where(new_top == -float("inf"), 0.0, new_top)
         total = total * tl.exp(top - base) + tl.sum(tl.exp(z - base[:, None]), 1)
-        value += tl.where(mass == 0, 0.0, mass * (top - base)) + tl.sum(
-            tl.where(mask_k & (aimed != 0), q * (z - base[:, None]), 0.0), 1
-        )
+        value += tl.where(mass == 0, 0.0, mass * (top - base)) + tl.sum(tl.where(adds, q * (z - base[:, None]), 0.0), 1)
         top = new_top
         mass += tl.sum(q, 1)
     return top, total, mass, value

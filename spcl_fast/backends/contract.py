@@ -81,8 +81,8 @@ class Contrast(NamedTuple):
         positive_variance=False (labels alone): the numerator's z_y lacks the variance term: w_y (lse(z) - (<x^, P_y> / tau + b_y))
     times pixel_weight. What "mean" divides by is `denominator`, or where that is None the sum of w_y over labelled pixels (probabilities:
     the number of labelled pixels; sigmoid: the number of labelled pixels). A denominator of 0 gives loss 0 and gradient 0.
-    A class that is not aimed at (t_k = 0 and no smoothing) adds nothing, whatever its logit. One that is, with logit -inf, costs inf;
-    with a class weight of 0 it costs NaN, as in F.cross_entropy. The gradients are finite all the same.
+    A label whose logit is -inf costs inf and, with a class weight of 0, NaN: as in F.cross_entropy. Where targets are smoothed or soft, a
+    class with w_k t_k = 0 adds nothing to the softmax loss, whatever its logit. The gradients are finite all the same.
     A pixel whose label is ignore_index, or whose probabilities sum to 0, has loss 0 and gradient exactly 0, whatever its features hold.
     """
 

@@ -185,11 +185,14 @@ __device__ __forceinline__ void see_classes(Seen& seen, const GeneralLogits& z, 
   float top = seen.top;
   for (int k = part; k < count; k += 4) top = fmaxf(top, z[k]);
   seen.raise(top);
+  const bool is_hard = !t.probabilities && t.floor == 0;
   for (int k = part; k < count; k += 4) {
     const float value = z[k], wanted = t.wanted(k0 + k), a = t.weight(k0 + k) * wanted;
     if (value != -INFINITY) seen.total += expf(value - seen.top);
     const float own = lacks_own && k == z.own ? value - z.square(k) : value;  // in the numerator
-    if (wanted != 0) seen.below += a * (own == -INFINITY ? INFINITY : seen.top - own);
+    // what adds nothing, however low its logit; a label of weight 0 makes NaN of an infinite loss, as in
+    // F.cross_entropy
+    if (a != 0 || (is_hard && wanted != 0)) seen.below += a * (own == -INFINITY ? INFINITY : seen.top - own);
     seen.mass += a;
   }
 }

@@ -72,13 +72,13 @@ def smoothed(target: Tensor, label_smoothing: float) -> Tensor:
 
 
 def soft_loss(z: Tensor, target: Tensor, class_weight: Tensor | None, kind: str) -> Tensor:
-    """z, target [K, P] -> [P]. A class without probability adds nothing, whatever its logit."""
+    """z, target [K, P] -> [P]. In the softmax a class whose weighted target is 0 adds nothing, whatever its logit."""
+    weight = 1 if class_weight is None else class_weight.to(z.dtype)[:, None]
     if kind == "sigmoid":
-        terms = softplus(z) - torch.where(target == 0, 0, target * z)
+        terms = weight * (softplus(z) - torch.where(target == 0, 0, target * z))
     else:
+        target = weight * target
         terms = torch.where(target == 0, 0, target * negative_log_softmax(z))
-    if class_weight is not None:
-        terms = terms * class_weight.to(z.dtype)[:, None]
     return terms.sum(0, dtype=torch.float64).to(z.dtype)
 
 

@@ -185,11 +185,9 @@ def _logsumexp(strip: Tensor) -> Tensor:
 
 
 def _soft(strip: Tensor, target: Tensor, problem: UpsampledLoss) -> tuple[Tensor, Tensor]:
-    """A class that is not aimed at adds nothing; a class weight of 0 times an infinite loss is NaN, as in F.cross_entropy."""
-    terms = torch.where(target == 0, 0, target * (_logsumexp(strip) - strip))
     if problem.class_weight is not None:
-        weight = problem.class_weight.to(strip.dtype)[:, None, None]
-        terms, target = terms * weight, target * weight
+        target = target * problem.class_weight.to(strip.dtype)[:, None, None]
+    terms = torch.where(target == 0, 0, target * (_logsumexp(strip) - strip))
     return terms, softmax(strip) * target.sum(0, dtype=torch.float64).to(strip.dtype) - target
 
 
