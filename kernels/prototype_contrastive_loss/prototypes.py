@@ -159,9 +159,7 @@ def prototype_gradient(features, operands, per_image: bool, needs_bias: bool):
     plain = target.plain is not None and prototypes.variances is None and not (per_image or needs_bias)
     name = "contrast_prototypes" if plain else "contrast_prototypes_target"
     dtype = torch.float32 if is_wide(target) else features.dtype
-    settings = cut_to(
-        launch.settings_of(architecture(features), name, dtype, size.D, size.K, layout(features)), size.D
-    )
+    settings = cut_to(launch.settings_of(architecture(features), name, dtype, size.D, size.K, layout(features)), size.D)
     batch = features.shape[0]
     images = batch if per_image else 1
     tiles = batch // images * triton.cdiv(size.P, settings["BLOCK_N"])
