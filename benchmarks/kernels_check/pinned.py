@@ -8,7 +8,7 @@ loop, with the bytes that a thread asks of global memory in that trip. Compared 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from benchmarks import RESULTS
@@ -22,26 +22,27 @@ def key(row: Row) -> tuple[str, ...]:
     return tuple(row[name] for name in _KEY)
 
 
-def read(path: Path = TABLE) -> dict:
+def read(path: Path | None = None) -> dict:
     """compilers: name -> version; rows."""
+    path = path or TABLE
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"compilers": {}, "rows": []}
 
 
-def write(compilers: dict[str, str], rows: Iterable[Row], path: Path = TABLE) -> None:
+def write(compilers: dict[str, str], rows: Iterable[Row], path: Path | None = None) -> None:
     lines = ",\n".join(json.dumps(row) for row in sorted(rows, key=key))
-    path.write_text(
+    (path or TABLE).write_text(
         f'{{"rung": "static", "compilers": {json.dumps(compilers, sort_keys=True)}, "rows": [\n{lines}\n]}}\n',
         encoding="utf-8",
     )
 
 
-def merged(found: list[Row], kept: list[Row], complete: set[tuple[str, str]] = frozenset()) -> list[Row]:  # type: ignore[assignment]
+def merged(found: list[Row], kept: list[Row], complete: Collection[tuple[str, str]] = ()) -> list[Row]:
     """The table with these rows anew. complete: (by, arch) of which everything was compiled: rows that were not found are dropped."""
     new = {key(row): row for row in found}
     return [*new.values(), *(r for r in kept if key(r) not in new and (r["by"], r["arch"]) not in complete)]
 
 
-def differences(found: list[Row], kept: list[Row], complete: set[tuple[str, str]] = frozenset()) -> list[str]:  # type: ignore[assignment]
+def differences(found: list[Row], kept: list[Row], complete: Collection[tuple[str, str]] = ()) -> list[str]:
     """A line for each row that is new, gone, or not as pinned, with what changed."""
     old, new = {key(row): row for row in kept}, {key(row): row for row in found}
     lines = []

@@ -91,6 +91,26 @@ def test_the_committed_table_has_every_kernel_and_no_spill():
         assert {row["kernel"] for row in rows if (row["by"], row["arch"]) == ("triton", f"sm_{capability}")} == launched
 
 
+def test_kernels_check_fails_with_the_rows_that_differ_until_they_are_pinned(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # which the command would set
+    from benchmarks.kernels_check import __main__ as command
+
+    found, version = [ROW], {"cuda": "13.0"}
+    monkeypatch.setattr(pinned, "TABLE", tmp_path / "kernels.json")
+    monkeypatch.setattr(triton_kernels.pixels, "INTERPRETED", False)
+    monkeypatch.setattr(command, "compilers", lambda: version)
+    monkeypatch.setattr(command, "_rows", lambda options: ((row, "a line", False) for row in found))
+    assert command.main(["--update"]) == 0 and command.main([]) == 0
+    assert "1 rows as pinned" in capsys.readouterr().out
+    found[:] = [ROW | {"registers": 99}]
+    assert command.main([]) == 1
+    assert "~ cuda k k.cu sm_90a: registers 40 -> 99" in (out := capsys.readouterr().out) and "ARGS=--update" in out
+    version["cuda"] = "13.1"
+    assert command.main([]) == 0 and "cuda 13.1 is not what the table was made with (13.0)" in capsys.readouterr().out
+    monkeypatch.setattr(command, "_rows", lambda options: iter([(ROW, "spilled", True), (None, "late", False)]))
+    assert command.main([]) == 1 and "1 left for the next call" in capsys.readouterr().out
+
+
 def test_a_block_whose_registers_do_not_fit_is_faulty():
     launch = launches.Launch("no", None, (), (), (), (), (1,), ())
     usage = triton_kernels.Usage(147, 0, 0, "wgmma", 1, 16, b"")

@@ -48,6 +48,11 @@ template <class T> struct MomentsBlock {
   __device__ __forceinline__ int tile_pixels() const { return static_cast<int>(a.plan.tile_pixels); }
   __device__ __forceinline__ T* row(int r) const { return reinterpret_cast<T*>(rows + r * m.row_bytes); }
 
+  // Of a lane: which 16 bytes of which of 32 / units rows. The eight lanes that are served together meet in 32 banks: a
+  // row of 128 bytes, or the same 16 bytes of eight shorter ones.
+  __device__ __forceinline__ int lane_unit() const { return m.units < 8 ? lane / (32 / m.units) : lane % 8; }
+  __device__ __forceinline__ int lane_row() const { return m.units < 8 ? lane % (32 / m.units) : lane / 8; }
+
   // ---- loading: what this warp walks --------------------------------------------------------------------------
 
   __device__ __forceinline__ const T* pixel_data(const TilePlace& t, int p) const {
@@ -64,11 +69,11 @@ template <class T> struct MomentsBlock {
 
   // 16 bytes of pixels a lane.
   __device__ __forceinline__ void load_units(const TilePlace& t) const {
-    const int unit = lane & (m.units - 1), given = min(kUnit, t.pixels - unit * kUnit) * static_cast<int>(sizeof(T));
+    const int unit = lane_unit(), given = min(kUnit, t.pixels - unit * kUnit) * static_cast<int>(sizeof(T));
     if (given <= 0) return;
     const T* from = pixel_data(t, unit * kUnit);
     for (int own = 0; own < kThreadChannels; ++own)
-      for (int r = lane / m.units; r < 32; r += 32 / m.units) {
+      for (int r = lane_row(); r < 32; r += 32 / m.units) {
         const int d = first_row(own) + r;
         if (d < channels) copy_async<16>(row(d) + unit * kUnit, from + d * a.x.stride_d, given);
       }
@@ -76,14 +81,17 @@ template <class T> struct MomentsBlock {
 
   // Lanes along pixels; rows of any alignment, pixels of any stride.
   __device__ __forceinline__ void load_pixels(const TilePlace& t) const {
-    const int lanes = min(tile_pixels(), 32), step = 32 / lanes, skip = lane / lanes;
+    // shorter rows go in fours: of the two that are written together, one begins 16 banks after the other
+    const int lanes = min(tile_pixels(), 32), step = 32 / lanes, each = step == 1 ? 32 : 4;
     for (int p = lane & (lanes - 1); p < t.pixels; p += lanes) {
       const T* data = pixel_data(t, p);
-      for (int own = 0; own < kThreadChannels; ++own) {
-        const int first = first_row(own) + skip, left = min(32 - skip, channels - first);
-        copy_each<T>((left + step - 1) / step, [&](int i) { return row(first + i * step) + p; },
-                     [&](int i) { return data + (first + i * step) * a.x.stride_d; });
-      }
+      for (int own = 0; own < kThreadChannels; ++own)
+        for (int r = lane / lanes * each; r < 32; r += each * step) {
+          const int first = first_row(own) + r;
+          copy_each<T>(
+              min(each, channels - first), [&](int i) { return row(first + i) + p; },
+              [&](int i) { return data + (first + i) * a.x.stride_d; });
+        }
     }
   }
 
@@ -182,10 +190,10 @@ template <class T> struct MomentsBlock {
 
   // squares[warp][p]: sum over this warp's rows.
   __device__ __forceinline__ void square_rows() const {
-    const int unit = lane & (m.units - 1);
+    const int unit = lane_unit();
     float sum[kUnit] = {};
     for (int own = 0; own < kThreadChannels; ++own)
-      for (int r = lane / m.units; r < 32; r += 32 / m.units) {
+      for (int r = lane_row(); r < 32; r += 32 / m.units) {
         const int d = first_row(own) + r;
         if (d >= channels) continue;
         float x[kUnit];
@@ -195,8 +203,9 @@ template <class T> struct MomentsBlock {
       }
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) {
-      for (int lanes = m.units; lanes < 32; lanes <<= 1) sum[i] += __shfl_xor_sync(kAllLanes, sum[i], lanes);
-      if (lane < m.units) squares[warp * tile_pixels() + unit * kUnit + i] = sum[i];
+      const int next = m.units < 8 ? 1 : 8;  // between two lanes of a unit
+      for (int by = next; by < next * (32 / m.units); by <<= 1) sum[i] += __shfl_xor_sync(kAllLanes, sum[i], by);
+      if (lane_row() == 0) squares[warp * tile_pixels() + unit * kUnit + i] = sum[i];
     }
   }
 
