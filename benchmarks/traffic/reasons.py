@@ -16,14 +16,16 @@ MISSED = """### Missed, and why
 * **Sectors, rows aligned.** `unit_moments` of Triton at A holds 2048 channels of 4 pixels in registers: 16 bytes of a row in
   float32, 8 in half floats, of a sector of 32. The same program's next tiles read the rest, 64 KB later, from L1: *again*.
   DRAM moves it once.
-* **Sectors, odd rows.** 64 pixels are 8 sectors of float32 and 4 of half floats; rows that begin anywhere touch 8 7/8 and
-  4 15/16: 1.11 and 1.23. The rest up to what is counted are this small map's last tiles, and in CUDA's half floats the last
-  element of a shifted row, a request of its own (1.40), and gradients that are written 32 elements a request (1.47). The
-  sector that two tiles share is in L2 when the second one asks for it: DRAM moves 1.00 to 1.03. Tiles of 128 pixels would
-  bring 1.12, and leave shape A 115 blocks for 132 multiprocessors.
+* **Sectors, odd rows.** A request of 64 pixels is 8 sectors of float32 and 4 of half floats; rows that begin anywhere touch 8 7/8
+  and 4 15/16: 1.11 and 1.23. Triton's float32 backward (32 pixels) and CUDA's float32 (two requests per row) have 1.23; in
+  CUDA's half floats the last element of a shifted row is a request of its own (1.36), and a gradient's row is written in two
+  (1.51). The sector that two requests share is in L1 or L2 when the second one asks for it: DRAM moves 1.00. Tiles of 128
+  pixels would bring 1.12 in half floats, and leave shape A 115 blocks for 132 multiprocessors; 64 pixels in Triton's float32
+  backward would bring 1.11, and one block per multiprocessor instead of three. CUDA's `moments` at A takes 16 or 32 pixels a
+  tile, as 2048 channels of them fill shared memory: 1.45 to 1.49, the rest again from L2.
 * **Up-sampled cross-entropy.** A program owns cells of the low-resolution grid and asks for the nodes around them, with a
   halo: several times the map's bytes, but the same block asks again within a few KB (*again*, *in flight*), so L1 and L2
-  serve it. From DRAM come 0.15 U.
+  serve it. From DRAM come 0.06 to 0.15 U.
 * **Shared wavefronts.** CUDA's D goes through the general kernels, whose writes of a round's logits and products still meet in
   banks; `moments` at A walks mixed units pixel by pixel, where lanes read words 36 or 20 apart. Not done.
 * **channels_last in half floats, CUDA.** Two channels of two pixels are turned in registers, as cp.async cannot: what is on its way
