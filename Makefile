@@ -75,7 +75,7 @@ sanitize: install ## the C++ kernels built with address and undefined-behaviour 
 	@cp -r tests benchmarks pyproject.toml $(SANITIZED)/
 	@cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-		$(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider -k "not takes_less and not grow_no_memory" $(SANITIZED_TESTS) $(ARGS)
+		$(CURDIR)/$(BIN)/python -m pytest -p no:cacheprovider -k "cpu and not takes_less and not grow_no_memory" $(SANITIZED_TESTS) $(ARGS)
 
 # NEWEST="torch==2.15.0" names another one; PyPI's torch for Linux brings CUDA's libraries (5 GB), PIP_INDEX_URL can name an index of CPU
 # builds. A copy of the checkout is built and tested: the one here has its compiled parts from the pinned torch, and pytest would import it.

@@ -71,6 +71,7 @@ def page(users: dict[str, list[Line]], machinery: list[Run]) -> str:
     ]
     for run in machinery:
         _check_count(run)
+        _check_where(run)
         lines.append(f"| {run.what} | {run.count.replace('_', ' ')} | {run.where} | {_link(run.test)} |")
     return "\n".join([*lines, ""])
 
@@ -104,6 +105,15 @@ def _check_count(run: Run) -> None:
     file = _source(path.as_posix())
     if number.replace("_", "").isdigit() and int(number) > 9 and number not in _source(run.test) and number not in file:
         raise LookupError(f"{run.test}: {run.what!r} says {run.count}, and {number} does not stand in {path}")
+
+
+def _check_where(run: Run) -> None:
+    """Every `make test` leaves out what is marked as soak, and `make soak` everything else."""
+    is_soak = "@pytest.mark.soak" in _source(run.test)
+    if "::" in run.test and is_soak != ("`make soak`" in run.where):
+        raise LookupError(
+            f"{run.test}: {run.what!r} says {run.where}, and the test is {'' if is_soak else 'not '}marked as soak"
+        )
 
 
 def main() -> int:

@@ -20,6 +20,20 @@ def test_a_test_that_is_gone_and_a_number_that_no_test_has_are_seen():
     test = "train/test_loop_restart.py::test_kill_9_at_random_moments_changes_no_bit"
     with pytest.raises(LookupError, match="says 9999 kills, and 9999 does not stand in"):
         page({}, [Run("kills", "9999 kills", "here", test)])
+    with pytest.raises(LookupError, match="says `make soak`, and the test is not marked as soak"):
+        page({}, [Run("kills", "25 kills", "`make soak`", test)])
+    with pytest.raises(LookupError, match="says every `make test`, and the test is marked as soak"):
+        page(
+            {},
+            [
+                Run(
+                    "kills",
+                    "25 kills",
+                    "every `make test`",
+                    test.replace("kill_9_at_random_moments_changes", "200_kills_change"),
+                )
+            ],
+        )
     with pytest.raises(ValueError, match="line 2: expected four cells, got 2"):
         read_table("## Figures\na | b\n")
 

@@ -213,7 +213,7 @@ sys.path.insert(0, sys.argv[2])
 import torch
 torch.set_num_threads(1)
 from faults import QUIET, TinyStage, tiny_batches
-from spcl_fast.train import distributed
+from spcl_fast import distributed
 folder = Path(sys.argv[1])
 with distributed.session("cpu") as world:
     def kill_once(it):
