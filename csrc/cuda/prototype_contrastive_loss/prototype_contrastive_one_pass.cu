@@ -151,9 +151,9 @@ template <class T> __device__ __forceinline__ void one_pass(const OnePassKernel&
 
 #endif
 
-// Two blocks a multiprocessor are what one_pass_plan counts on.
+// Two blocks per multiprocessor are what one_pass_plan counts on; of half floats three fit.
 template <class T>
-__global__ void __launch_bounds__(kProductThreads, 2)
+__global__ void __launch_bounds__(kProductThreads, sizeof(T) == 2 ? 3 : 2)
     contrast_one_pass_kernel(const __grid_constant__ OnePassKernel a) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   one_pass<T>(a);

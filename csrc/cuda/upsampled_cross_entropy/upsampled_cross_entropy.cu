@@ -199,8 +199,11 @@ __device__ __forceinline__ void group_of_rows(const CrossEntropyTask& task, cons
   }
 }
 
+// Three blocks of the smallest window without a gradient fit a multiprocessor.
 template <class T, int kRows, int kColumns, bool kGradient>
-__global__ __launch_bounds__(kUpThreads, 2) void cross_entropy_kernel(const CrossEntropyTask task) {
+__global__ __launch_bounds__(kUpThreads, kRows* kColumns <= 9 && !kGradient
+                                             ? 3
+                                             : 2) void cross_entropy_kernel(const CrossEntropyTask task) {
   Shared& shared = *shared_memory<Shared>();
   const float scale = kGradient ? inverse_denominator(task, shared.scratch) * task.inv_temperature : 0.0f;
   find_place(task, shared);
