@@ -70,7 +70,7 @@ def order(ask: Ask) -> tuple[str, ...]:
 
 @functools.cache
 def table() -> dict[str, Measured]:
-    """The table, read once per process. One that cannot be read is worth a warning, not a stopped training."""
+    """The table, read once per process. One that cannot be read gives a warning and does not stop training."""
     found, trouble = read_table(PATH)
     if trouble:
         warnings.warn(f"{trouble}. The order of preference is taken instead.", RuntimeWarning, stacklevel=2)

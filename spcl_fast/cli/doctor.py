@@ -1,6 +1,6 @@
 """What `spcl-fast doctor` says: versions, devices, every backend of every op with its reason, and a self-test of those that are usable.
 
-Needs nothing but torch: it is what one runs when something else does not.
+Needs nothing but torch: it is run when something else does not work.
 """
 
 from __future__ import annotations

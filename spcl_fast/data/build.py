@@ -191,7 +191,7 @@ def _shared_classes(
     classes, tables = read_classes(path)
     wanted = key or name
     if wanted in tables and (wanted != "cityscapes19" or to_nineteen is None):
-        # without a classes.json of its own nobody knows which ids the set has: those the table leaves out are ignored on purpose
+        # without a classes.json of its own it is not known which ids the set has: those the table leaves out are ignored on purpose
         return classes, LabelTable.of(tables[wanted], known=_known(table) if own.names else range(65536))
     if to_nineteen is not None and "cityscapes19" in tables and key in (None, "cityscapes19"):
         return classes, table.then(to_nineteen).then(tables["cityscapes19"])

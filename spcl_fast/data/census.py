@@ -1,4 +1,4 @@
-"""What the labels of a data set hold, counted, and what that says: ids nobody knows, classes that never occur, and the likely cause."""
+"""Counts of the labels of a data set, and what they show: unknown ids, classes that never occur, and the likely cause."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from .left_out import counted
 
 @dataclass
 class DataReport:
-    """What `check_data` found. `ok` is False where a file is broken, missing, or holds ids nobody has heard of."""
+    """What `check_data` found. `ok` is False where a file is broken, missing, or holds unknown ids."""
 
     kind: str
     split: str

@@ -86,7 +86,7 @@ class LabelTable:
     """A data set's own ids -> train ids, by one lookup.
 
     `lookup` is uint8 [65536], 255 where an id has no train id; `known` is bool [65536]: ids that the data set is known to hold,
-    so that `check_data` can tell an ignored id from one that nobody has heard of.
+    so that `check_data` can tell an ignored id from an unknown one.
     """
 
     lookup: np.ndarray

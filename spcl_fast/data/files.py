@@ -287,11 +287,11 @@ def _is_loop(where: str, name: str) -> bool:
 
 
 def read_list(path: Path) -> list[str]:
-    """Names of a list file, one a line, without picture suffix; empty lines and lines that start with # are passed over."""
+    """Names in a list file, one per line, without the images' suffix; empty lines and lines that start with # are skipped."""
     try:
         lines = read_text(path).splitlines()
     except (OSError, UnicodeError) as error:
-        raise DataError(f"list file {path} cannot be read: {error}. Expected one file name a line, UTF-8.") from error
+        raise DataError(f"list file {path} cannot be read: {error}. Expected one file name per line, UTF-8.") from error
     names = []
     for number, line in enumerate(lines, 1):
         line = line.strip()

@@ -1,6 +1,6 @@
 """The released code's `*_label_info.p`: which image holds which class, so that balanced sampling need not read every label again.
 
-A pickle can run code, so it is read by one that knows no name at all: lists, dictionaries, strings and numbers pass, all else fails.
+A pickle can run code, so it is read by an unpickler that resolves no names: lists, dictionaries, strings and numbers pass, all else fails.
 """
 
 from __future__ import annotations

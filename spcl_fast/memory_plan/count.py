@@ -1,7 +1,7 @@
 """Bytes that tensors hold, counted operation by operation: of real ones, or of fake ones that hold nothing.
 
-Counted is what torch's operations return. What an operation needs inside and gives back before it ends is seen by nobody outside; what is
-known of it is added as workspace (`cpu_workspace`).
+Counted is what torch's operations return. What an operation allocates and frees inside cannot be seen; what is known of it is added as
+workspace (`cpu_workspace`).
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def silent(line: str) -> None:
 
 
 def peaks(config: Config, stages: list[str], say: Callable[[str], None] = silent) -> list[PeakMemory]:
-    """say: hears which stage is being counted, which can take many seconds."""
+    """say: called with the stage that is being counted, which can take many seconds."""
     num_classes = num_classes_of(config)
     return [_counted(config, stage, num_classes, f"{at} of {len(stages)}", say) for at, stage in enumerate(stages, 1)]
 
@@ -82,7 +82,7 @@ def settings_within(
 
     Tried in this order, each on top of what is given: nothing; gradients absorbed; bfloat16; then recomputation, parts of the batch, both
     (the one that fits with the fewest counted operations); offload; smaller images. Raises ConfigError that names the least peak found.
-    bf16: whether the card has bfloat16. say: hears what is being counted.
+    bf16: whether the card has bfloat16. say: called with what is being counted.
     """
     trained = [stage for stage in stages if _trains(stage)] or stages
     num_classes = num_classes_of(config)

@@ -121,7 +121,7 @@ class Context:
         return content_of_path(Path(path))
 
     def _picks(self) -> dict[str, Any]:
-        """Which of its nets a stage hands on and is evaluated by, and the settings by which it is picked."""
+        """Which of its nets a stage passes on and is evaluated by, and the settings by which it is picked."""
         evaluate = self.config.evaluate
         picks: dict[str, Any] = {"selection": evaluate.selection}
         if evaluate.selection != "last" and evaluate.window is not None:

@@ -1,5 +1,5 @@
-"""Self-training of the adapted net on its own pseudo-labels; with source_weight > 0 source batches keep it honest, and with class_mix parts
-of them stand on target images, too.
+"""Self-training of the adapted net on its own pseudo-labels; with source_weight > 0 it trains on source batches, too, and with class_mix
+parts of them are pasted onto target images.
 """
 
 from __future__ import annotations

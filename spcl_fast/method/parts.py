@@ -82,7 +82,7 @@ def segmentation_pass(
     weight: float = 1.0,
     look: Look = lambda logits: None,
 ) -> Weighted:
-    """Cross-entropy of a batch, gone backward. -> its value, which counts where a pixel is labelled. `look` is shown the logits of every
+    """Cross-entropy of a batch and its backward. -> its value, which counts where a pixel is labelled. `look` is shown the logits of every
     part.
     """
     parts, values = parts_of(batch, accumulate), []

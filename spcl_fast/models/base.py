@@ -15,7 +15,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class NetSettings(NamedTuple):
-    """What a net of the catalog is built with; a net takes what it has a use for."""
+    """What a net of the catalog is built with; a net uses what applies to it."""
 
     feature_dim: int = 64  # channels of the features, where its body leaves the choice
     freeze_bn: bool = True  # BatchNorm with fixed statistics and affine parameters, in training mode too

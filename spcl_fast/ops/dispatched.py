@@ -49,7 +49,7 @@ def is_transformed() -> bool:
 
 
 def direct(op: CustomOpDef, writes: tuple[int, ...] = ()) -> Callable:
-    """`op`, without the way through the dispatcher where nobody watches it: 20 us of a small call, a few times per loss.
+    """`op`, past the dispatcher where no mode, transform or tracer is active: saves 20 us per call, a few times per loss.
 
     The dispatcher is there for tracers, modes, transforms, profilers and kinds of tensors. writes: places of the arguments that the op
     writes to; autograd is notified as the dispatcher would do it.
