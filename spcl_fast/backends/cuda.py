@@ -127,7 +127,7 @@ def in_one_pass() -> Iterator[None]:
 
 
 def takes_one_pass(features: Tensor, num_classes: int) -> bool:
-    """Whether loss and gradient are formed together. float16 gradients would underflow; sm_90 and sm_100 alone share 227 KB a block."""
+    """Whether loss and gradient are formed together. float16 gradients would underflow; sm_90 and sm_100 alone share 227 KB per block."""
     fits = (
         num_classes <= _ONE_PASS_CLASSES
         and 0 < features.shape[1] <= _ONE_PASS_DIM

@@ -300,7 +300,7 @@ def read_list(path: Path) -> list[str]:
         name = check_name(line, f"{path}, line {number},")
         names.append(name[: -len(suffix)] if (suffix := PurePosixPath(name).suffix).lower() in IMAGE_SUFFIXES else name)
     if not names:
-        raise DataError(f"list file {path} names no file. Expected one file name a line.")
+        raise DataError(f"list file {path} names no file. Expected one file name per line.")
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise DataError(f"list file {path} names {twice!r} twice. Remove one of the lines.")

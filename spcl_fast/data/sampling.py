@@ -20,7 +20,7 @@ def generator(*key: int) -> np.random.Generator:
 
 
 class ShuffledOrder:
-    """Every image once an epoch, each epoch in its own order."""
+    """Every image once per epoch, each epoch in its own order."""
 
     def __init__(self, length: int, seed: int):
         if length == 0:

@@ -54,7 +54,7 @@ def labels_of(op: str, pixels: Pixels, labels: Tensor) -> Tensor:
         layout = "[B, H, W] for features [B, D, h, w]" if len(grid) == 3 else "one dimension less than the features"
         checks.check_labels_tensor(op, labels, len(grid), layout)
         if grid[0] and 0 in labels.shape[1:] and 0 not in grid[1:]:
-            raise ValueError(f"{op}: labels must hold at least one pixel an image, got shape {list(labels.shape)}")
+            raise ValueError(f"{op}: labels must hold at least one pixel per image, got shape {list(labels.shape)}")
     _check_first(op, pixels, given, "labels")
     return map_of(pixels, checks.as_integers(labels))
 
