@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from ..config import LoopConfig
 from ..config.text import read_text
 from ..errors import DataError
 from .colours import LabelColours, ids_of_colours
@@ -37,9 +38,8 @@ _NOT_IN_NAMES = {
 }  # control characters, bytes that are no text, line separators; any space is fine
 # folders that systems add: macOS to a zip file, Synology and QNAP for thumbnails, Windows and Linux for what was removed or found
 _NOT_OURS = {"__MACOSX", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
-MAX_PIXELS = (
-    1 << 26
-)  # 67 M pixels: twice the largest driving picture; above it a small file may be a decompression bomb
+# 67 M pixels, twice the largest driving picture; above it a small file may be a decompression bomb
+MAX_PIXELS = LoopConfig.max_pixels
 _COLOUR_MODES = ("RGB", "RGBA", "P", "L", "LA", "1")  # what becomes RGB without guessing
 _GREY_16 = ("I;16", "I;16B", "I")
 _LABEL_MODES = ("1", "L", "P", "RGB", "RGBA", *_GREY_16)
