@@ -13,7 +13,7 @@ from .. import catalog
 from ..config import Config, TrainConfig
 from ..config.values import as_text
 from ..errors import ConfigError
-from .peak import PeakMemory, num_classes_of, peak_memory
+from .peak import PeakMemory, can_recompute, num_classes_of, peak_memory
 
 _SCALES = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25)  # of width and height, tried in this order
 _UNITS = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
@@ -95,8 +95,9 @@ def settings_within(
     tried: list[str] = []
     hungry = max((of(config, stage) for stage in trained), key=lambda p: p.peak_bytes).stage
     least: PeakMemory | None = None
+    recompute = can_recompute(config, num_classes)
     for scale in _SCALES:
-        for group in _candidates(config, trained, scale, bf16=bf16):
+        for group in _candidates(config, trained, scale, bf16=bf16, recompute=recompute):
             peaks_of = [(flags, of(apply_flags(config, flags), hungry)) for flags in group]
             smallest = min((p for _, p in peaks_of), key=lambda p: p.peak_bytes)
             least = smallest if least is None or smallest.peak_bytes < least.peak_bytes else least
@@ -117,7 +118,7 @@ def settings_within(
 
 
 def _candidates(
-    config: Config, stages: list[str], scale: float, *, bf16: bool = True
+    config: Config, stages: list[str], scale: float, *, bf16: bool = True, recompute: bool = True
 ) -> Iterator[list[dict[str, Any]]]:
     """Groups of flags, the cheapest group first."""
     base: dict[str, Any] = {} if scale == 1 else _smaller(config, scale)
@@ -133,14 +134,15 @@ def _candidates(
         yield [base]
     elif scale != 1:
         yield [base]
-    recomputed = base | {"loop.checkpoint": "auto"}
     parts = min((train.batch_size for train in trains), default=1)
-    divided = (
-        {"loop.accumulate": parts} if all(train.batch_size % parts == 0 for train in trains) and parts > 1 else None
-    )
-    yield [recomputed, *([base | divided, recomputed | divided] if divided else [])]
+    can_divide = parts > 1 and all(train.batch_size % parts == 0 for train in trains)
+    recomputed: dict[str, Any] = {"loop.checkpoint": "auto"} if recompute else {}
+    divided: dict[str, Any] = {"loop.accumulate": parts} if can_divide else {}
+    alone = [one for one in (recomputed, divided) if one]
+    if alone:
+        yield [base | more for more in (*alone, *([recomputed | divided] if len(alone) > 1 else []))]
     if config.loop.device != "cpu":
-        yield [recomputed | (divided or {}) | {"loop.offload": True}]
+        yield [base | recomputed | divided | {"loop.offload": True}]
 
 
 def _trains(stage: str) -> bool:

@@ -96,6 +96,14 @@ def peak_memory(config: Config, stage: str, *, num_classes: int | None = None) -
         return peak_of(stage, step_of(config, stage, num_classes), on_cpu=config.loop.device == "cpu")
 
 
+def can_recompute(config: Config, num_classes: int) -> bool:
+    """Whether loop.checkpoint may be on: the net is made of blocks, and is not compiled."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        return not config.loop.compile and plan_nets(config, num_classes).new().chain is not None
+
+
 def peak_of(name: str, work: CountedStep, *, on_cpu: bool) -> PeakMemory:
     """The counted peak of one step, under a name."""
     counted = count_step(work, on_cpu=on_cpu)

@@ -12,11 +12,13 @@ import torch
 from benchmarks.peers import released
 from spcl_fast import catalog
 from spcl_fast.cli import main
+from spcl_fast.config import LoopConfig
 from spcl_fast.config.load import load_config
 from spcl_fast.errors import ConfigError
 from spcl_fast.memory_plan import fitting
 from spcl_fast.memory_plan.count import LiveBytes
-from spcl_fast.memory_plan.peak import count_step, peak_memory, saved_bytes, step_of
+from spcl_fast.memory_plan.peak import can_recompute, count_step, peak_memory, saved_bytes, step_of
+from spcl_fast.models import SegmentationModel
 
 SMALL = {
     "source.size": "64x48",
@@ -222,6 +224,21 @@ def test_what_cannot_fit_says_what_the_least_is(capsys):
         "nothing fits into 0.00 GiB: the least that adapt takes at any size tried is" in told.err
         and "--model.name" in told.err
     )
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_cannot_recompute_is_not_advised_to(monkeypatch, capsys, compiled):
+    if not compiled:  # any net that is not made of blocks
+        monkeypatch.setattr(SegmentationModel, "chain", property(lambda net: None))
+    config = dataclasses.replace(config_of(**TINY), loop=LoopConfig(compile=compiled))
+    assert not can_recompute(config, 19) and (can_recompute(config_of(**TINY), 19) == compiled)
+    offered = [flags for group in fitting._candidates(config, ["adapt"], 1, recompute=False) for flags in group]
+    assert {"loop.accumulate", "loop.offload"} <= {key for flags in offered for key in flags}
+    assert not any("loop.checkpoint" in flags for flags in offered)
+    assert all(flags not in offered[:at] for at, flags in enumerate(offered))
+    words = ["--fit", "1MiB", "--loop.compile", str(compiled).lower()]
+    code, told = run(capsys, "adapt", "--preset", "gta5_cityscapes", *words, *words_of(**TINY))
+    assert code == 2 and "nothing fits into 0.00 GiB" in told.err
 
 
 @pytest.mark.parametrize(
