@@ -200,7 +200,7 @@ PLANTED = [
     ("bias forgotten beside saved dots", "prototype_contrastive_loss/logits", "            z = z + read_bias(prototypes, b, offs_k, size.K)[None, :]", "            z = z", options_are_right),
     ("bias taken for a part of the dots", "prototype_contrastive_loss/contrast", "problem.variances is None and problem.bias is None", "True", options_are_right),
     ("variance left out of the logit", "prototype_contrastive_loss/logits", "z = z + variance", "z = z", options_are_right),
-    ("share of smoothing forgotten", "prototype_contrastive_loss/targets", "(target.keep * t + target.share)", "(target.keep * t)", options_are_right),
+    ("share of smoothing forgotten", "prototype_contrastive_loss/targets", "return target.keep * t + target.share", "return target.keep * t", options_are_right),
     ("sum so far not moved to the new maximum", "prototype_contrastive_loss/forward_targets", "mass * (top - base)", "0.0 * (top - base)", options_are_right),
     ("variance once in the radial part", "prototype_contrastive_loss/backward", "c += 2 * tl.sum(exact * variance, 1)", "c += tl.sum(exact * variance, 1)", options_are_right),
     ("every image's prototypes the first one's", "prototype_contrastive_loss/logits", "offset = b * prototypes.stride_b", "offset = 0 * prototypes.stride_b", options_are_right),
