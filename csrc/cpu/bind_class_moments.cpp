@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> class_moments(Tensor features, Tensor
   const int64_t K = num_classes, D = a.x.dim;
   const LabelMap map(labels, a.x, K, ignore_index);
   a.labels = map.view, a.num_classes = K, a.normalize = normalize, a.tiles = make_tiles(a.x, 512);
-  const int64_t groups = partial_groups(a.x, K, a.tiles.count);
+  const int64_t groups = a.groups = partial_groups(a.x, K, a.tiles.count);
   std::vector<float> sums(groups * K * D), square_sums(squares ? groups * K * D : 0);
   std::vector<int64_t> counts(groups * K);
   std::vector<double> weights(pixel_weight ? groups * K : 0);
@@ -51,10 +51,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> class_moments(Tensor features, Tensor
   a.first_bad = &first_bad;
 
   const Kernels& isa = kernels();
-  for_each_group(groups, isa.class_moments_scratch(a), [&](int64_t group, float* scratch) {
-    for (int64_t tile = group * a.tiles.count / groups; tile < (group + 1) * a.tiles.count / groups; ++tile)
-      isa.class_moments(a, tile, group, scratch);
-  });
+  for_each_group(groups, isa.class_moments_scratch(a),
+                 [&](int64_t group, float* scratch) { isa.class_moments(a, group, scratch); });
   Tensor out = empty_floats({K, D}), out_squares = squares ? empty_floats({K, D}) : empty_floats({0});
   Tensor out_counts =
       pixel_weight ? total_of<float>(weights, K, ScalarType::Float) : total_of<int64_t>(counts, K, ScalarType::Long);

@@ -1,22 +1,11 @@
 // Tensors to the plain structs of cpu/kernels.h, checked; those that CUDA has, too, are in arrays_of_tensors.h.
 #pragma once
-#include <algorithm>
 #include <limits>
-#include <vector>
 
 #include "arrays_of_tensors.h"
-#include "cpu/kernels.h"
+#include "cpu/operands.h"
 
 namespace spcl {
-
-// The nearest rule of F.interpolate, in its own float32 arithmetic; the stride is multiplied in.
-inline std::vector<int64_t> nearest_offsets(int64_t size, int64_t out, int64_t stride) {
-  std::vector<int64_t> offset(out);
-  const float scale = static_cast<float>(size) / static_cast<float>(out);
-  for (int64_t i = 0; i < out; ++i)
-    offset[i] = stride * (size == out ? i : std::min(static_cast<int64_t>(static_cast<float>(i) * scale), size - 1));
-  return offset;
-}
 
 struct LabelMap {
   std::vector<int64_t> row, col;
@@ -78,25 +67,5 @@ inline bool is_floating(const Tensor& t) {
 
 inline Tensor empty_floats(std::vector<int64_t> shape) { return torch::stable::empty(shape, ScalarType::Float); }
 inline float* floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
-
-// A matrix in blocks of equal height, at most 6 rows: 19 rows make 4 blocks of 5. One for each image where they differ.
-// Without `from` only the shape.
-struct PanelBuffer {
-  std::vector<float> data;
-  Panels view;
-
-  PanelBuffer(const float* from, int64_t count, int64_t length, int64_t stride_row, int64_t stride_column,
-              int64_t images = 1, int64_t stride_image = 0) {
-    const int64_t blocks = (count + 5) / 6, rows = (count + blocks - 1) / blocks, size = blocks * rows * length;
-    if (from) data.resize(images * size);
-    float* to = data.data();
-    for (int64_t image = 0; from && image < images; ++image, from += stride_image)
-      for (int64_t block = 0; block < blocks; ++block)
-        for (int64_t j = 0; j < length; ++j)
-          for (int64_t i = block * rows; i < (block + 1) * rows; ++i)
-            *to++ = i < count ? from[i * stride_row + j * stride_column] : 0.0f;
-    view = {data.data(), count, length, blocks, rows, stride_image ? size : 0};
-  }
-};
 
 }  // namespace spcl

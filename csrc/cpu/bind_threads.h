@@ -1,4 +1,4 @@
-// How pixels are cut, a function of shapes only, and how torch's own threads share the pieces.
+// How torch's own threads share the pieces that operands.h cuts.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
@@ -7,7 +7,7 @@
 #include <cstdlib>
 #include <memory>
 
-#include "cpu/kernels.h"
+#include "cpu/operands.h"
 
 namespace spcl {
 
@@ -35,20 +35,6 @@ template <class Work> void for_each_group(int64_t groups, int64_t scratch, const
     float* mine = thread_scratch(scratch);
     for (int64_t group; (group = next.fetch_add(1, std::memory_order_relaxed)) < groups;) work(group, mine);
   });
-}
-
-// Pixels to tiles. `rows` is how many packed rows a panel needs; a tile's should stay within about half of an L2 cache.
-inline Tiles make_tiles(const Features& x, int64_t rows) {
-  const int64_t panels = std::clamp<int64_t>(2048 / std::max<int64_t>(rows, 1), 1, kMaxPanels),
-                pixels = x.height * x.width;
-  const int64_t per_image = (pixels + panels * kPanel - 1) / (panels * kPanel);
-  return {panels, per_image, per_image * x.batch};
-}
-
-// Partial [K, D] sums: as many as stay small beside the features, at most 32. A function of shapes only.
-inline int64_t partial_groups(const Features& x, int64_t num_classes, int64_t tiles) {
-  const int64_t affordable = x.batch * x.height * x.width / (4 * num_classes);
-  return std::clamp<int64_t>(std::min(affordable, tiles), 1, 32);
 }
 
 }  // namespace spcl

@@ -1,139 +1,165 @@
-// class_moments, one tile of pixels at a time: the label walk. Compiled once per instruction set (SPCL_ISA).
+// class_moments, a tile of pixels at a time: the label walk. Compiled once per instruction set (SPCL_ISA).
 //
-// A tile is turned into rows of channels (one row a pixel) in L2 while its norms accumulate; then each block of
-// channels walks the pixels with its sums in registers and goes to memory only where the label changes. No one-hot
-// matrix, no atomics; the cost does not grow with K.
+// A tile is packed into L2 while its norms accumulate. Then each block of V channels is turned in registers and walks
+// the pixels with its sums, which go to memory only where the label changes. As soon as a block is summed, the same
+// block of the next tile is packed into its place: memory hides behind the arithmetic. No one-hot matrix, no atomics;
+// the cost does not grow with K.
 #include "tile.h"
 
 namespace spcl {
 namespace SPCL_ISA {
 namespace {
 
-constexpr int64_t kChunk = 64;  // channels packed at a time: 16 KB
-constexpr int kWalk = 4;        // vectors of channels that walk together
+constexpr int64_t kChunk = 64;  // channels whose squares are summed before they are added to the rest
 
-// A row of channels is padded so that consecutive pixels do not fall on the same cache sets.
-int64_t row_stride(const Moments& a) { return (a.x.dim + kWalk * V - 1) / (kWalk * V) * (kWalk * V) + 16; }
-
-// packed [channels][kPanel] -> rows [kPanel][stride]; `between` is called kTurns times at most.
-constexpr int64_t kTurns = kPanel / V * (kChunk / V);
-template <class Between>
-void turn(const float* packed, int64_t channels, int64_t stride, float* rows, Between& between) {
-  for (int p = 0; p < kPanel; p += V) {
-    for (int64_t d = 0; d < channels; d += V) {
-      between();
-      vf block[V];
-      for (int i = 0; i < V; ++i) block[i] = d + i < channels ? load(packed + (d + i) * kPanel + p) : vf{};
-      transpose(block);
-      for (int i = 0; i < V; ++i) store(rows + (p + i) * stride + d, block[i]);
-    }
-  }
-}
-
-void flush(vf (&acc)[kWalk], float* to, int64_t channels) {
-  for (int v = 0; v < kWalk; ++v) {
-    if ((v + 1) * V <= channels)
-      store(to + v * V, load(to + v * V) + acc[v]);
-    else
-      for (int i = 0; v * V + i < channels; ++i) to[v * V + i] += acc[v][i];
-    acc[v] = vf{};
-  }
-}
-
-// One block of channels through the labelled pixels of a panel. weight: of a pixel, where the moments are weighted.
-template <bool kSquare, bool kWeighted>
-void walk(const float* rows, int64_t stride, const int* pixel, const int32_t* label, const float* inv_norm,
-          const float* weight, int count, int64_t channels, int64_t dim, float* sums) {
-  vf acc[kWalk] = {};
-  for (int j = 0; j < count; ++j) {
-    const float* row = rows + pixel[j] * stride;
-    for (int v = 0; v < kWalk; ++v) {
-      vf unit = load(row + v * V) * inv_norm[pixel[j]];
-      if constexpr (kWeighted)
-        acc[v] += kSquare ? unit * unit * weight[pixel[j]] : unit * weight[pixel[j]];
-      else
-        acc[v] += kSquare ? unit * unit : unit;
-    }
-    if (j + 1 == count || label[pixel[j + 1]] != label[pixel[j]]) flush(acc, sums + label[pixel[j]] * dim, channels);
-  }
-}
-
-template <bool kWeighted>
-void walk_channels(const Moments& a, const float* rows, const int* pixel, const int32_t* label, const float* inv_norm,
-                   const float* weight, int count, int64_t group) {
-  const int64_t stride = row_stride(a), dim = a.x.dim, at = group * a.num_classes * dim;
-  for (int64_t d = 0; d < dim; d += kWalk * V) {
-    walk<false, kWeighted>(rows + d, stride, pixel, label, inv_norm, weight, count, dim - d, dim, a.sums + at + d);
-    if (a.squares)
-      walk<true, kWeighted>(rows + d, stride, pixel, label, inv_norm, weight, count, dim - d, dim, a.squares + at + d);
-  }
-}
-
-struct LabelledPanel {
+struct MomentPanel {
   Span span;
   alignas(64) int32_t label[kPanel];
+  alignas(64) float inv_norm[kPanel];  // the sum of squares until the tile is packed
+  alignas(64) float squares[kPanel];   // of the chunk that is being packed
+  float weight[kPanel];
 };
 
-// The labelled panels of a tile, and how many there are.
-int64_t read_panels(const Moments& a, int64_t tile, LabelledPanel* panels) {
+struct MomentTile {
+  MomentPanel panel[kMaxPanels];
+  int64_t count;
+};
+
+// The labelled panels of a tile.
+void read_tile(const Moments& a, int64_t tile, MomentTile* to) {
   const TileSpan t = tile_span(a.tiles, a.x, tile);
-  int64_t count = 0;
+  to->count = 0;
   for (int64_t m = 0; m < t.panels; ++m) {
-    LabelledPanel& panel = panels[count];
+    MomentPanel& panel = to->panel[to->count];
     panel.span = make_span(a.x, t.image, t.first + m * kPanel, t.pixels - m * kPanel);
-    if (read_labels(a.labels, a.x, panel.span, panel.label, a.first_bad)) ++count;
+    if (!read_labels(a.labels, a.x, panel.span, panel.label, a.first_bad)) continue;
+    for (int p = 0; p < kPanel; ++p) panel.inv_norm[p] = panel.squares[p] = 0;
+    ++to->count;
   }
-  return count;
 }
 
-// A panel's rows through the walk.
-void add_panel(const Moments& a, const LabelledPanel& panel, const float* rows, const float* inv_norm, int64_t group) {
+// ---- packing ----------------------------------------------------------------------------------------------------
+
+// Where the block of channels [d, d + V) of a panel lies: the panels of a tile follow each other.
+float* slot(const Moments& a, float* packed, int64_t d, int64_t panel) {
+  return packed + (d * a.tiles.panels + panel * V) * kPanel;
+}
+
+// What is packed one round of the tile's panels after channel d of this one: early enough for memory, and no earlier,
+// since rows that are far apart may all fall on few sets of a cache. After the last channel: the first ones of the tile
+// that lies behind.
+Ahead ahead_of_block(const Moments& a, const Span& span, int64_t d) {
+  const int64_t next = d + V < a.x.dim ? d + V : 0;
+  Ahead ahead = ahead_of(a.x, span, next, smaller(V, a.x.dim - next));
+  const int64_t behind = span.first + a.tiles.panels * kPanel;
+  if (next == 0) ahead.from += a.tiles.panels * kPanel * a.x.stride_w * size_of(a.x.type);
+  if (next == 0 && behind + kPanel > a.x.height * a.x.width) ahead.rows = 0;
+  return ahead;
+}
+
+// A chunk's squares are added up across its blocks, then to the others': as add_squares does it.
+void add_squares_of_block(const float* rows, int64_t channels, bool chunk_ends, MomentPanel& panel) {
+  for (int v = 0; v < kPanel; v += V) {
+    vf sum = load(panel.squares + v);
+    for (int64_t d = 0; d < channels; ++d) {
+      const vf x = load(rows + d * kPanel + v);
+      sum += x * x;
+    }
+    if (chunk_ends) store(panel.inv_norm + v, load(panel.inv_norm + v) + sum);
+    store(panel.squares + v, chunk_ends ? vf{} : sum);
+  }
+}
+
+void pack_block(const Moments& a, MomentPanel& panel, int64_t d, float* to) {
+  const int64_t n = smaller(V, a.x.dim - d);
+  pack(a.x, panel.span, d, n, to);
+  if (a.normalize) add_squares_of_block(to, n, (d + n) % kChunk == 0 || d + n == a.x.dim, panel);
+  const Ahead ahead = ahead_of_block(a, panel.span, d);
+  Fetch fetch = {ahead, 1};
+  fetch();
+}
+
+// After the tile is packed: norms, weights, counts.
+void finish_panel(const Moments& a, MomentPanel& panel, int64_t group) {
   const int64_t partial = group * a.num_classes;
-  float weight[kPanel];
-  int pixel[kPanel], count = 0;
+  if (a.normalize) invert_norms(panel.inv_norm);
+  for (int p = 0; p < kPanel; ++p) {
+    if (!a.normalize) panel.inv_norm[p] = 1;
+    panel.weight[p] = 1;
+    if (panel.label[p] >= 0) ++a.counts[partial + panel.label[p]];
+  }
+  if (!a.pixel_weight.data) return;
+  scale_by(a.pixel_weight, a.x, panel.span, panel.label, panel.weight);
   for (int p = 0; p < kPanel; ++p)
-    if (panel.label[p] >= 0) pixel[count++] = p, ++a.counts[partial + panel.label[p]];
-  if (!a.pixel_weight.data) return walk_channels<false>(a, rows, pixel, panel.label, inv_norm, nullptr, count, group);
-  for (int p = 0; p < kPanel; ++p) weight[p] = 1;
-  scale_by(a.pixel_weight, a.x, panel.span, panel.label, weight);
-  for (int j = 0; j < count; ++j) a.weights[partial + panel.label[pixel[j]]] += weight[pixel[j]];
-  walk_channels<true>(a, rows, pixel, panel.label, inv_norm, weight, count, group);
+    if (panel.label[p] >= 0) a.weights[partial + panel.label[p]] += panel.weight[p];
+}
+
+// ---- sums -------------------------------------------------------------------------------------------------------
+
+// The first `channels` lanes.
+SPCL_INLINE
+void add_to(float* to, vf sums, int64_t channels) {
+  if (channels >= V) return store(to, load(to) + sums);
+  for (int i = 0; i < channels; ++i) to[i] += sums[i];
+}
+
+// rows [V][kPanel] of a block of channels through the labelled pixels of a panel.
+template <bool kSquare, bool kWeighted>
+void walk(const MomentPanel& panel, const float* rows, int64_t channels, int64_t dim, float* sums) {
+  vf acc = {};
+  int32_t label = -1;
+  for (int p = 0; p < kPanel; p += V) {
+    vf pixel[V];
+    for (int c = 0; c < V; ++c) pixel[c] = load(rows + c * kPanel + p);
+    transpose(pixel);
+    for (int i = 0; i < V; ++i) {
+      const int32_t own = panel.label[p + i];
+      if (own < 0) continue;
+      if (own != label) {
+        if (label >= 0) add_to(sums + label * dim, acc, channels);
+        acc = vf{}, label = own;
+      }
+      const vf unit = pixel[i] * panel.inv_norm[p + i];
+      if constexpr (kWeighted)
+        acc += kSquare ? unit * unit * panel.weight[p + i] : unit * panel.weight[p + i];
+      else
+        acc += kSquare ? unit * unit : unit;
+    }
+  }
+  if (label >= 0) add_to(sums + label * dim, acc, channels);
+}
+
+void walk(const Moments& a, const MomentPanel& panel, const float* rows, int64_t d, int64_t group) {
+  const int64_t dim = a.x.dim, channels = dim - d, at = group * a.num_classes * dim + d;
+  if (a.pixel_weight.data) {
+    walk<false, true>(panel, rows, channels, dim, a.sums + at);
+    if (a.squares) walk<true, true>(panel, rows, channels, dim, a.squares + at);
+    return;
+  }
+  walk<false, false>(panel, rows, channels, dim, a.sums + at);
+  if (a.squares) walk<true, false>(panel, rows, channels, dim, a.squares + at);
 }
 
 }  // namespace
 
-int64_t class_moments_scratch(const Moments& a) { return 2 * kChunk * kPanel + kPanel * row_stride(a); }
+int64_t class_moments_scratch(const Moments& a) { return a.tiles.panels * ((a.x.dim + V - 1) / V * V) * kPanel; }
 
-// The next chunk is packed, into the other of two buffers, while this one is turned.
-void class_moments(const Moments& a, int64_t tile, int64_t group, float* scratch) {
-  const int64_t stride = row_stride(a), dim = a.x.dim, chunks = (dim + kChunk - 1) / kChunk;
-  float* rows = scratch + 2 * kChunk * kPanel;
-  LabelledPanel panels[kMaxPanels];
-  const int64_t count = read_panels(a, tile, panels), total = count * chunks;
-  const auto channels = [&](int64_t i) { return smaller(kChunk, dim - i % chunks * kChunk); };
-  const auto packed = [&](int64_t i) { return scratch + i % 2 * kChunk * kPanel; };
-  alignas(64) float inv_norm[kPanel];
-  for (int64_t i = 0; i < total; ++i) {
-    const int64_t d = i % chunks * kChunk, n = channels(i);
-    if (i == 0) pack(a.x, panels[0].span, 0, n, packed(0));
-    for (int p = 0; d == 0 && p < kPanel; ++p) inv_norm[p] = a.normalize ? 0.0f : 1.0f;
-    PackBetween next = {};
-    if (i + 1 < total) {
-      const int64_t after = i + 2 < total ? i + 2 : i + 1;
-      next = {&a.x,
-              &panels[(i + 1) / chunks].span,
-              (i + 1) % chunks * kChunk,
-              channels(i + 1),
-              packed(i + 1),
-              ahead_of(a.x, panels[after / chunks].span, after % chunks * kChunk, channels(after)),
-              kTurns};
-    }
-    if (a.normalize) add_squares(packed(i), n, inv_norm);
-    turn(packed(i), n, stride, rows + d, next);
-    next.finish();
-    if (d + n < dim) continue;
-    if (a.normalize) invert_norms(inv_norm);
-    add_panel(a, panels[i / chunks], rows, inv_norm, group);
+// Block by block of channels: this tile is summed and the next one is packed, panel after panel.
+void class_moments(const Moments& a, int64_t group, float* packed) {
+  const int64_t first = group * a.tiles.count / a.groups, last = (group + 1) * a.tiles.count / a.groups;
+  MomentTile tile[2];
+  tile[0].count = 0;
+  for (int64_t t = first; t <= last; ++t) {
+    MomentTile &now = tile[(t - first) % 2], &next = tile[(t - first + 1) % 2];
+    for (int64_t m = 0; m < now.count; ++m) finish_panel(a, now.panel[m], group);
+    next.count = 0;
+    if (t < last) read_tile(a, t, &next);
+    for (int64_t d = 0; d < a.x.dim; d += V)
+      for (int64_t m = 0; m < now.count || m < next.count; ++m) {
+        float* rows = slot(a, packed, d, m);
+        if (m < now.count) walk(a, now.panel[m], rows, d, group);
+        if (m < next.count) pack_block(a, next.panel[m], d, rows);
+      }
   }
 }
 

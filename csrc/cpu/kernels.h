@@ -177,6 +177,7 @@ struct Moments {
   Labels labels;
   PixelMap pixel_weight;  // no data: none
   Tiles tiles;
+  int64_t groups;  // group g takes the tiles [g * count / groups, (g + 1) * count / groups)
   int64_t num_classes;
   bool normalize;
   float* sums;      // [groups][K][D], zeroed
@@ -262,7 +263,7 @@ struct UpsampledConfusion : Upsampled {
   void streamed_backward(const StreamedBackward&, int64_t tile, int64_t group, float* scratch); \
   void streamed_give(const StreamedBackward&, int64_t tile, int64_t panel);                     \
   int64_t class_moments_scratch(const Moments&);                                                \
-  void class_moments(const Moments&, int64_t tile, int64_t group, float* scratch);              \
+  void class_moments(const Moments&, int64_t group, float* scratch);                            \
   int64_t upsampled_cross_entropy_scratch(const UpsampledCrossEntropy&);                        \
   void upsampled_cross_entropy(const UpsampledCrossEntropy&, int64_t band, float* scratch);     \
   int64_t upsampled_prediction_scratch(const UpsampledPrediction&);                             \

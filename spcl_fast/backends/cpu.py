@@ -8,6 +8,8 @@ at most twice the logits in float32.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -83,9 +85,16 @@ def why_not(ask: Ask) -> str | None:
 
 
 def saves_logits(num_rows: int, dim: int) -> bool:
-    """Whether the forward keeps the logits: measured, 4 M bytes per pixel out and in beat a second product from D of about 100 on.
-    Never more than a third of the features' bytes."""
-    return dim >= 128 and num_rows * 3 <= dim
+    """Whether the forward keeps the logits: where 4 M bytes per pixel out and in beat a second product, measured, from D of about 100 on,
+    with AVX2's fewer lanes from 64 on. Never more than a third of the features' bytes. The results have the same bits either way."""
+    return dim >= (64 if _level() == "avx2" else 128) and num_rows * 3 <= dim
+
+
+@functools.cache
+def _level() -> str:
+    from .. import _cpu
+
+    return _cpu.cpu_capability()
 
 
 def saved_like(contrast: Contrast, wanted: Wanted) -> SavedLike:
