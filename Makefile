@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # what the compiled part and the package's metadata are made of
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
-CPP := $(shell find csrc tests/cuda_emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc benchmarks tests/cuda_emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 ARGS ?=
 # processes of `make test`, one thread each
 WORKERS ?= 2
@@ -13,10 +13,10 @@ WORKERS ?= 2
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format figures reliability install bench kernels-check traffic sanitize test-newest cuda-load gpu soak clean
+.PHONY: help demo test lint format figures reliability install bench instructions arm64 kernels-check traffic sanitize test-newest cuda-load gpu soak clean
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
+	@grep -E '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
 
 demo: install ## the whole of SPCL on the generated pair of domains: a table and runs/demo/report.html (ARGS="--seed 1 --name demo_1")
 	@$(BIN)/spcl-fast demo $(ARGS)
@@ -49,8 +49,14 @@ $(VENV)/.package: $(VENV)/.requirements $(SOURCES)
 	@$(BIN)/python -c 'import importlib.util as u; print("ready: $(BIN)/spcl-fast", "(with the compiled part)" if u.find_spec("spcl_fast._cpu") else "(without the compiled part: `spcl-fast doctor` says why)")'
 	@touch $@
 
-bench: install ## the benchmarks, peers in the same run (ARGS="-k moments")
+bench: install ## the benchmarks on the CPU, peers in the same run (ARGS="-k moments", ARGS="--baseline v0.1.0")
 	@$(BIN)/python -m benchmarks.cpu $(ARGS)
+
+instructions: install ## instructions of the C++ ops, counted by valgrind, against the committed counts (ARGS="--save")
+	@$(BIN)/python -m benchmarks.levels.instructions $(ARGS)
+
+arm64: install ## the C++ kernels cross-compiled for arm64 and run under emulation, against this machine's results
+	@$(BIN)/python -m benchmarks.levels.arm64
 
 figures: install ## README's tables and pictures from benchmarks/results (ARGS="--overlays runs/demo")
 	@$(BIN)/python -m benchmarks.figures $(ARGS)
