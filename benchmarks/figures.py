@@ -1,6 +1,6 @@
 """Tables and pictures of README and docs/losses.md, from the result files and the backends alone: `make figures`.
 
-python -m benchmarks.figures                         tables between the pages' markers, docs/pictures/speed.png and memory.png
+python -m benchmarks.figures                         tables between the pages' markers, docs/pictures/speed.png, memory.png and growth.png
 python -m benchmarks.figures --overlays runs/demo    docs/pictures/overlays.png, too: a run's images before and after adaptation
 """
 
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import RESULTS, ROOT
+from benchmarks import RESULTS, ROOT, speed_page
 from benchmarks.adaptation.lines import Spread, by_setting, miou, paired, spread
 from benchmarks.traffic.rungs import gpu_table
 from spcl_fast import backends, catalog
@@ -24,13 +24,6 @@ README, LOSSES, PICTURES = ROOT / "README.md", ROOT / "docs" / "losses.md", ROOT
 LINES = ROOT / "benchmarks" / "adaptation" / "results"
 USERS = "users' formula"  # a peer of cpu_options.json
 OURS, GREY, DARK = "#0072B2", "#B0B0B0", "#5A5A5A"
-# op -> the formula that its users have, and the fastest other one
-PEERS = {
-    "prototype_contrastive_loss": ("released", "channel_first compiled"),
-    "class_moments": ("released update", "one-hot product"),
-    "upsampled_cross_entropy": ("interpolate", "interpolate compiled"),
-    "upsampled_prediction": ("interpolate", "interpolate compiled"),
-}
 LOOPS = {  # a row of plan.json -> its name for the reader
     "released loop, fp32": "released loop, float32",
     "fp32": "ours, float32",
@@ -63,7 +56,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 def speed_table() -> str:
     result = read("cpu_ops.json")
     rows = []
-    for op, (users, best) in PEERS.items():
+    for op, (users, best) in speed_page.USERS.items():
         for shape, one in result["ops"][op].items():
             faster = one["times_faster_than"]
             rows.append(
@@ -75,7 +68,7 @@ def speed_table() -> str:
     machine = result["machine"]
     note = (
         f"CPU, float32, forward and backward; medians on {machine['threads']} cores of an {machine['cpu']} "
-        f"({machine['instructions']}), torch {machine['torch'].partition('+')[0]}, {machine['date'][:10]}."
+        f"({machine['instructions']}), torch {machine['torch'].partition('+')[0]}, {speed_page.dates_of(result)}."
     )
     return markdown(["op and shape", "ms", "× the users' formula", "× the best compiled one"], rows) + f"\n\n{note}"
 
@@ -208,6 +201,7 @@ TABLES = {
         "demo": demo_table,
     },
     LOSSES: {"backends": backends_table, "options": options_table, "teacher": teacher_table},
+    speed_page.PAGE: speed_page.TABLES,
 }
 
 
@@ -243,7 +237,7 @@ def draw_speed(path: Path) -> None:
     result = read("cpu_ops.json")
     figure, axes = _axes(7.5, 5.8)
     names, position = [], 0.0
-    for op, (users, best) in PEERS.items():
+    for op, (users, best) in speed_page.USERS.items():
         for shape, one in result["ops"][op].items():
             times = [one["times"][peer]["median_ms"] for peer in (users, best, "spcl_fast")]
             for offset, (ms, colour) in enumerate(zip(times, (GREY, DARK, OURS), strict=True)):
@@ -339,6 +333,7 @@ def main(argv: list[str] | None = None) -> int:
     PICTURES.mkdir(exist_ok=True)
     draw_speed(PICTURES / "speed.png")
     draw_memory(PICTURES / "memory.png")
+    speed_page.draw_growth()
     if options.overlays:
         draw_overlays(options.overlays, PICTURES / "overlays.png")
     print(

@@ -26,7 +26,7 @@ from torch import Tensor
 
 import spcl_fast as sf
 from benchmarks import RESULTS, shapes
-from benchmarks.cpu.figures import THREADS
+from benchmarks.cpu.floors import THREADS
 from benchmarks.cpu.large_options import LARGE, TIES
 from benchmarks.machine import describe_cpu
 from benchmarks.problems import IGNORE, contrast_problem

@@ -51,12 +51,25 @@ def cut_contrast(features, labels, prototypes, temperature):
     return cut(rows, (prototypes / temperature).to(rows.dtype), target, ignore_index=255)
 
 
+def metric_learning_contrast(features, labels, prototypes, temperature):
+    """NormalizedSoftmaxLoss of pytorch-metric-learning with these prototypes as its weights; it knows no ignored rows."""
+    from pytorch_metric_learning.losses import NormalizedSoftmaxLoss
+
+    num_classes, dim = prototypes.shape
+    loss = NormalizedSoftmaxLoss(num_classes, dim, temperature=temperature)
+    loss.W = torch.nn.Parameter(prototypes.t().to(features.dtype), requires_grad=False)
+    target = labels.reshape(-1).long()
+    labelled = target != 255
+    return loss(features.permute(0, 2, 3, 1).reshape(-1, dim)[labelled], target[labelled])
+
+
 def contrast_peers() -> tuple[dict, dict[str, str]]:
     """-> {name: function}, {name: why it is not there}."""
     peers, missing = {"released": released_contrast, "channel_first": channel_first_contrast}, {}
     for name, function, package in (
         ("liger", liger_contrast, "liger_kernel"),
         ("cut_cross_entropy", cut_contrast, "cut_cross_entropy"),
+        ("metric_learning", metric_learning_contrast, "pytorch_metric_learning"),
     ):
         if importlib.util.find_spec(package):
             peers[name] = function

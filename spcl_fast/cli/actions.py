@@ -162,12 +162,8 @@ def on_bench(args: argparse.Namespace) -> int:
         )
     import subprocess
 
-    import pytest  # noqa: F401  if it is missing, say so as for any other library
-
-    words = ["--benchmark-only", *(["-k", args.keyword] if args.keyword else [])]
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", str(folder), *words], check=False, cwd=folder.parent
-    ).returncode
+    words = ["-k", args.keyword] if args.keyword else []
+    return subprocess.run([sys.executable, "-m", "benchmarks.cpu", *words], check=False, cwd=folder.parent).returncode
 
 
 def on_tune(args: argparse.Namespace) -> int:

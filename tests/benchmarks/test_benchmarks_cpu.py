@@ -8,17 +8,9 @@ from pathlib import Path
 
 
 def test_the_cpu_benchmarks_run_and_check_their_answers():
-    chosen = "(spcl_fast or one-hot or channel_first or interpolate) and not compiled and not channels_last"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "benchmarks",
-        "--benchmark-disable",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        f"(E_prime or U3_prime) and {chosen}",
-    ]
+    peers = "spcl_fast,one-hot product,channel_first,interpolate"
+    command = [sys.executable, "-m", "benchmarks.cpu", "--check", "--shape", "E',U3'", "--peers", peers]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0 and "8 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+    checked = [line.split(": ")[1] for line in done.stdout.splitlines() if line.startswith("  checked: ")]
+    pairs = ["channel_first, spcl_fast", "one-hot product, spcl_fast", *["interpolate, spcl_fast"] * 2]
+    assert done.returncode == 0 and checked == pairs, done.stdout[-3000:] + done.stderr[-3000:]
