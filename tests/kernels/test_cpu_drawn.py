@@ -257,6 +257,12 @@ def contrast(features, labels, prototypes, **arguments):
     )
 
 
+def test_logits_are_kept_from_64_channels_on_with_avx2_and_from_128_on_with_other_levels(monkeypatch):
+    for level, least in (("avx2", 64), ("avx512", 128), ("baseline", 128)):
+        monkeypatch.setattr(cpu, "_level", lambda level=level: level)
+        assert cpu.saves_logits(19, least) and not cpu.saves_logits(19, least - 1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kept_logits_and_computed_ones_give_the_same_gradient(dtype, monkeypatch):
     inputs = large_problem(dtype=dtype)
