@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# what the compiled part and the package's metadata are made of
+# what the C++ backend and the package's metadata are made of
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 CPP := $(shell find csrc benchmarks tests/cuda_emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 ARGS ?=
@@ -46,7 +46,7 @@ $(VENV)/.requirements: requirements.txt
 $(VENV)/.package: $(VENV)/.requirements $(SOURCES)
 	@echo "building spcl_fast (a minute, again when csrc/ or setup.py change)"
 	@$(PIP) install --quiet --no-build-isolation --no-deps --editable .
-	@$(BIN)/python -c 'import importlib.util as u; print("ready: $(BIN)/spcl-fast", "(with the compiled part)" if u.find_spec("spcl_fast._cpu") else "(without the compiled part: `spcl-fast doctor` says why)")'
+	@$(BIN)/python -c 'import importlib.util as u; print("ready: $(BIN)/spcl-fast", "(with the cpu backend)" if u.find_spec("spcl_fast._cpu") else "(without the cpu backend: `spcl-fast doctor` says why)")'
 	@touch $@
 
 bench: install ## the benchmarks on the CPU, peers in the same run (ARGS="-k moments", ARGS="--baseline v0.1.0")

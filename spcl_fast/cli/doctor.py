@@ -118,15 +118,15 @@ def _compiled_part(say: Callable[[str], None]) -> list[str]:
     except ImportError as error:
         reason = build_record("cpu")
         if reason == BUILT:
-            say(f"compiled part: built, and does not load: {error}")
+            say(f"cpu backend: built, and does not load: {error}")
             return [
-                f"the compiled part was built and does not load with torch {torch.__version__}; build it again: {error}"
+                f"the cpu backend was built and does not load with torch {torch.__version__}; build it again: {error}"
             ]
-        say(f"compiled part: not there: {reason}. The reference backend does its work, slower.")
+        say(f"cpu backend: not there: {reason}. The reference backend does its work, slower.")
         return []
     info = compiled.build_info()
     words = "; ".join(f"{key} {_joined(value)}" for key, value in info.items())
-    say(f"compiled part: runs as {compiled.cpu_capability()}; built with {words}")
+    say(f"cpu backend: runs as {compiled.cpu_capability()}; built with {words}")
     return []
 
 

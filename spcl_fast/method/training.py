@@ -111,7 +111,8 @@ def fed_dataset(context: Context, feed: Feed) -> Dataset:
         return domains.dataset(feed.side, "train")
     if feed.labels == NONE:
         return domains.dataset(feed.side, "train", labels=False)
-    return with_pseudo_labels(domains.unlabelled_target(), feed.labels)
+    images = domains.unlabelled_target() if feed.side == "target" else domains.dataset(feed.side, "train", labels=False)
+    return with_pseudo_labels(images, feed.labels)
 
 
 def warn_of_collapse(context: Context) -> Callable[[Mapping[str, Any]], None]:
