@@ -18,7 +18,7 @@ struct Features {
   int64_t stride_b, stride_d, stride_h, stride_w;
 };
 
-// One float a pixel; data == nullptr stands for ones, strides 0 for one number.
+// One float per pixel; data == nullptr stands for ones, strides 0 for one number.
 struct PixelMap {
   const float* data;
   int64_t stride_b, stride_h, stride_w;

@@ -1,7 +1,7 @@
 """upsampled_prediction: class and confidence of every pixel of bilinearly up-sampled logits, which never exist.
 
 The tiles of `upsampled_cross_entropy`: lanes own cells. The classes are walked twice: for the maximum and its class, then for the sum of
-exponentials: confidence = 1 / sum_k exp(z_k - z_max). Floor: 1 exponential per pixel and class, 5 bytes a pixel written; no extra memory.
+exponentials: confidence = 1 / sum_k exp(z_k - z_max). Floor: 1 exponential per pixel and class, 5 bytes per pixel written; no extra memory.
 Shapes: logits [B, K, h, w] any strides; label uint8, confidence float32 [B, H, W] contiguous.
 """
 

@@ -72,7 +72,7 @@ vf move_top(Gathered& g, int i, vf top) {
   return base;
 }
 
-// exp of a block's logits joins the sum, and the targets theirs.
+// Adds exp of a block's logits to the sum, and the targets to theirs.
 template <bool kAims>
 void add_softmax(const StreamedForward& a, Gathered& g, const int32_t* label, int64_t first, int64_t count, int v,
                  vf base, const BlockBuffers& b) {
@@ -106,7 +106,7 @@ void add_sigmoid(const StreamedForward& a, Gathered& g, const int32_t* label, in
   }
 }
 
-// Products of a block join what was gathered.
+// Adds the products of a block to what was gathered.
 void gather_block(const StreamedForward& a, StreamedPanel& panel, int64_t first, int64_t count, const BlockBuffers& b) {
   const bool is_one = aims_at_one(a);
   const vf margin = splat(a.teacher.data || !a.share ? 0.0f : a.margin);

@@ -41,7 +41,7 @@ Span make_span(const Features& x, int64_t image, int64_t first, int64_t count) {
 
 // ---- labels -----------------------------------------------------------------------------------------------------
 
-// The common case without a branch a pixel: `count` labels side by side, none of them bad; else false.
+// The common case without a branch per pixel: `count` labels side by side, none of them bad; else false.
 template <class T> SPCL_INLINE
 bool read_row_of_labels(const T* data, const Labels& labels, int count, int32_t* out, int* labelled) {
   int64_t used = 0, bad = 0;

@@ -1,4 +1,4 @@
-// What a kernel file needs beside its arithmetic: the launch, shared memory, cp.async, half floats, clusters.
+// What a kernel file needs besides its arithmetic: the launch, shared memory, cp.async, half floats, clusters.
 //
 // Under nvcc these are CUDA; with SPCL_EMULATED they are the test's emulator, so that an ordinary compiler builds and
 // runs the same kernels. Rules that keep this so: launch() instead of <<<>>>, shared_memory<T>() instead of __shared__,

@@ -2,8 +2,8 @@
 //
 // Within a cell a logit is bilinear, so along equally spaced pixels of a row its exponential is a geometric sequence:
 //   2^z(i, j) = first * down^i * across_i^j
-// An exponential a row, cell and class and two more, instead of one a pixel and class; a sum over the pixels is a
-// polynomial in `across`, by Horner's rule one multiply-add a pixel, and its first moment, which the gradient needs,
+// One exponential per row, cell and class and two more, not one per pixel and class; a sum over the pixels is a
+// polynomial in `across`, by Horner's rule one multiply-add per pixel, and its first moment, which the gradient needs,
 // one more. (across_i is a geometric sequence too, but powers of powers would lose too many bits.) That holds where no
 // factor leaves float32: `narrow` cells, those whose logits all lie within kMostBits of each other. The others take
 // every pixel's own maximum and own exponentials.

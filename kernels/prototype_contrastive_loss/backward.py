@@ -4,7 +4,7 @@
 
 c is a by-product of the softmax: the normalisation costs no pass over D. The pixel's scale s is taken out of the dot: w is in [-1, 1]
 whatever the loss scale, and half floats lose nothing to underflow. c is formed from the rounded w, so that dx stays orthogonal to x.
-Floor: feat read once, dfeat written once (2 S), 12 bytes a pixel of saves, 4 K more where the logits were saved; 2 to 4 N D K operations.
+Floor: feat read once, dfeat written once (2 S), 12 bytes per pixel of saves, 4 K more where the logits were saved; 2 to 4 N D K operations.
 Three forms: the pixel tile resident (half floats, D <= 512, any K); all K in one tile, D in steps (K <= 64); both in steps.
 Shapes: feat, dfeat [B, D, P] any strides; proto [K, D] contiguous, in feat's dtype; lse, inv_norm [B, P]; logits [B, K, P].
 """

@@ -1,6 +1,6 @@
 """prototype_contrastive_loss, forward. One program owns BLOCK_N pixels of one image and all K prototypes.
 
-Neither [N, K] logits nor unit features need reach memory. Floor: feat is read once, S bytes; 12 bytes a pixel are written (lse, inv_norm);
+Neither [N, K] logits nor unit features need reach memory. Floor: feat is read once, S bytes; 12 bytes per pixel written (lse, inv_norm);
 2 N D K operations. Where they are at most S / 2 the logits are worth saving: 4 K bytes per pixel spare the backward a whole pass over D.
 Two forms: D streamed with K blocks outside (any D, any K); and, for half floats, the pixel tile resident with K streamed (D <= 512).
 lse is kept in float64: at a low temperature it is large, and what float32 rounds off would be seen in every p = exp(z - lse).

@@ -1,4 +1,4 @@
-"""Lines for the user, wherever they go: a terminal of few letters, a pipe that nobody reads any more, a log on a full disk."""
+"""Lines for the user, wherever they go: a terminal with few characters, a closed pipe, a full disk."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ __device__ __forceinline__ Place place_of(const ContrastTile& tile, int p, int64
   return {i, n - i * static_cast<unsigned>(width)};
 }
 
-// Classes and addresses of the tile's pixels. One thread a pixel; ends with a barrier.
+// Classes and addresses of the tile's pixels. One thread per pixel; ends with a barrier.
 __device__ __forceinline__ void read_pixels(const ContrastInput& a, const Labels& labels, const ContrastTile& tile,
                                             PixelTable* table) {
   const int p = threadIdx.x;

@@ -71,7 +71,7 @@ __device__ __forceinline__ void stage_vectors(const Features& x, const ContrastT
     copy_async<16>(to + c * Shape::kRow + p, from, c < channels ? given : 0);
 }
 
-// A warp a row, a lane a word.
+// One warp per row, one lane per word.
 __device__ __forceinline__ void stage_rows(const Features& x, const ContrastTile& tile, int64_t d0, float* to) {
   using Shape = ContrastShape<4>;
   const int lane = threadIdx.x % 32, step = blockDim.x / 32, channels = channels_from<float>(x, d0);

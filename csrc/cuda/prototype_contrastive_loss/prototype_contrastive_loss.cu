@@ -1,8 +1,8 @@
 // prototype_contrastive_loss, forward: a block owns 64 pixels of one image and all K classes, and reads its features
 // once.
 //
-// Neither unit features nor [N, K] logits need reach memory: 8 bytes a pixel are written (lse, inv_norm), 4 K more
-// where the backward wants the logits. One partial loss and weight a block, added by one block in a fixed order.
+// Neither unit features nor [N, K] logits need reach memory: 8 bytes per pixel are written (lse, inv_norm), 4 K more
+// where the backward wants the logits. One partial loss and weight per block, added by one block in a fixed order.
 #include "contrast_pixels.cuh"
 
 namespace spcl::gpu {

@@ -4,7 +4,7 @@
 // shared memory from the first product to the gradient: x is read once and dx written once, 2 S bytes instead of the 3
 // S of two kernels. The blocks add their partial dot products through each other's shared memory, in the order of their
 // ranks; each finishes the softmax of its own pixels and reads the weights of the others' pixels from them: some 8 K
-// bytes a pixel and block, beside the 2 S / N of x and dx. The mean's denominator must be known before the first
+// bytes per pixel and block, next to the 2 S / N of x and dx. The mean's denominator must be known before the first
 // gradient is: the labels are counted by a kernel of their own, before. Should the incoming gradient not be 1 after
 // all, dx is scaled where it lies: another 2 S. Not for float16, whose gradients would underflow. Risk: every block
 // waits for its cluster three times. The two-kernel form stays until both are measured.

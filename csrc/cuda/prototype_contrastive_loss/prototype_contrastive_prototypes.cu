@@ -47,7 +47,8 @@ __device__ __forceinline__ void weigh_pixel(const PrototypeKernel& a, const Cont
   }
 }
 
-// Two blocks a multiprocessor are said so that ptxas takes the registers: left alone it spills on sm_100 for a third.
+// Two blocks per multiprocessor are promised so that ptxas takes the registers: left alone it spills on sm_100 for a
+// third.
 template <class T>
 __global__ void __launch_bounds__(kPrototypeThreads, 2)
     contrast_prototypes_kernel(const __grid_constant__ PrototypeKernel a) {

@@ -5,7 +5,7 @@
 // and for the gradient; then the block adds what the cells around each of its nodes have found, a few classes at a
 // time, in shared memory. Instructions, not bytes, are the bound (upsampled_cell.cuh says how few exponentials it
 // takes). Bytes: labels as they are, twice with the gradient of a mean; the low-resolution logits, three times through
-// the caches; dlogits once. Extra memory: 16 bytes a block.
+// the caches; dlogits once. Extra memory: 16 bytes per block.
 #include <algorithm>
 
 #include "upsampled_cross_entropy.cuh"
