@@ -1,6 +1,6 @@
 // Tensors to plain structs, for the glue of each op (bind_<op>.cpp). Through libtorch's stable ABI alone (target 2.11):
-// no header of c10/cuda is opened, so that this compiles next to a torch without CUDA, and one binary serves every torch
-// from 2.11 on.
+// no header of c10/cuda is opened, so that this compiles next to a torch without CUDA, and one binary serves every
+// torch from 2.11 on.
 #pragma once
 #if !defined(SPCL_EMULATED) && !defined(USE_CUDA)
 #define USE_CUDA  // declares aoti_torch_get_current_cuda_stream

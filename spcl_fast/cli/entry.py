@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _EXTRA = {
     **dict.fromkeys(("yaml", "rich", "PIL", "safetensors", "matplotlib", "jinja2"), "train"),
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx"),
-    **dict.fromkeys(("pytest", "hypothesis", "torchmetrics"), "test"),
+    **dict.fromkeys(("pytest", "pytest_benchmark", "hypothesis", "torchmetrics"), "test"),
 }
 
 

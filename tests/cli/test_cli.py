@@ -311,7 +311,7 @@ def test_the_console_script_is_installed():
 
 def test_the_extras_of_the_message_are_those_of_the_package():
     text = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text()
-    names = {"yaml": "PyYAML", "PIL": "pillow"}
+    names = {"yaml": "PyYAML", "PIL": "pillow", "pytest_benchmark": "pytest-benchmark"}
     for library, extra in entry._EXTRA.items():
         line = next(line for line in text.splitlines() if line.startswith(f"{extra} = ["))
         assert names.get(library, library).lower() in line.lower(), f"{library} is not in the extra {extra!r}"
