@@ -12,6 +12,7 @@ from ..backends.contract import Ask, Balance
 from . import checks, dispatched
 
 _OP = "balance_"
+_WHERE_IT_CAN = "where_it_can"  # in a line: the backend is a wish. Asked inside of the op, where no tracer looks
 
 
 def balance_(
@@ -60,9 +61,7 @@ def row_potentials(
     features: Tensor, prototypes: Tensor, temperature: float, v: Tensor, backend: str | None = None
 ) -> Tensor:
     """u [N] in float64 with which the rows sum to 1; `backend` where it can."""
-    if backend in backends.NAMES and backends.why_not(backend, _ask(features, prototypes)) is not None:
-        backend = None
-    line = dispatched.line(f"@{backend}" if backend else "")
+    line = dispatched.line(f"@{backend}" if backend in backends.NAMES else "", _WHERE_IT_CAN)
     return -_rows(features.detach(), prototypes.detach(), v.double(), float(temperature), line)
 
 
@@ -108,8 +107,10 @@ def _ask(features: Tensor, prototypes: Tensor) -> Ask:
 
 
 def _problem(features: Tensor, prototypes: Tensor, temperature: float, line: str):
-    used = backends.choose(_ask(features, prototypes), dispatched.named_backend(line))
-    return used, Balance(features, prototypes, temperature)
+    ask, backend = _ask(features, prototypes), dispatched.named_backend(line)
+    if backend and _WHERE_IT_CAN in dispatched.words(line) and backends.why_not(backend, ask) is not None:
+        backend = ""
+    return backends.choose(ask, backend), Balance(features, prototypes, temperature)
 
 
 @torch.library.custom_op("spcl_fast::balance_rows", mutates_args=())

@@ -128,3 +128,13 @@ def test_a_second_derivative_of_the_logits_is_refused_with_a_reason():
     (grad,) = torch.autograd.grad(logits.sum(), features, create_graph=True)
     with pytest.raises(RuntimeError, match="prototype_logits is differentiable once"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (0, 8, 3, 4), (2, 8, 0, 4)])
+@pytest.mark.parametrize("backend", usable(LOGITS, among=ALL))
+def test_no_pixel_has_no_logits(backend, shape):
+    features = torch.zeros(shape, device=home(backend), requires_grad=True)
+    prototypes = torch.ones(5, 8, device=home(backend), requires_grad=True)
+    logits = sf.prototype_logits(features, prototypes, temperature=1.0, backend=backend)
+    logits.sum().backward()
+    assert logits.shape == (shape[0], 5, *shape[2:]) and features.grad.shape == shape and (prototypes.grad == 0).all()

@@ -86,3 +86,15 @@ def test_potentials_of_balance_are_taken_as_they_are(backend):
         features, sf.TeacherTargets(teacher, of_teacher, 0.5, u, v), prototypes, temperature=0.5, normalize=False, backend=backend
     )  # fmt: skip
     oracle.assert_as_accurate(got, truth.float(), truth, slack=16)
+
+
+@pytest.mark.parametrize("backend", [None, *usable(OP, "teacher", among=("reference", "cpu", "cuda"))])
+def test_a_teacher_without_potentials_compiles_in_one_graph(backend):
+    torch._dynamo.reset()
+    features, prototypes, teacher, of_teacher = of_scale(1.0, 0)
+
+    def loss(features):
+        targets = sf.TeacherTargets(teacher, of_teacher, 0.5)
+        return sf.prototype_contrastive_loss(features, targets, prototypes, temperature=0.5, backend=backend)
+
+    assert torch.equal(torch.compile(loss, fullgraph=True, backend="aot_eager")(features), loss(features))

@@ -177,7 +177,7 @@ def logits_forward(problem: Logits) -> Tensor:
     for b in range(batch):
         x, rows = features[b].flatten(1).to(dtype), all_rows.image(b)
         s = linear.row_logits(x, linear.inverse_norm(x, problem.normalize), rows)
-        out[b] = linear.pooled(s, rows).view(-1, height, width)
+        out[b] = linear.pooled(s, rows).view(problem.num_classes, height, width)
     return out
 
 

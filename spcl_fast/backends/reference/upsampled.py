@@ -103,7 +103,10 @@ def _has_probability(problem: UpsampledLoss, dtype: torch.dtype) -> Tensor:
     labels, size = problem.labels, problem.output_size
     total = (labels != 0).any(1, keepdim=True).to(dtype)
     axes = _axes(labels.shape[-2:], size, problem.align_corners, labels, dtype)
-    return torch.stack([_strip(image, *axes)[0] for image in total]) > 0
+    found = total.new_empty((len(total), *size))
+    for b, image in enumerate(total):
+        found[b] = _strip(image, *axes)[0]
+    return found > 0
 
 
 @exact

@@ -84,6 +84,13 @@ def test_no_image_at_all(backend, op):
     assert loss == 0 and grad.shape == (0, 3, 4, 5)
 
 
+@pytest.mark.parametrize("backend", usable(CROSS, "probabilities", among=ALL))
+def test_no_image_with_probabilities(backend):
+    given = {"logits": torch.zeros(0, 3, 4, 5), "labels": torch.zeros(0, 3, 4, 5), "size": (8, 9)}
+    loss, grad = differentiated(backend, **given)
+    assert loss == 0 and grad.shape == (0, 3, 4, 5)
+
+
 @pytest.mark.parametrize("backend", EVERY)
 def test_one_class_alone_costs_exactly_nothing(backend):
     p = problem((1, 1, 3, 5), 1, (12, 20))
