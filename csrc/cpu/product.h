@@ -5,15 +5,35 @@
 namespace spcl {
 namespace SPCL_ISA {
 
+// Memory that is wanted soon: rows of `lines` cache lines. Asked for a few lines at a time between blocks of
+// arithmetic, because a burst of prefetches stalls where the same ones spread out are hidden.
+struct Ahead {
+  const char* from;
+  int64_t stride, rows;
+  int lines;
+};
+
+// Fetches part after part.
+struct Fetch {
+  const Ahead& ahead;
+  int64_t parts, part = 0;
+  SPCL_INLINE_MEMBER void operator()() {
+    for (int64_t row = ahead.rows * part / parts; row < ahead.rows * (part + 1) / parts; ++row)
+      for (int line = 0; line < ahead.lines; ++line)
+        __builtin_prefetch(ahead.from + row * ahead.stride + line * 64, 0, 3);
+    ++part;
+  }
+};
+
 // c[M][kPanel] (+)= a[n][M]^T b[n][kPanel]: the one kernel under the logits and the gradient.
-// The chunk's sum starts at 0 and is added whole: a blocked sum, which loses less than one long chain. `between` is
-// called kSteps times: work on memory that hides behind the arithmetic.
+// The chunk's sum starts at 0 and is added whole: a blocked sum, which loses less than one long chain. `fetch` is
+// called kSteps times, so that memory hides behind the arithmetic.
 constexpr int kSteps = kPanel / (kStep * V);
-template <int M, class Between> SPCL_INLINE
+template <int M> SPCL_INLINE
 void product_block(const float* __restrict a, int64_t n, const float* __restrict b, float* __restrict c, bool add,
-                   Between& between) {
+                   Fetch& fetch) {
   for (int s = 0; s < kPanel; s += kStep * V) {
-    between();
+    fetch();
     vf acc[M][kStep];
     for (int i = 0; i < M; ++i)
       for (int v = 0; v < kStep; ++v) acc[i][v] = vf{};
@@ -63,52 +83,26 @@ void strided_product(const float* a, int64_t rows, int64_t stride_i, int64_t str
   for (; i < rows; ++i) strided_block<1>(a + i * stride_i, stride_i, stride_j, n, b, c + i * stride_c, stride_c, add);
 }
 
-// Memory that is wanted soon: rows of `lines` cache lines. Asked for a few lines at a time between blocks of
-// arithmetic, because a burst of prefetches stalls where the same ones spread out are hidden.
-struct Ahead {
-  const char* from;
-  int64_t stride, rows;
-  int lines;
-};
-
-// Fetches part after part.
-struct Fetch {
-  const Ahead& ahead;
-  int64_t parts, part = 0;
-  SPCL_INLINE_MEMBER void operator()() {
-    for (int64_t row = ahead.rows * part / parts; row < ahead.rows * (part + 1) / parts; ++row)
-      for (int line = 0; line < ahead.lines; ++line)
-        __builtin_prefetch(ahead.from + row * ahead.stride + line * 64, 0, 3);
-    ++part;
-  }
-};
-
-template <int M, class Between> SPCL_INLINE
+template <int M> SPCL_INLINE
 void product_blocks(const Panels& a, int64_t first, int64_t last, int64_t j0, int64_t n, const float* b, float* c,
-                    bool add, Between& between) {
+                    bool add, Fetch& fetch) {
   for (int64_t block = first; block < last; ++block, c += M * kPanel)
-    product_block<M>(a.data + (block * a.length + j0) * M, n, b, c, add, between);
+    product_block<M>(a.data + (block * a.length + j0) * M, n, b, c, add, fetch);
 }
 
 // Blocks [first, last) of `a`, contraction over its [j0, j0 + n).
-template <class Between> SPCL_LOCAL
-void product_between(const Panels& a, int64_t first, int64_t last, int64_t j0, int64_t n, const float* b, float* c,
-                     bool add, Between& between) {
-  switch (a.rows) {
-    case 1: return product_blocks<1>(a, first, last, j0, n, b, c, add, between);
-    case 2: return product_blocks<2>(a, first, last, j0, n, b, c, add, between);
-    case 3: return product_blocks<3>(a, first, last, j0, n, b, c, add, between);
-    case 4: return product_blocks<4>(a, first, last, j0, n, b, c, add, between);
-    case 5: return product_blocks<5>(a, first, last, j0, n, b, c, add, between);
-    default: return product_blocks<6>(a, first, last, j0, n, b, c, add, between);
-  }
-}
-
 SPCL_LOCAL
 void product(const Panels& a, int64_t first, int64_t last, int64_t j0, int64_t n, const float* b, float* c, bool add,
              const Ahead& ahead) {
   Fetch fetch = {ahead, (last - first) * kSteps};
-  product_between(a, first, last, j0, n, b, c, add, fetch);
+  switch (a.rows) {
+    case 1: return product_blocks<1>(a, first, last, j0, n, b, c, add, fetch);
+    case 2: return product_blocks<2>(a, first, last, j0, n, b, c, add, fetch);
+    case 3: return product_blocks<3>(a, first, last, j0, n, b, c, add, fetch);
+    case 4: return product_blocks<4>(a, first, last, j0, n, b, c, add, fetch);
+    case 5: return product_blocks<5>(a, first, last, j0, n, b, c, add, fetch);
+    default: return product_blocks<6>(a, first, last, j0, n, b, c, add, fetch);
+  }
 }
 
 }  // namespace SPCL_ISA

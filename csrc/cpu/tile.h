@@ -174,40 +174,6 @@ Ahead ahead_of(const Features& x, const Span& span, int64_t d0, int64_t channels
   return {from, 0, 0, 0};
 }
 
-// Packs the next chunk a few rows at a time, while the product of this one goes on (`between` of product_between). Rows
-// that are far apart are fetched some 8 rows before they are packed, and no earlier: where their stride is a power of
-// two, no more of them fit the few sets of a cache that they all fall on.
-struct PackBetween {
-  const Features* x;  // nullptr: nothing comes
-  const Span* span;
-  int64_t d, channels;
-  float* to;
-  Ahead then;  // what comes afterwards
-  int64_t parts, part = 0;
-
-  SPCL_INLINE_MEMBER void operator()() {
-    if (!x || part >= parts) return;
-    const int64_t begin = channels * part / parts, end = channels * (part + 1) / parts;
-    ++part;
-    if (!span->rows_of_pixels) {
-      if (part == 1) pack(*x, *span, d, channels, to);
-      return;
-    }
-    if (begin == end) return;
-    pack(*x, *span, d + begin, end - begin, to + begin * kPanel);
-    const Ahead here = ahead_of(*x, *span, d, channels);
-    const int64_t ahead = end - begin < 8 ? 8 : end - begin;
-    for (int64_t row = begin + ahead; row < end + ahead; ++row) {
-      const char* from = row < channels ? here.from + row * here.stride : then.from + (row - channels) * then.stride;
-      for (int line = 0; line < here.lines; ++line) __builtin_prefetch(from + line * 64, 0, 3);
-    }
-  }
-  // What is left, where there were fewer calls than parts.
-  SPCL_INLINE_MEMBER void finish() {
-    while (x && part < parts) (*this)();
-  }
-};
-
 // Adds the squares of a packed chunk to sum [kPanel]. Chunk by chunk: a blocked sum loses less than one long one.
 SPCL_LOCAL
 void add_squares(const float* packed, int64_t channels, float* sum) {

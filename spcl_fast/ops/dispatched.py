@@ -112,9 +112,7 @@ def once(op: Callable, name: str) -> Callable:
 
         @staticmethod
         def backward(ctx, *grads):
-            raise RuntimeError(
-                f"{name} is differentiable once: its gradient cannot be differentiated again (create_graph=True is not supported)"
-            )
+            raise RuntimeError(f"{name} {DIFFERENTIABLE_ONCE}")
 
     def call(*arguments):
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():

@@ -10,6 +10,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from strided import counted_copy  # noqa: E402
+
 from benchmarks.traffic import count, page, triton_launches  # noqa: E402
 from benchmarks.traffic.__main__ import RESULT  # noqa: E402
 from benchmarks.traffic.cases import CASES, Case  # noqa: E402
@@ -85,18 +87,8 @@ def test_a_second_pass_over_the_features_shows(result, monkeypatch):
 
 
 def test_a_strided_load_shows_in_the_sectors():
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def copy_kernel(source, target, step: tl.constexpr, block: tl.constexpr):
-        at = tl.program_id(0) * block + tl.arange(0, block)
-        tl.store(target + at, tl.load(source + at * step))
-
-    source, target = torch.zeros(1024), torch.zeros(128)
     for step, sectors in ((1, 16), (2, 32), (8, 128)):
-        with triton_launches.counted("sm_90") as launches:
-            copy_kernel[(4,)](source, target, step, 32)
+        launches, _ = counted_copy(step)
         s = launches[0].sectors
         assert (launches[0].kernel, launches[0].blocks) == ("copy_kernel", 4)
         assert s.read_bytes.sum() == s.written_bytes.sum() == 512

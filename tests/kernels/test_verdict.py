@@ -9,7 +9,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks.traffic import count, triton_launches, works  # noqa: E402
+from strided import counted_copy  # noqa: E402
+
+from benchmarks.traffic import count, works  # noqa: E402
 from benchmarks.traffic import verdict as v  # noqa: E402
 from benchmarks.traffic.cases import Case  # noqa: E402
 from benchmarks.traffic.ledger import moved, total  # noqa: E402
@@ -71,19 +73,9 @@ def test_the_longest_kernel_names_the_limiter_and_all_of_them_the_share():
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_strided_load_changes_the_verdict():
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def read_kernel(source, target, step: tl.constexpr, block: tl.constexpr):
-        at = tl.program_id(0) * block + tl.arange(0, block)
-        tl.store(target + at, tl.load(source + at * step))
-
-    source, target = torch.zeros(1024), torch.zeros(128)
     shares = []
     for step in (1, 8):
-        with triton_launches.counted("sm_90") as launches:
-            read_kernel[(4,)](source, target, step, 32)
+        launches, source = counted_copy(step)
         everything = total(launches)
         dram = moved(launches[0], source).compulsory + everything.written_sectors
         work = v.Work("read", dram, everything.read_sectors + everything.written_sectors)
