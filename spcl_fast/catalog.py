@@ -56,6 +56,7 @@ class Stage(NamedTuple):
     role: str = ""  # of that net in a report, see ROLES
     after: tuple[str, ...] = ()  # stages whose results it starts from, see `inputs`
     reads: tuple[str, ...] = ("source", "target")  # domains whose data it needs
+    few_labels: bool = True  # whether it learns from the images of target.labelled, too
     settings: str = (
         ""  # class of its section ("module:class", importable without torch), unless config/schema.py has it
     )
@@ -116,7 +117,7 @@ STAGES = (  # in the order in which they run
     Stage(
         "source_only", "spcl_fast.method.supervised:SOURCE_ONLY", "source_only", "source-only",
         "baseline: train on source labels alone", FOLDERS_EXAMPLE,
-        title="source-only", net="source_only", role="baseline",
+        title="source-only", net="source_only", role="baseline", few_labels=False,
         absent="not trained, so nothing says what adaptation is worth",
     ),
     Stage(
@@ -168,7 +169,7 @@ STAGES = (  # in the order in which they run
     Stage(
         "oracle", "spcl_fast.method.supervised:ORACLE", "oracle", "oracle",
         "upper bound: train on the target's labels", FOLDERS_EXAMPLE,
-        title="oracle", net="oracle", role="bound",
+        title="oracle", net="oracle", role="bound", few_labels=False,
         absent="not trained, so the share of the gap that is closed is not known",
     ),
 )  # fmt: skip

@@ -248,6 +248,21 @@ def on_export(args: argparse.Namespace) -> None:
     export_trained(args.weights, config, args.stage, args.output, images=args.images)
 
 
+def on_pick_images(args: argparse.Namespace) -> None:
+    config = _of_trained_net(args)
+    if config is None:
+        return
+    check_domains(config, {"target": args.command})
+    places.check_file(args.output, "--output")
+    from ..method.pick import pick_images
+
+    names = pick_images(args.weights, config, args.stage, args.count)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    print("\n".join(names))
+    print(f"label these, the first one first, then train with --target.labelled {args.output}")
+
+
 def on_check_data(args: argparse.Namespace) -> int:
     """Both splits of both domains, or of the one named; exit 3 if anything is wrong."""
     config = _resolve(args)

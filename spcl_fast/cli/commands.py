@@ -67,6 +67,14 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _pick_arguments(parser: argparse.ArgumentParser) -> None:
+    _weights_arguments(parser)
+    parser.add_argument("--count", metavar="N", type=_at_least_one, required=True, help="how many")
+    parser.add_argument(
+        "--output", metavar="FILE.txt", type=Path, default=Path("picked.txt"), help="the names (default: picked.txt)"
+    )
+
+
 def _at_least_one(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of 1 or more")
@@ -210,6 +218,13 @@ COMMANDS: dict[str, Command] = {
         actions.on_export,
         _RECIPE,
         _export_arguments,
+    ),
+    "pick-images": Command(
+        "names the training images of the target that are most worth a label",
+        "spcl-fast pick-images runs/mine --count 20 --output picked.txt",
+        actions.on_pick_images,
+        _RECIPE,
+        _pick_arguments,
     ),
     "check-data": Command(
         "missing pairs, broken files, unknown ids, class shares; a page of pictures",

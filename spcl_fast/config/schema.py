@@ -71,6 +71,16 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class TargetConfig(DataConfig):
+    """The domain that a net is adapted to."""
+
+    labelled: str | None = setting(
+        None,
+        "training images whose labels are used: how many, drawn by the seed; names with commas; a list file; null: none",
+    )
+
+
+@dataclass(frozen=True)
 class AugmentConfig:
     """Random transforms of a training image; all off by default, as in the release."""
 
@@ -98,6 +108,7 @@ class TrainConfig:
     weight_decay: float = setting(5e-4, "of the optimiser", least=0)
     temperature: float = setting(1.8, "divides the logits of the loss on source labels", above=0)
     class_weight_power: float = setting(0.0, "class weight = (share of the pixels) ** -power; 0: none", least=0)
+    labelled_weight: float = setting(1.0, "of the loss on the images of target.labelled in the same step", least=0)
     balanced_sampling: bool = setting(False, "draw images by class, ~ 1 / ln(1.01 + share of images)")
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
@@ -219,7 +230,7 @@ class Config:
         choices=catalog.names(catalog.STAGES),
     )
     source: DataConfig = field(default_factory=DataConfig)
-    target: DataConfig = field(default_factory=DataConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     source_only: SourceConfig = field(default_factory=SourceConfig)
     control: SourceConfig = field(default_factory=SourceConfig)

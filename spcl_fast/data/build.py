@@ -16,6 +16,7 @@ from .colours import Colour
 from .dataset import Dataset, FileDataset, Joined, Problem
 from .files import MAX_PIXELS, Search, inside, read_ids, searching
 from .label_names import LabelBelow, missing_label
+from .labelled import Chosen
 from .layouts import Layout, ids_reader
 from .left_out import counted, labels_without_image, left_out_images
 
@@ -37,6 +38,7 @@ def build_dataset(
     labels: bool = True,
     limit: int | None = None,
     label_ending: str | None = None,
+    only: Chosen | None = None,
     skip_bad_files: bool = False,
     follow_links: bool = False,
     max_pixels: int = MAX_PIXELS,
@@ -50,6 +52,7 @@ def build_dataset(
     limit: the first N images only (how many scenes there are, for a generated training split).
     Raises DataError where files are missing or lie outside of `root`, ConfigError for an unknown kind.
     label_ending: what follows an image's name in its label's, such as "_mask.png"; None: what the layout says (".png").
+    only: these images alone, so that no other one needs a label (not for generated scenes).
     With skip_bad_files an image without label is left out and listed in `.problems`. What lies in the folders and is no image or label of
     this set is logged and listed in `.left_out`. follow_links: read links that lead out of `root`. max_pixels: larger pictures are refused.
     """
@@ -78,6 +81,9 @@ def build_dataset(
         layout = dataclasses.replace(layout, classes=shared[0], table=shared[1], label_info=None)
         if not own_colours and layout.read_ids is read_ids:
             layout = dataclasses.replace(layout, read_ids=ids_reader(_colours_as_ids(Path(classes), layout.table)))
+    if only is not None:
+        images = only.labelled(layout.images, layout.label_of)
+        layout = dataclasses.replace(layout, images=images, searched=None)
     if not layout.classes.names:
         raise DataError(
             f"folders {root}: there is no {root / 'classes.json'} and no `classes` file was given. "
@@ -103,9 +109,16 @@ def _left_out(layout: Layout, labels: bool) -> list[Problem]:
     return problems
 
 
-def dataset_of(config: DataConfig, split: str, *, labels: bool = True, reading: LoopConfig | None = None) -> Dataset:
-    """The data set that the settings of a domain describe; `train_images` bounds the training split alone. `reading`: of the settings
-    `loop`, what says how files are read (skip_bad_files, follow_links, max_pixels).
+def dataset_of(
+    config: DataConfig,
+    split: str,
+    *,
+    labels: bool = True,
+    only: Chosen | None = None,
+    reading: LoopConfig | None = None,
+) -> Dataset:
+    """The data set that the settings of a domain describe; `train_images` bounds the training split alone. `only`: these images of it.
+    `reading`: of the settings `loop`, what says how files are read (skip_bad_files, follow_links, max_pixels).
 
     "folders+generated_driver" is both, the generated scenes with `size` pixels and not bounded.
     """
@@ -119,8 +132,9 @@ def dataset_of(config: DataConfig, split: str, *, labels: bool = True, reading: 
         classes_key=config.classes_key,
         num_classes=config.num_classes,
         labels=labels,
-        limit=config.train_images if split == config.train_split else None,
+        limit=config.train_images if split == config.train_split and only is None else None,
         label_ending=config.label_ending,
+        only=only,
         skip_bad_files=reading.skip_bad_files,
         follow_links=reading.follow_links,
         max_pixels=reading.max_pixels,

@@ -14,9 +14,10 @@ from .. import catalog
 from ..config import Config, TrainConfig
 from ..data import Batch
 from ..method.domains import Domains
+from ..method.few_labels import declared
 from ..method.nets import Module, Nets
 from ..method.parts import Step
-from ..method.stage import TrainedStage, UntrainedStage
+from ..method.stage import UntrainedStage
 from ..models import SegmentationModel
 from ..models.norm import enough_pixels
 from ..ops import upsampled_prediction
@@ -218,12 +219,12 @@ def step_of(config: Config, stage: str, num_classes: int) -> CountedStep:
     if row.net is None:
         untrained: UntrainedStage = catalog.load(row.home)
         return _prediction_step(nets, *untrained.sees(config))
-    declared: TrainedStage = catalog.load(row.home)
+    trained = declared(row, config)
     train: TrainConfig = getattr(config, row.section)
-    trainee = declared.build(nets.config, nets)
+    trainee = trained.build(nets.config, nets)
     trainee.net.model.train()
     trainee.net.offload = config.loop.offload
-    batches = tuple(batch_of(feed.size(config), train.batch_size) for feed in declared.feeds(config))
+    batches = tuple(batch_of(feed.size(config), train.batch_size) for feed in trained.feeds(config))
     return CountedStep(
         trainee.net.model,
         trainee.step,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ class Context:
         self.device = choose_device(config.loop.device)
         self.precision = Precision(self.device, config.loop.precision)
         self.domains = Domains(config)
-        self.labels_checked: set[str] = set()  # domains
+        self.labels_checked: set[tuple[str, object]] = set()  # domains, and which of their labels
         self.stop = StopRequest()  # the run's own once it listens to signals
 
     @property
@@ -90,9 +91,10 @@ class Context:
     def identity(self, stage: catalog.Stage) -> dict[str, Any]:
         """What the stage's result depends on; the stages before it by the hash of theirs."""
         config = self.config
+        target = config.target if stage.few_labels else dataclasses.replace(config.target, labelled=None)
         return {
             "source": config.source,
-            "target": config.target,
+            "target": target,
             "model": config.model,
             "evaluate": self._picks(),
             stage.name: self.settings(stage),
@@ -110,7 +112,15 @@ class Context:
                 path = self.setting(key)
                 name = f"{stage.name if section == stage.section else section}.{rest}"
                 found[name] = None if path is None else self._content_of_path(path)
+        if stage.few_labels and self.domains.labelled_target is not None:
+            found["target.labelled"] = self._content_of_labelled
         return {key: content for key, content in found.items() if content is not None}
+
+    @functools.cached_property
+    def _content_of_labelled(self) -> str:
+        labelled = self.domains.labelled_target
+        assert labelled is not None
+        return content_of(labelled) or ", ".join(labelled.names)
 
     @functools.cache  # noqa: B019  lives as long as its run
     def _content_of_images(self, side: str) -> str | None:

@@ -12,6 +12,7 @@ from .. import distributed
 from ..config import AugmentConfig, Config, TrainConfig
 from ..data import Batch, ClassSet, Dataset, class_frequency, dataset_of, train_batches
 from ..data.check import check_same_classes
+from ..data.labelled import choose
 from ..data.statistics import rarity
 from ..errors import DataError
 from ..runs.identity import step_seed
@@ -38,6 +39,39 @@ class Domains:
         source, target = self.dataset("source", "train").classes, self.dataset("target", "train", labels=False).classes
         check_same_classes(source.names, target.names)
         return source
+
+    @functools.cached_property
+    def labelled_target(self) -> Dataset | None:
+        """The target's training images whose labels target.labelled lets the run use; None where it names none.
+
+        No other label file of the training split is opened. Raises DataError where one of them is an image of the validation split.
+        """
+        target = self.config.target
+        if target.labelled is None:
+            return None
+        every = self.dataset("target", "train", labels=False)
+        seed = step_seed(self.config.seed, "target.labelled", 0)
+        chosen = choose(target.labelled, every.names, seed)
+        if every.image_path(0) is None:  # generated scenes all have labels
+            place = {name: index for index, name in enumerate(every.names)}
+            indices = [place[name] for name in chosen.names[: chosen.count]]
+            return self.dataset("target", "train").select(indices)
+        found = dataset_of(target, target.train_split, only=chosen, reading=self.config.loop)
+        self._refuse_evaluated(found)
+        return found
+
+    def _refuse_evaluated(self, labelled: Dataset) -> None:
+        try:
+            judged = self.dataset("target", "val", labels=False)
+        except DataError:
+            return  # none is evaluated
+        paths = {str(judged.image_path(index)) for index in range(len(judged))}
+        for index, name in enumerate(labelled.names):
+            if str(labelled.image_path(index)) in paths:
+                raise DataError(
+                    f"target.labelled has {name!r}, which is an image of the validation split ({self.config.target.val_split!r}), too: "
+                    "a net would be evaluated on what it learned. Choose other images, or another val_split."
+                )
 
     def unlabelled_target(self) -> Dataset:
         """The target's training images that get pseudo-labels: all, or the first pseudo_label.images."""

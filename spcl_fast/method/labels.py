@@ -8,15 +8,17 @@ from ..data import Dataset
 from ..data.statistics import census
 from ..errors import DataError
 from .context import Context
+from .stage import Feed
 
 COUNTED_IMAGES = 1000  # at most so many labels are read, spread evenly
 
 
-def check_own_labels(context: Context, stage: str, side: str, dataset: Dataset) -> None:
+def check_own_labels(context: Context, stage: str, feed: Feed, dataset: Dataset) -> None:
     """A domain's own labels, once per run. Raises DataError for labels of one class, of none, or of ids that mean something else."""
-    if dataset.image_path(0) is None or side in context.labels_checked:
+    side, which = feed.side, (feed.side, feed.labels)
+    if dataset.image_path(0) is None or which in context.labels_checked:
         return  # scenes made on the fly have the labels they are meant to have
-    context.labels_checked.add(side)
+    context.labels_checked.add(which)
     for finding in census(dataset, COUNTED_IMAGES).findings():
         where = f"the {side}'s labels ({dataset.kind}, split {dataset.split!r})"
         if finding.stops:

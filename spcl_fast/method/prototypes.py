@@ -1,8 +1,11 @@
-"""Prototype k = mean over source images of the mean unit feature of class k's correctly classified pixels in that image."""
+"""Prototype k = mean over images of the mean unit feature of class k's correctly classified pixels in that image. Images: the source's, and
+those of target.labelled.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +45,16 @@ class MeanPrototypes:
 
     def _compute(self, context: Context, model: SegmentationModel, start: str | None) -> Mapping[str, Any]:
         settings = context.config.prototypes
-        dataset = context.domains.dataset("source", "train").spread(settings.images)
-        means, images = _mean_of_image_means(context, model, dataset)
+        config, labelled = context.config, context.domains.labelled_target
+        seen = [(context.domains.dataset("source", "train").spread(settings.images), config.source.size)]
+        seen += [] if labelled is None else [(labelled, config.target.size)]
+        means, images = _mean_of_image_means(context, model, seen)
         if not means.isfinite().all():
             raise NumericError(f"{self.name}: the features of the net of {start} are not finite. {TRAIN_AGAIN}")
         missing = [name for name, count in zip(context.classes.names, images.tolist(), strict=True) if not count]
         if missing:
             context.run.say(
-                f"{self.name}: no correctly classified source pixel of {', '.join(missing)}: their prototypes are 0"
+                f"{self.name}: no correctly classified pixel of {', '.join(missing)}: their prototypes are 0"
             )
         replace_tensors(context.run.path(layout.PROTOTYPES), {"prototypes": means, "images": images})
         return {"missing": missing}
@@ -86,12 +91,17 @@ def _prototypes_in(path: Path) -> Tensor:
 
 
 @torch.no_grad()
-def _mean_of_image_means(context: Context, model: SegmentationModel, dataset: Dataset) -> tuple[Tensor, Tensor]:
-    """-> prototypes [K, D], number of images that count for each class [K]."""
+def _mean_of_image_means(
+    context: Context, model: SegmentationModel, seen: Sequence[tuple[Dataset, tuple[int, int]]]
+) -> tuple[Tensor, Tensor]:
+    """seen: data sets, each with the (width, height) at which the net sees it. -> prototypes [K, D], number of images that count for each
+    class [K].
+    """
+    workers = context.config.loop.workers
     num_classes = len(context.classes)
     total = torch.zeros(num_classes, model.channels, device=context.device)
     images = torch.zeros(num_classes, dtype=torch.int64, device=context.device)
-    for image, label, _ in eval_batches(dataset, context.config.source.size, workers=context.config.loop.workers):
+    for image, label, _ in chain.from_iterable(eval_batches(dataset, size, workers=workers) for dataset, size in seen):
         context.stop.raise_if_requested("averaging prototypes")
         features, logits = model(image.to(context.device))
         label = torch.from_numpy(label).to(context.device)[None]

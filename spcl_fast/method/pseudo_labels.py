@@ -1,14 +1,16 @@
 """Labels for the target's training images from a trained net: thresholds from one pass over the images, or two where the first leaves them
-inexact; label PNGs from one more.
+inexact; label PNGs from one more. Images of target.labelled keep the labels that they have.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -87,14 +89,15 @@ class PseudoLabels:
     def _write_labels(self, context: Context, apply: LogitsByName, thresholds: Tensor, size: tuple[int, int]) -> Tensor:
         """-> kept pixels of each class [K]."""
         kept = torch.zeros(len(context.classes), dtype=torch.int64)
+        true = _true_labels(context)
         for name, logits in apply():
-            labels = (
-                upsampled_prediction(logits, (size[1], size[0]), thresholds=thresholds.to(logits.device))
-                .labels[0]
-                .cpu()
-            )
-            kept += torch.bincount(labels.flatten(), minlength=256)[: len(kept)]
-            write_label_png(context.run.path(self.name, f"{name}.png"), labels.numpy(), context.classes.palette)
+            if name in true:
+                labels = true[name]()
+            else:
+                shown = upsampled_prediction(logits, (size[1], size[0]), thresholds=thresholds.to(logits.device))
+                labels = shown.labels[0].cpu().numpy()
+                kept += torch.from_numpy(np.bincount(labels.ravel(), minlength=256))[: len(kept)]
+            write_label_png(context.run.path(self.name, f"{name}.png"), labels, context.classes.palette)
         return kept
 
     def _record(self, context: Context, thresholds: PseudoLabelThresholds, applied: Tensor, kept: Tensor) -> dict:
@@ -115,6 +118,20 @@ class PseudoLabels:
 
 FIRST = PseudoLabels("pseudo_labels", may_be_given=True)  # for adaptation, from the net that it starts from
 SECOND = PseudoLabels("pseudo_labels_2")  # for distillation, from the adapted net
+
+
+def _true_labels(context: Context) -> dict[str, Callable[[], np.ndarray]]:
+    """By name what reads the label of an image of target.labelled: a label that is known needs no prediction."""
+    labelled = context.domains.labelled_target
+    if labelled is None:
+        return {}
+    return {name: functools.partial(_label_of, labelled, index) for index, name in enumerate(labelled.names)}
+
+
+def _label_of(dataset: Dataset, index: int) -> np.ndarray:
+    label = dataset.load(index)[1]
+    assert label is not None  # these images have labels
+    return label
 
 
 def _logits_of(context: Context, model: SegmentationModel, dataset: Dataset, size: tuple[int, int]) -> LogitsByName:

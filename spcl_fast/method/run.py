@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import catalog, distributed
 from ..config import Config
 from ..config.load import dump_config
+from ..data.left_out import counted
 from ..errors import Interrupted
 from ..runs import layout
 from ..train import memory
@@ -17,6 +18,7 @@ from ..train.device import crowded
 from ..train.signals import stop_requests
 from .accept import accept, as_ran, fork
 from .context import Context
+from .few_labels import declared
 from .samples import keep_samples
 from .stage import BANK, UntrainedStage
 from .summary import write_summary
@@ -66,10 +68,9 @@ def run_stages(
 
 
 def _do(context: Context, row: catalog.Stage, forecast: Forecast | None) -> None:
-    stage = catalog.load(row.home)
     if row.net is None:
-        return _write(context, row, stage)
-    trainee = train_stage(context, row, stage, forecast)
+        return _write(context, row, catalog.load(row.home))
+    trainee = train_stage(context, row, declared(row, context.config), forecast)
     bank = trainee.modules.get(BANK)
     if bank is not None:
         assert isinstance(bank.prototypes, Tensor)
@@ -95,3 +96,10 @@ def _introduce(context: Context, rows: Sequence[catalog.Stage]) -> None:
         layout.CLASSES, {"names": list(classes.names), "palette": palette, "ignore_index": classes.ignore_index}
     )
     run.write_text(layout.CONFIG, dump_config(as_ran(context, rows)))
+    labelled = context.domains.labelled_target
+    if labelled is not None and any(row.few_labels for row in rows):
+        run.write_text(layout.LABELLED, "".join(f"{name}\n" for name in labelled.names))
+        learning = ", ".join(row.name for row in rows if row.few_labels)
+        run.say(
+            f"{counted(len(labelled), 'labelled target image')}, listed in {layout.LABELLED}: {learning} learn from them"
+        )

@@ -23,7 +23,7 @@ from .parts import Step
 
 Batches = Callable[[int], Iterator[Any]]  # iteration to start at -> batches without end
 
-OWN, NONE = "own", "none"
+OWN, NONE, LABELLED = "own", "none", "labelled"
 BANK = "bank"  # the module that holds prototypes, in checkpoints
 TRAIN_AGAIN = "Its last step must have been too large: train it again with a lower learning rate, under another name."
 
@@ -33,7 +33,9 @@ class Feed:
     """One batch of every step."""
 
     side: str  # "source" | "target"
-    labels: str | Path  # OWN: those of the data set; NONE: all ignored; else the folder of pseudo-labels
+    labels: (
+        str | Path
+    )  # OWN: those of the data set; NONE: all ignored; LABELLED: its images of target.labelled; else a folder of labels
     augment: AugmentConfig
 
     def size(self, config: Config) -> tuple[int, int]:

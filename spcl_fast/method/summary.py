@@ -34,6 +34,8 @@ def write_summary(context: Context) -> dict[str, Any]:
         stage: record["peak_memory_bytes"] for stage, record in done.items() if "peak_memory_bytes" in record
     }
     summary["selection"] = context.config.evaluate.selection
+    if context.domains.labelled_target is not None:
+        summary["labelled_target_images"] = len(context.domains.labelled_target)
     summary["seed"] = context.config.seed
     summary["machine"] = _machine(context)
     run.write_json(layout.SUMMARY, summary)

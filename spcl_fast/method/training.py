@@ -26,7 +26,7 @@ from .labels import check_own_labels, check_pseudo_labels
 from .nets import Nets
 from .parts import Shown
 from .prototypes import read_prototypes
-from .stage import NONE, OWN, Batches, Feed, TrainedStage, Trainee
+from .stage import LABELLED, NONE, OWN, Batches, Feed, TrainedStage, Trainee
 
 Forecast = Callable[[Config, str, int], Mapping[str, Any]]  # settings, stage, number of classes -> what plan.json holds
 
@@ -59,12 +59,12 @@ def train_stage(context: Context, row: catalog.Stage, stage: TrainedStage, forec
     """Fit the stage's net, or what is left of it, then evaluate it on the target's validation images."""
     train: TrainConfig = context.settings(row)
     feeds, todo = stage.feeds(context.config), context.run.done(row.name) is None
-    own = [feed for feed in feeds if feed.labels == OWN]
+    own = [feed for feed in feeds if feed.labels in (OWN, LABELLED)]
     for feed in own if todo else ():
-        check_own_labels(context, row.name, feed.side, fed_dataset(context, feed))
+        check_own_labels(context, row.name, feed, fed_dataset(context, feed))
     trainee = stage.build(context.config, RunNets(context, context.inputs(row)))
     if todo:
-        pseudo = [fed_dataset(context, feed) for feed in feeds if feed.labels not in (OWN, NONE)]
+        pseudo = [fed_dataset(context, feed) for feed in feeds if feed.labels not in (OWN, NONE, LABELLED)]
         check_pseudo_labels(context, row.name, pseudo, alone=not own)
     model = trainee.net.model.train()
     with enough_pixels(row.section):
@@ -109,6 +109,9 @@ def fed_dataset(context: Context, feed: Feed) -> Dataset:
     domains = context.domains
     if feed.labels == OWN:
         return domains.dataset(feed.side, "train")
+    if feed.labels == LABELLED:
+        assert domains.labelled_target is not None  # or there would be no such feed
+        return domains.labelled_target
     if feed.labels == NONE:
         return domains.dataset(feed.side, "train", labels=False)
     images = domains.unlabelled_target() if feed.side == "target" else domains.dataset(feed.side, "train", labels=False)

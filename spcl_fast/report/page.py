@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 
 from .. import catalog
+from ..data.left_out import counted
 from ..errors import CheckpointError
 from ..runs import layout
 from ..runs.reading import RunFolder, number, read_run
@@ -100,13 +101,21 @@ def render(run: RunFolder) -> str:
             stages=_stages(run),
             memory=memory.ledger(run),
             machine=_machine(run),
-            selection=SELECTION.get(str(run.summary.get("selection")), ""),
+            selection=SELECTION.get(str(run.summary.get("selection")), "") + _few_labels(run),
             settings=run.settings,
             missing=run.missing,
             baseline=catalog.title(run.baseline) if run.baseline else None,
             final=catalog.title(run.final) if run.final else None,
         )
     )
+
+
+def _few_labels(run: RunFolder) -> str:
+    count = run.summary.get("labelled_target_images")
+    if not isinstance(count, int):
+        return ""
+    without = " and ".join(row.title for row in catalog.trained() if not row.few_labels)
+    return f" All nets but {without} learned from {counted(count, 'labelled target image')}, too."
 
 
 def _drawn(run: RunFolder, draw: Any) -> str | None:

@@ -1,7 +1,7 @@
 """The run folder: names of its files and folders, columns of its log, phases of a step. Whoever writes or reads one takes its name here.
 
 config.yaml classes.json metrics.jsonl summary.json report.html tensorboard/STAGE/
-prototypes.safetensors features.npz report_samples/NAME_image.png, NAME_truth.png
+prototypes.safetensors features.npz labelled.txt report_samples/NAME_image.png, NAME_truth.png
 STAGE/done.json                                      of every stage
 STAGE/checkpoints/step_XXXXXXXX/ STAGE/evaluation.json STAGE/predictions/NAME.png STAGE/plan.json       of a trained one
 STAGE/selected.safetensors, selected.json            of a trained one, where evaluate.selection is not "last"
@@ -25,6 +25,7 @@ TENSORBOARD = "tensorboard"
 LOCK = ".lock"
 PROTOTYPES = "prototypes.safetensors"  # tensors "prototypes" [K, D] and "images" [K]
 FEATURES = "features.npz"
+LABELLED = "labelled.txt"  # names of the target's images whose labels were used
 SAMPLES = "report_samples"
 IMAGE_SUFFIX, TRUTH_SUFFIX = "_image.png", "_truth.png"
 

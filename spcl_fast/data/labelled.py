@@ -1,0 +1,60 @@
+"""A few labelled images of a domain that has no other labels: which ones a setting names."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import DataError
+from .files import read_list
+from .sampling import generator
+
+
+class Chosen(NamedTuple):
+    """Images by name; of more than `count` the first ones that have a label. count None: all of them, and each needs its label."""
+
+    names: tuple[str, ...]
+    count: int | None = None
+
+    def labelled(self, images: Mapping[str, Path], label_of: Callable[[str], Path]) -> dict[str, Path]:
+        """The chosen ones of `images`. Raises DataError where fewer than `count` have a label file."""
+        if self.count is None:
+            return {name: images[name] for name in self.names}
+        found = {name: images[name] for name in self.names if label_of(name).is_file()}
+        if len(found) < self.count:
+            raise DataError(
+                f"target.labelled asks for {self.count} labelled images, and {len(found)} of the {len(self.names)} training images "
+                f"have a label; one without is {next(n for n in self.names if n not in found)!r}. Ask for fewer, or add labels."
+            )
+        return dict(list(found.items())[: self.count])
+
+
+def choose(wanted: str, names: Sequence[str], seed: int) -> Chosen:
+    """What target.labelled says: a number, drawn by the seed so that fewer are a part of more; a list file; or names with commas between.
+
+    Raises DataError for none, too many, or a name that is not among `names`.
+    """
+    if wanted.strip().isdigit():
+        count = int(wanted)
+        if not 0 < count <= len(names):
+            raise DataError(f"target.labelled: got {count}, expected 1 to {len(names)}, the number of training images")
+        order = generator(seed, 0).permutation(len(names))
+        return Chosen(tuple(names[i] for i in order), count)
+    path = Path(wanted).expanduser()
+    listed = read_list(path) if path.is_file() else [word.strip() for word in wanted.split(",") if word.strip()]
+    if not listed:
+        raise DataError("target.labelled: got nothing, expected a number, names with commas between, or a list file")
+    known = set(names)
+    unknown = next((name for name in listed if name not in known), None)
+    if unknown is not None:
+        near = difflib.get_close_matches(unknown, names, n=1)
+        where = (
+            f"{path} names" if path.is_file() else "target.labelled: there is no such file, nor a training image called"
+        )
+        raise DataError(
+            f"{where} {unknown!r}{', which is no training image' if path.is_file() else ''}"
+            f"{f'; the nearest name is {near[0]!r}' if near else ''}. Names are those below the image folder, without the ending."
+        )
+    return Chosen(tuple(dict.fromkeys(listed)))

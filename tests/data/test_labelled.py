@@ -1,0 +1,61 @@
+"""target.labelled names the images that it says, and no other image needs a label."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from spcl_fast.data.labelled import Chosen, choose
+from spcl_fast.errors import DataError
+
+NAMES = [f"drive_{i:02d}" for i in range(20)]
+
+
+def test_fewer_images_are_a_part_of_more_and_another_seed_draws_others():
+    few, more = choose("3", NAMES, 1), choose("8", NAMES, 1)
+    assert few.count == 3 and more.count == 8 and few.names == more.names and sorted(few.names) == NAMES
+    assert choose("3", NAMES, 2).names != few.names
+
+
+def test_names_and_a_list_file_are_taken_in_their_order(tmp_path):
+    assert choose("drive_07, drive_01", NAMES, 0) == Chosen(("drive_07", "drive_01"))
+    (tmp_path / "picked.txt").write_text("# mine\ndrive_03.png\n\ndrive_02\n")
+    assert choose(str(tmp_path / "picked.txt"), NAMES, 0) == Chosen(("drive_03", "drive_02"))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ("0", "expected 1 to 20"),
+        ("21", "expected 1 to 20"),
+        (" , ", "got nothing"),
+        ("drive_7", "no such file, nor a training image called 'drive_7'; the nearest name is 'drive_"),
+    ],
+)
+def test_what_names_no_image_is_refused(wanted, said):
+    with pytest.raises(DataError, match=said):
+        choose(wanted, NAMES, 0)
+
+
+def test_a_list_with_an_unknown_name_says_which_file(tmp_path):
+    path = tmp_path / "picked.txt"
+    path.write_text("elsewhere\n")
+    with pytest.raises(DataError, match="picked.txt names 'elsewhere', which is no training image"):
+        choose(str(path), NAMES, 0)
+
+
+def test_a_number_passes_over_images_without_a_label(tmp_path):
+    images = {name: Path(f"{name}.png") for name in NAMES}
+    for name in ("drive_04", "drive_09", "drive_11"):
+        (tmp_path / f"{name}.png").touch()
+
+    def label_of(name: str) -> Path:
+        return tmp_path / f"{name}.png"
+
+    chosen = choose("2", NAMES, 0)
+    found = list(chosen.labelled(images, label_of))
+    assert len(found) == 2 and set(found) < {"drive_04", "drive_09", "drive_11"}
+    assert found == [name for name in chosen.names if label_of(name).is_file()][:2]
+    with pytest.raises(DataError, match="asks for 4 labelled images, and 3 of the 20"):
+        choose("4", NAMES, 0).labelled(images, label_of)
