@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ class Chosen(NamedTuple):
         return dict(list(found.items())[: self.count])
 
 
-def choose(wanted: str, names: Sequence[str], seed: int) -> Chosen:
+def choose(wanted: str, names: list[str], seed: int) -> Chosen:
     """What target.labelled says: a number, drawn by the seed so that fewer are a part of more; a list file; or names with commas between.
 
     Raises DataError for none, too many, or a name that is not among `names`.

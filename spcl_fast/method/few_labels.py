@@ -22,17 +22,16 @@ from .stage import LABELLED, Batches, Feed, TrainedStage, Trainee
 def declared(row: catalog.Stage, config: Config) -> TrainedStage:
     """The trained stage of a row, as these settings have it."""
     stage: TrainedStage = catalog.load(row.home)
-    return stage if config.target.labelled is None or not row.few_labels else WithLabelled(stage, row.section)
+    return stage if config.target.labelled is None or not row.few_labels else WithLabelled(stage, row.section, row.name)
 
 
-@dataclass(frozen=True)
+@dataclass
 class WithLabelled:
+    """A stage with one more feed."""
+
     stage: TrainedStage
     section: str
-
-    @property
-    def name(self) -> str:
-        return self.stage.name
+    name: str
 
     def feeds(self, config: Config) -> tuple[Feed, ...]:
         return *self.stage.feeds(config), Feed("target", LABELLED, self._train(config).augment)
