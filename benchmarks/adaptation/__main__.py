@@ -1,4 +1,5 @@
 """python -m benchmarks.adaptation run PLAN.yaml [--jobs 2 --threads 1] · table · plot · day-to-dusk CAMVID FOLDER
+· left-out-drives CAMVID FOLDER
 
 run: every setting x seed x pair of a plan that has no result line yet. Seeds go side by side, the settings of a seed one after another,
 so that they share stages. Stopped at any time, the same command goes on. table, plot: from results/*.jsonl alone.
@@ -64,6 +65,9 @@ def _parser() -> argparse.ArgumentParser:
             "--output", type=Path, help="a file for the table (default: the terminal), a folder for the plots"
         )
     sub = command("day-to-dusk", _day_to_dusk, "two roots, day and dusk, from one copy of CamVid")
+    sub.add_argument("camvid", type=Path)
+    sub.add_argument("folder", type=Path)
+    sub = command("left-out-drives", _left_out_drives, "a root for each drive of CamVid that is left out of training")
     sub.add_argument("camvid", type=Path)
     sub.add_argument("folder", type=Path)
     return parser
@@ -147,6 +151,13 @@ def _day_to_dusk(args: argparse.Namespace) -> None:
     from benchmarks.adaptation.day_to_dusk import make_pair
 
     for root, images in make_pair(args.camvid, args.folder).items():
+        print(f"{root}: {images} images")
+
+
+def _left_out_drives(args: argparse.Namespace) -> None:
+    from benchmarks.adaptation.left_out_drives import make_folds
+
+    for root, images in make_folds(args.camvid, args.folder).items():
         print(f"{root}: {images} images")
 
 

@@ -31,13 +31,13 @@ def make_pair(camvid: Path, folder: Path) -> dict[Path, int]:
     for root, images in splits.items():
         for split, paths in images.items():
             for path in paths:
-                _copy(path, root / "images" / split / path.name)
+                copy(path, root / "images" / split / path.name)
                 label = camvid / "labels" / path.parent.name / f"{path.stem}.png"
-                _copy(label, root / "labels" / split / label.name)
-        _copy(camvid / "classes.json", root / "classes.json")
+                copy(label, root / "labels" / split / label.name)
+        copy(camvid / "classes.json", root / "classes.json")
     return {root: sum(map(len, images.values())) for root, images in splits.items()}
 
 
-def _copy(path: Path, to: Path) -> None:
+def copy(path: Path, to: Path) -> None:
     to.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(path, to)

@@ -37,15 +37,17 @@ def inputs(stage: catalog.Stage, settings: Mapping[str, Any]) -> tuple[str, ...]
 
 def depends_on(stage: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Of a run's flat settings those that the result of `stage` depends on, through the stages before it too."""
-    sections, waiting = {*_COMMON}, [stage]
+    sections, waiting, few_labels = {*_COMMON}, [stage], False
     while waiting:
         row = catalog.find(catalog.STAGES, waiting.pop())
         sections.add(row.section)
+        few_labels |= row.few_labels
         waiting.extend(inputs(row, settings))
     return {
         key: value
         for key, value in settings.items()
         if any(key == name or key.startswith(f"{name}.") for name in sections)
+        and (few_labels or key != "target.labelled")
     }
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 from benchmarks.adaptation import seed as seed_module
 from benchmarks.adaptation import sharing
 from benchmarks.adaptation.day_to_dusk import make_pair
+from benchmarks.adaptation.left_out_drives import make_folds
 from benchmarks.adaptation.lines import latest
 from benchmarks.adaptation.plan import Plan, read_plan, recipe
 from benchmarks.adaptation.sharing import depends_on, take_over
@@ -209,6 +210,7 @@ def test_a_changed_recipe_gets_a_folder_of_its_own_and_other_roots_do_not(tmp_pa
         ),
         ({"pseudo_label.cap": 0.5}, ("source_only", "warmup", "prototypes"), ("pseudo_labels", "adapt", "distill")),
         ({"evaluate.tta": "flip"}, (), ("source_only", "distill")),
+        ({"target.labelled": "2"}, ("source_only", "oracle"), ("control", "prototypes", "adapt", "distill")),
         ({"seed": 1}, (), ("source_only", "warmup", "distill")),
     ],
 )
@@ -361,3 +363,25 @@ def test_a_camvid_without_dusk_is_refused(tmp_path):
 def test_the_real_camvid_makes_the_pair(shared_dir, tmp_path):
     roots = make_pair(shared_dir / "data" / "camvid", tmp_path)
     assert {root.name: count for root, count in roots.items()} == {"camvid_day": 305 + 101, "camvid_dusk": 41 + 15}
+
+
+# ---- a drive left out ----------------------------------------------------------------------------------------------------
+
+
+def test_each_drive_is_evaluated_once_and_never_trained_on_then(shared_dir, tmp_path):
+    roots = make_folds(shared_dir / "data" / "camvid", tmp_path)
+    evaluated = []
+    for root in roots:
+        drive = root.name.removeprefix("camvid_without_")
+        train, val = (build_dataset("folders", root, split).names for split in ("train", "val"))
+        assert all(name.startswith(drive) for name in val) and not any(name.startswith(drive) for name in train)
+        assert len(train) + len(val) == 367 + 101
+        evaluated += val
+    assert len(evaluated) == len(set(evaluated)) == 367 + 101
+
+
+def test_a_camvid_that_lacks_a_drive_names_it(tmp_path):
+    (tmp_path / "images" / "train").mkdir(parents=True)
+    Image.new("RGB", (8, 6)).save(tmp_path / "images" / "train" / "0006R0_1.png")
+    with pytest.raises(DataError, match="called after 0001TP, 0016E5"):
+        make_folds(tmp_path, tmp_path / "out")
