@@ -33,12 +33,14 @@ def _row(kernel: str, *, warps: int = 4, stages: int = 3, registers: int | None 
 
 _small = functools.partial(_row, registers=None)  # the interpreter knows no registers
 
-_FEW = functools.partial(_row, "contrast_prototypes", max_classes=32, BLOCK_K=32, stages=1, warps=8)
+_FEW = functools.partial(_row, "contrast_prototypes", max_classes=32, BLOCK_K=32, stages=1)
 _FEW_CLASSES: list[Row] = [
-    _FEW(dtype="fp32", BLOCK_N=32, BLOCK_D=32, BLOCK_O=64),
-    _FEW(max_dim=256, BLOCK_N=64, BLOCK_D=32, BLOCK_O=256),
-    _FEW(BLOCK_N=64, BLOCK_D=64, BLOCK_O=128),
+    _FEW(dtype="fp32", BLOCK_N=32, BLOCK_D=32, BLOCK_O=64, warps=8),
+    _FEW(max_dim=256, BLOCK_N=64, BLOCK_D=32, BLOCK_O=256, warps=16, registers=128),
+    _FEW(BLOCK_N=64, BLOCK_D=64, BLOCK_O=128, warps=16, registers=128),
 ]
+# One block of 16 warps is all that a multiprocessor holds, its registers then: as many warps as two blocks of 8, of twice the tile.
+_MANY_CLASSES = functools.partial(_row, "contrast_prototypes", BLOCK_K=64, stages=1, warps=16, registers=128)
 
 # BLOCK_N pixels, BLOCK_K classes, BLOCK_D channels of a dot, BLOCK_O channels of an output. maxnreg 255 is no limit, but without it ptxas
 # aims at an occupancy of its own and takes a few bytes of spills for it.
@@ -92,8 +94,9 @@ _DEFAULT: list[Row] = [
     _row("contrast_backward_target", dtype="fp32", BLOCK_N=32, BLOCK_K=32, BLOCK_D=16, BLOCK_O=32, stages=2, warps=8),
     _row("contrast_backward_target", BLOCK_N=32, BLOCK_K=32, BLOCK_D=32, BLOCK_O=64, stages=2, warps=8),
     *_FEW_CLASSES,
-    _row("contrast_prototypes", dtype="fp32", BLOCK_N=32, BLOCK_K=64, BLOCK_D=16, BLOCK_O=256, stages=1, warps=8),
-    _row("contrast_prototypes", BLOCK_N=64, BLOCK_K=64, BLOCK_D=64, BLOCK_O=128, stages=1, warps=8),
+    _MANY_CLASSES(dtype="fp32", max_dim=64, BLOCK_N=32, BLOCK_D=16, BLOCK_O=64),
+    _MANY_CLASSES(dtype="fp32", BLOCK_N=16, BLOCK_D=16, BLOCK_O=256),
+    _MANY_CLASSES(BLOCK_N=64, BLOCK_D=64, BLOCK_O=128),
     _row("contrast_prototypes_target", dtype="fp32", BLOCK_N=32, BLOCK_K=32, BLOCK_D=32, BLOCK_O=64, stages=1, warps=8),
     _row("contrast_prototypes_target", BLOCK_N=64, BLOCK_K=32, BLOCK_D=64, BLOCK_O=128, stages=1, warps=8),
     _row("moments", dtype="fp32", BLOCK_N=32, BLOCK_K=32, BLOCK_O=128, stages=1, warps=8),
@@ -124,9 +127,13 @@ TABLES: dict[str, list[Row]] = {
         _row("contrast_forward", dtype="half", max_classes=32, BLOCK_N=64, BLOCK_K=32, BLOCK_D=128, stages=4),
         # With many classes the prototypes are most of what is read: of L2, once per tile of pixels, or of pixels once per block of classes.
         _row("contrast_forward_resident", max_classes=64, max_dim=256, BLOCK_N=64, BLOCK_K=32, stages=2),
+        _row("contrast_forward_resident", max_dim=64, BLOCK_N=128, BLOCK_K=32, stages=2, warps=8, registers=80),
         _row("contrast_forward_resident", max_dim=256, BLOCK_N=128, BLOCK_K=32, stages=2, warps=8),
+        # 16 warps would spill 8 bytes
+        _FEW(dtype="half", max_dim=256, BLOCK_N=64, BLOCK_D=32, BLOCK_O=256, warps=8, registers=168),
         *_FEW_CLASSES,
-        _row("contrast_prototypes", dtype="half", BLOCK_N=64, BLOCK_K=64, BLOCK_D=64, BLOCK_O=256, stages=1, warps=8),
+        _MANY_CLASSES(dtype="fp32", BLOCK_N=32, BLOCK_D=16, BLOCK_O=256),
+        _MANY_CLASSES(BLOCK_N=64, BLOCK_D=64, BLOCK_O=256),
         *_DEFAULT,
     ],
     "sm_100": _DEFAULT,

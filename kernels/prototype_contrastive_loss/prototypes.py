@@ -54,10 +54,19 @@ def _factors(grad, weights, b, n, size, cls):
 
 
 @triton.jit
-def _largest(values, bad):
-    """What a tile's values are divided by, so that half floats lose nothing: their largest, 1 where all are 0; NaN at a bad label."""
-    largest = tl.max(tl.abs(values), 0)
-    return tl.where(largest > 0, largest, 1.0) + tl.max(tl.where(bad, float("nan"), 0.0), 0)
+def _add_tile(acc, weight, coefficient, x, counted, poison, PRECISION: tl.constexpr):
+    """acc + (weight * coefficient)^T x of the pixels that count; poison of the others. Half floats: the coefficient is divided by its
+    largest before the dot, so that none is lost, and the sum multiplied by it; float32 goes without that second accumulator."""
+    x = tl.where(counted[:, None], x, 0.0)  # 0 times an unlabelled pixel's NaN would be NaN
+    if x.dtype == tl.float32:
+        weight = tl.where(counted[:, None], weight * coefficient[:, None], poison[:, None])
+        acc = tl.dot(tl.trans(weight), x, acc, input_precision=PRECISION)
+    else:
+        largest = tl.max(tl.abs(coefficient), 0)
+        largest = tl.where(largest > 0, largest, 1.0)
+        weight = tl.where(counted[:, None], weight * (coefficient / largest)[:, None], poison[:, None])
+        acc += tl.dot(tl.trans(weight.to(x.dtype)), x, input_precision=PRECISION) * largest
+    return acc
 
 
 @triton.jit
@@ -90,24 +99,20 @@ def prototype_kernel(
         else:
             s = read_pixels(target.scale, b, n, mask_n, size)
         coefficient = tl.where(cls >= 0, s * pixels.inv, 0.0)
-        largest = _largest(coefficient, bad)
+        poison = tl.where(bad, float("nan"), 0.0)
         image_ptr = features.ptr + b * features.stride_b
         w, _, _, _ = weights_again(
             image_ptr, features, prototypes, target, weights, saved, pixels, k0, size,
             BLOCK_N, BLOCK_K, BLOCK_D, PRECISION,
         )  # fmt: skip
         if partials.bias is not None:
-            poison = tl.where(bad, float("nan"), 0.0)
             bias += tl.sum(tl.where((cls >= 0)[:, None], w * s[:, None], 0.0) + poison[:, None], 0)
-        weight = w * (coefficient / largest)[:, None]
-        weight = tl.where((cls >= 0)[:, None] & (offs_k < size.K)[None, :], weight, 0.0)
         x = tl.load(
             image_ptr + pixels.offset[:, None] + offs_d[None, :].to(tl.int64) * features.stride_d,
             mask=mask_n[:, None] & (offs_d < size.D)[None, :],
             other=0.0,
         )
-        x = tl.where((cls >= 0)[:, None], x, 0.0)  # 0 times an unlabelled pixel's NaN would be NaN
-        acc += tl.dot(tl.trans(weight.to(x.dtype)), x, input_precision=PRECISION) * largest
+        acc = _add_tile(acc, w, coefficient, x, cls >= 0, poison, PRECISION)
     if partials.per_image is not None:
         group = group * tl.num_programs(2) + tl.program_id(2)
     first = group.to(tl.int64) * size.K

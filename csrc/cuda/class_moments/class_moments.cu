@@ -28,6 +28,8 @@ Status launch_ranges(const Moments& a, Stream stream) {
   });
 }
 
+// Weights are a template's, so that without them more blocks fit a multiprocessor.
+template <bool kWeighted>
 __global__ void __launch_bounds__(kTotalWarps * 32) moments_total_kernel(const __grid_constant__ Moments a) {
   double* shared = shared_memory<double>();  // [warps][32]
   const TotalPlace t = total_place(a, blockIdx.x, threadIdx.x);
@@ -41,7 +43,7 @@ __global__ void __launch_bounds__(kTotalWarps * 32) moments_total_kernel(const _
   if (t.d < 32 && t.part == 0 && t.k < a.num_classes) {  // a whole warp, whatever D is
     const int64_t count = add_counts(a, t.k);
     if (t.d == 0 && a.counts) a.counts[t.k] = count;
-    if (a.weights) {
+    if constexpr (kWeighted) {
       const float weight = add_weights(a, t.k);
       if (t.d == 0) a.weights[t.k] = weight;
     }
@@ -50,8 +52,8 @@ __global__ void __launch_bounds__(kTotalWarps * 32) moments_total_kernel(const _
 
 Status class_moments(const Moments& a, Stream stream) {
   if (Status wrong = launch_ranges(a, stream)) return wrong;
-  return launch(moments_total_kernel, Grid{total_blocks(a), kTotalWarps * 32, kTotalWarps * 32 * sizeof(double)},
-                stream, a);
+  const Grid grid{total_blocks(a), kTotalWarps * 32, kTotalWarps * 32 * sizeof(double)};
+  return launch(a.weights ? moments_total_kernel<true> : moments_total_kernel<false>, grid, stream, a);
 }
 
 }  // namespace spcl::gpu

@@ -159,13 +159,14 @@ template <int kColumns_> struct WideWindow {
   static __device__ __forceinline__ Corners load(const UpsamplingTask& task, const T* plane, const CornerOffsets& at) {
     return load_any_corners(task, plane, at);
   }
-  // The scaled exponent of a label in column j where `load` has raised a corner of its class: -inf where a corner that
-  // counts is (the loss is infinite), else finite, however low. z: that of the raised corners.
+  // The scaled exponent of a label's class in column j. Where `load` raises a corner: -inf where a corner that counts
+  // is (the loss is infinite), else finite, however low.
   template <class T>
-  static __device__ __forceinline__ float low_label(const UpsamplingTask& task, const T* plane, const CornerOffsets& at,
-                                                    const Window& window, int j, float z, float bound) {
+  static __device__ __forceinline__ float label_at(const UpsamplingTask& task, const T* plane, const CornerOffsets& at,
+                                                   const Window& window, int j, float bound) {
     const Corners v = load_corners(plane, at);
-    if (fminf(fminf(v.a, v.b), fminf(v.c, v.d)) >= task.lowest) return z;
+    if (fminf(fminf(v.a, v.b), fminf(v.c, v.d)) >= task.lowest)
+      return (exponent_at(exponents(v, window, 1.0f, 0.0f), j) - bound) * task.factor;
     const float x = fmaf(j, window.x.slope, window.x.start), y = window.y.start;
     const auto part = [](float corner, float share) { return share > 0.0f ? corner * share : 0.0f; };
     const float logit =
@@ -179,9 +180,8 @@ template <int kColumns_> struct WideWindow {
   __device__ __forceinline__ float losses(const CrossEntropyTask& task, const T* image, const CornerOffsets& at,
                                           const Window& window, const PixelPlace& place, int num_classes, float,
                                           float gradient_scale, bool mine) {
-    float of_label[kColumns];
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j) largest[j] = -INFINITY, scale[j] = 0.0f, of_label[j] = 0.0f;
+    for (int j = 0; j < kColumns; ++j) largest[j] = -INFINITY, scale[j] = 0.0f;
     const T* plane = image;
 #pragma unroll 1
     for (int k = 0; k < num_classes; ++k, plane += task.stride_k) {
@@ -194,21 +194,19 @@ template <int kColumns_> struct WideWindow {
     for (int k = 0; k < num_classes; ++k, plane += task.stride_k) {
       const Exponents e = exponents(load(task, plane, at), window, factor(task), 0.0f);
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) {
-        const float z = (exponent_at(e, j) - largest[j]) * task.factor;
-        scale[j] += exp2_fast(z);
-        if (place.code(j) == k) of_label[j] = low_label(task, plane, at, window, j, z, largest[j]);
-      }
+      for (int j = 0; j < kColumns; ++j) scale[j] += exp2_fast((exponent_at(e, j) - largest[j]) * task.factor);
     }
     float sum = 0.0f;
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
+      __syncwarp();  // as in a narrow window
       const int code = place.code(j);
-      const bool nothing = of_label[j] == -INFINITY && largest[j] <= task.lowest;  // all classes are -inf
+      const float of_label = code < 0 ? 0.0f : label_at(task, image + code * task.stride_k, at, window, j, largest[j]);
+      const bool nothing = of_label == -INFINITY && largest[j] <= task.lowest;  // all classes are -inf
       const float weight = weight_of(task, place, code, 0, j), total = nothing ? NAN : scale[j];
       if (window.rows && j < window.columns)
-        sum += settle_pixel(task, place, code, 0, j, mine, (log2f(total) - of_label[j]) * kLn2, weight);
-      place.value(j) = total - exp2_fast(of_label[j]);
+        sum += settle_pixel(task, place, code, 0, j, mine, (log2f(total) - of_label) * kLn2, weight);
+      place.value(j) = total - exp2_fast(of_label);
       scale[j] = weight * gradient_scale / total;
     }
     return sum;
