@@ -13,7 +13,7 @@ WORKERS ?= 2
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format figures reliability install bench instructions arm64 kernels-check traffic sanitize test-newest cuda-load gpu soak clean
+.PHONY: help demo test lint format figures reliability install bench instructions arm64 kernels-check traffic sanitize test-newest clients cuda-load gpu soak clean
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
@@ -96,6 +96,20 @@ test-newest: ## the test suite next to the newest torch that the index has, in b
 	@cd build/newest/checkout && ../bin/python -m pip --disable-pip-version-check install --quiet --no-build-isolation --no-deps --editable .
 	@cd build/newest/checkout && ../bin/python -c 'import torch; print("torch", torch.__version__)'
 	@cd build/newest/checkout && ../bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+# The real timm and transformers import torchvision, which needs its own torch. CLIENTS names other versions. A copy of the checkout is built
+# and tested, as by test-newest.
+CLIENTS ?= torch==2.14.1 torchvision==0.29.1 "timm>=1.0.20" "transformers>=5"
+clients: ## nets by name next to the real timm and transformers, in build/clients
+	@test -x build/clients/bin/python || $(PYTHON) -m venv build/clients
+	@mkdir -p build/clients/checkout
+	@tar --exclude=./build --exclude=./.venv --exclude=./.git --exclude=./runs --exclude='*.so' -cf - . | tar -xf - -C build/clients/checkout
+	@ln -sfn $(abspath ..)/shared build/clients/shared
+	@grep -vE '^(torch|triton)==' requirements.txt > build/clients/requirements.txt
+	@build/clients/bin/python -m pip --disable-pip-version-check install --quiet $(CLIENTS) --requirement build/clients/requirements.txt
+	@cd build/clients/checkout && ../bin/python -m pip --disable-pip-version-check install --quiet --no-build-isolation --no-deps --editable .
+	@cd build/clients/checkout && ../bin/python -c 'import timm, torch, transformers; print("torch", torch.__version__, "timm", timm.__version__, "transformers", transformers.__version__)'
+	@cd build/clients/checkout && ../bin/python -m pytest tests/clients $(ARGS)
 
 # torch for CUDA is some 5 GB; nvcc must be there, a GPU need not
 cuda-load: ## build the CUDA module next to a CUDA build of torch, in build/cuda_load, and load it

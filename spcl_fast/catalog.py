@@ -7,7 +7,8 @@ keys of summary.json, plots, the memory plan, `doctor`, tests and benchmarks ite
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 
@@ -24,9 +25,10 @@ class Loss(NamedTuple):
 
 
 class Net(NamedTuple):
-    name: str  # model.name
+    name: str  # model.name; words in capitals stand for what the user names: timm/NAME
     home: str  # a function (num_classes, NetSettings) -> SegmentationModel
     summary: str
+    library: str = ""  # who has the net and its weights: an import name, and an extra of the package
 
 
 class DataSet(NamedTuple):
@@ -96,7 +98,12 @@ NETS = (
     Net("deeplab_v2_resnet50", "spcl_fast.models.deeplab:resnet50", "DeepLab-v2 on ResNet-50, stride 8, 2048 channels"),
     Net("deeplab_v2_resnet18", "spcl_fast.models.deeplab:resnet18", "DeepLab-v2 on ResNet-18, stride 8, 512 channels"),
     Net("deeplab_v2_vgg16", "spcl_fast.models.deeplab:vgg16", "DeepLab-v2 on VGG-16, stride 8, 1024 channels"),
-    Net("lite0", "spcl_fast.models.lite0:lite0", "EfficientNet-Lite0 with a stride-8 skip"),
+    Net("lite0", "spcl_fast.models.lite:lite0", "EfficientNet-Lite0 with a stride-8 skip"),
+    Net("lite1", "spcl_fast.models.lite:lite1", "EfficientNet-Lite1 with a stride-8 skip"),
+    Net("lite2", "spcl_fast.models.lite:lite2", "EfficientNet-Lite2 with a stride-8 skip"),
+    Net("timm/NAME", "spcl_fast.models.timm:timm_net", "any net of timm that gives maps, such as timm/convnext_tiny", "timm"),
+    Net("transformers/NAME", "spcl_fast.models.transformers:transformers_net", "a backbone of transformers, or a folder", "transformers"),
+    Net("MODULE:NAME", "spcl_fast.models.by_path:net_by_path", "any nn.Module of yours, such as my_package.my_module:MyNet"),
     Net("tiny", "spcl_fast.models.tiny:tiny", "a small net for the demo and for tests"),
 )  # fmt: skip
 
@@ -194,6 +201,33 @@ def load(home: str) -> Any:
     module, _, name = home.partition(":")
     found = importlib.import_module(module)
     return getattr(found, name) if name else found
+
+
+# ---- nets ------------------------------------------------------------------------------------------------------------
+
+
+def offers(choices: Iterable[str], name: str) -> bool:
+    """Whether `name` is one of the choices; words in capitals in a choice stand for anything (timm/NAME)."""
+    return any(name == choice or (is_open(choice) and _pattern(choice).fullmatch(name)) for choice in choices)
+
+
+def is_open(choice: str) -> bool:
+    return re.search(r"[A-Z]", choice) is not None
+
+
+def _pattern(choice: str) -> re.Pattern[str]:
+    return re.compile(re.sub(r"[A-Z]+", r"(.+)", choice))
+
+
+def net(name: str) -> Net:
+    """The row that builds model.name `name`; KeyError where there is none."""
+    for row in NETS:
+        if not is_open(row.name) and row.name == name:
+            return row
+    for row in NETS:
+        if is_open(row.name) and _pattern(row.name).fullmatch(name):
+            return row
+    raise KeyError(name)
 
 
 # ---- data sets -------------------------------------------------------------------------------------------------------

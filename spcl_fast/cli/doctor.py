@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from ..backends.built import BUILT, build_record
 _LIBRARIES = {  # name on the index -> extra that brings it
     "numpy": "", "triton": "", "PyYAML": "train", "rich": "train", "pillow": "train", "safetensors": "train",
     "matplotlib": "train", "jinja2": "train",
+    **{row.library: row.library for row in catalog.NETS if row.library},
 }  # fmt: skip
 # Largest error of a float32 backend against float64, relative to the largest value. Far above rounding, far below any real fault.
 TOLERANCE = 1e-4
@@ -51,7 +53,8 @@ def _libraries(say: Callable[[str], None]) -> None:
         try:
             found.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
-            missing.append(name if not extra else f'{name} (for training and data: pip install "spcl_fast[{extra}]")')
+            use = "training and data" if extra == "train" else f"model.name {extra}/NAME"
+            missing.append(name if not extra else f'{name} (for {use}: pip install "spcl_fast[{extra}]")')
     say(", ".join(found))
     for name in missing:
         say(f"missing: {name}")
@@ -83,7 +86,9 @@ def _catalog(say: Callable[[str], None]) -> list[str]:
         for row in table:
             try:
                 catalog.load(row.home)
-                found.append(row.name)
+                library = getattr(row, "library", "")
+                lacking = library and importlib.util.find_spec(library) is None
+                found.append(f"{row.name} (needs {library})" if lacking else row.name)
             except ModuleNotFoundError as error:
                 if (error.name or "").startswith("spcl_fast"):
                     broken.append(f"{row.name} of the catalog: {error}")

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 _EXTRA = {
     **dict.fromkeys(("yaml", "rich", "PIL", "safetensors", "matplotlib", "jinja2"), "train"),
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx"),
+    "timm": "timm",
+    "transformers": "transformers",
     **dict.fromkeys(("pytest", "pytest_benchmark", "hypothesis", "torchmetrics"), "test"),
 }
 

@@ -1,7 +1,8 @@
 """From preset, files, overlays and command line to one `Config`: merging, names, types. What a Config must obey is in rules.py.
 
 Later wins: defaults < preset < config files < overlays (`--set`) < `--key value`. Every value keeps where it came from, so that an
-error names the place to change. YAML is read with the safe loader, so a config file can hold values but run nothing.
+error names the place to change. YAML is read with the safe loader, so a config file can hold values but run nothing; model.name MODULE:NAME
+names a module that is imported when the net is built.
 """
 
 from __future__ import annotations

@@ -48,7 +48,10 @@ class ModelConfig:
     name: str = setting("deeplab_v2_resnet101", "which net", choices=catalog.names(catalog.NETS))
     weights: str | None = setting(None, "start from this file (ImageNet, released SPCL, ours); null: random", path=True)
     body_only: bool = setting(False, "of model.weights all but the classifier: those of a net with other classes")
-    feature_dim: int = setting(64, "channels of the features (DeepLab-v2 uses those of its backbone)", least=1)
+    feature_dim: int | None = setting(64, "channels of the features; null: the body's own maps, no head", least=1)
+    stride: int | None = setting(None, "pixels per feature, one of those that the net has; null: its own", least=1)
+    pretrained: bool = setting(False, "the weights that timm or transformers has: from its cache, else its hub")
+    layer_decay: float = setting(1.0, "rate of a layer over that of the layer after it; 1: one rate", above=0, most=1)
     freeze_bn: bool = setting(True, "BatchNorm with fixed statistics in every stage but distill")
     frozen_bn_eps: float = setting(1e-5, "the released FrozenBatchNorm has 0", least=0)
 

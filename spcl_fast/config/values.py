@@ -11,6 +11,7 @@ import typing
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+from .. import catalog
 from .schema import About
 
 _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -41,7 +42,7 @@ class Setting(NamedTuple):
         except ValueError:
             raise ValueError(self.expected()) from None
         for item in _items(found):
-            if self.choices and item is not None and item not in self.choices:
+            if self._refuses(item):
                 raise ValueError(f"{self.expected()}{_near(str(item), self.choices)}")
         return os.path.expanduser(found) if self.about.path and isinstance(found, str) else found
 
@@ -55,13 +56,16 @@ class Setting(NamedTuple):
     def problem(self, value: Any) -> str | None:
         """What is wrong with a value of the right type, as "got .., expected ..", or None."""
         for item in _items(value):
-            if self.choices and item is not None and item not in self.choices:
+            if self._refuses(item):
                 return f"got {item!r}, expected {self.expected()}{_near(str(item), self.choices)}"
             if isinstance(item, float) and not math.isfinite(item):
                 return f"got {as_text(value)}, expected a finite number"
             if isinstance(item, int | float) and not isinstance(item, bool) and not self._within(item):
                 return f"got {as_text(value)}, expected {self._range()}"
         return None
+
+    def _refuses(self, item: Any) -> bool:
+        return bool(self.choices) and item is not None and not catalog.offers(self.choices, str(item))
 
     def _within(self, item: float) -> bool:
         about = self.about

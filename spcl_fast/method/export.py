@@ -54,7 +54,7 @@ def export_trained(
     try:
         with quiet():
             (_write_onnx if output.suffix == ONNX else _write_torch)(_Logits(model).eval(), seen[0], half, facts)
-        worst, same = _compare(model, load_exported(half)[0], seen)
+        worst, same = _compare(model, load_exported(half)[0], seen, output)
         if worst > _LOGITS or same < _SAME_LABELS:
             raise NumericError(
                 f"{output} is not written: on {len(seen)} images its logits differ from the net's by up to {worst:.1e} of the largest, "
@@ -87,11 +87,19 @@ def _real_images(config: Config, count: int) -> list[Tensor]:
 
 
 @torch.inference_mode()
-def _compare(model: SegmentationModel, exported: Exported, seen: list[Tensor]) -> tuple[float, float]:
+def _compare(model: SegmentationModel, exported: Exported, seen: list[Tensor], output: Path) -> tuple[float, float]:
     """The largest difference of two logits over the largest logit, and the share of equal labels of the grid."""
     worst, same, total = 0.0, 0, 0
     for images in seen:
-        ours, theirs = model(images)[1].float(), exported(images)[1]
+        ours = model(images)[1].float()
+        try:
+            theirs = exported(images)[1]
+        except AssertionError as error:  # a size for which torch.export found the net to do something else
+            height, width = images.shape[2:]
+            raise NumericError(
+                f"{output} is not written: exported, the net does not take images of {width}x{height} ({error}). "
+                f"Give larger ones (--target.eval_size), or try {_other(output)}."
+            ) from error
         if ours.shape != theirs.shape:
             return float("inf"), 0.0
         worst = max(worst, ((ours - theirs).abs().max() / ours.abs().max().clamp_min(1e-12)).item())

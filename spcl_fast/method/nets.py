@@ -57,6 +57,8 @@ class Nets:
             feature_dim=model.feature_dim,
             freeze_bn=model.freeze_bn if freeze_bn is None else freeze_bn,
             frozen_bn_eps=model.frozen_bn_eps,
+            stride=model.stride,
+            pretrained=model.pretrained and weights,
         )
         return self.channels_last(self.place(net)) if self.config.loop.channels_last else self.place(net)
 
@@ -73,7 +75,7 @@ class Nets:
         return lean_model(model, self.config.loop, self.precision, shapes)
 
     def optimizer(self, model: SegmentationModel, train: TrainConfig) -> torch.optim.Optimizer:
-        groups = model.parameter_groups(train.lr, train.head_multiplier)
+        groups = model.parameter_groups(train.lr, train.head_multiplier, self.config.model.layer_decay)
         fused = self.device.type == "cuda"  # the default there (foreach) makes one more copy of all gradients
         if train.optimizer == "adamw":
             return torch.optim.AdamW(groups, lr=train.lr, weight_decay=train.weight_decay, fused=fused or None)

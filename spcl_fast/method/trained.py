@@ -96,6 +96,7 @@ def load_trained(path: Path, config: Config, stage: str | None = None) -> Traine
         feature_dim=config.model.feature_dim,
         freeze_bn=config.model.freeze_bn,
         frozen_bn_eps=config.model.frozen_bn_eps,
+        stride=config.model.stride,
     )
     loaded = load_weights(model, weights, trained=True)
     if any(key.startswith("classifier.") for key in loaded.fresh):

@@ -1,9 +1,10 @@
-"""The nets: DeepLab-v2, EfficientNet-Lite0, a tiny one for the demo, any other through `wrap_model`; and the warm-up's discriminator."""
+"""The nets: DeepLab-v2, EfficientNet-Lite, a tiny one for the demo, those of timm and transformers, any other through `wrap_model`."""
 
 from .base import SegmentationModel
-from .build import MODEL_NAMES, build_model, wrap_model
+from .build import MODEL_NAMES, build_model
 from .discriminator import Discriminator
 from .weights import LoadedWeights, load_weights
+from .wrap import wrap_model
 
 __all__ = [
     "MODEL_NAMES",

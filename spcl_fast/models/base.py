@@ -9,17 +9,24 @@ import torch
 from torch import Tensor, nn
 
 from .chain import Chain
+from .layers import registration_order
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_EXTRACTOR = "feature_extractor."
 
 
 class NetSettings(NamedTuple):
     """What a net of the catalog is built with; a net uses what applies to it."""
 
-    feature_dim: int = 64  # channels of the features, where its body leaves the choice
+    feature_dim: int | None = (
+        64  # channels of the features, where its body leaves the choice; None: the body's maps, without a head
+    )
     freeze_bn: bool = True  # BatchNorm with fixed statistics and affine parameters, in training mode too
     frozen_bn_eps: float = 1e-5  # of that BatchNorm, where no published value belongs to the weights
+    name: str = ""  # as model.name has it: what stands for the words in capitals of a row of the catalog
+    stride: int | None = None  # pixels per feature; None: the net's own choice
+    pretrained: bool = False  # with the weights of the row's library
 
 
 class SegmentationModel(nn.Module):
@@ -79,15 +86,25 @@ class SegmentationModel(nn.Module):
         features = self.features(images)
         return features, self.classify(features)
 
-    def parameter_groups(self, lr: float, head_multiplier: float) -> list[dict[str, Any]]:
-        """Two groups for an optimiser: the body at `lr`, the head (classifier, and the extractor's own head) at `lr * head_multiplier`.
+    def parameter_groups(self, lr: float, head_multiplier: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+        """Groups for an optimiser: the body at `lr`, the head (classifier, and the extractor's own head) at `lr * head_multiplier`.
 
-        Each group has "name", "params", "lr" and "lr_scale"; parameters that do not learn are left out, and so is an empty group.
+        With `layer_decay` below 1 the body is a group per layer: the last one at `lr`, each earlier one at `layer_decay` times the rate of
+        the next (ELECTRA, BEiT). Each group has "name", "params", "lr" and "lr_scale"; parameters that do not learn are left out, and so
+        is an empty group.
         """
         parts: dict[str, list[nn.Parameter]] = {"body": [], "head": []}
-        for name, parameter in self._learning():
-            parts["head" if self._in_head(name) else "body"].append(parameter)
         scales = {"body": 1.0, "head": float(head_multiplier)}
+        learning = list(self._learning())
+        if layer_decay != 1:
+            body = {name: name.removeprefix(_EXTRACTOR) for name, _ in learning if not self._in_head(name)}
+            depth = registration_order(list(body.values()))
+            last = max(depth.values(), default=0)
+            layers = {f"body.{i}": layer_decay ** (last - i) for i in range(last + 1)}
+            parts, scales = {name: [] for name in layers} | {"head": []}, layers | {"head": scales["head"]}
+        for name, parameter in learning:
+            layer = "body" if layer_decay == 1 else f"body.{depth[body[name]]}" if name in body else ""
+            parts["head" if self._in_head(name) else layer].append(parameter)
         return [{"name": n, "params": p, "lr": lr * scales[n], "lr_scale": scales[n]} for n, p in parts.items() if p]
 
     def _learning(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -95,7 +112,7 @@ class SegmentationModel(nn.Module):
 
     def _in_head(self, name: str) -> bool:
         return name.startswith("classifier.") or (
-            self.head is not None and name.startswith(f"feature_extractor.{self.head}.")
+            self.head is not None and name.startswith(f"{_EXTRACTOR}{self.head}.")
         )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .base import NetSettings, SegmentationModel, linear_classifier
 from .chain import Block, Chain
-from .lite0 import SkipHead
+from .head import JoinedMaps, SkipHead
 from .norm import init_convs
 
 WIDTHS = (16, 32, 48)  # channels at stride 2, 4, 8
@@ -43,7 +43,7 @@ class Residual(nn.Module):
 
 
 class TinyFeatures(Chain):
-    def __init__(self, feature_dim: int) -> None:
+    def __init__(self, feature_dim: int | None) -> None:
         super().__init__()
         half, quarter, eighth = WIDTHS
         self.stem = NormedConv(3, half, stride=2)
@@ -52,7 +52,7 @@ class TinyFeatures(Chain):
         self.down8 = NormedConv(quarter, eighth, stride=2)
         self.blocks8 = nn.Sequential(*(Residual(eighth, dilation) for dilation in DILATIONS))
         init_convs(self)
-        self.head = SkipHead(quarter, eighth, feature_dim)
+        self.head = JoinedMaps() if feature_dim is None else SkipHead(quarter, eighth, feature_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu":
@@ -79,13 +79,13 @@ class TinyFeatures(Chain):
 
 
 def tiny(num_classes: int, settings: NetSettings) -> SegmentationModel:
-    feature_dim = settings.feature_dim
+    channels = sum(WIDTHS[1:]) if settings.feature_dim is None else settings.feature_dim
     return SegmentationModel(
         "tiny",
-        TinyFeatures(feature_dim),
-        linear_classifier(feature_dim, num_classes),
+        TinyFeatures(settings.feature_dim),
+        linear_classifier(channels, num_classes),
         stride=4,
-        channels=feature_dim,
+        channels=channels,
         num_classes=num_classes,
         head="head",
     )

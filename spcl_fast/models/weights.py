@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
-from . import lite0
+from . import lite
 from .base import SegmentationModel
 
 State = dict[str, Tensor]
@@ -31,7 +31,7 @@ _WRAPPERS = {
 }  # of parallel, compiled and other shells
 READABLE = (
     "torchvision's ResNet or VGG16 state dict, a released SPCL checkpoint (feature_extractor, classifier), "
-    "an EfficientNet-Lite0 encoder (.npz or .pth), or weights saved by spcl_fast (.safetensors)"
+    "an EfficientNet-Lite0, Lite1 or Lite2 encoder (.npz or .pth), or weights saved by spcl_fast (.safetensors)"
 )
 
 
@@ -73,6 +73,8 @@ def load_weights(
     if body_only:
         found = _without_classifier(found)
     expected = {key for key in model.state_dict() if not key.endswith("num_batches_tracked")}
+    named = {_bare(key): key for key in expected}  # a net may have a part called "module" itself
+    found = dataclasses.replace(found, state={named.get(key, key): value for key, value in found.state.items()})
     wanted = {
         key for key in expected if key.startswith(found.covers) and not (found.leaves and key.startswith(found.leaves))
     }
@@ -250,7 +252,7 @@ def _recognise(content: dict[str, Any], path: Path) -> _Found:
     if any(key.startswith("feature_extractor.") for key in state):
         return _Found("weights of spcl_fast", state)
     body, rest = _without_prefix(state, path)
-    for recognise in (_torchvision_resnet, _torchvision_vgg16, _lite0):
+    for recognise in (_torchvision_resnet, _torchvision_vgg16, _lite):
         found = recognise(body)
         if found is not None:
             return dataclasses.replace(found, unused=tuple(sorted({*found.unused, *rest})))
@@ -258,9 +260,13 @@ def _recognise(content: dict[str, Any], path: Path) -> _Found:
     raise CheckpointError(f"{path} is in no format we know: its keys are {some} ... We read {READABLE}.")
 
 
+def _bare(key: str) -> str:
+    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+
+
 def _plain(state: State) -> State:
     """Without the "module." and "_orig_mod." of wrappers, wherever in a key, and without counters, which nothing here reads."""
-    named = {".".join(part for part in key.split(".") if part not in _WRAPPERS): value for key, value in state.items()}
+    named = {_bare(key): value for key, value in state.items()}
     state = named if len(named) == len(state) else state
     return {key: value for key, value in state.items() if not key.endswith(("num_batches_tracked", "n_averaged"))}
 
@@ -337,10 +343,11 @@ def _torchvision_vgg16(state: State) -> _Found | None:
     return _Found("torchvision's VGG16 state dict", moved, unused, (prefix,), (prefix + "29.", prefix + "31."))
 
 
-def _lite0(state: State) -> _Found | None:
+def _lite(state: State) -> _Found | None:
     if "_conv_stem.weight" not in state:
         return None
-    unused = {key for key in state if key.startswith(lite0.UNUSED)}
+    name = lite.which_lite(state) or "lite0"
+    unused = {key for key in state if key.startswith(lite.TABLES[name].unused)}
     prefix = "feature_extractor.encoder."
     body = _prefixed(prefix, {key: value for key, value in state.items() if key not in unused})
-    return _Found("the EfficientNet-Lite0 encoder", body, tuple(sorted(unused)), (prefix,))
+    return _Found(f"the EfficientNet-{name.capitalize()} encoder", body, tuple(sorted(unused)), (prefix,))

@@ -6,6 +6,7 @@ import sys
 import types
 
 import pytest
+import stand_ins
 import torch
 
 from spcl_fast import backends
@@ -28,6 +29,23 @@ def test_it_names_versions_devices_and_every_backend_of_every_op(healthy):
     for op in backends.OPS:
         for backend in backends.NAMES:
             assert any(line.split()[:2] == [op, backend] for line in lines), (op, backend)
+
+
+def test_it_names_the_libraries_that_nets_are_taken_from_and_how_to_get_them(monkeypatch):
+    stand_ins.forget(monkeypatch)
+    lines: list[str] = []
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    assert doctor._catalog(lines.append) == []
+    assert any(
+        "timm/NAME (needs timm), transformers/NAME (needs transformers), MODULE:NAME, tiny" in line for line in lines
+    )
+
+    def not_there(name):
+        raise doctor.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.importlib.metadata, "version", not_there)
+    doctor._libraries(lines.append)
+    assert 'missing: timm (for model.name timm/NAME: pip install "spcl_fast[timm]")' in lines
 
 
 def test_what_is_not_usable_has_its_reason(healthy):

@@ -290,7 +290,7 @@ def test_any_module_with_features_stride_and_channels_is_a_net():
     features, logits = model(images)
     torch.testing.assert_close(features, own.conv(images))
     assert logits.shape == (1, 5, 4, 5) and (model.stride, model.channels, model.num_classes) == (2, 6, 5)
-    with pytest.raises(ConfigError, match="lacks features, stride"):
+    with pytest.raises(ConfigError, match="lacks stride, channels"):
         wrap_model(nn.Identity(), 5)
 
 

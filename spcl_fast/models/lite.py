@@ -1,8 +1,9 @@
-"""EfficientNet-Lite0 as a segmentation net: features at stride 8 from the published ImageNet encoder.
+"""EfficientNet-Lite0, Lite1 and Lite2 as segmentation nets: features at stride 8 from the published ImageNet encoders.
 
-Encoder: stem and the first 11 of 16 inverted bottlenecks (ReLU6, no squeeze-excite, TensorFlow's SAME padding), down to stride 16; module
-names as in the published weights. The last five blocks, dilated to stay at stride 16, doubled the time of a training step and lost 4 to 7
-points of mIoU from rendered to real streets (200 iterations, two seeds), so they are not built. Head: the stride-16 map, up-sampled, plus
+Encoder: stem and inverted bottlenecks (ReLU6, no squeeze-excite, TensorFlow's SAME padding) down to stride 16: of Lite0 the first 11 of
+16, of Lite1 and Lite2 the first 15 of 21; module names as in the published weights. Lite0's last five blocks, dilated to stay at stride
+16, doubled the time of a training step and lost 4 to 7 points of mIoU from rendered to real streets (200 iterations, two seeds), so those
+of no variant are built. Head: the stride-16 map, up-sampled, plus
 the stride-8 skip, each projected to D channels; GroupNorm, ReLU and a 3x3 convolution give the features.
 
 Source: Tan, Le, EfficientNet (arXiv 1905.11946), and its "lite" variant among the TensorFlow TPU models.
@@ -11,6 +12,8 @@ Source: Tan, Le, EfficientNet (arXiv 1905.11946), and its "lite" variant among t
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,17 +22,66 @@ from torch.autograd.function import once_differentiable
 
 from .base import NetSettings, SegmentationModel, linear_classifier
 from .chain import Block, Chain, run_blocks
+from .head import JoinedMaps, SkipHead
 from .norm import FrozenBatchNorm2d, batch_norm, conv_norm, init_convs
 
 BATCH_NORM_EPS = 1e-3  # the published BatchNorm's
 # The published input is (value in 0..255 - 127) / 128.
 MEAN = (127 / 255,) * 3
 STD = (128 / 255,) * 3
-# Parts of the published encoder that this net does not build: what goes to stride 32, and the convolution before the global pooling.
-UNUSED = (*(f"_blocks.{index}." for index in range(11, 16)), "_conv_head.", "_bn1.", "_fc.")
-# kernel, stride, expansion, input and output channels, repeats
-BLOCKS = ((3, 1, 1, 32, 16, 1), (3, 2, 6, 16, 24, 2), (5, 2, 6, 24, 40, 2), (3, 2, 6, 40, 80, 3), (5, 1, 6, 80, 112, 3))
-SKIP_BLOCK = 4  # the last block at stride 8
+
+
+class LiteTable(NamedTuple):
+    """One of the published encoders, as far as it is built."""
+
+    blocks: tuple[
+        tuple[int, int, int, int, int, int], ...
+    ]  # kernel, stride, expansion, input and output channels, repeats
+    published: int  # blocks in the published weights
+
+    @property
+    def built(self) -> int:
+        return len(self.outputs)
+
+    @property
+    def outputs(self) -> list[int]:
+        """Output channels of every block."""
+        return [channels for *_, channels, repeats in self.blocks for _ in range(repeats)]
+
+    @property
+    def skip_block(self) -> int:
+        """The last block at stride 8."""
+        return sum(entry[-1] for entry in self.blocks[:3]) - 1
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Parts of the published encoder that the net does not build: what goes to stride 32, and the convolution before the pooling."""
+        return (*(f"_blocks.{index}." for index in range(self.built, self.published)), "_conv_head.", "_bn1.", "_fc.")
+
+
+TABLES = {
+    "lite0": LiteTable(
+        ((3, 1, 1, 32, 16, 1), (3, 2, 6, 16, 24, 2), (5, 2, 6, 24, 40, 2), (3, 2, 6, 40, 80, 3), (5, 1, 6, 80, 112, 3)),
+        16,
+    ),
+    "lite1": LiteTable(
+        ((3, 1, 1, 32, 16, 1), (3, 2, 6, 16, 24, 3), (5, 2, 6, 24, 40, 3), (3, 2, 6, 40, 80, 4), (5, 1, 6, 80, 112, 4)),
+        21,
+    ),
+    "lite2": LiteTable(
+        ((3, 1, 1, 32, 16, 1), (3, 2, 6, 16, 24, 3), (5, 2, 6, 24, 48, 3), (3, 2, 6, 48, 88, 4), (5, 1, 6, 88, 120, 4)),
+        21,
+    ),
+}
+
+
+def which_lite(state: Mapping[str, Tensor]) -> str | None:
+    """The encoder whose weights these are, by the output channels of its first blocks; None for another one's."""
+    first = [f"_blocks.{index}._project_conv.weight" for index in range(5)]
+    if not all(key in state and state[key].dim() == 4 for key in first):
+        return None
+    given = [state[key].shape[0] for key in first]
+    return next((name for name, table in TABLES.items() if given == table.outputs[: len(first)]), None)
 
 
 class SameConv2d(nn.Conv2d):
@@ -97,17 +149,17 @@ class InvertedBottleneck(nn.Module):
         return out + x if self.residual else out
 
 
-class Lite0Encoder(nn.Module):
-    """[B, 3, H, W] -> (skip [B, 40, H/8, W/8], deep [B, 112, H/16, W/16]), sizes rounded up; the blocks pass on (deep, skip)."""
+class LiteEncoder(nn.Module):
+    """[B, 3, H, W] -> (skip [B, C, H/8, W/8], deep [B, C', H/16, W/16]), sizes rounded up; the blocks pass on (deep, skip)."""
 
-    skip_channels, deep_channels = 40, 112
-
-    def __init__(self, frozen: bool) -> None:
+    def __init__(self, table: LiteTable, frozen: bool) -> None:
         super().__init__()
+        self.table = table
+        self.skip_channels, self.deep_channels = table.blocks[2][4], table.blocks[4][4]
         self._conv_stem = SameConv2d(3, 32, 3, 2, bias=False)
         self._bn0 = batch_norm(32, frozen=frozen, eps=BATCH_NORM_EPS)
         self._blocks = nn.ModuleList()
-        for kernel, stride, expand, inputs, outputs, repeats in BLOCKS:
+        for kernel, stride, expand, inputs, outputs, repeats in table.blocks:
             self._blocks.append(InvertedBottleneck(kernel, stride, expand, inputs, outputs, frozen))
             self._blocks.extend(
                 InvertedBottleneck(kernel, 1, expand, outputs, outputs, frozen) for _ in range(repeats - 1)
@@ -120,8 +172,9 @@ class Lite0Encoder(nn.Module):
                 block._bn2.weight.fill_(0.5)
 
     def blocks(self) -> list[Block]:
-        """Stem and blocks; from SKIP_BLOCK on they carry the skip along."""
-        before, after = self._blocks[: SKIP_BLOCK + 1], self._blocks[SKIP_BLOCK + 1 :]
+        """Stem and blocks; after the last one at stride 8 they carry the skip along."""
+        at = self.table.skip_block + 1
+        before, after = self._blocks[:at], self._blocks[at:]
         return [self.stem, *before, *(functools.partial(_beside, block) for block in after)]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,34 +189,13 @@ def _beside(block: nn.Module, x: Tensor, skip: Tensor | None = None) -> tuple[Te
     return block(x), x if skip is None else skip
 
 
-class SkipHead(nn.Module):
-    """A coarse map and a map of twice its size -> features of D channels at the finer size."""
-
-    def __init__(self, skip_channels: int, deep_channels: int, feature_dim: int) -> None:
+class LiteFeatures(Chain):
+    def __init__(self, table: LiteTable, feature_dim: int | None, frozen: bool) -> None:
         super().__init__()
-        self.skip = nn.Conv2d(skip_channels, feature_dim, 1, bias=False)
-        self.deep = nn.Conv2d(deep_channels, feature_dim, 1, bias=False)
-        self.norm = nn.GroupNorm(_groups(feature_dim), feature_dim)
-        self.conv = nn.Conv2d(feature_dim, feature_dim, 3, padding=1)
-        init_convs(self)
-
-    def forward(self, skip: Tensor, deep: Tensor) -> Tensor:
-        # Projected before it is up-sampled: 112 channels at stride 8 would cost as much as the head's 3x3 convolution.
-        deep = F.interpolate(self.deep(deep), size=skip.shape[-2:], mode="bilinear", align_corners=False)
-        return self.conv(F.relu(self.norm(self.skip(skip) + deep), inplace=True))
-
-
-def _groups(channels: int) -> int:
-    """The number of groups nearest to 8 channels a group that divides `channels`."""
-    wanted = max(1, channels // 8)
-    return max(groups for groups in range(1, wanted + 1) if channels % groups == 0)
-
-
-class Lite0Features(Chain):
-    def __init__(self, feature_dim: int, frozen: bool) -> None:
-        super().__init__()
-        self.encoder = Lite0Encoder(frozen)
-        self.head = SkipHead(Lite0Encoder.skip_channels, Lite0Encoder.deep_channels, feature_dim)
+        self.encoder = LiteEncoder(table, frozen)
+        widths = self.encoder.skip_channels, self.encoder.deep_channels
+        self.head = JoinedMaps() if feature_dim is None else SkipHead(*widths, feature_dim)
+        self.channels = sum(widths) if feature_dim is None else feature_dim
 
     def forward(self, x: Tensor) -> Tensor:
         if (
@@ -176,19 +208,32 @@ class Lite0Features(Chain):
         return [*self.encoder.blocks(), lambda deep, skip: self.head(skip, deep)]
 
     def stages(self) -> tuple[int, ...]:
-        return (1, 2, 4, 6, 9)  # the first block of each entry of BLOCKS, after the stem
+        # the first block of each entry of the table, after the stem
+        return tuple(1 + sum(entry[-1] for entry in self.encoder.table.blocks[:i]) for i in range(5))
 
 
-def lite0(num_classes: int, settings: NetSettings) -> SegmentationModel:
-    feature_dim = settings.feature_dim
+def _lite(name: str, num_classes: int, settings: NetSettings) -> SegmentationModel:
+    body = LiteFeatures(TABLES[name], settings.feature_dim, settings.freeze_bn)
     return SegmentationModel(
-        "lite0",
-        Lite0Features(feature_dim, settings.freeze_bn),
-        linear_classifier(feature_dim, num_classes),
+        name,
+        body,
+        linear_classifier(body.channels, num_classes),
         stride=8,
-        channels=feature_dim,
+        channels=body.channels,
         num_classes=num_classes,
         mean=MEAN,
         std=STD,
         head="head",
     )
+
+
+def lite0(num_classes: int, settings: NetSettings) -> SegmentationModel:
+    return _lite("lite0", num_classes, settings)
+
+
+def lite1(num_classes: int, settings: NetSettings) -> SegmentationModel:
+    return _lite("lite1", num_classes, settings)
+
+
+def lite2(num_classes: int, settings: NetSettings) -> SegmentationModel:
+    return _lite("lite2", num_classes, settings)
