@@ -13,8 +13,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import RESULTS, ROOT, speed_page
+from benchmarks import ROOT, speed_page
 from benchmarks.adaptation.lines import Spread, by_setting, miou, paired, spread
+from benchmarks.tables import markdown, read
 from benchmarks.traffic.rungs import gpu_table
 from spcl_fast import backends, catalog
 from spcl_fast.backends import contract
@@ -41,16 +42,7 @@ BASELINE = next(net for net, row in NETS.items() if row.role == "baseline")
 UNBOUND = tuple(net for net, row in NETS.items() if row.role != "bound")
 
 
-def read(name: str) -> dict:
-    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
-
-
 # ---- tables ---------------------------------------------------------------------------------------------------------
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def speed_table() -> str:

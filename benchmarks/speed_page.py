@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import RESULTS, ROOT
+from benchmarks import ROOT
+from benchmarks.tables import markdown, read
 
 PAGE = ROOT / "docs" / "speed.md"
 PICTURE = ROOT / "docs" / "pictures" / "growth.png"
@@ -17,15 +17,6 @@ USERS = {  # op -> the formula that its users have, and the fastest other one
     "upsampled_prediction": ("interpolate", "interpolate compiled"),
 }
 CONTRAST = "prototype_contrastive_loss"
-
-
-def _read(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
-
-
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def dates_of(part: dict[str, Any]) -> str:
@@ -43,7 +34,7 @@ def _note(machine: dict[str, Any], dates: str = "") -> str:
 
 def ops_table() -> str:
     """Every op and shape, at each instruction set that was measured: milliseconds, next to the formulas and to the floor."""
-    result = _read("cpu_ops.json")
+    result = read("cpu_ops.json")
     tables = []
     for part in (result, *result.get("instructions", {}).values()):
         rows = []
@@ -54,13 +45,13 @@ def ops_table() -> str:
                 rows.append([f"`{op}` {shape}", *cells, f"{one['share_of_floor']:.2f}"])
         header = ["op and shape", "ms", "× the users' formula", "× the best compiled one", "share of the floor"]
         if rows:
-            tables.append(_markdown(header, rows) + f"\n\n{_note(part['machine'], dates_of(part))}")
+            tables.append(markdown(header, rows) + f"\n\n{_note(part['machine'], dates_of(part))}")
     return "\n\n".join(tables)
 
 
 def baseline_table() -> str:
     """Today's build next to an older revision, at each instruction set that was measured."""
-    result = _read("cpu_ops.json")
+    result = read("cpu_ops.json")
     tables = []
     for part in (result, *result.get("instructions", {}).values()):
         baseline = part.get("baseline")
@@ -72,13 +63,13 @@ def baseline_table() -> str:
             for shape, one in shapes.items()
         ]
         header = ["op and shape", f"ms at `{baseline['revision']}`", "ms today", "× as fast"]
-        tables.append(_markdown(header, rows) + f"\n\n{_note(baseline['machine'])}")
+        tables.append(markdown(header, rows) + f"\n\n{_note(baseline['machine'])}")
     return "\n\n".join(tables)
 
 
 def peers_table() -> str:
     """The contrastive loss next to every peer, at the machine's own instruction set."""
-    by_shape = _read("cpu_ops.json")["ops"][CONTRAST]
+    by_shape = read("cpu_ops.json")["ops"][CONTRAST]
     names = list(dict.fromkeys(peer for one in by_shape.values() for peer in one["times"]))
     rows = [
         [
@@ -89,12 +80,12 @@ def peers_table() -> str:
     ]
     skipped = {peer: reason for one in by_shape.values() for peer, reason in one["skipped"].items()}
     reasons = "\n".join(f"* `{peer}` was skipped: {reason}" for peer, reason in skipped.items())
-    table = _markdown(["forward and backward, ms", *by_shape], rows)
+    table = markdown(["forward and backward, ms", *by_shape], rows)
     return f"{table}\n\n{reasons}" if reasons else table
 
 
 def growth_table() -> str:
-    result = _read("cpu_growth.json")
+    result = read("cpu_growth.json")
     rows = []
     for axis in ("pixels", "channels", "classes"):
         one = result[axis]
@@ -102,11 +93,11 @@ def growth_table() -> str:
         exponents = (one["exponents"][name][part] for name in one["exponents"] for part in ("all", "upper decade"))
         rows.append([f"{axis}, {ends}", *(f"{number:.2f}" for number in exponents)])
     header = ["exponent of the time", "ours", "its upper decade", "the users' formula", "its upper decade"]
-    return _markdown(header, rows) + f"\n\n{_note(result['machine'])}"
+    return markdown(header, rows) + f"\n\n{_note(result['machine'])}"
 
 
 def step_table() -> str:
-    result = _read("cpu_step.json")
+    result = read("cpu_step.json")
     rows = []
     for one in result["rows"].values():
         for loop, times in one["loops"].items():
@@ -124,7 +115,7 @@ def step_table() -> str:
         "losses, %",
         "data wait, %",
     ]
-    return _markdown(header, rows) + f"\n\n{_note(result['machine'])}"
+    return markdown(header, rows) + f"\n\n{_note(result['machine'])}"
 
 
 TABLES = {
@@ -144,7 +135,7 @@ def draw_growth(path: Path = PICTURE) -> None:
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
-    result = _read("cpu_growth.json")
+    result = read("cpu_growth.json")
     figure, axes = plt.subplots(1, 4, figsize=(10, 2.6), layout="constrained")
     colours = {"ours": "#0072B2", "users' formula": "#8A8A8A"}
     for cell, axis in zip(axes, ("pixels", "channels", "classes"), strict=False):

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from benchmarks import ROOT
+from benchmarks.kernels_check import before
+from benchmarks.tables import markdown
 
 from . import reasons, works
 from .machines import MACHINES
@@ -100,11 +102,6 @@ launches on sm_90, CUDA's in the emulator of the tests. No time is derived from 
 """
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
 def _over_ideal(phase: dict, key: str) -> str:
     values = [kernel[key] for kernel in phase["kernels"] if kernel.get(key) is not None and kernel["read"]]
     return f"{max(values):.2f}" if values else ""
@@ -133,7 +130,7 @@ def table(op: str, rows: list[dict]) -> str:
     header = [
         "shape, type, rows", "by", "pass", "read", "sectors", "again", "in flight MB", *gradient, "shared r", "shared w", "all",
     ]  # fmt: skip
-    return markdown(header, lines)
+    return markdown(header, lines, numbers=False)
 
 
 def ours(result: dict) -> list[dict]:
@@ -164,7 +161,7 @@ def goals_table(result: dict) -> str:
             goal.words, f"≤ {goal.most:.2f}", f"{len(held) - len(late)} of {len(held)}",
             "" if worst is None else f"{worst[2]:.2f}: {worst[1]}, {worst[0]}",
         ])  # fmt: skip
-    return markdown(["goal", "value", "rows that meet it", "the farthest miss"], rows)
+    return markdown(["goal", "value", "rows that meet it", "the farthest miss"], rows, numbers=False)
 
 
 def verdict_table(result: dict) -> str:
@@ -179,7 +176,7 @@ def verdict_table(result: dict) -> str:
             op, _, rest = row["case"].partition(", ")
             rows.append([op, rest, row["by"], phase, *cells])
     machines = [f"{m.name}: {what}" for m in MACHINES for what in ("limiter", "kernel", "share of copy speed")]
-    return markdown(["op", "shape, type, rows", "by", "pass", *machines], rows)
+    return markdown(["op", "shape, type, rows", "by", "pass", *machines], rows, numbers=False)
 
 
 def hidden_latency(result: dict) -> str:
@@ -205,7 +202,14 @@ def hidden_latency(result: dict) -> str:
 
 
 def text(result: dict) -> str:
-    parts = [HEAD, "## Goals\n", goals_table(result) + "\n", reasons.MISSED, reasons.before_and_after(result)]
+    parts = [
+        HEAD,
+        "## Goals\n",
+        goals_table(result) + "\n",
+        reasons.MISSED,
+        reasons.before_and_after(result),
+        before.section(),
+    ]
     parts += [reasons.VERDICT, verdict_table(result) + "\n", hidden_latency(result), reasons.STATIC]
     for op, title in TITLES.items():
         rows = [row for row in result["rows"] if row["case"].split(", ")[0] == op]

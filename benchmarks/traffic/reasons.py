@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from benchmarks.tables import markdown
+
 MISSED = """### Missed, and why
 
 * **Features asked for more than once per pass.** With many classes (C, D) a block works on 64 to 240 of them at a time and
@@ -59,12 +61,6 @@ BEFORE = {
     ("class_moments, A, float32, channels_last", "cuda", "forward", "shared_writes_over_ideal"): 3.47,
     ("class_moments, A, half, even", "cuda", "forward", "shared_reads_over_ideal"): 1.56,
 }
-REGISTERS = """
-Registers and instructions of these kernels: `benchmarks/results/kernels.json`. Triton's prototypes' gradient takes 232 (float32)
-and 248 (half floats) where it took 119 and 156, and forms the logits once instead of 2 to 8 times; its backward of many
-classes takes 155 instead of 236. CUDA's kernels of half floats have some 15 % more instructions (channels_last has its own
-copy loops, which run there alone) and up to 16 registers more; as many blocks of each fit a multiprocessor as before.
-"""
 FIGURES = {
     "read": "features read, S",
     "all_requested": "all bytes asked for, S",
@@ -105,7 +101,7 @@ which it downloads by itself, so that none of its findings could be checked by h
 
 def before_and_after(result: dict) -> str:
     rows = {(row["case"], row["by"]): row for row in result["rows"]}
-    lines = ["### Before and after\n", "| case | by | pass | figure | before | now |", "|---|---|---|---|---|---|"]
+    lines = []
     for (case, by, phase, figure), before in BEFORE.items():
         found = rows.get((case, by), {}).get(phase)
         if found is None:
@@ -116,5 +112,9 @@ def before_and_after(result: dict) -> str:
             else []
         )
         now = found.get(figure, max(kernels, default=float("nan")))
-        lines.append(f"| {case} | {by} | {phase} | {FIGURES[figure]} | {before:.2f} | {now:.2f} |")
-    return "\n".join([*lines, REGISTERS])
+        lines.append([case, by, phase, FIGURES[figure], f"{before:.2f}", f"{now:.2f}"])
+    return (
+        "### Before and after\n\n"
+        + markdown(["case", "by", "pass", "figure", "before", "now"], lines, numbers=False)
+        + "\n"
+    )

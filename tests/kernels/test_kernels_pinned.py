@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks.kernels_check import cuda_kernels, launches, pinned, sass, triton_kernels  # noqa: E402
+from benchmarks.kernels_check import before, cuda_kernels, launches, pinned, sass, triton_kernels  # noqa: E402
 from benchmarks.kernels_check.occupancy import resident_blocks  # noqa: E402
 
 ROW = {
@@ -89,6 +89,26 @@ def test_the_committed_table_has_every_kernel_and_no_spill():
     }  # fmt: skip
     for capability in triton_kernels.PINNED:
         assert {row["kernel"] for row in rows if (row["by"], row["arch"]) == ("triton", f"sm_{capability}")} == launched
+
+
+def test_no_kernel_keeps_fewer_warps_resident_than_at_fece1ad_and_one_that_takes_more_says_why():
+    pairs = before.pairs()
+    assert len(pairs) > 480
+    assert not [pair.key for pair in pairs if before.resident_warps(pair.after) < before.resident_warps(pair.before)]
+    assert not [pair.key for pair in pairs if pair.takes_more and before.reason_of(pair) is None]
+    given = {before.reason_of(pair) for pair in pairs if pair.takes_more}
+    assert given == {why for *_, why in before.REASONS}, "a reason that no row needs any longer"
+
+
+def test_a_kernel_that_takes_more_than_at_fece1ad_is_found_by_each_of_its_cases():
+    old = {"by": "triton", "kernel": "k", "case": "contrast A fp32", "arch": "sm_90", "also": ["contrast B"], "registers": 40,
+           "shared_bytes": 8, "stack_bytes": 0, "resident_blocks": 2, "warps": 8}  # fmt: skip
+    assert before._by_case([old]).keys() == {("triton", "k", f"contrast {name} fp32", "sm_90") for name in "AB"}
+    for change, more in (
+        ({}, False), ({"registers": 41}, True), ({"shared_bytes": 9}, True), ({"stack_bytes": 4}, True), ({"resident_blocks": 1}, True),
+        ({"resident_blocks": 1, "warps": 16}, False), ({"registers": 39}, False),
+    ):  # fmt: skip
+        assert before.Pair(("triton", "k", "c", "sm_90"), old, old | change).takes_more == more, change
 
 
 def test_kernels_check_fails_with_the_rows_that_differ_until_they_are_pinned(tmp_path, monkeypatch, capsys):
