@@ -51,14 +51,15 @@ def is_transformed() -> bool:
 def direct(op: CustomOpDef, writes: tuple[int, ...] = ()) -> Callable:
     """`op`, past the dispatcher where no mode, transform or tracer is active: saves 20 us per call, a few times per loss.
 
-    The dispatcher is there for tracers, modes, transforms, profilers and kinds of tensors. writes: places of the arguments that the op
-    writes to; autograd is notified as the dispatcher would do it.
+    The dispatcher is there for tracers, modes, transforms, profilers and kinds of tensors. It is called through torch.ops: torch 2.14 runs
+    `op(...)` past the profiler where all arguments are tensors (findings/torch_profiler_misses_custom_op.sh). writes: places of the
+    arguments that the op writes to; autograd is notified as the dispatcher would do it.
     """
-    function = op._init_fn
+    function, dispatched = op._init_fn, getattr(getattr(torch.ops, op._namespace), op._name)
 
     def call(*arguments):
         if _is_watched() or not _are_plain(arguments) or any(arguments[place].requires_grad for place in writes):
-            return op(*arguments)
+            return dispatched(*arguments)
         result = function(*arguments)
         for place in writes:
             if not arguments[place].is_inference():

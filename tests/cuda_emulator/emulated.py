@@ -42,7 +42,7 @@ class Backend:
         """backend="cuda" means this one, on CPU tensors; threads and blocks take turns in this order."""
         before, cuda._ops = cuda._ops, self.ops
         try:
-            with claimed(), build.order(self.handle, order):
+            with claimed(), allocated_full_of_nan(), build.order(self.handle, order):
                 yield
         finally:
             cuda._ops = before
@@ -63,6 +63,18 @@ def claimed() -> Iterator[None]:
         yield
     finally:
         cuda._DEVICES, cuda.missing = before
+
+
+@contextlib.contextmanager
+def allocated_full_of_nan() -> Iterator[None]:
+    """What torch.empty_like hands out is full of NaN, as what the kernels allocate is: an element that is forgotten stays NaN, instead of
+    being right because its memory held the right result of the call before."""
+    real = torch.empty_like
+    torch.empty_like = lambda *a, **k: t.fill_(torch.nan) if (t := real(*a, **k)).is_floating_point() else t
+    try:
+        yield
+    finally:
+        torch.empty_like = real
 
 
 def is_taken() -> bool:
@@ -97,17 +109,15 @@ _on_demand = _OnDemand()
 
 @contextlib.contextmanager
 def taken_on_demand() -> Iterator[None]:
-    """backend="cuda" means the emulated kernels of every op, on CPU tensors. What torch.empty_like hands out is full of NaN, as what the
-    kernels allocate is: an element that is forgotten stays NaN."""
-    real, flag, before = torch.empty_like, label_flag(torch.device("cpu")), cuda._ops
-    torch.empty_like = lambda *a, **k: t.fill_(torch.nan) if (t := real(*a, **k)).is_floating_point() else t
+    """backend="cuda" means the emulated kernels of every op, on CPU tensors."""
+    flag, before = label_flag(torch.device("cpu")), cuda._ops
     flag.fill_(torch.iinfo(torch.int64).min)
     cuda._ops = _on_demand
     try:
-        with claimed():
+        with claimed(), allocated_full_of_nan():
             yield
     finally:
-        cuda._ops, torch.empty_like = before, real
+        cuda._ops = before
         flag.fill_(torch.iinfo(torch.int64).min)
     for backend in _on_demand.loaded.values():
         backend.check()

@@ -139,3 +139,18 @@ def test_without_a_planted_bug_the_option_probes_are_right(planted, probe, order
 def test_a_planted_bug_of_an_option_is_seen(planted, name):
     with planted.bug(name):
         assert not all(is_right(planted.backend, probe, order) for order in ("forward", "random") for probe in PROBES)
+
+
+def test_an_element_that_no_thread_writes_is_seen_right_after_the_right_result(planted, monkeypatch):
+    """The allocator hands out the memory of the call before, which held the right result."""
+    probe = next(p for p in PROBES if p[3] == "temperature")  # more channels than one slice has
+    kept = {}
+    real = torch.empty_like
+
+    def reused(like, **options):
+        return kept.setdefault((like.shape, like.dtype), real(like, **options))
+
+    monkeypatch.setattr(torch, "empty_like", reused)
+    assert is_right(planted.backend, probe, "forward") and kept
+    with planted.bug("a slice of the first"):
+        assert not is_right(planted.backend, probe, "forward")

@@ -106,7 +106,11 @@ def fingerprint() -> dict[str, object]:
     compilers = {
         name for content in libraries for name in re.findall(rb"GCC: \([^)]*\) [\d.]+|clang version [\d.]+", content)
     }
-    return {"arithmetic": said["arithmetic"], "compilers": sorted(name.decode() for name in compilers)}
+    return {
+        "arithmetic": said["arithmetic"],
+        "compilers": sorted(name.decode() for name in compilers),
+        "torch": torch.__version__.partition("+")[0],
+    }
 
 
 def same_arithmetic() -> bool:
@@ -140,6 +144,31 @@ def assert_same_checkpoint(found: Path, recorded: Path, start: Path) -> None:
             off = torch.linalg.vector_norm(new[key].double() - tensor.double())
             assert off <= 0.05 * moved + 1e-5 * torch.linalg.vector_norm(tensor.double()) + 1e-9, f"{name}: {key}"
     assert_close(state_of(found), state_of(recorded), 1e-3)
+
+
+def assert_same_movement(found: Path, recorded: Path, start: Path) -> None:
+    """Of all tensors of a file together, per kind (weights, each of the optimizer's averages), what is off is at most 5 % of what moved.
+
+    For what was trained on pseudo-labels that were made anew. torch 2.14.1 rounds other last bits than 2.13.0 (1e-6 of a step), which puts
+    one pixel in a thousand on the other side of its threshold; the net then trains on other labels, and a small tensor's average of
+    gradients moves by 6 to 8 % of its own step. All tensors together are off by 2 to 3 %; another batch or a lost state by 100 %.
+    """
+    if same_arithmetic():
+        return assert_same_checkpoint(found, recorded, start)
+    names = {path.name for path in recorded.glob("*.safetensors")}
+    assert {path.name for path in found.glob("*.safetensors")} == names and found.name == recorded.name
+    for name in names:
+        new, old, before = (load_file(folder / name) for folder in (found, recorded, start))
+        assert new.keys() == old.keys()
+        off: dict[str, float] = {}
+        moved: dict[str, float] = {}
+        for key, tensor in old.items():
+            kind = key.rpartition(".")[2] if name.startswith("optimizer") else "weights"
+            off[kind] = off.get(kind, 0.0) + float((new[key].double() - tensor.double()).square().sum())
+            moved[kind] = moved.get(kind, 0.0) + float((tensor.double() - before[key].double()).square().sum())
+        for kind in off:
+            assert off[kind] <= 0.05**2 * moved[kind] + 1e-18, f"{name}: {kind}"
+    assert_close(state_of(found), state_of(recorded), 0.05)
 
 
 def assert_close(found: object, recorded: object, rtol: float, atol: float = 1e-4) -> None:

@@ -5,10 +5,11 @@ runs in a process of its own with one thread and AVX2 instructions, which is how
 
 The last bits of a training step depend on the processor, on torch and on the compiler of our kernels, so a fixture made on one machine
 cannot ask every machine for the same bits. `same_arithmetic` finds out: it trains a small net in plain torch, resizes a picture, draws
-random numbers, and compares the hash of the results, and the compiler, with those of the machine that made the runs. Where they agree,
-everything is compared bit for bit. Where they do not, what is only read (settings, accepted identity, finished stages, prototypes) is
-still compared exactly, and what is computed within tolerances that another batch, another augmentation, a lost optimizer state or a lost
-running average breaks at once: each tensor must have moved from the checkpoint as recorded to 5 % (AVX-512 instead of AVX2 gives 0.1 %).
+random numbers, and compares the hash of the results, the compiler and torch's version (2.14.1 has the probe's bits and, in a few
+convolutions' gradients, others) with those of the machine that made the runs. Where they agree, everything is compared bit for bit. Where
+they do not, what is only read (settings, accepted identity, finished stages, prototypes) is still compared exactly, and what is computed
+within tolerances that another batch, another augmentation, a lost optimizer state or a lost running average breaks at once: each tensor
+must have moved from the checkpoint as recorded to 5 % (AVX-512 instead of AVX2 gives 0.1 %).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from replay import (
     all_done,
     assert_close,
     assert_same_checkpoint,
+    assert_same_movement,
     assert_same_pictures,
     commands,
     lines_of,
@@ -169,7 +171,7 @@ def test_a_run_interrupted_in_adaptation_ends_as_the_undisturbed_one(root, conti
     recorded, folder = root / "runs" / "whole", continued["whole_adapt"]
     assert_same_pictures(folder / "pseudo_labels_2", recorded / "pseudo_labels_2")
     distilled = sorted((recorded / "distill" / "checkpoints").glob("step_*"))
-    assert_same_checkpoint(newest(folder, "distill"), distilled[-1], distilled[0])
+    assert_same_movement(newest(folder, "distill"), distilled[-1], distilled[0])
     old, new = (json.loads((where / "summary.json").read_text()) for where in (recorded, folder))
     figures = (
         "classes",
