@@ -73,30 +73,33 @@ def memory_table() -> str:
 
 
 def adaptation_table() -> str:
-    rows = []
+    found, rows = {}, []
     for file, (title, setting) in PAIRS.items():
         settings = by_setting(LINES / f"{file}.jsonl")
-        lines = settings.get(setting) or next(iter(settings.values()))
-        scores = [spread(miou(line, net) for line in lines.values()) for net in NETS]
+        found[title] = settings.get(setting) or next(iter(settings.values()))
+    nets = [net for net in NETS if any(net in line["nets"] for lines in found.values() for line in lines.values())]
+    for title, lines in found.items():
+        scores = [spread(miou(line, net) for line in lines.values()) for net in nets]
         gain = paired(lines, "distilled", lines, "control")
         cells = ["" if score is None else score.text() for score in scores]
         rows.append([title, str(len(lines)), *cells, "" if gain is None else gain.text("+.1f")])
-    header = ["mIoU in percent", "seeds", *(row.title for row in NETS.values()), "distilled − control"]
+    header = ["mIoU in percent", "seeds", *(NETS[net].title for net in nets), "distilled − control"]
     return markdown(header, rows)
 
 
 def demo_table() -> str:
     rows = []
+    nets = [net for net in UNBOUND if read("demo_seed_0.json").get(net)]
     for title, seeds in (
         ("seeds 0, 1, 2: the recipe was chosen on them", (0, 1, 2)),
         ("seeds 3, 4, 5: never looked at", (3, 4, 5)),
     ):
         runs = [read(f"demo_seed_{seed}.json") for seed in seeds]
-        scores = [Spread(tuple(run[net]["miou"] for run in runs)).text() for net in UNBOUND]
+        scores = [Spread(tuple(run[net]["miou"] for run in runs)).text() for net in nets]
         gain = Spread(tuple(run["distilled"]["miou"] - run["control"]["miou"] for run in runs)).text("+.1f")
         rows.append([title, *scores, gain])
     return markdown(
-        ["generated pair, mIoU in percent", *(NETS[net].title for net in UNBOUND), "distilled − control"], rows
+        ["generated pair, mIoU in percent", *(NETS[net].title for net in nets), "distilled − control"], rows
     )
 
 

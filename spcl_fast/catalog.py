@@ -140,6 +140,14 @@ STAGES = (  # in the order in which they run
         remedies=(Remedy("lower warmup.adversarial_weight", "warmup.adversarial_weight"), Remedy("lower warmup.lr")),
     ),
     Stage(
+        "online", "spcl_fast.method.online:STAGE", "online", "online",
+        "self-training with a teacher that follows the net (DAFormer, MIC)", "--run-folder runs/mine",
+        title="online self-training", net="online", role="result", after=("warmup|source_only",),
+        remedies=(
+            Remedy("lower online.lr"), Remedy("raise online.confidence"), Remedy("raise online.ema"),
+        ),
+    ),
+    Stage(
         "prototypes", "spcl_fast.method.prototypes:STAGE", "prototypes", "prototypes",
         "one prototype per class from the labelled source images", "--run-folder runs/mine",
         title="prototypes", after=("warmup|source_only",), reads=("source",),

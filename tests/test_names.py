@@ -23,6 +23,7 @@ AT_HOME = {"spcl_fast/catalog.py": None, "spcl_fast/config/schema.py": None} | {
         "pseudo_labels": {"pseudo_labels", "pseudo_labels_2"},
         "adapt": {"adapt"},
         "distill": {"distill"},
+        "online": {"online"},
     }.items()
 }
 OTHER_WORDS = {"prototypes", "control"}  # a tensor's name, a role of a net: which no parser can tell from a stage

@@ -46,16 +46,19 @@ def _text(values: Any, form: str = ".1f") -> str:
 
 def _scores(settings: Lines) -> Iterator[str]:
     yield "\nmIoU on target validation images, mean ± standard error over the seeds."
+    trained = [
+        net for net in NET_NAMES if any(net in line["nets"] for lines in settings.values() for line in lines.values())
+    ]
     rows = [
         [
             name,
             str(len(lines)),
-            *(_text(miou(line, net) for line in lines.values()) for net in NET_NAMES),
+            *(_text(miou(line, net) for line in lines.values()) for net in trained),
             _text((gap_closed_percent(line) for line in lines.values()), ".0f"),
         ]
         for name, lines in settings.items()
     ]
-    yield from _rows(["setting", "seeds", *NET_NAMES, "gap closed, %"], rows)
+    yield from _rows(["setting", "seeds", *trained, "gap closed, %"], rows)
 
 
 def gap_closed_percent(line: dict[str, Any]) -> float | None:

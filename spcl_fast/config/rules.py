@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from .. import catalog
 from ..errors import ConfigError
 from .load import all_settings, dotted
-from .schema import Config, DataConfig, DistillConfig, LoopConfig, TrainConfig
+from .schema import Config, DataConfig, DistillConfig, LoopConfig, OnlineConfig, TrainConfig
 from .values import as_text
 
 
@@ -89,6 +89,8 @@ def _stage(config: Config, section: str, stage: object) -> Iterator[str]:
         yield from _memory(config.loop, section, stage)
     if isinstance(stage, DistillConfig):
         yield from _class_mix(config, section, stage)
+    if isinstance(stage, OnlineConfig):
+        yield from _online_mix(config, section, stage)
 
 
 def _schedule(section: str, stage: TrainConfig) -> Iterator[str]:
@@ -122,6 +124,16 @@ def _class_mix(config: Config, section: str, stage: DistillConfig) -> Iterator[s
         yield (
             f"{section}.class_mix: source images of {as_text(source)} (adapt.augment.crop) cannot be pasted onto target images of "
             f"{as_text(target)} ({section}.augment.crop), expected one size"
+        )
+
+
+def _online_mix(config: Config, section: str, stage: OnlineConfig) -> Iterator[str]:
+    source = stage.augment.crop or config.source.size
+    target = stage.target_augment.crop or config.target.size
+    if stage.mix_weight and tuple(source) != tuple(target):
+        yield (
+            f"{section}.mix_weight: source images of {as_text(source)} ({section}.augment.crop) cannot be pasted onto target images of "
+            f"{as_text(target)} ({section}.target_augment.crop), expected one size, or a weight of 0"
         )
 
 

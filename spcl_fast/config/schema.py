@@ -185,6 +185,21 @@ class DistillConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
+class OnlineConfig(TrainConfig):
+    """Self-training with a teacher that follows the net: DAFormer's and MIC's losses."""
+
+    ema: float = setting(0.999, "share of the teacher that a step keeps, fewer in the first ones", least=0, most=1)
+    confidence: float = setting(0.968, "the teacher is sure of a pixel from this probability on", least=0, most=1)
+    mix_weight: float = setting(1.0, "of the loss on target images with source classes pasted in; 0: none", least=0)
+    mix_jitter: float = setting(0.2, "brightness, contrast and saturation of these images", least=0)
+    masked_weight: float = setting(1.0, "of the loss on target images without most patches; 0: none", least=0)
+    mask_ratio: float = setting(0.7, "share of the patches that are taken away", least=0, most=1)
+    mask_block: int = setting(64, "width and height of a patch in pixels", least=1)
+    augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop=(512, 512), flip=0.5))
+    target_augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop=(512, 512), flip=0.5))
+
+
+@dataclass(frozen=True)
 class LoopConfig:
     """The training loop itself."""
 
@@ -242,6 +257,7 @@ class Config:
     pseudo_label: PseudoLabelConfig = field(default_factory=PseudoLabelConfig)
     adapt: AdaptConfig = field(default_factory=AdaptConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    online: OnlineConfig = field(default_factory=OnlineConfig)
     oracle: SourceConfig = field(default_factory=SourceConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)

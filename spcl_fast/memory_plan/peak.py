@@ -194,7 +194,7 @@ def _gradients_held(live: LiveBytes, work: CountedStep) -> Iterator[None]:
         if parameter.grad is not None:  # a hook before this one may have taken it
             live.hold([parameter.grad], "gradients")
 
-    parameters = [parameter for module in work.modules for parameter in module.parameters()]
+    parameters = [p for module in work.modules for p in module.parameters() if p.requires_grad]
     hooks = [parameter.register_post_accumulate_grad_hook(hold) for parameter in parameters]
     try:
         yield
