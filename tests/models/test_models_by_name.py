@@ -324,7 +324,7 @@ def test_any_module_is_a_net_by_its_path(own):
     [
         ("own_nets:Nat", "own_nets has no 'Nat' .docs/settings.md"),
         ("own_nets:VALUE", "and it is no class or function"),
-        ("own_net:Net", "the module 'own_net' does not import: ModuleNotFoundError.*working directory"),
+        ("no_such_net:Net", "the module 'no_such_net' does not import: ModuleNotFoundError.*working directory"),
         ("own_nets:no_module", "gives a int, expected an nn.Module"),
         ("own_nets:NeedsMore", "calling it without arguments raised TypeError: .*'depth'"),
         ("own_nets:NoStride", "NoStride lacks stride; it needs"),
