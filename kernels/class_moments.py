@@ -33,7 +33,7 @@ _UNIT_PROGRAMS = 512  # aimed at; a constant, not the GPU's size
 _WORKSPACE_BYTES = 32 << 20
 
 
-class Partials(NamedTuple):
+class MomentPartials(NamedTuple):
     """Sums of groups: [groups, K, D] twice, and the counts [groups, K]."""
 
     sums: Tensor
@@ -236,7 +236,7 @@ def _moments(problem, weight: Tensor | None, labels) -> tuple[Tensor, Tensor, Te
     squares = torch.empty_like(sums) if problem.squares else None
     counts = empty((groups, num_classes), dtype=torch.int32 if weight is None else torch.float32)
     moments_kernel[(blocks, groups)](
-        Partials(sums, squares, counts), weight, feature_map(features), labels, size, tiles, per_group,
+        MomentPartials(sums, squares, counts), weight, feature_map(features), labels, size, tiles, per_group,
         problem.normalize, precision(features.dtype), **settings,
     )  # fmt: skip
     total = counts.sum(0, dtype=torch.int64 if weight is None else torch.float64)

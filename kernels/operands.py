@@ -85,7 +85,7 @@ class Probabilities(NamedTuple):
     bad: int  # what a probability that is none leaves in the flag
 
 
-class Teacher(NamedTuple):
+class TeacherPointers(NamedTuple):
     """t_nk = exp(<f_n, Q_k> * inv_temperature + u_n + v_k)."""
 
     features: Map
@@ -107,7 +107,7 @@ class Target(NamedTuple):
 
     labels: Labels | None
     probabilities: Probabilities | None
-    teacher: Teacher | None
+    teacher: TeacherPointers | None
     given: Given | None
     keep: float
     share: float
@@ -121,7 +121,7 @@ class Target(NamedTuple):
     mass: Tensor | None = None  # [B, P], with `scale`: the sum of the pixel's targets
 
 
-class Saved(NamedTuple):
+class SavedPointers(NamedTuple):
     """What the forward leaves to the backward: lse and inv_norm [B, P], logits [B, K, P]."""
 
     lse: Tensor | None
@@ -129,7 +129,7 @@ class Saved(NamedTuple):
     logits: Tensor | None
 
 
-class Loss(NamedTuple):
+class LossPointers(NamedTuple):
     """Where the loss goes: a map [B, P], or partial sums of losses and class weights [2, programs]."""
 
     map_ptr: Tensor | None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .operands import Given, Saved, Target
+from .operands import Given, SavedPointers, Target
 from .pixels import on_device_of
 from .prototype_contrastive_loss.contrast import dots_alone, gradients, no_gradients
 from .prototype_contrastive_loss.pool import pool, row_logits, unpool
@@ -45,5 +45,5 @@ def logits_backward(grad_logits: Tensor, problem, wanted):
             pooled, walk = pool(problem, rows)
             grad = unpool(problem, rows, pooled, walk, grad)
     target = Target(None, None, None, Given(grad, 1), 1.0, 0.0, None, None, None, scale=scale)
-    saved = Saved(None, inv_norm, dots_alone(problem, rows))
+    saved = SavedPointers(None, inv_norm, dots_alone(problem, rows))
     return gradients(problem, None, target, None, saved, wanted)

@@ -1,4 +1,4 @@
-"""Find launch settings on this GPU and write them into the user's table: `python -m spcl_fast.kernels.tune --dim 256 --classes 19`.
+"""Find launch settings on this GPU and write them into the user's table: `spcl-fast tune --dim 256 --classes 19`.
 
 One setting after the other is doubled, halved or stepped as long as that is faster (a few dozen compilations, some minutes). A candidate
 whose results differ from the shipped settings' by more than rounding, or that does not fit the GPU, is dropped. The table
@@ -7,7 +7,6 @@ whose results differ from the shipped settings' by more than rounding, or that d
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -24,11 +23,11 @@ from . import launch, pixels
 from .prototype_contrastive_loss import contrast
 from .prototype_contrastive_loss.problem import holds_tile, saves_logits
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LEAST_BLOCK, _MOST_BLOCK = 16, 256
+_REGISTERS = 65536  # of a multiprocessor: what a block may have
 
 
-class Wanted(NamedTuple):
+class Asked(NamedTuple):
     features: bool = False
     prototypes: bool = False
     bias: bool = False
@@ -54,15 +53,13 @@ def _problem(shape, num_classes: int, dtype: torch.dtype, layout: str, device: t
 def _calls(problem: SimpleNamespace) -> dict[str, Callable]:
     """What is timed for each group of kernels: name prefix -> call that returns tensors."""
     flag = torch.zeros((), dtype=torch.int64, device=problem.features.device)
-    _, denominator, lse, inv_norm, logits = contrast.contrast_forward(problem, Wanted(True), flag, 0)
+    _, denominator, lse, inv_norm, logits = contrast.contrast_forward(problem, Asked(True), flag, 0)
     saved = SimpleNamespace(denominator=denominator, lse=lse, inv_norm=inv_norm, logits=logits)
     one = torch.ones((), device=problem.features.device)
     return {
-        "contrast_forward": lambda: contrast.contrast_forward(problem, Wanted(True), flag, 0),
-        "contrast_backward": lambda: contrast.contrast_backward(one, problem, saved, Wanted(features=True), flag, 0),
-        "contrast_prototypes": lambda: contrast.contrast_backward(
-            one, problem, saved, Wanted(prototypes=True), flag, 0
-        ),
+        "contrast_forward": lambda: contrast.contrast_forward(problem, Asked(True), flag, 0),
+        "contrast_backward": lambda: contrast.contrast_backward(one, problem, saved, Asked(features=True), flag, 0),
+        "contrast_prototypes": lambda: contrast.contrast_backward(one, problem, saved, Asked(prototypes=True), flag, 0),
         moments.kernel_of(problem): lambda: moments.class_moments(problem, flag),
     }
 
@@ -73,12 +70,17 @@ def _neighbours(settings: dict[str, int]) -> Iterator[dict[str, int]]:
         if name == "num_stages":
             steps = [value + 1, value - 1]
         elif name == "num_warps":
-            steps = [v for v in (2 * value, value // 2) if v <= 8]
+            steps = [v for v in (2 * value, value // 2) if v <= 16]
         elif name.startswith("BLOCK_"):
             steps = [v for v in (2 * value, value // 2) if _LEAST_BLOCK <= v <= _MOST_BLOCK]
         else:
             continue
-        yield from ({**settings, name: step} for step in steps if step >= 1)
+        for step in steps:
+            if step >= 1:
+                neighbour = {**settings, name: step}
+                if name == "num_warps" and "maxnreg" in settings:
+                    neighbour["maxnreg"] = min(255, _REGISTERS // (32 * step))
+                yield neighbour
 
 
 def _median_us(call: Callable) -> float:
@@ -170,27 +172,11 @@ def write(rows: list[launch.Row], arch: str) -> None:
     launch.forget()
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m spcl_fast.kernels.tune", description=(__doc__ or "").partition("\n")[0]
-    )
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--dim", type=int, required=True, help="channels of the features")
-    parser.add_argument(
-        "--size", type=int, nargs=2, default=(256, 512), metavar=("HEIGHT", "WIDTH"), help="of the features"
-    )
-    parser.add_argument("--classes", type=int, required=True, help="classes or prototypes")
-    parser.add_argument("--dtype", choices=sorted(_DTYPES), default="bfloat16")
-    parser.add_argument("--layout", choices=("pixels", "channels"), default="pixels", help="NCHW or channels_last")
-    parser.add_argument("--seconds", type=float, default=300)
-    options = parser.parse_args(argv)
-    if not torch.cuda.is_available() and not pixels.INTERPRETED:
-        print("tune measures: it needs an NVIDIA GPU", file=sys.stderr)
-        return 2
+def run(shape: tuple[int, int, int, int], num_classes: int, dtype: str, layout: str, seconds: float) -> None:
+    """Tune for features of this shape [B, D, h, w] on the current GPU, and write what is better than the shipped settings."""
     device = torch.device("cpu") if pixels.INTERPRETED else torch.device("cuda", torch.cuda.current_device())
     arch = "interpreter" if pixels.INTERPRETED else launch.architecture(device.index)
-    shape = (options.batch, options.dim, *options.size)
-    rows = tune(shape, options.classes, _DTYPES[options.dtype], options.layout, device, options.seconds)
+    rows = tune(shape, num_classes, getattr(torch, dtype), layout, device, seconds)
     if rows:
         write(rows, arch)
     print(
@@ -198,8 +184,3 @@ def main(argv: list[str] | None = None) -> int:
         if rows
         else "nothing better than the shipped settings was found"
     )
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

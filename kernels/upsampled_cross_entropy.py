@@ -33,7 +33,7 @@ from .cells import (
     window_of,
     window_sizes,
 )
-from .operands import Labels, Loss, Map, Weights, labels_at, weights_of
+from .operands import Labels, LossPointers, Map, Weights, labels_at, weights_of
 from .pixels import INTERPRETED, classify, on_device_of, power_of_two, read_weights, reduce_partial
 from .windows import (
     LOWEST,
@@ -282,7 +282,7 @@ def _launch(problem, target: UpsampledTarget, divided_by, loss_map, dlogits):
     factor = _LOG2E / problem.temperature
     upsampled_loss_kernel[(programs,)](
         logits_map(logits), target, weights_of(problem.class_weight, problem.pixel_weight),
-        Scaling(factor, 1 / problem.temperature, divided_by if dlogits is not None else None), Loss(loss_map, partial), dlogits,
+        Scaling(factor, 1 / problem.temperature, divided_by if dlogits is not None else None), LossPointers(loss_map, partial), dlogits,
         num_classes, grid_of(tuple(low), problem.output_size, align), tiling, align, halo, rows, cols, tail_rows, tail, CELLS, **LAUNCH,
     )  # fmt: skip
     return partial

@@ -218,10 +218,10 @@ EACH_ITS_OWN = {"STAGE", "OPTIONS", "Backend", "WIDTHS", "DILATIONS"}
 
 
 def test_no_class_and_no_constant_of_the_house_has_a_name_that_another_has():
-    """Not counted: kernels/, which mirrors the contract's structs; compat/, which has other projects' names; generated scenes."""
+    """Not counted: compat/, which has other projects' names; generated scenes."""
     found: dict[str, list[str]] = {}
     for path, module in modules():
-        if module[1] not in ("kernels", "compat") and "generated" not in module:
+        if module[1] != "compat" and "generated" not in module:
             for name in set(defined_names(path)) - EACH_ITS_OWN:
                 found.setdefault(name, []).append(path.relative_to(ROOT).as_posix())
     assert not {name: files for name, files in found.items() if len(files) > 1}

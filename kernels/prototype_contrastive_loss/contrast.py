@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from .. import launch
-from ..operands import Incoming, Loss, Saved, Target, incoming, weights_of
+from ..operands import Incoming, LossPointers, SavedPointers, Target, incoming, weights_of
 from ..pixels import architecture, layout, on_device_of, power_of_two, precision, reduce_partial
 from .backward import backward_resident_kernel, backward_split_kernel, backward_tile_kernel
 from .forward import forward_kernel, forward_resident_kernel
@@ -15,7 +15,7 @@ from .forward_targets import target_forward_kernel
 from .pool import given_rows, pooled_logits
 from .problem import (
     LSE_DTYPE,
-    Features,
+    FeatureMap,
     features_of,
     holds_tile,
     is_wide,
@@ -41,7 +41,7 @@ def contrast_forward(contrast, wanted, flag, bad_probability: int):
     logits = features.new_empty((batch, rows, pixels) if save and saves_logits(contrast) else 0, dtype=torch.float32)
     if batch * pixels == 0:
         return loss.zero_(), denominator.fill_(float(contrast.reduction != "mean")), lse, inv_norm, logits
-    saved = Saved(*((lse, inv_norm) if save else (None, None)), logits if logits.numel() else None)
+    saved = SavedPointers(*((lse, inv_norm) if save else (None, None)), logits if logits.numel() else None)
     with on_device_of(features):
         if contrast.prototype_class is None:
             partial = _launch(contrast, flag, bad_probability, loss if none else None, saved, None)
@@ -54,7 +54,7 @@ def contrast_forward(contrast, wanted, flag, bad_probability: int):
     return loss, denominator, lse, inv_norm, logits
 
 
-def _launch(contrast, flag, bad_probability: int, loss_map, saved: Saved, class_logits):
+def _launch(contrast, flag, bad_probability: int, loss_map, saved: SavedPointers, class_logits):
     """-> partial sums, or None where a map is asked for."""
     features = contrast.features
     target = target_of(contrast, flag, bad_probability)
@@ -75,7 +75,7 @@ def _launch(contrast, flag, bad_probability: int, loss_map, saved: Saved, class_
     partial = None if loss_map is not None else features.new_empty(2, programs, dtype=torch.float32)
     operands = (
         size, features_of(features), target, prototypes_of(contrast), weights_of(contrast.class_weight, contrast.pixel_weight), saved,
-        Loss(loss_map, partial),
+        LossPointers(loss_map, partial),
     )  # fmt: skip
     if resident:
         settings = settings | {"BLOCK_D": max(16, power_of_two(size.D))}
@@ -97,14 +97,14 @@ def contrast_backward(grad_loss: Tensor, contrast, saved, wanted, flag: Tensor, 
     target = target_of(contrast, flag, bad_probability)
     weights = weights_of(contrast.class_weight, contrast.pixel_weight)
     grad = incoming(grad_loss, saved.denominator)
-    kept = Saved(saved.lse, saved.inv_norm, saved.logits if saved.logits.numel() else None)
+    kept = SavedPointers(saved.lse, saved.inv_norm, saved.logits if saved.logits.numel() else None)
     if target.plain is None or contrast.prototype_class is not None:
         target = _with_pixels(grad, contrast, target._replace(plain=None), weights)
     if contrast.prototype_class is None:
         return gradients(contrast, grad, target, weights, kept, wanted)
     with on_device_of(features):
         target, of_margin = given_rows(contrast, target, weights, kept, wanted)
-    kept = Saved(None, saved.inv_norm, dots_alone(contrast, saved.logits))
+    kept = SavedPointers(None, saved.inv_norm, dots_alone(contrast, saved.logits))
     *parts, dtemperature = gradients(contrast._replace(margin=0.0), grad, target, weights, kept, wanted)
     if of_margin is not None:
         dtemperature = dtemperature + of_margin.sum(dtype=torch.float64).float()
@@ -142,7 +142,7 @@ def no_gradients(problem, wanted):
     )
 
 
-def gradients(problem, grad: Incoming | None, target: Target, weights, saved: Saved, wanted):
+def gradients(problem, grad: Incoming | None, target: Target, weights, saved: SavedPointers, wanted):
     """The gradients of features, prototypes, bias and temperature, from any target."""
     features = problem.features
     prototypes, size = prototypes_of(problem), sizes_of(features, problem.prototypes.shape[-2])
@@ -187,7 +187,7 @@ def _feature_gradient(problem, operands, wanted):
     form, settings = form_of(features, size.K, simple, saved.logits is not None)
     tiles = features.shape[0] * triton.cdiv(size.P, settings["BLOCK_N"])
     dfeatures = torch.empty_like(features) if wanted.features else features.new_empty(0)
-    place = features_of(dfeatures) if wanted.features else Features(0, None, 0, 0, 0)
+    place = features_of(dfeatures) if wanted.features else FeatureMap(0, None, 0, 0, 0)
     inputs = (size, features_of(features), target, prototypes, weights, saved, place, grad)
     if form == "resident":
         backward_resident_kernel[(tiles,)](*inputs, problem.normalize, **settings)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import launch
-from ..operands import Given, Saved, Target
+from ..operands import Given, SavedPointers, Target
 from ..pixels import architecture, layout, pixel_offset, precision, tile_of
 from .backward import store_temperature
 from .logits import dots, inverse_norm, inverse_temperature, logits_of
@@ -173,7 +173,7 @@ def unpool(problem, rows, pooled, walk, dpooled):
     return out
 
 
-def pooled_logits(contrast, saved: Saved):
+def pooled_logits(contrast, saved: SavedPointers):
     """The classes' logits [B, K, P]; leaves the rows' and inv_norm to `saved`, where there is one."""
     features = contrast.features
     rows = saved.logits
@@ -184,7 +184,7 @@ def pooled_logits(contrast, saved: Saved):
     return pool(contrast, rows)[0]
 
 
-def given_rows(contrast, target: Target, weights, saved: Saved, wanted) -> tuple[Target, Tensor | None]:
+def given_rows(contrast, target: Target, weights, saved: SavedPointers, wanted) -> tuple[Target, Tensor | None]:
     """-> the gradient of the rows' logits, from the loss on the pooled ones; and what the margin adds to the temperature's gradient.
     target: with scale and mass."""
     features = contrast.features

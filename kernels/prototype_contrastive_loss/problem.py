@@ -7,13 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..operands import Map, Probabilities, Prototypes, Target, Teacher, feature_map, labels_at, size_of
+from ..operands import Map, Probabilities, Prototypes, Target, TeacherPointers, feature_map, labels_at, size_of
 
 RESIDENT_DIM = 512  # channels of a pixel tile that is held on chip
 LSE_DTYPE = torch.float64
 
 
-class Features(NamedTuple):
+class FeatureMap(NamedTuple):
     """A `Map` in another order. Numbers that share eight aligned bytes of a kernel's parameters are loaded as one and kept as one: with the
     pointer between the strides, and each size next to the one that it is used with, sm_90 takes up to 6 registers fewer."""
 
@@ -25,7 +25,7 @@ class Features(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """A `Size` in another order, see `Features`."""
+    """A `Size` in another order, see `FeatureMap`."""
 
     P: int
     D: int
@@ -33,8 +33,8 @@ class Sizes(NamedTuple):
     w: int
 
 
-def features_of(tensor: Tensor) -> Features:
-    return Features(**feature_map(tensor)._asdict())
+def features_of(tensor: Tensor) -> FeatureMap:
+    return FeatureMap(**feature_map(tensor)._asdict())
 
 
 def sizes_of(features: Tensor, num_classes: int) -> Sizes:
@@ -78,13 +78,13 @@ def target_of(contrast, flag: Tensor, bad_probability: int) -> Target:
     return target._replace(labels=labels_at(labels, flag, height, width, contrast.ignore_index), plain=plain)
 
 
-def _teacher(teacher) -> Teacher:
+def _teacher(teacher) -> TeacherPointers:
     """Scores with float32's digits, whatever the dtypes: at a low temperature what half floats round off would be seen in every target."""
     features, prototypes = teacher.features, teacher.prototypes.contiguous()
     dots = Prototypes(
         prototypes, None, 1 / teacher.temperature, None, None, None, None, None, wide(features, prototypes)
     )
-    return Teacher(
+    return TeacherPointers(
         Map(features, *features.stride()),
         dots,
         features.shape[1],

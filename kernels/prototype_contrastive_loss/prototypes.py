@@ -26,7 +26,7 @@ _PROGRAMS = 1024  # aimed at; a constant, not the GPU's size
 _WORKSPACE_BYTES = 32 << 20
 
 
-class Partials(NamedTuple):
+class GradientPartials(NamedTuple):
     """Sums of groups: of the prototypes' gradient [groups, images, K, D], of the bias' [groups, images, K]."""
 
     prototypes: Tensor
@@ -172,7 +172,7 @@ def prototype_gradient(features, operands, per_image: bool, needs_bias: bool):
     per_group, groups = group_tiles(tiles, blocks * images, images * size.K * size.D)
     partial = features.new_empty((groups, images, size.K, size.D), dtype=torch.float32)
     bias = features.new_empty((groups, images, size.K), dtype=torch.float32) if needs_bias else None
-    sums = Partials(partial, bias, 1 if per_image else None)
+    sums = GradientPartials(partial, bias, 1 if per_image else None)
     prototype_kernel[(blocks, groups, images)](
         size, features_of(features), target, prototypes, weights, saved, grad, sums, tiles, per_group,
         precision(features.dtype), **settings,

@@ -166,15 +166,14 @@ def on_bench(args: argparse.Namespace) -> int:
     return subprocess.run([sys.executable, "-m", "benchmarks.cpu", *words], check=False, cwd=folder.parent).returncode
 
 
-def on_tune(args: argparse.Namespace) -> int:
+def on_tune(args: argparse.Namespace) -> None:
     import torch
 
     if not torch.cuda.is_available():
         raise ConfigError("tune measures on an NVIDIA GPU, and torch sees none here. The shipped settings are used.")
-    from ..kernels.tune import main  # pyright: ignore[reportMissingImports]  # kernels/ lies next to the package
+    from ..kernels import tune  # pyright: ignore[reportMissingImports]  # kernels/ lies next to the package
 
-    words = [f"--{name}={getattr(args, name)}" for name in ("batch", "dim", "classes", "dtype", "layout", "seconds")]
-    return main([*words, "--size", *map(str, args.size)])
+    tune.run((args.batch, args.dim, *args.size), args.classes, args.dtype, args.layout, args.seconds)
 
 
 def _of_trained_net(args: argparse.Namespace) -> Config | None:

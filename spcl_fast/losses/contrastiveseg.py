@@ -30,6 +30,11 @@ class ContrastiveSegObjective(nn.Module):
         """[K, D]: the mean of each class's memory."""
         return self.memory.means
 
+    @property
+    def chance(self) -> float:
+        """None: how many pixels an anchor is compared with depends on the memory."""
+        return 0.0
+
     def update_(self, features: Tensor, labels: Tensor) -> ContrastiveSegObjective:
         self.memory.update_(features, labels)
         return self

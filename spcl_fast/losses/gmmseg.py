@@ -9,6 +9,7 @@ The authors train by the cross-entropy of LayerNorm(z) (over classes), plus 0.01
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -96,6 +97,10 @@ class GMMSegObjective(nn.Module):
     def prototypes(self) -> Tensor:
         """[K, D]: the mean of each class's component means."""
         return self.mixture.means.mean(1)
+
+    @property
+    def chance(self) -> float:
+        return math.log(len(self.mixture.means))
 
     def update_(self, features: Tensor, labels: Tensor) -> GMMSegObjective:
         self.mixture.update_(features, labels)

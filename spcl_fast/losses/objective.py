@@ -13,6 +13,11 @@ class Objective(Protocol):
 
     prototypes: Tensor  # [K, D] float32, a buffer
 
+    @property
+    def chance(self) -> float:
+        """The loss of features that say nothing of their class: what is logged is what is above it. 0: it has no such level."""
+        ...
+
     def update_(self, features: Tensor, labels: Tensor) -> Objective:
         """Move the state by a batch. No gradient, no host sync."""
         ...

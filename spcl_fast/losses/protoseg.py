@@ -8,6 +8,7 @@ loss = 0.01 PPC + 0.001 PPD, next to the cross-entropy of the class logits max_m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -102,6 +103,11 @@ class ProtoSegObjective(nn.Module):
     def prototypes(self) -> Tensor:
         """[K, D]: the mean of each class's prototypes."""
         return self.clusters.prototypes.mean(1)
+
+    @property
+    def chance(self) -> float:
+        """Of the softmax over all classes' prototypes."""
+        return math.log(len(self.clusters.rows))
 
     def update_(self, features: Tensor, labels: Tensor) -> ProtoSegObjective:
         self.clusters.update_(features, labels)

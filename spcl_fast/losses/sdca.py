@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch.nn.functional as F
@@ -69,6 +70,10 @@ class ProCA(ProtoEstimator):
     def __init__(self, num_classes: int, dim: int, *, temperature: float, **statistics: Any) -> None:
         super().__init__(num_classes, dim, normalize=False, **statistics)
         self.temperature = temperature
+
+    @property
+    def chance(self) -> float:
+        return math.log(len(self.prototypes))
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         return proca_loss(

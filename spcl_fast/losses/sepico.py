@@ -187,6 +187,10 @@ class ProtoCL(ProtoEstimator):
     def settings(self) -> dict[str, Any]:
         return {"temperature": self.temperature, "normalize": self.normalize, "ignore_index": self.ignore_index}
 
+    @property
+    def chance(self) -> float:
+        return math.log(len(self.prototypes))
+
     def contrast(self, features: Tensor, labels: Tensor) -> Tensor:
         return proto_cl(features, labels, self.prototypes, backend=self.backend, **self.settings())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,6 +19,10 @@ class SPCLObjective(PrototypeBank):
     def __init__(self, num_classes: int, dim: int, *, temperature: float, **bank: Any) -> None:
         super().__init__(num_classes, dim, **bank)
         self.temperature = temperature
+
+    @property
+    def chance(self) -> float:
+        return math.log(len(self.prototypes))
 
     @torch.no_grad()
     def update_in_parts_(self, parts: Iterable[tuple[Tensor, Tensor]]) -> SPCLObjective:

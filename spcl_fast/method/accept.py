@@ -22,6 +22,7 @@ from ..runs.durable import remove_folder
 from ..runs.folder import Run
 from ..runs.identity import INPUTS, flat_settings, settings_difference
 from ..train.resume import identity_of
+from . import prototypes
 from .context import Context
 
 
@@ -128,7 +129,7 @@ def _redo(context: Context, row: catalog.Stage) -> bool:
 def _remove(run: Run, row: catalog.Stage) -> None:
     remove_folder(run.stage(row.name))
     run.forget_metrics_after(row.name, 0)
-    for name in (layout.PROTOTYPES,) if row.name == "prototypes" else (layout.FEATURES,):
+    for name in (layout.PROTOTYPES,) if row.name == prototypes.STAGE.name else (layout.FEATURES,):
         run.path(name).unlink(missing_ok=True)
 
 
@@ -164,7 +165,7 @@ def _take_over(run: Run, old: Run, row: catalog.Stage) -> None:
     part = run.path(f".{row.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(old.stage(row.name), part, copy_function=_link_or_copy)
-    if row.name == "prototypes" and old.path(layout.PROTOTYPES).is_file():
+    if row.name == prototypes.STAGE.name and old.path(layout.PROTOTYPES).is_file():
         shutil.copy2(old.path(layout.PROTOTYPES), run.path(layout.PROTOTYPES))
     for record in old.metrics(row.name):
         run.append_metrics(record)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -67,8 +66,8 @@ class AdaptStep:
         return self._source_pass(source) | self._target_pass(target, it)
 
     def _excess(self, contrast: Tensor, pixels: Tensor) -> Weighted:
-        """At a high temperature the loss itself says nothing: what is above ln K is logged, of the steps in which a pixel counts."""
-        return Weighted(contrast - math.log(self.objective.prototypes.shape[0]), pixels > 0)
+        """At a high temperature the loss itself says nothing: what is above chance is logged, of the steps in which a pixel counts."""
+        return Weighted(contrast - self.objective.chance, pixels > 0)
 
     def _source_pass(self, source: Batch) -> dict[str, Tensor | Weighted]:
         """-> segmentation loss, contrastive loss above chance, share of the labelled pixels that are predicted right."""

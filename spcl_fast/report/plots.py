@@ -142,7 +142,7 @@ def curves(run: RunFolder) -> bytes | None:
             (stage, f"{title}: {what}", some)
             for what, some in (
                 ("losses", [name for name in names if name not in (*above, *agreement)]),
-                ("contrastive loss - ln K", above),
+                ("contrastive loss above chance", above),
                 ("share of pixels predicted as labelled", agreement),
             )
             if any(_series(run.metrics[stage], some))

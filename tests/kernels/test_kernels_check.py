@@ -329,22 +329,7 @@ def test_tune_keeps_what_is_faster_and_right_and_writes_it(tmp_path, monkeypatch
         return 1.0 if settings["num_stages"] == 2 else 2.0
 
     monkeypatch.setattr(tune, "_median_us", clock)
-    asked = [
-        "--batch",
-        "1",
-        "--dim",
-        "20",
-        "--size",
-        "3",
-        "5",
-        "--classes",
-        "3",
-        "--dtype",
-        "float32",
-        "--seconds",
-        "20",
-    ]
-    assert tune.main(asked) == 0
+    tune.run((1, 20, 3, 5), 3, "float32", "pixels", 20)
     rows = json.loads((tmp_path / "cache" / "launch.json").read_text())[arch]
     (row,) = [row for row in rows if row["kernel"] == "contrast_forward"]
     assert row["launch"]["num_stages"] == 2 and (row["dim"], row["num_classes"], row["layout"]) == (20, 3, "pixels")

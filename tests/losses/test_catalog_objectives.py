@@ -107,3 +107,15 @@ def test_its_settings_reach_it(name, setting, changed):
             objective.update_(*batch(seed))
         results.append(value(objective, *batch(2))[0])
     assert not torch.equal(*results)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_where_similarities_say_nothing_the_loss_is_that_of_chance(name):
+    """At a very high temperature all logits are alike. What is logged would else be above or below 0 for no reason."""
+    objective = started(name, dataclasses.replace(SETTINGS, contrast_temperature=1e6))
+    objective.update_(*batch(0))
+    if objective.chance == 0.0:
+        assert name == "contrastiveseg", "the one loss whose number of candidates is the memory's"
+        return
+    beyond = 0.4 if name == "protoseg" else 1e-4  # 0.1 (1 - cos)^2 of its other loss
+    assert objective.chance - 1e-4 <= float(objective(*batch(1))) <= objective.chance + beyond
