@@ -13,9 +13,13 @@ import importlib.util
 from pathlib import Path
 
 import spcl_fast
+from spcl_fast import catalog
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+GPU_BACKENDS = tuple(
+    row.name for row in catalog.BACKENDS if row.devices == ("cuda",)
+)  # the one that is tried first is first
 
 if importlib.util.find_spec("spcl_fast.kernels") is None:
     spcl_fast.__path__.append(str(ROOT))

@@ -30,21 +30,25 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
-from benchmarks import RESULTS, ROOT
+from benchmarks import GPU_BACKENDS, RESULTS, ROOT
 from benchmarks.gpu import choice, predicted
-from benchmarks.gpu.where import Skipped, Where
+from benchmarks.gpu.where import Skipped, Where, backend_of, named
 from benchmarks.machine import describe_gpu, today
 from spcl_fast.kernels.pixels import interpreter_trouble
+
+ON_EVERY_BACKEND = (
+    "correct", "graph", "determinism", "big", "host", "moments", "contrast", "upsample", "source_step", "sanitizer",
+)  # fmt: skip
 
 
 def parts() -> dict:
     """name -> (function, seconds it needs at least). In the order of running: no speed is looked at before the answers are right.
 
-    A name that ends in _cuda is the same part with the CUDA kernels instead of Triton's.
+    A name that ends in that of a backend, such as correct_cuda, is the same part on that one instead of the first.
     """
     from benchmarks.gpu import behaviour, right, speed, step, suite
 
-    return {
+    usual = {
         "build_cuda": (suite.build_cuda, 60),
         "correct": (right.accuracy, 20),
         "graph": (behaviour.graphs_and_streams, 10),
@@ -61,17 +65,8 @@ def parts() -> dict:
         "compiled_peers": (speed.compiled_peers, 60),
         "sanitizer": (suite.sanitizer, 60),
         "source_step": (speed.source_step, 10),
-        "correct_cuda": (right.accuracy, 20),
-        "graph_cuda": (behaviour.graphs_and_streams, 10),
-        "determinism_cuda": (behaviour.determinism, 10),
-        "big_cuda": (behaviour.beyond_2_31, 15),
-        "host_cuda": (speed.host_cost, 5),
-        "moments_cuda": (speed.moments, 15),
-        "contrast_cuda": (speed.contrast, 40),
-        "upsample_cuda": (speed.upsample, 20),
-        "source_step_cuda": (speed.source_step, 10),
-        "sanitizer_cuda": (suite.sanitizer, 60),
     }
+    return usual | {named(name, other): usual[name] for other in GPU_BACKENDS[1:] for name in ON_EVERY_BACKEND}
 
 
 def sources_hash() -> str:
@@ -111,8 +106,8 @@ def run_part(name: str, function, context: Where) -> dict:
     """Its result with state ok | failed | skipped; an exception is a failure that does not stop the other parts."""
     start = time.monotonic()
     try:
-        if name.endswith("_cuda") and name != "build_cuda":
-            context = dataclasses.replace(context, backend="cuda")
+        if (backend := backend_of(name)) != context.backend:
+            context = dataclasses.replace(context, backend=backend)
             reason = context.lacks("class_moments", torch.float32, 19, 64)
             if reason:
                 raise Skipped(reason)

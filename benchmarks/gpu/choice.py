@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import GPU_BACKENDS
+from benchmarks.gpu.where import backend_of, named
 from spcl_fast.backends import measured
 
 OPS = {  # a timed row's name -> the op it decides
@@ -25,10 +27,10 @@ OPS = {  # a timed row's name -> the op it decides
     "upsampled_prediction": "upsampled_prediction",
 }
 # Parts that must be right before a speed counts, and parts that must not be wrong where they were run.
-REQUIRED = ("correct", "correct_cuda")
+REQUIRED = tuple(named("correct", backend) for backend in GPU_BACKENDS)
 CHECKS = (
     *REQUIRED,
-    *(name + suffix for name in ("graph", "determinism", "big", "sanitizer") for suffix in ("", "_cuda")),
+    *(named(part, backend) for part in ("graph", "determinism", "big", "sanitizer") for backend in GPU_BACKENDS),
 )
 _NOISE = 0.97  # the two were timed minutes apart, with other clocks: less of a gain than this is none, however small the spread
 Time = tuple[float, float, float]  # microseconds: median, 20th and 80th percentile
@@ -36,8 +38,8 @@ Time = tuple[float, float, float]  # microseconds: median, 20th and 80th percent
 
 def pairs(parts: dict) -> Iterator[tuple[dict, dict]]:
     """The rows of Triton and of CUDA that timed the same."""
-    for name in (n for n in parts if n.endswith("_cuda")):
-        triton = {_which(row): row for row in _timed(parts.get(name.removesuffix("_cuda"), {}))}
+    for name in (n for n in parts if backend_of(n) != GPU_BACKENDS[0]):
+        triton = {_which(row): row for row in _timed(parts.get(name.removesuffix(f"_{backend_of(name)}"), {}))}
         for row in _timed(parts[name]):
             if _which(row) in triton:
                 yield triton[_which(row)], row
@@ -80,8 +82,9 @@ def choices(parts: dict) -> list[dict]:
 
 def _choice(op: str, kind: str, size: str, timed: list[tuple[dict, dict]]) -> dict:
     triton, cuda = (_total(rows) for rows in zip(*timed, strict=True))
-    order = ["cuda", "triton"] if _clearly_faster(cuda, triton) else ["triton", "cuda"]
-    us = {"triton": round(triton[0], 1), "cuda": round(cuda[0], 1)}
+    usual, other = GPU_BACKENDS
+    order = [other, usual] if _clearly_faster(cuda, triton) else [usual, other]
+    us = {usual: round(triton[0], 1), other: round(cuda[0], 1)}
     return {
         "op": op,
         "kind": kind,

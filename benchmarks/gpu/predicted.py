@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable
 
 from benchmarks import RESULTS
+from benchmarks.gpu.where import backend_of
 from benchmarks.traffic import works
 from benchmarks.traffic.machines import A100, H200, Machine
 
@@ -66,7 +67,7 @@ def _rows(parts: dict) -> Iterable[tuple[str, dict]]:
     for name, part in parts.items():
         for row in part.get("rows", []):
             if isinstance(row, dict) and "measured_over_predicted" in row:
-                yield "cuda" if name.endswith("_cuda") else "triton", row
+                yield backend_of(name), row
 
 
 def disagreements(parts: dict) -> list[str]:

@@ -7,8 +7,20 @@ import time
 
 import torch
 
+from benchmarks import GPU_BACKENDS
 from spcl_fast import backends
 from spcl_fast.backends.contract import Ask
+
+
+def named(part: str, backend: str) -> str:
+    """What a part is called on a backend: by its own name on the first, else with the backend's, too."""
+    return part if backend == GPU_BACKENDS[0] else f"{part}_{backend}"
+
+
+def backend_of(name: str) -> str:
+    """The backend of a part that is called so; one that builds a backend runs on none, so on the first."""
+    others = (backend for backend in GPU_BACKENDS[1:] if name.endswith(f"_{backend}") and name != f"build_{backend}")
+    return next(others, GPU_BACKENDS[0])
 
 
 @dataclasses.dataclass
@@ -18,7 +30,7 @@ class Where:
     device: torch.device
     dry: bool
     deadline: float
-    backend: str = "triton"  # the one that is checked and timed
+    backend: str = GPU_BACKENDS[0]  # the one that is checked and timed
 
     @property
     def seconds_left(self) -> float:

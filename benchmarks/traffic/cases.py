@@ -13,7 +13,6 @@ import spcl_fast as sf
 from benchmarks.peers import formulas
 from benchmarks.problems import contrast_problem, upsampling_problem
 
-BACKENDS = ("triton", "cuda")
 # channels and classes of a shape of benchmarks.shapes; a map of few pixels whose rows are aligned to a sector, and one whose are not
 SIZES = {"A": (2048, 19), "B": (256, 19), "C": (512, 150), "D": (256, 1900)}
 GRIDS = {"even": (16, 16), "odd": (19, 29), "channels_last": (16, 16)}
@@ -79,7 +78,7 @@ def _features(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def prepared(case: Case, backend: str) -> Run:
-    """backend: one of BACKENDS, or a formula of `PEERS`."""
+    """backend: one of GPU_BACKENDS, or a formula of `PEERS`."""
     dtype = torch.float32 if case.dtype == "float32" else HALF.get(backend, torch.bfloat16)
     if case.shape in UPSAMPLED:
         return _upsampled(case, backend, dtype)

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from benchmarks import GPU_BACKENDS
 from spcl_fast.backends import cuda
 
 from . import cuda_launches, eager, ledger, triton_launches
-from .cases import BACKENDS, PEERS, Case, prepared
+from .cases import PEERS, Case, prepared
 
 ARCH = "sm_90"
 FOLDERS = {
@@ -28,7 +29,7 @@ AS_QUOTED = {
 }
 
 
-def counted(case: Case, names: tuple[str, ...] = BACKENDS) -> Iterator[dict]:
+def counted(case: Case, names: tuple[str, ...] = GPU_BACKENDS) -> Iterator[dict]:
     for name in names:
         if name == "cuda" and case.op not in cuda.OPTIONS:
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from benchmarks import ROOT
+from benchmarks import GPU_BACKENDS, ROOT
 from benchmarks.kernels_check import before
 from benchmarks.tables import markdown
 
@@ -124,7 +124,7 @@ def table(op: str, rows: list[dict]) -> str:
     lines = []
     for row in rows:
         for name in ("forward", "backward"):
-            if name in row and not (upsampled and name == "backward" and row["by"] in ("triton", "cuda")):
+            if name in row and not (upsampled and name == "backward" and row["by"] in GPU_BACKENDS):
                 lines.append([row["case"].partition(", ")[2], row["by"], name, *_cells(row[name], upsampled)])
     gradient = [] if upsampled else ["gradient written", "its sectors"]
     header = [
@@ -134,7 +134,7 @@ def table(op: str, rows: list[dict]) -> str:
 
 
 def ours(result: dict) -> list[dict]:
-    return [row for row in result["rows"] if row["by"] in ("triton", "cuda")]
+    return [row for row in result["rows"] if row["by"] in GPU_BACKENDS]
 
 
 def misses(goal: Goal, result: dict) -> list[tuple[str, str, float]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from benchmarks import RESULTS
+from benchmarks import GPU_BACKENDS, RESULTS
 
 from . import works
 from .machines import H200
@@ -26,7 +26,7 @@ def gpu_table() -> str:
     ]
     for case in _CASES:
         problem = works.Problem.of(case)
-        for by in ("triton", "cuda"):
+        for by in GPU_BACKENDS:
             row = rows[case, by]
             for phase, verdict in works.verdicts(row, H200).items():
                 static = works.static_of(verdict.kernel, by, problem, H200)
