@@ -189,6 +189,13 @@ STAGES = (  # in the order in which they run
     ),
 )  # fmt: skip
 
+HEAD = Stage(  # a command of its own, in no run of the stages
+    "head", "spcl_fast.method.head:train_head", "head", "head",
+    "a linear or cosine head on the features of a frozen net, which are computed once", 
+    "--preset folders --target.root path/to/labelled --model.weights path/to/encoder.npz --name first_head",
+    title="head on frozen features", net="head", role="bound", reads=("target",),
+)  # fmt: skip
+
 Row = TypeVar("Row", Backend, Loss, Net, DataSet, Stage)
 
 

@@ -46,6 +46,8 @@ def _stages(args: argparse.Namespace, config: Config) -> tuple[str, ...]:
     rounds = catalog.rounds(args.command)
     if rounds:
         return (rounds[getattr(args, "round", 1) - 1].name,)
+    if args.command == catalog.HEAD.command:
+        return (catalog.HEAD.name,)
     return config.stages if args.command in ("run", "demo") else ()
 
 
@@ -188,6 +190,20 @@ def _of_trained_net(args: argparse.Namespace) -> Config | None:
             f"{args.weights} lies in no run folder, so the net is unknown: give --preset NAME or --config FILE.yaml."
         )
     return _resolve(args)
+
+
+def on_head(args: argparse.Namespace) -> int:
+    """The features are the body's own maps, unless settings say otherwise: the set `head` stands below them."""
+    args.set = [catalog.HEAD.name, *args.set]
+    config = _resolve(args)
+    if config is None:
+        return 0
+    check_config(config, (catalog.HEAD.name,))
+    run = Path(config.runs_dir) / config.name
+    if os.environ.get("RANK", "0") == "0":
+        places.check_folder(run, "the run's folder")
+    catalog.load(catalog.HEAD.home)(config)
+    return 0
 
 
 def on_evaluate(args: argparse.Namespace) -> None:

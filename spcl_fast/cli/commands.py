@@ -198,6 +198,13 @@ COMMANDS: dict[str, Command] = {
         _begin,
     ),
     **_stage_commands(),
+    catalog.HEAD.command: Command(
+        catalog.HEAD.summary,
+        f"spcl-fast {catalog.HEAD.command} {catalog.HEAD.example}\n"
+        "  (it starts from --set head: the body's own maps as features, model.feature_dim null, and model.classifier linear)",
+        actions.on_head,
+        ("target", "model", catalog.HEAD.section, "evaluate", "loop", "source"),
+    ),
     "evaluate": Command(
         "IoU by class of a trained net",
         "spcl-fast evaluate runs/demo --stage adapt",

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from .. import catalog
 from ..errors import ConfigError
 from .load import all_settings, dotted
-from .schema import Config, DataConfig, DistillConfig, LoopConfig, OnlineConfig, TrainConfig
+from .schema import AugmentConfig, Config, DataConfig, DistillConfig, HeadConfig, LoopConfig, OnlineConfig, TrainConfig
 from .values import as_text
 
 
@@ -22,7 +22,7 @@ def check_config(config: Config, stages: tuple[str, ...] | None = None, *, readi
     reading: their data are about to be read, so each domain needs its folder.
     """
     stages = config.stages if stages is None else stages
-    rows = [stage for stage in catalog.STAGES if stage.name in stages]
+    rows = [stage for stage in (*catalog.STAGES, catalog.HEAD) if stage.name in stages]
     problems = [*_values(config), *_scales(config), *_windows(config), *_run(config)]
     for section in dict.fromkeys(stage.section for stage in rows):
         problems += _stage(config, section, getattr(config, section))
@@ -87,6 +87,8 @@ def _stage(config: Config, section: str, stage: object) -> Iterator[str]:
     if isinstance(stage, TrainConfig):
         yield from _schedule(section, stage)
         yield from _memory(config.loop, section, stage)
+    if isinstance(stage, HeadConfig):
+        yield from _head(config, section, stage)
     if isinstance(stage, DistillConfig):
         yield from _class_mix(config, section, stage)
     if isinstance(stage, OnlineConfig):
@@ -109,6 +111,22 @@ def _memory(loop: LoopConfig, section: str, stage: TrainConfig) -> Iterator[str]
         )
     if loop.absorb_gradients and (stage.optimizer != "sgd" or not stage.momentum):
         yield f"loop.absorb_gradients: {section} has {stage.optimizer} with momentum {stage.momentum}, expected sgd with momentum"
+
+
+def _head(config: Config, section: str, stage: HeadConfig) -> Iterator[str]:
+    if config.model.classifier == "own":
+        yield "model.classifier: got own, expected linear or cosine: the head takes the classifier's place"
+    if stage.augment != AugmentConfig():
+        yield f"{section}.augment: features are computed once, so their images are not augmented: leave it out"
+    if config.loop.accumulate != 1 or config.loop.absorb_gradients or config.loop.checkpoint != "none":
+        yield "loop: accumulate, absorb_gradients and checkpoint save the memory of a net's backward, and a head has none: leave them out"
+    if stage.side == "source" and not config.source.root and _needs_root(config.source):
+        yield f"source.root is not set, and {section} learns from the source: give --source.root path/to/folder"
+
+
+def _needs_root(domain: DataConfig) -> bool:
+    name = domain.dataset.partition("+")[0]
+    return name in catalog.names(catalog.DATA_SETS) and catalog.find(catalog.DATA_SETS, name).needs_root
 
 
 def _class_mix(config: Config, section: str, stage: DistillConfig) -> Iterator[str]:

@@ -51,6 +51,9 @@ class ModelConfig:
     feature_dim: int | None = setting(64, "channels of the features; null: the body's own maps, no head", least=1)
     stride: int | None = setting(None, "pixels per feature, one of those that the net has; null: its own", least=1)
     pretrained: bool = setting(False, "the weights that timm or transformers has: from its cache, else its hub")
+    classifier: Literal["own", "linear", "cosine"] = setting(
+        "own", "the net's own, a 1x1 convolution, or cosines times a scale"
+    )
     layer_decay: float = setting(1.0, "rate of a layer over that of the layer after it; 1: one rate", above=0, most=1)
     freeze_bn: bool = setting(True, "BatchNorm with fixed statistics in every stage but distill")
     frozen_bn_eps: float = setting(1e-5, "the released FrozenBatchNorm has 0", least=0)
@@ -200,6 +203,23 @@ class OnlineConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
+class HeadConfig(TrainConfig):
+    """A head on the features of a frozen net: `spcl-fast head`. Images are not augmented: their features are computed once."""
+
+    iterations: int = 1000
+    schedule_iterations: int | None = None
+    batch_size: int = 16
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    lr: float = 2e-3
+    weight_decay: float = 0.01
+    temperature: float = 1.0
+    side: Literal["source", "target"] = setting("target", "whose training images and labels it learns from")
+    batch_norm: bool = setting(True, "BatchNorm on the features of a linear head, in its weights at the end")
+    cache_dtype: Literal["float16", "float32"] = setting("float16", "of the features on the disk")
+    cache_dir: str | None = setting(None, "folder of the features; null: RUNS_DIR/features", path=True)
+
+
+@dataclass(frozen=True)
 class LoopConfig:
     """The training loop itself."""
 
@@ -259,6 +279,7 @@ class Config:
     distill: DistillConfig = field(default_factory=DistillConfig)
     online: OnlineConfig = field(default_factory=OnlineConfig)
     oracle: SourceConfig = field(default_factory=SourceConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
 

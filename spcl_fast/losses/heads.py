@@ -77,6 +77,18 @@ class LinearHead(_Head):
             weight = weight * scale
         return ops.prototype_logits(features, weight, temperature=1.0, normalize=False, bias=bias, backend=self.backend)
 
+    @torch.no_grad()
+    def as_convolution(self) -> tuple[Tensor, Tensor]:
+        """Weight [K, D, 1, 1] and bias [K] of the 1x1 convolution that this head is in eval mode, with BatchNorm's running statistics."""
+        weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
+        if self.bn is not None:
+            assert self.bn.running_mean is not None and self.bn.running_var is not None
+            scale = (self.bn.running_var + self.bn.eps).rsqrt() * self.bn.weight
+            shift = self.bn.bias - self.bn.running_mean * scale
+            weight, bias = weight * scale, weight @ shift if bias is None else bias + weight @ shift
+        bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+        return weight[:, :, None, None].clone(), bias.clone()
+
 
 class CosineHead(_Head):
     """z_k = scale * cos(x, weight_k), with `batch_norm` of BatchNorm(x).

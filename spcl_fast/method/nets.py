@@ -7,7 +7,7 @@ from what earlier stages of a run left.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,7 @@ class Nets:
             freeze_bn=model.freeze_bn if freeze_bn is None else freeze_bn,
             frozen_bn_eps=model.frozen_bn_eps,
             stride=model.stride,
+            classifier=model.classifier,
             pretrained=model.pretrained and weights,
         )
         return self.channels_last(self.place(net)) if self.config.loop.channels_last else self.place(net)
@@ -76,6 +77,9 @@ class Nets:
 
     def optimizer(self, model: SegmentationModel, train: TrainConfig) -> torch.optim.Optimizer:
         groups = model.parameter_groups(train.lr, train.head_multiplier, self.config.model.layer_decay)
+        return self.optimizer_of(groups, train)
+
+    def optimizer_of(self, groups: list[dict[str, Any]], train: TrainConfig) -> torch.optim.Optimizer:
         fused = self.device.type == "cuda"  # the default there (foreach) makes one more copy of all gradients
         if train.optimizer == "adamw":
             return torch.optim.AdamW(groups, lr=train.lr, weight_decay=train.weight_decay, fused=fused or None)

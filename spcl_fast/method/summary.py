@@ -37,7 +37,7 @@ def write_summary(context: Context) -> dict[str, Any]:
     if context.domains.labelled_target is not None:
         summary["labelled_target_images"] = len(context.domains.labelled_target)
     summary["seed"] = context.config.seed
-    summary["machine"] = _machine(context)
+    summary["machine"] = machine(context)
     run.write_json(layout.SUMMARY, summary)
     return summary
 
@@ -72,7 +72,7 @@ def gap_closed(nets: Mapping[str, Any]) -> float | None:
     return (final["miou"] - source["miou"]) / (oracle["miou"] - source["miou"])
 
 
-def _machine(context: Context) -> dict[str, Any]:
+def machine(context: Context) -> dict[str, Any]:
     device = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else _processor()
     return {
         "device": device,

@@ -56,10 +56,10 @@ def find_weights(path: Path, stage: str | None = None, *, selected: bool = False
         return path
     from ..runs.checkpoint import CheckpointStore
 
-    results = final_first()
+    results = (*final_first(), catalog.HEAD.name)
     stage = stage and stage.replace("-", "_")  # its command's name
-    if stage and stage not in catalog.names(catalog.trained()):
-        known = catalog.names(catalog.trained())
+    known = (*catalog.names(catalog.trained()), catalog.HEAD.name)
+    if stage and stage not in known:
         raise ConfigError(
             f"--stage {stage}: no net is of such a stage{suggestion(stage, known)} (there are {', '.join(known)})"
         )
@@ -97,6 +97,7 @@ def load_trained(path: Path, config: Config, stage: str | None = None) -> Traine
         freeze_bn=config.model.freeze_bn,
         frozen_bn_eps=config.model.frozen_bn_eps,
         stride=config.model.stride,
+        classifier=config.model.classifier,
     )
     loaded = load_weights(model, weights, trained=True)
     if any(key.startswith("classifier.") for key in loaded.fresh):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .chain import Chain
@@ -114,6 +116,20 @@ class SegmentationModel(nn.Module):
         return name.startswith("classifier.") or (
             self.head is not None and name.startswith(f"{_EXTRACTOR}{self.head}.")
         )
+
+
+class CosineClassifier(nn.Module):
+    """Logits [B, K, h, w] = exp(log_scale) * cosine of a feature to each class's weight; plain PyTorch, so that it is exported, too."""
+
+    def __init__(self, channels: int, num_classes: int, scale: float = 10.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_classes, channels, 1, 1))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
+        nn.init.normal_(self.weight, std=channels**-0.5)
+
+    def forward(self, features: Tensor) -> Tensor:
+        unit = F.normalize(features, dim=1), F.normalize(self.weight, dim=1)
+        return self.log_scale.exp() * F.conv2d(*unit)
 
 
 def linear_classifier(channels: int, num_classes: int) -> nn.Conv2d:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .. import catalog
 from ..errors import ConfigError
-from .base import NetSettings, SegmentationModel
+from .base import CosineClassifier, NetSettings, SegmentationModel, linear_classifier
 from .weights import load_weights
 
 MODEL_NAMES = tuple(name for name in catalog.names(catalog.NETS) if not catalog.is_open(name))  # the package's own
@@ -24,6 +24,7 @@ def build_model(
     frozen_bn_eps: float = 1e-5,
     stride: int | None = None,
     pretrained: bool = False,
+    classifier: str = "own",
 ) -> SegmentationModel:
     """A net by its name in the catalog (`MODEL_NAMES`, `timm/NAME`, `transformers/NAME`, `MODULE:NAME`) on the CPU, from a file's weights
     (`body_only`: all but its classifier) or from random ones.
@@ -32,7 +33,8 @@ def build_model(
     to learn. `freeze_bn`: BatchNorm with fixed statistics and affine parameters, in training mode too; a checkpoint saved with it loads
     without it and the other way round. `frozen_bn_eps`: of DeepLab's frozen BatchNorm (0 in the released code); the published 1e-3 of Lite
     stays. `stride`: pixels per feature where the net offers several; None: its own choice. `pretrained`: with the weights that timm or
-    transformers has. Raises ConfigError for an unknown name and for what a net does not have, and what `load_weights` raises.
+    transformers has. `classifier`: "own", or a "linear" (1x1) or "cosine" one in the place of the net's. Raises ConfigError for an unknown
+    name and for what a net does not have, and what `load_weights` raises.
     """
     if num_classes < 1 or (feature_dim is not None and feature_dim < 1):
         raise ConfigError(f"model: num_classes and feature_dim must be at least 1, got {num_classes} and {feature_dim}")
@@ -52,6 +54,9 @@ def build_model(
     model = catalog.load(row.home)(num_classes, settings)
     if stride is not None and model.stride != stride:
         raise ConfigError(f"model.stride: got {stride}, and {name} has stride {model.stride} alone: leave it null.")
+    if classifier != "own":
+        make = {"linear": linear_classifier, "cosine": CosineClassifier}[classifier]
+        model.classifier = make(model.channels, num_classes)
     if weights is not None:
         load_weights(model, weights, body_only=body_only)
     return model

@@ -38,6 +38,7 @@ PLAN = "plan.json"
 SELECTED = "selected.json"
 SELECTED_WEIGHTS = "selected.safetensors"
 THRESHOLDS = "thresholds.json"
+PICTURE = "picture.png"  # of `spcl-fast head`
 
 # of a checkpoint, in its folder step_XXXXXXXX
 STATE = "state.json"

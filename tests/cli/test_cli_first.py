@@ -134,9 +134,12 @@ def test_help_of_run_has_a_word_for_every_setting_and_fits_a_few_screens(capsys)
     assert main(["run", "-h"]) == 0
     out = capsys.readouterr().out
     assert len(out.splitlines()) < 190
+    assert main(["head", "-h"]) == 0
+    of_head = capsys.readouterr().out  # a command of its own: its settings are no run's
     for key in all_settings():
         section, _, leaf = key.partition(".")
-        assert f"--{key} [" in out or f"--STAGE.{leaf} [" in out, key
+        shown = of_head if section == "head" else out
+        assert f"--{key} [" in shown or f"--STAGE.{leaf} [" in shown, key
     assert "--STAGE.iterations [40000; distill 20000]" in out
 
 
