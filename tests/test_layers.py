@@ -26,7 +26,7 @@ ALLOWED = {
     "losses": {"errors", "ops", "estimators"},  # an objective is a loss and the estimator that it is taken against
     "estimators": {"errors", "ops", "distributed"},
     "compat": {"errors", "ops", "losses", "estimators"},
-    "models": {"catalog", "errors"},
+    "models": {"catalog", "errors", "config"},  # of config: the defaults of ModelConfig
     "data": {"catalog", "errors", "config", "runs"},  # of runs: durable, to write a file whole
     "runs": {"catalog", "errors", "config", "distributed"},
     "train": {"errors", "config", "distributed", "runs", "data", "models", "ops"},

@@ -241,6 +241,9 @@ class LoopConfig:
     max_pixels: int = setting(1 << 26, "larger pictures are not decoded: a small file can ask for all memory", least=1)
 
 
+SAVES_MEMORY = ("precision", "checkpoint", "offload", "accumulate", "absorb_gradients")  # of LoopConfig; off by default
+
+
 @dataclass(frozen=True)
 class EvaluateConfig:
     """How a net is evaluated, always on the target's validation split and never to choose a model unless that is asked for

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import catalog
-from ..config import Config, TrainConfig
+from ..config import SAVES_MEMORY, Config, LoopConfig, TrainConfig
 from ..data import Batch
 from ..method.domains import Domains
 from ..method.few_labels import declared
@@ -28,9 +28,6 @@ from ..train.device import Precision
 from .count import Counted, LiveBytes, cpu_workspace
 
 CATEGORIES = ("weights", "gradients", "optimizer", "data", "activations", "loss", "backward", "workspace")
-
-# settings of the loop that save memory, and where they are off
-_OFF = {"precision": "fp32", "checkpoint": "none", "offload": False, "accumulate": 1, "absorb_gradients": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +119,11 @@ def forecast(config: Config, stage: str, num_classes: int) -> dict[str, Any]:
 
 def saved_bytes(config: Config, stage: str, peak_bytes: int, *, num_classes: int) -> dict[str, int]:
     """What the peak would rise by without each of the settings that save memory and are on; together they do not save the sum."""
-    on = [name for name, off in _OFF.items() if getattr(config.loop, name) != off]
+    off = {name: getattr(LoopConfig(), name) for name in SAVES_MEMORY}
     without = {
-        name: dataclasses.replace(config, loop=dataclasses.replace(config.loop, **{name: _OFF[name]})) for name in on
+        name: dataclasses.replace(config, loop=dataclasses.replace(config.loop, **{name: value}))
+        for name, value in off.items()
+        if getattr(config.loop, name) != value
     }
     return {
         name: peak_memory(changed, stage, num_classes=num_classes).peak_bytes - peak_bytes

@@ -21,14 +21,12 @@ _EXTRACTOR = "feature_extractor."
 class NetSettings(NamedTuple):
     """What a net of the catalog is built with; a net uses what applies to it."""
 
-    feature_dim: int | None = (
-        64  # channels of the features, where its body leaves the choice; None: the body's maps, without a head
-    )
-    freeze_bn: bool = True  # BatchNorm with fixed statistics and affine parameters, in training mode too
-    frozen_bn_eps: float = 1e-5  # of that BatchNorm, where no published value belongs to the weights
-    name: str = ""  # as model.name has it: what stands for the words in capitals of a row of the catalog
-    stride: int | None = None  # pixels per feature; None: the net's own choice
-    pretrained: bool = False  # with the weights of the row's library
+    feature_dim: int | None  # channels, where the body leaves the choice; None: its own maps, without a head
+    freeze_bn: bool  # BatchNorm with fixed statistics and affine parameters, in training mode too
+    frozen_bn_eps: float  # of that BatchNorm, where no published value belongs to the weights
+    name: str  # as model.name has it: what stands for the words in capitals of a row of the catalog
+    stride: int | None  # pixels per feature; None: the net's own choice
+    pretrained: bool  # with the weights of the row's library
 
 
 class SegmentationModel(nn.Module):

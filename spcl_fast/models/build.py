@@ -6,11 +6,13 @@ import difflib
 from pathlib import Path
 
 from .. import catalog
+from ..config import ModelConfig
 from ..errors import ConfigError
 from .base import CosineClassifier, NetSettings, SegmentationModel, linear_classifier
 from .weights import load_weights
 
 MODEL_NAMES = tuple(name for name in catalog.names(catalog.NETS) if not catalog.is_open(name))  # the package's own
+_DEFAULT = ModelConfig()
 
 
 def build_model(
@@ -19,12 +21,12 @@ def build_model(
     *,
     weights: str | Path | None = None,
     body_only: bool = False,
-    feature_dim: int | None = 64,
-    freeze_bn: bool = True,
-    frozen_bn_eps: float = 1e-5,
-    stride: int | None = None,
-    pretrained: bool = False,
-    classifier: str = "own",
+    feature_dim: int | None = _DEFAULT.feature_dim,
+    freeze_bn: bool = _DEFAULT.freeze_bn,
+    frozen_bn_eps: float = _DEFAULT.frozen_bn_eps,
+    stride: int | None = _DEFAULT.stride,
+    pretrained: bool = _DEFAULT.pretrained,
+    classifier: str = _DEFAULT.classifier,
 ) -> SegmentationModel:
     """A net by its name in the catalog (`MODEL_NAMES`, `timm/NAME`, `transformers/NAME`, `MODULE:NAME`) on the CPU, from a file's weights
     (`body_only`: all but its classifier) or from random ones.

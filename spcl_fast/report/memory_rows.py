@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from .. import catalog
+from ..config import SAVES_MEMORY, LoopConfig
 from ..runs.layout import PHASES
 from ..runs.reading import RunFolder, number
-
-_SETTINGS = ("precision", "checkpoint", "offload", "accumulate", "absorb_gradients", "channels_last", "compile")
-_OFF = {"none", "fp32", "False", "1", "None"}
 
 
 def ledger(run: RunFolder) -> dict[str, Any]:
@@ -41,8 +39,9 @@ def ledger(run: RunFolder) -> dict[str, Any]:
 
 
 def _note(run: RunFolder) -> str:
-    settings = {name: run.setting("loop", name) for name in _SETTINGS}
-    on = [f"{name} {value}" for name, value in settings.items() if str(value) not in _OFF]
+    settings = {name: run.setting("loop", name) for name in SAVES_MEMORY}
+    off = LoopConfig()
+    on = [f"{name} {value}" for name, value in settings.items() if value not in (None, getattr(off, name))]
     text = f"Settings that save memory: {', '.join(on)}. " if on else "No setting that saves memory was on. "
     return (
         text
