@@ -18,9 +18,8 @@ class Map(NamedTuple):
     ptr: Tensor
     stride_b: int
     stride_d: int
-    stride_h: (
-        int | None
-    )  # None: pixel n of an image lies at n * stride_w, so that neighbours are seen as such and loads get wide
+    # None: pixel n of an image lies at n * stride_w, so that neighbours are seen as such and loads get wide
+    stride_h: int | None
     stride_w: int
 
 
@@ -114,10 +113,9 @@ class Target(NamedTuple):
     plain: int | None  # labels, softmax and no smoothing: weights p - [k = y]
     sigmoid: int | None
     mean_variance: int | None  # positive_variance=False: the label's own logit carries no variance term
-    scale: Tensor | None = (
-        None  # [B, P], of the backward where the target is not plain: what dz of a pixel is multiplied by; 0 where
-    )
-    # there is nothing to compare with, NaN where it is bad
+    # [B, P], of the backward where the target is not plain: what dz of a pixel is multiplied by; 0 where there is nothing to compare with,
+    # NaN where it is bad
+    scale: Tensor | None = None
     mass: Tensor | None = None  # [B, P], with `scale`: the sum of the pixel's targets
 
 

@@ -59,9 +59,8 @@ class Stage(NamedTuple):
     after: tuple[str, ...] = ()  # stages whose results it starts from, see `inputs`
     reads: tuple[str, ...] = ("source", "target")  # domains whose data it needs
     few_labels: bool = True  # whether it learns from the images of target.labelled, too
-    settings: str = (
-        ""  # class of its section ("module:class", importable without torch), unless config/schema.py has it
-    )
+    # class of its section ("module:class", importable without torch), unless config/schema.py has it
+    settings: str = ""
     absent: str = ""  # what a report lacks where this stage was not run
     remedies: tuple[Remedy, ...] = ()  # what helps where its net predicts one class for nearly every pixel
 

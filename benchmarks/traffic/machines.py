@@ -20,9 +20,8 @@ class Machine(NamedTuple):
     exponentials_clock: int = 16  # of a multiprocessor, the same table
     issued_clock: int = 4  # warp instructions of a multiprocessor: one per partition
     wavefronts_clock: int = 1  # of a multiprocessor's shared memory: 128 bytes
-    in_flight_bytes: int = (
-        32 << 10
-    )  # that a multiprocessor keeps on their way at copy speed: assumed, by Little's law for about 1 us
+    # that a multiprocessor keeps on their way at copy speed: assumed, by Little's law for about 1 us
+    in_flight_bytes: int = 32 << 10
 
     @property
     def clocks_s(self) -> float:

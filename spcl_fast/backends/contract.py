@@ -50,9 +50,8 @@ class Ask(NamedTuple):
     num_classes: int  # M for the ops with prototypes
     dim: int
     small: bool = False  # launching takes longer than computing: `measured.is_small`
-    needs: frozenset[str] = (
-        frozenset()
-    )  # the options in use, of NEEDS; what a backend does not know it answers with a reason
+    # the options in use, of NEEDS; what a backend does not know it answers with a reason
+    needs: frozenset[str] = frozenset()
 
 
 # ---- prototype_contrastive_loss and prototype_logits ----------------------------------------------------------------

@@ -33,9 +33,8 @@ class Feed:
     """One batch of every step."""
 
     side: str  # "source" | "target"
-    labels: (
-        str | Path
-    )  # OWN: those of the data set; NONE: all ignored; LABELLED: its images of target.labelled; else a folder of labels
+    # OWN: those of the data set; NONE: all ignored; LABELLED: its images of target.labelled; else a folder of labels
+    labels: str | Path
     augment: AugmentConfig
 
     def size(self, config: Config) -> tuple[int, int]:

@@ -23,8 +23,6 @@ from spcl_fast.method.pick import greedy
 from spcl_fast.method.run import run_stages
 from spcl_fast.method.stage import LABELLED, Trainee
 
-LEARNING = [row.name for row in catalog.STAGES if row.few_labels]
-
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
