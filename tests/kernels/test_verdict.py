@@ -11,7 +11,8 @@ pytest.importorskip("triton")
 
 from strided import counted_copy  # noqa: E402
 
-from benchmarks.traffic import count, works  # noqa: E402
+from benchmarks.tables import read  # noqa: E402
+from benchmarks.traffic import count, page, works  # noqa: E402
 from benchmarks.traffic import verdict as v  # noqa: E402
 from benchmarks.traffic.cases import Case  # noqa: E402
 from benchmarks.traffic.ledger import moved, total  # noqa: E402
@@ -135,6 +136,12 @@ def test_a_defect_in_cuda_changes_the_counted_verdict(new, limiter, committed):
     row, kept = count.ours(CONTRAST, "cuda", (new,)), committed(CONTRAST, "cuda")
     mine, theirs = (works.verdicts(r, HUNGRY)["forward"] for r in (row, kept))
     assert theirs.limiter == v.DRAM and mine.limiter == limiter and mine.share < theirs.share
+
+
+def test_the_page_is_that_of_the_result_files():
+    assert page.PAGE.read_text(encoding="utf-8") == page.text(read("traffic.json")), (
+        "python -m benchmarks.traffic --page"
+    )
 
 
 def test_every_quoted_shape_has_a_verdict(committed):
