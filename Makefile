@@ -97,10 +97,12 @@ test-newest: ## the test suite next to the newest torch that the index has, in b
 	@cd build/newest/checkout && ../bin/python -c 'import torch; print("torch", torch.__version__)'
 	@cd build/newest/checkout && ../bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-# The real timm and transformers import torchvision, which needs its own torch. CLIENTS names other versions. A copy of the checkout is built
-# and tested, as by test-newest.
-CLIENTS ?= torch==2.14.1 torchvision==0.29.1 "timm>=1.0.20" "transformers>=5"
-clients: ## nets by name next to the real timm and transformers, in build/clients
+# The real libraries import torchvision, which needs its own torch. CLIENTS names other versions. A copy of the checkout is built and tested, as
+# by test-newest.
+CLIENTS ?= torch==2.14.1 torchvision==0.29.1 "timm>=1.0.20" "transformers>=5" segmentation-models-pytorch==0.6.0 \
+	lightning==2.6.6 accelerate==1.15.0 pytorch-metric-learning==2.9.0 torchmetrics==1.9.0 cityscapesScripts==2.3.0 \
+	mmsegmentation==1.2.2 mmengine==0.10.7 mmcv-lite==2.1.0 ftfy regex onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.32.0
+clients: ## nets, losses, metrics and exports next to the real libraries, in build/clients
 	@test -x build/clients/bin/python || $(PYTHON) -m venv build/clients
 	@mkdir -p build/clients/checkout
 	@tar --exclude=./build --exclude=./.venv --exclude=./.git --exclude=./runs --exclude='*.so' -cf - . | tar -xf - -C build/clients/checkout
@@ -109,7 +111,7 @@ clients: ## nets by name next to the real timm and transformers, in build/client
 	@build/clients/bin/python -m pip --disable-pip-version-check install --quiet $(CLIENTS) --requirement build/clients/requirements.txt
 	@cd build/clients/checkout && ../bin/python -m pip --disable-pip-version-check install --quiet --no-build-isolation --no-deps --editable .
 	@cd build/clients/checkout && ../bin/python -c 'import timm, torch, transformers; print("torch", torch.__version__, "timm", timm.__version__, "transformers", transformers.__version__)'
-	@cd build/clients/checkout && ../bin/python -m pytest tests/clients $(ARGS)
+	@cd build/clients/checkout && ../bin/python -m pytest tests/clients tests/method/test_export.py $(ARGS)
 
 # torch for CUDA is some 5 GB; nvcc must be there, a GPU need not
 cuda-load: ## build the CUDA module next to a CUDA build of torch, in build/cuda_load, and load it

@@ -10,6 +10,8 @@ Registry: `MODELS.register_module(force=True, module=CrossEntropyLoss)`.
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import json
 import warnings
 from pathlib import Path
@@ -23,6 +25,16 @@ from torch import Tensor, nn
 from .. import ops
 
 _OVERRIDES = (None, "none", "mean", "sum")
+
+
+@functools.cache
+def averages_by_class_weight() -> bool:
+    """Whether the mmsegmentation that is installed divides a mean by the class weights of the labels: from 1.2.0 on. False without any."""
+    try:
+        major, minor = importlib.metadata.version("mmsegmentation").split(".")[:2]
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return False
+    return (int(major), int(minor)) >= (1, 2)
 
 
 def get_class_weight(class_weight: Any) -> Any:
@@ -40,12 +52,15 @@ def get_class_weight(class_weight: Any) -> Any:
 def cross_entropy(
     pred: Tensor, label: Tensor, weight: Tensor | None = None, class_weight: Tensor | None = None, reduction: str = "mean",
     avg_factor: Any = None, ignore_index: int = -100, avg_non_ignore: bool = False, *, align_corners: bool = False,
+    average_by_class_weight: bool | None = None,
 ) -> Tensor:  # fmt: skip
     """pred [N, C, h, w] (or [N, C]), label [N, H, W] (or [N]), weight of the labels' shape.
 
-    Quirks kept: "mean" divides by all pixels, ignored ones too, unless avg_non_ignore or avg_factor says otherwise; class weights are never
-    part of the denominator, as they are in F.cross_entropy. Different: avg_non_ignore with nothing labelled is 0, not NaN; a floating label
-    (probabilities) must be [N, C, H, W].
+    Quirks kept: "mean" divides by all pixels, ignored ones too, unless avg_non_ignore or avg_factor says otherwise. With class weights it
+    divides, from mmsegmentation 1.2.0 on, by the class weights of the labels, as F.cross_entropy does; before, by pixels.
+    average_by_class_weight: which of the two; None: as the mmsegmentation that is installed, by pixels where none is.
+    Different: an ignored label outside of the classes, such as 255, raises IndexError in 1.2 with class weights, and here counts for
+    nothing; avg_non_ignore with nothing labelled is 0, not NaN; a floating label (probabilities) must be [N, C, H, W].
     """
     _check_factor(reduction, avg_factor)
     logits, labels, pixel_weight = _as_maps(pred, label, weight)
@@ -54,6 +69,14 @@ def cross_entropy(
     }  # fmt: skip
     if reduction == "mean" and avg_factor is not None:
         return ops.upsampled_cross_entropy(logits, labels, reduction="sum", **options) / avg_factor
+    if average_by_class_weight is None:
+        average_by_class_weight = averages_by_class_weight()
+    if reduction == "mean" and class_weight is not None and average_by_class_weight and not label.is_floating_point():
+        denominator: Any = "labelled"
+        if not avg_non_ignore and 0 <= ignore_index < pred.shape[1]:  # the ignored pixels' weights are summed, too
+            inside = (label >= 0) & (label < pred.shape[1])
+            denominator = class_weight.float()[label.where(inside, 0).long()].where(inside, 0.0).sum()
+        return ops.upsampled_cross_entropy(logits, labels, reduction="mean", denominator=denominator, **options)
     if reduction == "mean":
         counted = (label != ignore_index).sum().clamp_min(1).to(torch.float32) if avg_non_ignore else "all"
         return ops.upsampled_cross_entropy(logits, labels, reduction="mean", denominator=counted, **options)
@@ -143,13 +166,14 @@ class CrossEntropyLoss(nn.Module):
     Shapes as in `cross_entropy`, with use_sigmoid `binary_cross_entropy`, with use_mask `mask_cross_entropy`.
     Quirks kept: `avg_non_ignore=False` divides the mean by all pixels, and the constructor warns about it; the ignored label is -100 unless
     the call says otherwise (mmsegmentation's heads say 255). class_weight may be the name of a .npy or .json file.
-    align_corners, of the constructor alone, is ours: for scores smaller than the labels, that of the head's `resize` (mmsegmentation's
-    default: False).
+    align_corners and average_by_class_weight, of the constructor alone, are ours: for scores smaller than the labels, that of the head's
+    `resize` (mmsegmentation's default: False); and what divides a mean with class weights, see `cross_entropy`.
     """
 
     def __init__(
         self, use_sigmoid: bool = False, use_mask: bool = False, reduction: str = "mean", class_weight: Any = None,
         loss_weight: float = 1.0, loss_name: str = "loss_ce", avg_non_ignore: bool = False, *, align_corners: bool = False,
+        average_by_class_weight: bool | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         if use_sigmoid and use_mask:
@@ -157,6 +181,7 @@ class CrossEntropyLoss(nn.Module):
         self.use_sigmoid, self.use_mask, self.reduction = use_sigmoid, use_mask, reduction
         self.loss_weight, self.class_weight = loss_weight, get_class_weight(class_weight)
         self.avg_non_ignore, self.align_corners, self._loss_name = avg_non_ignore, align_corners, loss_name
+        self.average_by_class_weight = average_by_class_weight
         self.cls_criterion: Any = (
             binary_cross_entropy if use_sigmoid else mask_cross_entropy if use_mask else cross_entropy
         )
@@ -187,6 +212,8 @@ class CrossEntropyLoss(nn.Module):
             return self.loss_weight * mask_cross_entropy(
                 cls_score, label, weight, reduction, avg_factor, class_weight, **kwargs
             )
+        if not self.use_sigmoid:
+            kwargs["average_by_class_weight"] = self.average_by_class_weight
         return self.loss_weight * self.cls_criterion(
             cls_score, label, weight, class_weight=class_weight, reduction=reduction, avg_factor=avg_factor,
             avg_non_ignore=self.avg_non_ignore, ignore_index=ignore_index, align_corners=self.align_corners, **kwargs,

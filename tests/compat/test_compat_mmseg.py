@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import inspect
 import json
 import warnings
@@ -87,6 +88,50 @@ def test_sigmoid_with_each_denominator(options, call):
     check(plain_binary, options, call, use_sigmoid=True)
 
 
+@pytest.mark.parametrize("avg_non_ignore", [False, True])
+@pytest.mark.parametrize("ignored", [255, 2])
+def test_a_mean_with_class_weights_divides_by_them_as_from_mmsegmentation_1_2_on(avg_non_ignore, ignored):
+    """An ignored label that is a class counts in its denominator unless avg_non_ignore; one that is none would be an IndexError there."""
+    table = torch.tensor(CLASS_WEIGHT)
+    label = LABEL.where(LABEL != 255, ignored)
+    counted = table[label.where(label < C, 0)].where(label < C, 0.0)
+    if avg_non_ignore:
+        counted = counted.where(label != ignored, 0.0)
+    found = []
+    for name in ("ours", "theirs"):
+        x = SMALL.clone().requires_grad_()
+        if name == "ours":
+            criterion = mmseg.CrossEntropyLoss(
+                class_weight=CLASS_WEIGHT, avg_non_ignore=avg_non_ignore, average_by_class_weight=True
+            )
+            value = criterion(x, label, weight=WEIGHT, ignore_index=ignored)
+        else:
+            loss = F.cross_entropy(scores(x), label, weight=table, ignore_index=ignored, reduction="none")
+            value = (loss * WEIGHT).sum() / counted.sum()
+        value.backward()
+        found.append((value.detach(), x.grad))
+    for ours, own in zip(*found, strict=True):
+        torch.testing.assert_close(ours, own, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("version", "by_class_weight"),
+    [("1.2.2", True), ("1.1.2", False), ("0.30.0", False), ("2.0.0rc1", True), (None, False)],
+)
+def test_the_default_is_that_of_the_mmsegmentation_that_is_installed(monkeypatch, version, by_class_weight):
+    def installed(name):
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    mmseg.averages_by_class_weight.cache_clear()
+    try:
+        assert mmseg.averages_by_class_weight() == by_class_weight
+    finally:
+        mmseg.averages_by_class_weight.cache_clear()
+
+
 def test_scores_of_the_labels_size_and_rows_are_taken_as_mmsegmentation_passes_them():
     small = scores(SMALL)
     torch.testing.assert_close(
@@ -122,7 +167,7 @@ def test_the_default_denominator_is_warned_of_and_the_name_is_there():
     defaults = {name: p.default for name, p in inspect.signature(mmseg.CrossEntropyLoss).parameters.items()}
     assert defaults == {
         "use_sigmoid": False, "use_mask": False, "reduction": "mean", "class_weight": None, "loss_weight": 1.0,
-        "loss_name": "loss_ce", "avg_non_ignore": False, "align_corners": False,
+        "loss_name": "loss_ce", "avg_non_ignore": False, "align_corners": False, "average_by_class_weight": None,
     }  # fmt: skip
     assert inspect.signature(mmseg.CrossEntropyLoss.forward).parameters["ignore_index"].default == -100
 
