@@ -248,7 +248,7 @@ def net(name: str) -> Net:
 
 
 def data_set_choices() -> tuple[str, ...]:
-    """What source.dataset may be: every data set, and those with files joined by generated scenes."""
+    """What source.dataset may be: every data set, and those with files merged with generated scenes."""
     return names(DATA_SETS) + tuple(
         f"{row.name}+{other.name}" for row in DATA_SETS if row.needs_root for other in DATA_SETS if other.joins
     )

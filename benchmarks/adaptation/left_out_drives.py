@@ -1,4 +1,4 @@
-"""CamVid judged on a drive that no stage saw: in turn one of its three drives is evaluated, and the other two are trained on.
+"""CamVid evaluated on a drive that no stage saw: in turn one of its three drives is evaluated, and the other two are trained on.
 
 CamVid's own validation frames are of one drive that more than half of its training frames come from, too.
 """

@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
             )
             continue
         results["parts"][name] = run_part(name, function, context)
-        results["cuda_beside_triton"] = choice.beside_triton(results["parts"])
+        results["cuda_next_to_triton"] = choice.next_to_triton(results["parts"])
         save(path, results)
     print(f"wrote {path}")
     print(predicted.table(results["parts"]), end="\n\n")

@@ -53,7 +53,7 @@ def _which(row: dict) -> tuple:
     return row["op"], row["shape"], row["dtype"]
 
 
-def beside_triton(parts: dict) -> list[dict]:
+def next_to_triton(parts: dict) -> list[dict]:
     """Of each row that both backends have: how many times faster the CUDA kernels are."""
     table = []
     for triton, cuda in pairs(parts):

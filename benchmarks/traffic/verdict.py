@@ -81,7 +81,7 @@ def _idle(work: Work, machine: Machine) -> float:
     return math.ceil(each) / each
 
 
-def judged(works: list[Work], least_bytes: float, machine: Machine) -> Verdict:
+def verdict_of(works: list[Work], least_bytes: float, machine: Machine) -> Verdict:
     """least_bytes: that must move whatever the kernels are."""
     found = [(work.name, bounds(work, machine)) for work in works]
     longest = [max(by_resource.values()) for _, by_resource in found]

@@ -12,7 +12,7 @@ from benchmarks.shapes import CONTRAST, UPSAMPLED
 
 from . import cases
 from .machines import Machine
-from .verdict import Verdict, Work, judged
+from .verdict import Verdict, Work, verdict_of
 
 CUDA_TILE = 64  # kTile of contrast_plan.h
 WORKSPACE_BYTES = 64 << 20  # partial sums of groups, written and read: they do not grow with the pixels
@@ -228,5 +228,5 @@ def verdicts(row: dict, machine: Machine) -> dict[str, Verdict]:
         if phase in row and row[phase]["kernels"] and (problem.is_map or phase == "forward"):
             all_works = works(row, phase, machine)
             bytes_ = least * problem.unit_bytes if problem.is_map else sum(work.dram_bytes for work in all_works)
-            found[phase] = judged(all_works, bytes_, machine)
+            found[phase] = verdict_of(all_works, bytes_, machine)
     return found

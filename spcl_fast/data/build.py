@@ -13,7 +13,7 @@ from ..config import DataConfig, LoopConfig
 from ..errors import ConfigError, DataError
 from .classes import CITYSCAPES_19, ClassSet, LabelTable, read_classes, read_label_colours
 from .colours import Colour
-from .dataset import Dataset, FileDataset, Joined, Problem
+from .dataset import Dataset, FileDataset, Merged, Problem
 from .files import MAX_PIXELS, Search, inside, read_ids, searching
 from .label_names import LabelBelow, missing_label
 from .labelled import Chosen
@@ -142,7 +142,7 @@ def dataset_of(
     if not generated:
         return dataset
     path = None if config.classes is None else Path(config.classes)
-    return Joined(
+    return Merged(
         dataset,
         _generated(generated, "train" if split == config.train_split else "val", path, None, labels, size=config.size),
     )

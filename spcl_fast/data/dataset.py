@@ -189,7 +189,7 @@ class FileDataset(Dataset):
         return image, label
 
 
-class Joined(Dataset):
+class Merged(Dataset):
     """The images of two data sets with the same classes, one set after the other; the second one's names lie in a folder called after it.
 
     Raises DataError where the classes differ.

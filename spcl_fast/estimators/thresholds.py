@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-_BINS = 16384  # of a class: 256 KB; more than that are joined
+_BINS = 16384  # of a class: 256 KB; more than that are merged
 _NEAR = 4096  # of them are kept apart on either side of the quantile
-_CELL_BITS = 13  # values are joined only inside a cell: those whose float32 bits agree but for these, 1/1024 of their size at most
+_CELL_BITS = 13  # values are merged only inside a cell: those whose float32 bits agree but for these, 1/1024 of their size at most
 
 
 class PseudoLabelThresholds(nn.Module):
@@ -16,8 +16,8 @@ class PseudoLabelThresholds(nn.Module):
 
     The quantile is an element of the data, `sorted(x)[round(quantile * len(x))]` (half to even, at most the last), as in the release,
     which stores every confidence: 18.7 GB for Cityscapes. Here a class is a histogram whose bins are single float32 values; when there
-    are more than 16384 of them, those far from the quantile are joined into cells of 1/1024 of their size. So the result is exact as long
-    as the quantile has not moved into a joined cell (`exact()` reports it), and off by less than half a cell, 1/2048 of the threshold,
+    are more than 16384 of them, those far from the quantile are merged into cells of 1/1024 of their size. So the result is exact as long
+    as the quantile has not moved into a merged cell (`exact()` reports it), and off by less than half a cell, 1/2048 of the threshold,
     otherwise. A second pass over the same predictions, after `second_pass()`, makes it exact. Under 5 MB for 19 classes, whatever the
     number of pixels. The state is in `state_dict`. Source: arXiv 2111.12358; `core/utils/pseudo_label.py` of the released code.
     """

@@ -60,12 +60,16 @@ class Domains:
         self._refuse_evaluated(found)
         return found
 
-    def _refuse_evaluated(self, labelled: Dataset) -> None:
+    def evaluated_paths(self) -> set[str]:
+        """Files of the target's validation images: none where it has no such split, or is generated."""
         try:
-            judged = self.dataset("target", "val", labels=False)
+            evaluated = self.dataset("target", "val", labels=False)
         except DataError:
-            return  # none is evaluated
-        paths = {str(judged.image_path(index)) for index in range(len(judged))}
+            return set()
+        return {str(path) for index in range(len(evaluated)) if (path := evaluated.image_path(index)) is not None}
+
+    def _refuse_evaluated(self, labelled: Dataset) -> None:
+        paths = self.evaluated_paths()
         for index, name in enumerate(labelled.names):
             if str(labelled.image_path(index)) in paths:
                 raise DataError(

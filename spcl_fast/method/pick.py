@@ -6,7 +6,6 @@ of each predicted class, times the class's share of the pixels; its uncertainty 
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -76,10 +75,7 @@ def greedy(uncertainty: Tensor, places: Tensor, count: int, before: Sequence[int
 
 
 def _not_evaluated(domains: Domains, every: Dataset) -> list[int]:
-    paths: set[str] = set()
-    with contextlib.suppress(DataError):
-        judged = domains.dataset("target", "val", labels=False)
-        paths = {str(path) for index in range(len(judged)) if (path := judged.image_path(index)) is not None}
+    paths = domains.evaluated_paths()
     return [index for index in range(len(every)) if str(every.image_path(index)) not in paths]
 
 

@@ -308,7 +308,7 @@ def test_a_classes_file_without_tables_must_have_the_same_classes(tmp_path):
     assert build_dataset("generated_driver", "", "val", limit=1, classes=tmp_path / "same.json").label(0).max() < 19
 
 
-# ---- joined to another source ----
+# ---- merged with another source ----
 
 
 @pytest.fixture

@@ -127,8 +127,8 @@ def test_nothing_of_the_features_size_is_allocated_but_the_gradient(layout):
     size, moments, forward, backward = map(float, run_python(MEMORY.format(layout=layout), OMP_NUM_THREADS="2").split())
     logits = size * 19 / 256
     assert size == 125
-    assert moments < 12, f"class_moments took {moments:.0f} MB beside features of {size:.0f} MB"
-    assert forward < logits + 12, f"the forward took {forward:.0f} MB beside features of {size:.0f} MB"
+    assert moments < 12, f"class_moments took {moments:.0f} MB next to features of {size:.0f} MB"
+    assert forward < logits + 12, f"the forward took {forward:.0f} MB next to features of {size:.0f} MB"
     assert backward < size + logits + 16, (
-        f"with its gradient the loss took {backward:.0f} MB beside features of {size:.0f} MB"
+        f"with its gradient the loss took {backward:.0f} MB next to features of {size:.0f} MB"
     )

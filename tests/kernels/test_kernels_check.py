@@ -197,7 +197,7 @@ PLANTED = [
     ("lower row of nodes overwritten by the neighbour's", "upsampled_cross_entropy", "(index + 1 <= first + tiling.bands)", "(index <= first + tiling.bands)", upsampling_is_right),
     ("tail of a cell forgotten", "upsampled_cross_entropy", "if full < widest:", "if full + 1 < widest:", upsampling_is_right),
     ("batch offset of the logits forgotten", "upsampled_cross_entropy", "logits.ptr + b * logits.stride_b\n", "logits.ptr\n", upsampling_is_right),
-    ("bias forgotten beside saved dots", "prototype_contrastive_loss/logits", "            z = z + read_bias(prototypes, b, offs_k, size.K)[None, :]", "            z = z", options_are_right),
+    ("bias forgotten next to saved dots", "prototype_contrastive_loss/logits", "            z = z + read_bias(prototypes, b, offs_k, size.K)[None, :]", "            z = z", options_are_right),
     ("bias taken for a part of the dots", "prototype_contrastive_loss/contrast", "problem.variances is None and problem.bias is None", "True", options_are_right),
     ("variance left out of the logit", "prototype_contrastive_loss/logits", "z = z + variance", "z = z", options_are_right),
     ("share of smoothing forgotten", "prototype_contrastive_loss/targets", "return target.keep * t + target.share", "return target.keep * t", options_are_right),

@@ -25,14 +25,14 @@ EMULATED = pytest.mark.skipif(
 )
 
 
-def judged(work: v.Work, machine=H200) -> v.Verdict:
-    return v.judged([work], S, machine)
+def verdict_of(work: v.Work, machine=H200) -> v.Verdict:
+    return v.verdict_of([work], S, machine)
 
 
 def test_a_copy_is_limited_by_its_bytes_and_has_all_of_copy_speed():
     for machine in MACHINES:
         whole_waves = COPY._replace(blocks=100 * machine.multiprocessors)
-        assert judged(whole_waves, machine) == (v.DRAM, 1.0, "copy")
+        assert verdict_of(whole_waves, machine) == (v.DRAM, 1.0, "copy")
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_a_copy_is_limited_by_its_bytes_and_has_all_of_copy_speed():
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_each_defect_has_its_limiter(defect, limiter, share):
-    found = judged(defect)
+    found = verdict_of(defect)
     assert found.limiter == limiter and found.share == pytest.approx(share, rel=0.01)
 
 
@@ -67,9 +67,9 @@ def test_the_published_rates_agree_with_each_other():
 
 def test_the_longest_kernel_names_the_limiter_and_all_of_them_the_share():
     slow = COPY._replace(name="slow", wavefronts=S / 8)
-    found = v.judged([COPY, slow], S, H200)
+    found = v.verdict_of([COPY, slow], S, H200)
     assert (found.limiter, found.kernel) == (v.SHARED, "slow")
-    assert found.share == pytest.approx(1 / (1 + 1 / judged(slow).share), rel=1e-6)
+    assert found.share == pytest.approx(1 / (1 + 1 / verdict_of(slow).share), rel=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -80,7 +80,7 @@ def test_a_strided_load_changes_the_verdict():
         everything = total(launches)
         dram = moved(launches[0], source).compulsory + everything.written_sectors
         work = v.Work("read", dram, everything.read_sectors + everything.written_sectors)
-        shares.append(v.judged([work], everything.read + everything.written, H200).share)
+        shares.append(v.verdict_of([work], everything.read + everything.written, H200).share)
     assert shares[0] == 1.0 and shares[1] == pytest.approx(2 / 9)
 
 

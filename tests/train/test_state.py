@@ -151,7 +151,7 @@ def test_thresholds_stay_small_and_close_on_a_stream_that_drifts():
 
 
 def test_a_quantile_that_moves_far_is_nearly_right_and_exact_after_a_second_pass():
-    """Images of one kind after images of another: the median ends where the first pass had joined values."""
+    """Images of one kind after images of another: the median ends where the first pass had merged values."""
     rng = np.random.default_rng(2)
     spreads = [(0.45, 0.05)] * 6 + [(0.8, 0.1)] * 10 + [(0.62, 0.02)] * 2
     values = [np.clip(rng.normal(mean, width, 60_000), 0.1, 0.999).astype(np.float32) for mean, width in spreads]
