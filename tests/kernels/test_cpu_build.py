@@ -49,9 +49,10 @@ def run(checkout: Path, code: str, **environment: str) -> subprocess.CompletedPr
         (WITHOUT_TORCH, {}, "torch was not importable when the package was built"),
         ("", {"CXX": "/nowhere/c++", "CC": "/nowhere/cc"}, "the C++ build failed: "),
         ("", {"CXX": "false", "CC": "false"}, "the C++ build failed: "),
+        ("", {"PATH": "/nowhere"}, "the C++ build failed: "),
         ("", {"SPCL_FAST_NO_CPU": "1"}, "SPCL_FAST_NO_CPU was set"),
     ],
-    ids=["no torch", "no compiler", "broken compiler", "not wanted"],
+    ids=["no torch", "no compiler", "broken compiler", "no compiler and no ninja", "not wanted"],
 )
 def test_what_cannot_be_built_is_a_reason_and_not_a_failed_install(checkout, before, environment, reason):
     built = run(checkout, before + BUILD, **environment)
