@@ -254,8 +254,23 @@ void sigmoid_loss(const ContrastOptions& o, const float* z, const int32_t* label
 
 // ---- weights: the loss's slopes by the class logits -------------------------------------------------------------
 
-// z -> w, in place: scale (T p_k - t_k), T = sum of t. The label's is minus the sum of the others; p is normalised
-// again, so neither carries the rounding of lse.
+// T / sum of e as two floats: what all weights have alike is not seen in their sum.
+struct Shares {
+  alignas(64) float high[V];
+  alignas(64) float low[V];
+
+  SPCL_INLINE_MEMBER Shares(const LongSum& e, vf own_e, const LongSum& t, vf own_t) {
+    for (int i = 0; i < V; ++i) {
+      const double share = ((double)t.total[i] - t.lost[i] + own_t[i]) / ((double)e.total[i] - e.lost[i] + own_e[i]);
+      high[i] = (float)share, low[i] = (float)(share - high[i]);
+    }
+  }
+  // share e - t
+  SPCL_INLINE_MEMBER vf less(vf e, vf t) const { return fused(e, load(high), -t) + e * load(low); }
+};
+
+// z -> w, in place: scale (T p_k - t_k), T = sum of t. A label's that is most of T is minus the sum of the others; p is
+// normalised again, so neither carries the rounding of lse.
 SPCL_LOCAL
 void softmax_weights(const ContrastOptions& o, const int32_t* label, const Aims& aims, const float* lse,
                      const float* scale, float* z) {
@@ -263,9 +278,9 @@ void softmax_weights(const ContrastOptions& o, const int32_t* label, const Aims&
     const vi own = aims.targets ? splat((int32_t)-1) : load(label + v);
     const vf zero_point = load(lse + v);
     LongSum other_sum, target_sum;
-    for (int64_t first = 0; first < o.num_classes; first += kSumBlock) {
+    for (int64_t first = 0; first < o.num_classes; first += kTerms) {
       vf part = {}, part_target = {};
-      for (int64_t k = first; k < smaller(first + kSumBlock, o.num_classes); ++k) {
+      for (int64_t k = first; k < smaller(first + kTerms, o.num_classes); ++k) {
         vf e = select(own == (int32_t)k, vf{}, exp(load(z + k * kPanel + v) - zero_point));
         store(z + k * kPanel + v, e);
         part += e;
@@ -275,20 +290,20 @@ void softmax_weights(const ContrastOptions& o, const int32_t* label, const Aims&
       other_sum.add(part);
       target_sum.add(part_target);
     }
-    vf others = other_sum.total, total = others;
-    vf whole = target_sum.total;
-    if (!aims.targets) {
-      vf own_e = {};
-      for (int i = 0; i < V; ++i) own_e[i] = label[v + i] < 0 ? 0.0f : aims.own_z[v + i];
-      total = others + exp(own_e - zero_point);
-      whole = load(aims.own + v) + (float)o.background_sum;
+    vf own_e = {}, own_t = {};
+    for (int i = 0; i < V && !aims.targets; ++i) {
+      if (label[v + i] < 0) continue;
+      own_e[i] = aims.own_z[v + i], own_t[i] = aims.own[v + i] + o.background[label[v + i]];
     }
-    const vf factor = load(scale + v), share = whole / total;
-    const vf own_weight = (target_sum.total - others * share) * factor;
+    if (!aims.targets) own_e = exp(own_e - zero_point);
+    const Shares share(other_sum, own_e, target_sum, own_t);
+    const vf factor = load(scale + v);
+    const vf own_weight =
+        select(own_t > target_sum.total, -share.less(other_sum.total, target_sum.total), share.less(own_e, own_t));
     const vi used = load(label + v) >= 0;
     for (int64_t k = 0; k < o.num_classes; ++k) {
       vf t = aims.targets ? load(aims.targets + k * kPanel + v) : splat(o.background[k]);
-      vf w = select(own == (int32_t)k, own_weight, (load(z + k * kPanel + v) * share - t) * factor);
+      vf w = select(own == (int32_t)k, own_weight, share.less(load(z + k * kPanel + v), t)) * factor;
       store(z + k * kPanel + v, select(used, w, vf{}));
     }
   }

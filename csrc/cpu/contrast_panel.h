@@ -7,6 +7,7 @@ namespace SPCL_ISA {
 
 constexpr int64_t kChunk = 64;     // channels packed at a time: 16 KB a panel
 constexpr int64_t kSumBlock = 32;  // terms of a sum over classes before it is added to the total
+constexpr int64_t kTerms = 8;      // the same where they may be equal: many small equal ones lose more than others
 
 SPCL_INLINE
 int64_t padded(const Panels& p) { return p.blocks * p.rows; }

@@ -7,7 +7,6 @@ namespace SPCL_ISA {
 namespace {
 
 constexpr int kVectors = kPanel / V;
-constexpr int64_t kTerms = 8;  // of a sum before it is added to the total: many small equal ones lose more than others
 
 // What a pixel has gathered from the classes so far. Large logits cancel in the end, so sums are kept less the largest
 // one (0 while that is -inf).

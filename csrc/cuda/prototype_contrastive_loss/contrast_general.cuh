@@ -13,6 +13,14 @@
 
 namespace spcl::gpu {
 
+// Terms of a sum in float before it joins one in double: of thousands of classes a sum in float alone loses digits.
+constexpr int kTerms = 8;
+
+__device__ __forceinline__ double quad_sum(double v) {
+  v += __shfl_xor_sync(kAllLanes, v, 1);
+  return v + __shfl_xor_sync(kAllLanes, v, 2);
+}
+
 struct GeneralInput : ContrastInput {
   Labels labels;
   const float* class_weight;
@@ -57,6 +65,10 @@ struct Targets {
   __device__ __forceinline__ float weight(int64_t k) const { return class_weight ? class_weight[k] : 1.0f; }
   __device__ __forceinline__ float wanted(int64_t k) const {
     return keep * (probabilities ? probability(k) : k == cls ? 1.0f : 0.0f) + floor;
+  }
+  // a_k / A
+  __device__ __forceinline__ float share(float wanted, float weight) const {
+    return sum == 0 ? 0.0f : weight * wanted / sum;
   }
   __device__ __forceinline__ float probability(int64_t k) const {
     switch (type) {
@@ -160,41 +172,64 @@ __device__ __forceinline__ GeneralLogits quadratic_logits(const GeneralInput& a,
 // Of the classes that a lane has seen: their largest z, sum exp(z - top), sum a_k (top - z_k) and sum a_k. Sigmoids:
 // only `below`, the loss itself.
 struct Seen {
-  float top, total, below, mass;
+  float top;
+  double total, below, mass;
 
   // Now relative to a larger top.
   __device__ __forceinline__ void raise(float to) {
     if (!(to > top)) return;
-    total = total == 0 ? 0.0f : total * expf(top - to);
-    below = mass == 0 ? below : below + mass * (to - top);
+    total = total == 0 ? 0.0 : total * expf(top - to);
+    below = mass == 0 ? below : below + mass * (static_cast<double>(to) - top);
     top = to;
   }
 };
+
+// log(total), whose last digits in float would be seen in every probability.
+__device__ __forceinline__ double log_of(double total) {
+  int exponent;
+  const float fraction = frexpf(static_cast<float>(total), &exponent);
+  return exponent * 0.6931471805599453 + logf(fraction);
+}
 
 // log(1 + exp(z)) - y z; 0 where z is -inf and y 0.
 __device__ __forceinline__ float binary_cross_entropy(float z, float y) {
   return fmaxf(z, 0.0f) - (y == 0 ? 0.0f : y * z) + log1pf(expf(-fabsf(z)));
 }
 
+// The classes [first, end) of a block, every fourth one: few, and in float.
+__device__ __forceinline__ void see_few(Seen& seen, const GeneralLogits& z, const Targets& t, int64_t k0, int first,
+                                        int end, bool lacks_own) {
+  const bool is_hard = !t.probabilities && t.floor == 0;
+  float total = 0, below = 0, mass = 0;
+  for (int k = first; k < end; k += 4) {
+    const float value = z[k], wanted = t.wanted(k0 + k), a = t.weight(k0 + k) * wanted;
+    if (value != -INFINITY) total += expf(value - seen.top);
+    const float own = lacks_own && k == z.own ? value - z.square(k) : value;  // in the numerator
+    // what adds nothing, however low its logit; a label of weight 0 makes NaN of an infinite loss, as in
+    // F.cross_entropy
+    if (a != 0 || (is_hard && wanted != 0)) below += a * (own == -INFINITY ? INFINITY : seen.top - own);
+    mass += a;
+  }
+  seen.total += total, seen.below += below, seen.mass += mass;
+}
+
 __device__ __forceinline__ void see_classes(Seen& seen, const GeneralLogits& z, const Targets& t, int64_t k0, int count,
                                             int part, bool sigmoid, bool lacks_own) {
+  constexpr int kStep = 4 * kTerms;
   if (sigmoid) {
-    for (int k = part; k < count; k += 4) seen.below += t.weight(k0 + k) * binary_cross_entropy(z[k], t.wanted(k0 + k));
+    for (int first = part; first < count; first += kStep) {
+      float below = 0;
+      for (int k = first; k < min(count, first + kStep); k += 4)
+        below += t.weight(k0 + k) * binary_cross_entropy(z[k], t.wanted(k0 + k));
+      seen.below += below;
+    }
     return;
   }
   float top = seen.top;
   for (int k = part; k < count; k += 4) top = fmaxf(top, z[k]);
   seen.raise(top);
-  const bool is_hard = !t.probabilities && t.floor == 0;
-  for (int k = part; k < count; k += 4) {
-    const float value = z[k], wanted = t.wanted(k0 + k), a = t.weight(k0 + k) * wanted;
-    if (value != -INFINITY) seen.total += expf(value - seen.top);
-    const float own = lacks_own && k == z.own ? value - z.square(k) : value;  // in the numerator
-    // what adds nothing, however low its logit; a label of weight 0 makes NaN of an infinite loss, as in
-    // F.cross_entropy
-    if (a != 0 || (is_hard && wanted != 0)) seen.below += a * (own == -INFINITY ? INFINITY : seen.top - own);
-    seen.mass += a;
-  }
+  for (int first = part; first < count; first += kStep)
+    see_few(seen, z, t, k0, first, min(count, first + kStep), lacks_own);
 }
 
 // Of the four lanes of a pixel: the same in all of them.
@@ -206,11 +241,11 @@ __device__ __forceinline__ Seen merged(Seen seen, bool sigmoid) {
 // ---- the weights ------------------------------------------------------------------------------------------------
 
 // dz_k without the pixel's scale.
-__device__ __forceinline__ float weight_of(float z, float wanted, float weight, float sum, const LogSum& lse,
+__device__ __forceinline__ float weight_of(float z, float wanted, float weight, const Targets& t, const LogSum& lse,
                                            bool sigmoid) {
   if (sigmoid)
     return weight * (wanted > 0.5f ? (1.0f - wanted) - 1.0f / (1.0f + expf(z)) : 1.0f / (1.0f + expf(-z)) - wanted);
-  const float share = sum == 0 ? 0.0f : weight * wanted / sum, d = lse.below(z);
+  const float share = t.share(wanted, weight), d = lse.below(z);
   return share > 0.5f ? expm1f(d) + (1.0f - share) : expf(d) - share;
 }
 

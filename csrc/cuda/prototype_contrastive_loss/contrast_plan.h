@@ -99,9 +99,12 @@ template <int kBytes> SPCL_BOTH ContrastShared contrast_shared(int64_t classes, 
   return {stages, false, stage, pixels, stage, 0, 0, region, region + weights, region + weights + kTile * kPixelBytes};
 }
 
+constexpr int64_t kSlopesBytes = 4 * 8 * kTile;  // of a tile's sums over the classes, in double
+
 // Whether a block may hold the weights of all classes; else they are streamed.
 template <int kBytes> SPCL_BOTH bool fits_without_streaming(int64_t classes, bool saved_logits, int64_t limit) {
-  return classes <= kMaxContrastClasses && contrast_shared<kBytes>(saved_logits ? 0 : classes, classes).bytes <= limit;
+  return classes <= kMaxContrastClasses &&
+         contrast_shared<kBytes>(saved_logits ? 0 : classes, classes).bytes + kSlopesBytes <= limit;
 }
 
 // Streamed: blocks of the classes of so many warps, all of which work on the products, too.

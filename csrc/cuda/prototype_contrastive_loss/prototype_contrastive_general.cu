@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kSumThreads) contrast_target_sums_kernel(const
   const Features& map = a.options.targets;
   Targets t{static_cast<const char*>(map.data) + pixel_offset(map, image, pixel) * size_of(map.type), map.type,
             map.stride_d, a.class_weight};
-  float sum = 0, weighted = 0;
+  double sum = 0, weighted = 0;
   bool bad = false;
   for (int64_t k = 0; k < a.num_classes; ++k) {
     const float value = t.probability(k);
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kSumThreads) contrast_target_sums_kernel(const
     sum += value, weighted += t.weight(k) * value;
   }
   if (bad) atomicMax(reinterpret_cast<long long*>(a.labels.flag), static_cast<long long>(kBadProbability));
-  a.options.target_sums[n] = bad ? NAN : sum == 0 ? kNoTarget : weighted;
+  a.options.target_sums[n] = bad ? NAN : sum == 0 ? kNoTarget : static_cast<float>(weighted);
 }
 
 // ---- the loss ---------------------------------------------------------------------------------------------------
@@ -83,19 +83,19 @@ __device__ __forceinline__ void finish_pixel(const GeneralForward& a, const Cont
   const int cls = table->cls[p];
   const Seen seen = merged(*a.seen(p, part), a.options.sigmoid);
   if (part) return;
-  const float log_total = a.options.sigmoid ? 0.0f : logf(seen.total);
+  const double log_total = a.options.sigmoid ? 0.0 : log_of(seen.total);
   float weight = 0, loss = 0;
   if (cls >= 0) {
     weight = a.class_weight && !a.options.sigmoid && !a.options.targets.data ? a.class_weight[cls] : 1.0f;
     loss = pixel_weight_at(a.pixel_weight, tile, p, a.x.width) *
-           (seen.below + (a.options.sigmoid ? 0.0f : seen.mass * log_total));
+           static_cast<float>(seen.below + (a.options.sigmoid ? 0.0 : seen.mass * log_total));
   } else if (cls == kBadLabel) {
     weight = loss = NAN;
   }
   table->loss[p] = loss, table->weight[p] = weight;
   if (p >= tile.count) return;
   const int64_t at = tile.image * a.pixels + tile.first + p;
-  if (a.lse) a.lse[at] = a.options.sigmoid ? 0.0 : static_cast<double>(seen.top) + log_total;
+  if (a.lse) a.lse[at] = a.options.sigmoid ? 0.0 : seen.top + log_total;
   if (a.lse) a.inv_norm[at] = inverse_norm_of(a, table, p);
   if (a.loss_map) a.loss_map[at] = loss;
 }

@@ -18,6 +18,18 @@ namespace {
 
 constexpr int kSumThreads = 256;
 
+// A pixel's sums over the classes so far. A variance term counts twice in the first two: it is quadratic in x̂ and in
+// 1 / tau.
+struct Slopes {
+  double along;  // dz_k x̂·P_k / tau of the weights as the product sees them: dx stays orthogonal to x
+  double all;    // dz_k y_k, y_k being z_k - b_k less what the classes have alike
+  double rest;   // dz_k of a softmax: 0 but for the rounding of lse and of A, which all classes have alike, too
+  double aimed;  // a_k y_k / A
+
+  __device__ __forceinline__ double of_temperature() const { return all - rest * aimed; }
+};
+static_assert(kTile * sizeof(Slopes) == kSlopesBytes);
+
 struct GeneralBackward : GeneralInput {
   ContrastShared shared;
   ContrastWarps warps;
@@ -33,15 +45,17 @@ struct GeneralBackward : GeneralInput {
   int64_t slice_chunks, sums_at;
   int64_t square_sums_at, kept_at;  // with variances
 
+  __device__ __forceinline__ Slopes& slopes(int p) const {
+    return reinterpret_cast<Slopes*>(shared_memory<unsigned char>() + shared.bytes)[p];
+  }
+
   __device__ __forceinline__ float* kept() const {
     return reinterpret_cast<float*>(shared_memory<unsigned char>() + kept_at);
   }
 };
 
-// Weights of a block of classes of pixel p for the product. In the table: `loss` sums dz_k x̂·P_k / tau of the weights
-// as the product sees them (dx stays orthogonal to x), `weight` sums dz_k (z_k - b_k). A variance term counts twice in
-// both: it is quadratic in x̂ and in 1 / tau. Where it is not part of the label's own logit, the label's weight for it
-// -> table->squares.
+// Weights of a block of classes of pixel p for the product, and their part of its slopes. Where a variance term is not
+// part of the label's own logit, the label's weight for it -> table->squares.
 template <class T, bool kQuadratic>
 __device__ __forceinline__ void weigh_block(const GeneralBackward& a, const ContrastTile& tile, PixelTable* table,
                                             float temperature, int64_t k0, int block, int p, int part) {
@@ -64,47 +78,58 @@ __device__ __forceinline__ void weigh_block(const GeneralBackward& a, const Cont
                       : k0 == 0         ? z.dot(0) + (positive ? 2.0f * z.square(0) : 0.0f)
                                         : table->along[p];
   if (k0 == 0 && part == 0) table->along[p] = first;
-  float along = 0, all = 0;
-  for (int k = part; k < static_cast<int>(pieces_of(block)) * kPiece; k += 4) {
-    float w = 0;
-    if (k < count && cls >= 0) {
-      const float exact = weight_of(z[k], t.wanted(k0 + k), t.weight(k0 + k), t.sum, lse, a.options.sigmoid);
-      w = to_float(from_float<T>(exact));
-      along += w * z.dot(k);
-      all += exact * (z.dot(k) + (positive ? 2.0f * z.square(k) : 0.0f) - first - (k == z.own ? z.margin : 0.0f));
-      if constexpr (kQuadratic) {
-        const bool lacks_own = !a.options.positive_variance && k == z.own;
-        const float of_square = lacks_own ? expf(lse.below(z[k])) : exact;
-        if (lacks_own) table->squares[p] = of_square;
-        along += 2.0f * to_float(from_float<T>(of_square)) * z.square(k);
-        if (!positive) all += 2.0f * of_square * z.square(k);
+  static_assert(kPiece % (4 * kTerms) == 0);
+  Slopes sums{};
+  for (int piece = 0; piece < static_cast<int>(pieces_of(block)) * kPiece; piece += 4 * kTerms) {
+    float along = 0, all = 0, rest = 0, aimed = 0;
+    for (int k = piece + part; k < piece + 4 * kTerms; k += 4) {
+      float w = 0;
+      if (k < count && cls >= 0) {
+        const float wanted = t.wanted(k0 + k), weight = t.weight(k0 + k);
+        const float exact = weight_of(z[k], wanted, weight, t, lse, a.options.sigmoid);
+        const float y = z.dot(k) + (positive ? 2.0f * z.square(k) : 0.0f) - first - (k == z.own ? z.margin : 0.0f);
+        w = to_float(from_float<T>(exact));
+        along += w * z.dot(k);
+        all += exact * y;
+        if (!a.options.sigmoid) rest += exact, aimed += t.share(wanted, weight) * y;
+        if constexpr (kQuadratic) {
+          const bool lacks_own = !a.options.positive_variance && k == z.own;
+          const float of_square = lacks_own ? expf(lse.below(z[k])) : exact;
+          if (lacks_own) table->squares[p] = of_square;
+          along += 2.0f * to_float(from_float<T>(of_square)) * z.square(k);
+          if (!positive) all += 2.0f * of_square * z.square(k);
+        }
       }
+      put_weight<T>(weights, k, p, w);
     }
-    put_weight<T>(weights, k, p, w);
+    sums.along += along, sums.all += all, sums.rest += rest, sums.aimed += aimed;
   }
-  along = quad_sum(along), all = quad_sum(all);
-  if (part == 0) table->loss[p] += along, table->weight[p] += all;
+  sums = {quad_sum(sums.along), quad_sum(sums.all), quad_sum(sums.rest), quad_sum(sums.aimed)};
+  if (part) return;
+  Slopes& slopes = a.slopes(p);
+  slopes.along += sums.along, slopes.all += sums.all, slopes.rest += sums.rest, slopes.aimed += sums.aimed;
 }
 
 // What turns the product of pixel p into its gradient; and its part of the temperature's -> table->weight.
 __device__ __forceinline__ void finish_pixel(const GeneralBackward& a, const ContrastTile& tile, PixelTable* table,
                                              float temperature, int p) {
   const int cls = table->cls[p];
-  const float inv = a.inv_norm[tile.image * a.pixels + tile.first + min(p, tile.count - 1)], c = table->loss[p];
+  const float inv = a.inv_norm[tile.image * a.pixels + tile.first + min(p, tile.count - 1)],
+              c = static_cast<float>(a.slopes(p).along);
   float s = 0;
   if (cls >= 0) s = general_scale(a, a.grad, *a.denominator, tile, p, targets_of(a, tile, p, cls).sum);
   const bool radial = a.normalize && inv < 1.0f / kNormEps;  // a clamped norm is a constant
   table->along[p] = cls == kNoClass ? 0.0f : cls == kBadLabel || isnan(c) ? NAN : s * (inv / temperature);
   table->inward[p] = radial ? s * (c * inv * inv) : 0.0f;
-  table->weight[p] = cls == kBadLabel ? NAN : s == 0 ? 0.0f : s * table->weight[p];
+  table->weight[p] = cls == kBadLabel ? NAN : s == 0 ? 0.0f : static_cast<float>(s * a.slopes(p).of_temperature());
   if (a.dx.data && a.dx_access == kGather && p < tile.count) {
     const Place place = place_of(tile, p, a.x.width);
     table->dx_at[p] = tile.image * a.dx.stride_b + place.i * a.dx.stride_h + place.j * a.dx.stride_w;
   }
 }
 
-__device__ __forceinline__ void clear_sums(PixelTable* table) {
-  if (threadIdx.x < kTile) table->loss[threadIdx.x] = table->weight[threadIdx.x] = 0;
+__device__ __forceinline__ void clear_slopes(const GeneralBackward& a) {
+  if (threadIdx.x < kTile) a.slopes(threadIdx.x) = {};
   __syncthreads();
 }
 
@@ -123,7 +148,7 @@ __global__ void __launch_bounds__(kContrastThreads)
   const ContrastChannels channels = all_channels<T>(a.x);
   const float temperature = a.temperature();
   read_general_pixels(a, tile, table);
-  clear_sums(table);
+  clear_slopes(a);
   if (!a.logits) tile_dots<T>(a, tile, channels, 0, a.warps, a.shared, table);
   for_each_pixel([&](int p, int part) {
     weigh_block<T, false>(a, tile, table, temperature, 0, static_cast<int>(a.num_classes), p, part);
@@ -245,7 +270,7 @@ __global__ void __launch_bounds__(kProductThreads)
   if constexpr (kQuadratic)
     for (int i = threadIdx.x; i < static_cast<int>(a.slice_chunks) * Shape::kChunk * kSumsRow; i += kProductThreads)
       reinterpret_cast<float*>(memory + a.square_sums_at)[i] = 0;
-  clear_sums(table);
+  clear_slopes(a);
   for (int64_t k0 = 0; k0 < a.num_classes; k0 += a.block_classes) {
     if constexpr (kQuadratic)
       quadratic_dots<T>(a, tile, k0, a.warps, a.shared, table, a.kept());
@@ -295,7 +320,7 @@ template <class T> Status launch_streamed(GeneralBackward& a, int64_t blocks, St
   a.warps = contrast_warps(classes, Shape::kClasses);
   a.block_classes = a.warps.groups * Shape::kClasses;
   a.shared = contrast_shared<sizeof(T)>(a.logits ? 0 : a.block_classes, a.block_classes);
-  a.kept_at = a.shared.bytes;
+  a.kept_at = a.shared.bytes + kSlopesBytes;
   a.sums_at = a.kept_at + (quadratic ? kept_bytes(a.block_classes) : 0);
   const int64_t left = shared_memory_limit() - a.sums_at;
   a.slice_chunks = streamed_chunks<sizeof(T)>(a.x.dim, quadratic ? left / 2 : left);
@@ -322,7 +347,8 @@ template <class T> Status backward(const ContrastBackward& from, Stream stream) 
       fits_without_streaming<sizeof(T)>(from.num_classes, from.logits != nullptr, shared_memory_limit())) {
     a.shared = contrast_shared<sizeof(T)>(from.logits ? 0 : from.num_classes, from.num_classes);
     a.warps = contrast_warps(from.logits ? 1 : from.num_classes, ContrastShape<sizeof(T)>::kClasses);
-    const Grid grid{dim3(static_cast<unsigned>(blocks)), a.warps.count * 32u, static_cast<size_t>(a.shared.bytes)};
+    const Grid grid{dim3(static_cast<unsigned>(blocks)), a.warps.count * 32u,
+                    static_cast<size_t>(a.shared.bytes + kSlopesBytes)};
     if (Status failed = launch(contrast_general_backward_kernel<T>, grid, stream, a)) return failed;
   } else if (Status failed = launch_streamed<T>(a, blocks, stream)) {
     return failed;

@@ -52,7 +52,7 @@ __device__ __forceinline__ void weigh_pixel(const GeneralPrototypes& a, const Co
   for (int k = part; k < kOwn; k += 4) {
     float w = 0;
     if (k < count && cls != kNoClass && s != 0)
-      w = weight_of(z[k], cls < 0 ? 0.0f : t.wanted(k0 + k), t.weight(k0 + k), t.sum, lse, a.options.sigmoid) * s;
+      w = weight_of(z[k], cls < 0 ? 0.0f : t.wanted(k0 + k), t.weight(k0 + k), t, lse, a.options.sigmoid) * s;
     weights[k * kOwnRow + p] = w == 0 ? 0.0f : w * (inv / temperature);
     if (!sums_bias) continue;
 #pragma unroll
