@@ -27,7 +27,7 @@ def row_logsumexp_kernel(
     b, n, mask_n = tile_of(size, BLOCK_N)
     offs_n = n.to(tl.int64) * features.stride_w
     top = tl.full([BLOCK_N], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_N], tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float64)
     scale = tl.full([BLOCK_N], 1.0, tl.float32) * inverse_temperature(prototypes)
     for k0 in range(0, size.K, BLOCK_K):
         offs_k = k0 + tl.arange(0, BLOCK_K)
@@ -39,9 +39,9 @@ def row_logsumexp_kernel(
         z = tl.where((offs_k < size.K)[None, :], z, -float("inf"))
         new_top = tl.maximum(top, tl.max(z, 1))
         base = tl.where(new_top == -float("inf"), 0.0, new_top)
-        total = total * tl.exp(top - base) + tl.sum(tl.exp(z - base[:, None]), 1)
+        total = total * tl.exp(top - base) + tl.sum(tl.exp(z - base[:, None]), 1).to(tl.float64)
         top = new_top
-    log_total = tl.where(top == -float("inf"), 0.0, tl.log(total))
+    log_total = tl.where(top == -float("inf"), 0.0, tl.log(total.to(tl.float32)))
     if out_ptr.dtype.element_ty == tl.float64:
         tl.store(out_ptr + n, top.to(tl.float64) + log_total.to(tl.float64), mask=mask_n)
     else:

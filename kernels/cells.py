@@ -165,14 +165,15 @@ def rows_of(band, logits, grid, place, ALIGN: tl.constexpr):
 
 @triton.jit
 def best_of(ptr, at, K, stride_k, y, x, ROWS: tl.constexpr, COLS: tl.constexpr, CELLS: tl.constexpr):
-    """Each pixel's largest logit, and the first class that has it, as argmax."""
+    """Each pixel's largest logit, and the first class that has it, as argmax: NaN is the largest."""
     top = tl.full([ROWS, COLS, CELLS], -float("inf"), tl.float32)
     best = tl.zeros([ROWS, COLS, CELLS], tl.int32)
     for k in range(0, K):
         a, b, c, d = load_corners(ptr, at)
         z = interpolate(a, b, c, d, y, x)
-        best = tl.where(z > top, k, best)
-        top = tl.maximum(top, z)
+        better = (z > top) | ((z != z) & (top == top))
+        best = tl.where(better, k, best)
+        top = tl.where(better, z, top)
         ptr += stride_k
     return top, best
 

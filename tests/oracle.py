@@ -187,6 +187,15 @@ def prediction(logits, size, **settings) -> Mapping[str, Tensor]:
     return {"labels": labels, "confidence": confidence, "margin": confidence - second}
 
 
+def nan_pixels(logits: Tensor, size: tuple[int, int], *, align_corners: bool) -> tuple[Tensor, Tensor]:
+    """[B, H, W]: pixels with a part of a NaN node of any class; and those between which and such a node lies at most a rounding, where a
+    weight of 0 may still make NaN of it."""
+    nodes = logits.isnan().any(1, keepdim=True).double()
+    certain = F.interpolate(nodes, size, mode="bilinear", align_corners=align_corners)[:, 0] > 1e-4
+    near = F.max_pool2d(nodes, 3, 1, 1)
+    return certain, F.interpolate(near, size, mode="bilinear", align_corners=align_corners)[:, 0] > 1e-4
+
+
 def assert_as_accurate(got: Tensor, eager: Tensor, truth: Tensor, factor: float = 2.0, slack: float = 4.0) -> None:
     """`got` may be `factor` times worse than same-dtype eager PyTorch, both against the float64 `truth`, plus a few eps of its scale."""
     truth = truth.double()

@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> streamed_forward(
   run_forward(a, partial);
   double total = 0, weight = 0;
   for (int64_t tile = 0; tile < a.tiles.count; ++tile) total += a.partial_loss[tile], weight += a.partial_weight[tile];
-  if (given_denominator) weight = weight == 0 ? 0 : *as_floats(*given_denominator);
+  if (given_denominator) weight = *as_floats(*given_denominator);
   *floats(denominator) = reduction == kMean ? static_cast<float>(weight) : 1.0f;
   if (reduction != kNone)
     *floats(loss) = static_cast<float>(reduction == kMean ? (weight != 0 ? total / weight : 0.0) : total);

@@ -85,7 +85,7 @@ std::tuple<Tensor, Tensor, Tensor> upsampled_loss_forward(
 
   double total = 0, weight = 0;
   for (int64_t band = 0; band < bands; ++band) total += a.partial_loss[band], weight += a.partial_weight[band];
-  if (denominator) weight = weight == 0 ? 0 : *as_floats(*denominator);
+  if (denominator) weight = *as_floats(*denominator);
   const double inverse = !mean ? 1.0 : weight == 0 ? 0.0 : 1.0 / weight;
   if (!per_pixel) *floats(loss) = static_cast<float>(mean && weight == 0 ? 0.0 : total * inverse);
   if (needs_dlogits) finish_gradient(a, static_cast<float>(inverse / temperature));

@@ -59,7 +59,7 @@ bool pack_nodes(const Upsampled& a, const Window& window, int64_t row, float fac
     int64_t n = 0;
     auto put = [&](vf value) {
       store(out + n, value);
-      extreme |= magnitude(value) > kExtreme;
+      extreme |= ~(magnitude(value) <= kExtreme);
     };
     if (x.stride_w == 1) {
       for (; n + V <= window.nodes; n += V) put(load(from + n) * factor);
@@ -68,7 +68,7 @@ bool pack_nodes(const Upsampled& a, const Window& window, int64_t row, float fac
     }
     for (; n < window.nodes; ++n) out[n] = load_one(from + n * x.stride_w) * factor;
     for (; n % V; ++n) out[n] = 0;
-    for (n = 0; n < window.nodes; n += V) extreme |= magnitude(load(out + n)) > kExtreme;
+    for (n = 0; n < window.nodes; n += V) extreme |= ~(magnitude(load(out + n)) <= kExtreme);
   }
   return any(extreme);
 }
@@ -89,6 +89,13 @@ template <bool kLow> SPCL_INLINE
 vf mix(vf lower, vf upper, vf of_lower, vf of_upper) {
   if constexpr (!kLow) return fused(upper, of_upper, lower * of_lower);
   return select(of_lower == 0.0f, vf{}, lower * of_lower) + select(of_upper == 0.0f, vf{}, upper * of_upper);
+}
+
+// Which logits argmax takes instead of the largest ones so far: NaN is the largest, and is met where kLow alone.
+template <bool kLow> SPCL_INLINE
+vi is_better(vf logit, vf most) {
+  if constexpr (!kLow) return logit > most;
+  return (logit > most) | ((logit != logit) & (most == most));
 }
 
 // Two rows of nodes -> the row between them, [K + 1][node_stride]: the last holds each node's largest logit.

@@ -8,14 +8,14 @@ namespace {
 
 constexpr int64_t kOwnCounts = 256;  // up to that many classes a band counts on its own: 512 KB
 
-// The first class of those whose logit is the largest; one of logit -inf or NaN never is.
+// The first class of those whose logit is the largest; one of logit -inf never is.
 template <bool kNear, bool kLow> SPCL_INLINE
 vi largest_class(const float* rows, int64_t stride, int64_t num_classes, const Taps& t) {
   vf most = splat(-__builtin_inff());
   vi label = {};
   for (int64_t k = 0; k < num_classes; ++k) {
     vf logit = interpolate<kNear, kLow>(rows + k * stride, t);
-    vi better = logit > most;
+    vi better = is_better<kLow>(logit, most);
     most = select(better, logit, most);
     label = (better & (int32_t)k) | (~better & label);
   }

@@ -22,7 +22,7 @@ Best search(const float* rows, int64_t stride, int64_t num_classes, const Taps& 
     vf part = {};
     for (int64_t k = first; k < smaller(first + kTermsAtOnce, num_classes); ++k) {
       vf logit = interpolate<kNear, kLow>(rows + k * stride, t);
-      vi better = logit > best.logit;
+      vi better = is_better<kLow>(logit, best.logit);
       best.logit = select(better, logit, best.logit);
       best.label = (better & (int32_t)k) | (~better & best.label);
       part += power<kLow>(logit, top, factor);

@@ -11,6 +11,8 @@ Shapes: feat, dfeat [B, D, P] any strides; proto [K, D] contiguous, in feat's dt
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -131,14 +133,61 @@ def backward_tile_kernel(
 
 
 @triton.jit
-def store_temperature(temperature_ptr, s, c, at_label, cls, bad, prototypes):
-    """The program's part of the temperature's gradient. at_label: the label's weight, whose logit holds the margin, too."""
-    inverse = inverse_temperature(prototypes)
-    cost = c
-    if prototypes.margin is not None:
-        cost = c - prototypes.margin * inverse * at_label
-    cost = tl.where(bad, float("nan"), tl.where(cls >= 0, s * cost, 0.0))
-    tl.store(temperature_ptr + tl.program_id(0), -inverse * tl.sum(cost, 0))
+def store_temperature(temperature_ptr, s, cost, cls, bad, prototypes):
+    """The program's part of the temperature's gradient. cost: sum_k w_k (z_k - bias_k) of each pixel."""
+    cost = tl.where(bad, float("nan"), tl.where(cls >= 0, s * cost.to(tl.float32), 0.0))
+    tl.store(temperature_ptr + tl.program_id(0), -inverse_temperature(prototypes) * tl.sum(cost, 0))
+
+
+class Slopes(NamedTuple):
+    """Of a pixel: sums over the classes so far; y_k = z_k - bias_k, twice its variance term, which is quadratic. In float64 of float32
+    features; half floats round far more, and have but the margin's part here: the other is a by-product of the features' gradient."""
+
+    cost: tl.tensor  # w_k y_k
+    rest: (
+        tl.tensor
+    )  # w_k of a softmax: 0 but for the rounding that all p_k have alike, and which times y is left out of the cost
+    mean: tl.tensor  # p_k y_k
+
+
+@triton.jit
+def _no_slopes(features, BLOCK_N: tl.constexpr):
+    none = tl.zeros([BLOCK_N], tl.float32)
+    if features.ptr.dtype.element_ty == tl.float32:
+        none = none.to(tl.float64)
+    return Slopes(none, none, none)
+
+
+@triton.jit
+def _add_slopes(slopes, target, prototypes, cls, lse, offs_k, K, w, z, linear, variance):
+    cost, rest, mean = slopes
+    if cost.dtype == tl.float64:
+        softmax: tl.constexpr = target.sigmoid is None and target.given is None
+        y = with_margin(linear, cls, offs_k, prototypes)
+        p = w
+        if softmax:
+            p = tl.where((offs_k < K)[None, :], softmax_of(z, lse), 0.0)
+        if prototypes.variances is not None:
+            if target.mean_variance is not None:
+                cost += tl.sum(2 * p * variance, 1).to(tl.float64)
+            else:
+                y += 2 * variance
+        cost += tl.sum(w * y, 1).to(tl.float64)
+        if softmax:
+            rest += tl.sum(w, 1).to(tl.float64)
+            mean += tl.sum(p * y, 1).to(tl.float64)
+    elif prototypes.margin is not None:
+        at_label = tl.sum(tl.where(offs_k[None, :] == cls[:, None], w, 0.0), 1)
+        cost -= prototypes.margin * inverse_temperature(prototypes) * at_label
+    return Slopes(cost, rest, mean)
+
+
+@triton.jit
+def _cost(slopes, c):
+    cost = slopes.cost - slopes.rest * slopes.mean
+    if slopes.cost.dtype == tl.float32:
+        cost = c + slopes.cost
+    return cost
 
 
 @triton.jit
@@ -161,7 +210,7 @@ def backward_split_kernel(
     out = tl.zeros([BLOCK_N, BLOCK_O], tl.float32)
     curved = tl.zeros([BLOCK_N, BLOCK_O], tl.float32)
     c = tl.zeros([BLOCK_N], tl.float32)
-    at_label = tl.zeros([BLOCK_N], tl.float32)
+    slopes = _no_slopes(features, BLOCK_N)
     for k0 in range(0, size.K, BLOCK_K):
         offs_k = k0 + tl.arange(0, BLOCK_K)
         exact, z, linear, variance = weights_again(
@@ -170,6 +219,8 @@ def backward_split_kernel(
         )  # fmt: skip
         if target.plain is not None:
             exact = tl.where((offs_k < size.K)[None, :], exact, 0.0)
+        if temperature_ptr is not None:
+            slopes = _add_slopes(slopes, target, prototypes, cls, tile.lse, offs_k, size.K, exact, z, linear, variance)
         weight = exact.to(features.ptr.dtype.element_ty)
         c += tl.sum(weight.to(tl.float32) * linear, 1)
         mask_p = (offs_k < size.K)[:, None] & mask_d[None, :]
@@ -180,8 +231,6 @@ def backward_split_kernel(
         )
         p = p.to(weight.dtype)
         out = tl.dot(weight, p, out, input_precision=PRECISION)
-        if prototypes.margin is not None:
-            at_label += tl.sum(tl.where(offs_k[None, :] == cls[:, None], exact, 0.0), 1)
         if prototypes.variances is not None:
             if target.mean_variance is not None:
                 exact = tl.where((offs_k < size.K)[None, :], softmax_of(z, tile.lse), 0.0)
@@ -197,7 +246,7 @@ def backward_split_kernel(
             curved = tl.dot(exact, v, curved, input_precision=PRECISION if p.dtype == tl.float32 else "tf32")
     if temperature_ptr is not None:
         if tl.program_id(1) == 0:
-            store_temperature(temperature_ptr, s, c, at_label, cls, bad, prototypes)
+            store_temperature(temperature_ptr, s, _cost(slopes, c), cls, bad, prototypes)
     if dfeatures.ptr is not None:
         mask = mask_n[:, None] & mask_d[None, :]
         x = tl.load(

@@ -17,7 +17,7 @@ from .targets import aimed_at, class_weights, find_bad, raise_bad, read_target, 
 
 @triton.jit
 def _include_targets(z, aimed, w, target, offs_k, K, top, total, mass, value):
-    """One more block of logits and of targets q = w aimed: maximum, sum of exponentials, sum of q, and sum of q (z - top) so far.
+    """One more block of logits and of targets q = w aimed: maximum, and in float64 sum of exponentials, of q, and of q (z - top) so far.
     What has no q adds nothing, however low its logit; but a label of weight 0 whose loss is infinite makes NaN, as in F.cross_entropy.
     Sigmoid: value is the loss itself."""
     mask_k = (offs_k < K)[None, :]
@@ -27,15 +27,16 @@ def _include_targets(z, aimed, w, target, offs_k, K, top, total, mass, value):
         adds = adds | (mask_k & (target.share == 0) & (aimed != 0))
     if target.sigmoid is not None:
         terms = w[None, :] * softplus(z) - tl.where(aimed == 0, 0.0, q * z)
-        value += tl.sum(tl.where(mask_k, terms, 0.0), 1)
+        value += tl.sum(tl.where(mask_k, terms, 0.0), 1).to(tl.float64)
     else:
         z = tl.where(mask_k, z, -float("inf"))
         new_top = tl.maximum(top, tl.max(z, 1))
         base = tl.where(new_top == -float("inf"), 0.0, new_top)
-        total = total * tl.exp(top - base) + tl.sum(tl.exp(z - base[:, None]), 1)
-        value += tl.where(mass == 0, 0.0, mass * (top - base)) + tl.sum(tl.where(adds, q * (z - base[:, None]), 0.0), 1)
+        total = total * tl.exp(top - base) + tl.sum(tl.exp(z - base[:, None]), 1).to(tl.float64)
+        value += tl.where(mass == 0, 0.0, mass * (top - base))
+        value += tl.sum(tl.where(adds, q * (z - base[:, None]), 0.0), 1).to(tl.float64)
         top = new_top
-        mass += tl.sum(q, 1)
+        mass += tl.sum(q, 1).to(tl.float64)
     return top, total, mass, value
 
 
@@ -51,9 +52,9 @@ def target_forward_kernel(
     image_ptr = features.ptr + b * features.stride_b
     inv = tl.full([BLOCK_N], 1.0, tl.float32)
     top = tl.full([BLOCK_N], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_N], tl.float32)
-    mass = tl.zeros([BLOCK_N], tl.float32)
-    value = tl.zeros([BLOCK_N], tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float64)
+    mass = tl.zeros([BLOCK_N], tl.float64)
+    value = tl.zeros([BLOCK_N], tl.float64)
     seen = tl.zeros([BLOCK_N], tl.float32)
     for k0 in range(0, size.K, BLOCK_K):
         offs_k = k0 + tl.arange(0, BLOCK_K)
@@ -86,9 +87,9 @@ def target_forward_kernel(
     if target.sigmoid is not None:
         top = log_total
     else:
-        log_total = tl.log(total)
+        log_total = tl.log(total.to(tl.float32))
         value = mass * log_total - value
         if target.labels is not None:
             counted = class_weight
-    value = tl.where(cls >= 0, pixel_weight * value, 0.0)
+    value = tl.where(cls >= 0, pixel_weight * value.to(tl.float32), 0.0)
     finish_pixels(loss, saved, b * size.P + n, mask_n, value, counted, bad, inv, top, log_total)

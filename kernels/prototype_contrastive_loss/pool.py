@@ -130,7 +130,8 @@ def class_gradient_kernel(
             at_label += tl.sum(tl.where(offs_k[None, :] == cls[:, None], w, 0.0), 1)
     if temperature_ptr is not None:
         s = read_pixels(target.scale, b, n, mask_n, size)
-        store_temperature(temperature_ptr, s, tl.zeros([BLOCK_N], tl.float32), at_label, cls, bad, prototypes)
+        cost = -prototypes.margin * inverse_temperature(prototypes) * at_label
+        store_temperature(temperature_ptr, s, cost, cls, bad, prototypes)
 
 
 def row_logits(problem, out, inv_norm) -> None:

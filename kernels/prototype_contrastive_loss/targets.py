@@ -150,18 +150,18 @@ def target_pixels_kernel(
     """Before the backward of a target that is not plain: s and the sum of its q of each pixel, [B, P]."""
     b, n, mask_n = tile_of(size, BLOCK_N)
     cls, bad = read_target(target, b, n, mask_n, size)
-    mass = tl.zeros([BLOCK_N], tl.float32)
+    mass = tl.zeros([BLOCK_N], tl.float64)
     seen = tl.zeros([BLOCK_N], tl.float32)
     for k0 in range(0, size.K, BLOCK_K):
         t = target_tile(target, cls, b, n, mask_n, k0, size, BLOCK_N, BLOCK_K, BLOCK_D, PRECISION)
         bad = find_bad(target, t, bad)
         seen += tl.sum(t, 1)
-        mass += tl.sum(smoothed(t, target, weights, k0 + tl.arange(0, BLOCK_K), size.K), 1)
+        mass += tl.sum(smoothed(t, target, weights, k0 + tl.arange(0, BLOCK_K), size.K), 1).to(tl.float64)
     if target.probabilities is not None:
         cls = tl.where(mask_n & (seen != 0), 0, -1)
     s = pixel_scale(grad, weights, target.plain, b, n, size, cls, bad)
     tl.store(scale_ptr + b * size.P + n, s, mask=mask_n)
-    tl.store(mass_ptr + b * size.P + n, mass, mask=mask_n)
+    tl.store(mass_ptr + b * size.P + n, mass.to(tl.float32), mask=mask_n)
 
 
 @triton.jit

@@ -67,6 +67,22 @@ def as_integers(labels: Tensor) -> Tensor:
     return labels.view(torch.uint8) if labels.dtype == torch.bool else labels
 
 
+def is_fake(values: Tensor) -> bool:
+    """Whether there are no values to look at: the memory plan runs on such tensors."""
+    return isinstance(values, torch._subclasses.FakeTensor)
+
+
+def has_values(values: Tensor) -> bool:
+    """Whether a Python number can be had of a tensor: no tracer, no transform of torch.func."""
+    return not (
+        torch.compiler.is_compiling()
+        or is_fake(values)
+        or torch._is_functional_tensor(values)
+        or torch._C._are_functorch_transforms_active()
+        or torch.utils._python_dispatch._len_torch_dispatch_stack() > 0
+    )
+
+
 def wide(values: Tensor) -> torch.dtype:
     """The dtype of losses and weights."""
     return torch.float64 if values.dtype == torch.float64 else torch.float32
@@ -111,7 +127,7 @@ def refuse_ignored_class(op: str, soft: str, ignore_index: int) -> None:
 
 
 def scale_of(op: str, anchor: Tensor, temperature: float | Tensor) -> float | Tensor:
-    """A checked temperature; a tensor stays on its device, in the losses' dtype, and is not read."""
+    """A checked temperature; a tensor stays on its device, in the losses' dtype, and is read on the CPU alone, where nothing waits."""
     if not isinstance(temperature, Tensor):
         check_temperature(op, temperature)
         return float(temperature)
@@ -121,6 +137,8 @@ def scale_of(op: str, anchor: Tensor, temperature: float | Tensor) -> float | Te
             f"{list(temperature.shape)}"
         )
     check_device(op, anchor, "features", temperature=temperature)
+    if temperature.device.type == "cpu" and has_values(temperature):
+        check_temperature(op, float(temperature.detach()))
     return temperature.to(wide(anchor))
 
 

@@ -93,17 +93,12 @@ def _check_classes(op: str, rows: Rows) -> int:
         raise ValueError(
             f"{op}: prototype_class must have one class for each of the {count} rows of prototypes, got shape {list(classes.shape)}"
         )
-    if torch.compiler.is_compiling() or (asked is not None and _is_fake(classes)):
+    if torch.compiler.is_compiling() or (asked is not None and checks.is_fake(classes)):
         return asked or 0
     found = _classes_in(op, classes)
     if asked is not None and found > asked:
         raise ValueError(f"{op}: num_classes={asked}, but prototype_class goes up to {found - 1}")
     return asked or found
-
-
-def _is_fake(values: Tensor) -> bool:
-    """Whether there are no values to look at: the memory plan runs on such tensors."""
-    return isinstance(values, torch._subclasses.FakeTensor)
 
 
 _known = WeakTensorKeyDictionary()  # prototype_class -> (version, K)

@@ -33,7 +33,7 @@ BUGS = {
     "margin of every class": (PIXELS, "plain(k) - ({} ? margin", "k == own", "true"),
     "margin of the label of another block": (PIXELS, "labelled ? static_cast<int>({}) : -1", "cls - k0", "cls"),
     "a larger logit does not rescale": (PIXELS, "total = total == 0 ? 0.0 : {};", "total * expf(top - to)", "total"),
-    "a larger logit does not raise the loss": (PIXELS, "mass == 0 ? below : {};", "below + mass * (static_cast<double>(to) - top)", "below"),
+    "a larger logit does not raise the loss": (PIXELS, "below + {} * (static_cast<double>(to)", "mass", "0.0"),
     "a lane's sum lost": (PIXELS, "{seen.top, {}, quad_sum(seen.below)", "quad_sum(seen.total)", "seen.total"),
     "softmax where sigmoid": (PIXELS, "if ({}) return weight *", "sigmoid", "false"),
     "sigmoid upside down": (PIXELS, "(1.0f + {}) - wanted", "expf(-z)", "expf(z)"),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
+import on_backends
 import pytest
 import torch
+from on_backends import usable
 from torch import Tensor
 
 import spcl_fast as sf
@@ -75,3 +77,32 @@ def test_thirty_repeats_on_1_2_and_4_threads_are_the_same_bits(op, dtype, last):
 @pytest.mark.parametrize(("op", "dtype", "last"), CONFIGURATIONS)
 def test_a_thousand_repeats_on_1_2_and_4_threads_are_the_same_bits(op, dtype, last):
     assert_same_bits(op, dtype, last, 1000)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.5, 2.0])
+@pytest.mark.parametrize("backend", usable("upsampled_binary_cross_entropy", "focal"))
+def test_sigmoids_of_many_pixels_have_the_same_bits_on_any_number_of_threads(backend, gamma):
+    """So many that threads share the elementwise work: some of torch's functions have other bits where a thread's share ends."""
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, CLASSES, 33, 47, requires_grad=True), labels_of(66, 94)
+
+    def computed() -> Results:
+        loss = sf.upsampled_binary_cross_entropy(logits, labels, gamma=gamma, backend=backend)
+        return (loss.detach(), *torch.autograd.grad(loss, logits))
+
+    on_backends.assert_same_bits(backend, computed)
+
+
+@pytest.mark.parametrize("backend", usable("prototype_contrastive_loss", "sigmoid", "probabilities"))
+def test_sigmoids_of_many_soft_labels_have_the_same_bits_on_any_number_of_threads(backend):
+    torch.manual_seed(0)
+    features, prototypes = torch.randn(1, 8, 66, 47, requires_grad=True), torch.randn(CLASSES, 8, requires_grad=True)
+    soft = torch.rand(1, CLASSES, 66, 47)
+
+    def computed() -> Results:
+        loss = sf.prototype_contrastive_loss(
+            features, soft, prototypes, temperature=0.5, loss="sigmoid", backend=backend
+        )
+        return (loss.detach(), *torch.autograd.grad(loss, (features, prototypes)))
+
+    on_backends.assert_same_bits(backend, computed)

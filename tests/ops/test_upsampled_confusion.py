@@ -5,6 +5,7 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
+import torch.nn.functional as F
 from on_backends import ALL, NO_BAD_LABEL, ON_GPU, call, check_ops, flag, home, on_each_dtype, usable
 from problems import CONFUSION, CROSS, problem
 from shapes import SHAPES, Shape, on_each_shape
@@ -102,3 +103,21 @@ def test_a_label_that_is_none_is_left_out_and_raises_the_flag(backend):
     got = confusion(backend, p.logits, p.labels)
     assert got.sum() == ((p.labels != 255) & (p.labels != 77)).sum() and flag(backend) == 77
     flag(backend).fill_(NO_BAD_LABEL)
+
+
+@pytest.mark.parametrize("place", [(0, 0), (1, 2), (3, 4)])
+@pytest.mark.parametrize("size", [(4, 5), (7, 9), (9, 13), (2, 3)])
+@pytest.mark.parametrize("backend", EVERY)
+def test_a_nan_logit_is_the_largest_as_in_argmax(backend, size, place):
+    p = problem((2, 1, 4, 5), 6, size, ignored=0.0)
+    p.logits[0, [3, 5], place[0], place[1]] = torch.nan  # argmax has the first of them
+    p.logits[1, 2] = -torch.inf
+    for align_corners in (True, False):
+        certain, reached = oracle.nan_pixels(p.logits, size, align_corners=align_corners)
+        masked = p.logits.nan_to_num(1e30, neginf=-1e30)
+        truth = F.interpolate(masked, size, mode="bilinear", align_corners=align_corners).argmax(1)
+        labels = p.labels.where(certain | ~reached, 255)
+        pair = (labels * 6 + truth)[labels != 255]
+        got = confusion(backend, p.logits, labels, align_corners=align_corners)
+        assert torch.equal(got, torch.bincount(pair, minlength=36).view(6, 6))
+        assert size == (2, 3) or got[:, 3].sum() > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
+import torch.nn.functional as F
 from layouts import LAYOUTS, laid_out
 from on_backends import ALL, assert_same_bits, call, check_ops, home, on_each_dtype, poison, usable
 from problems import CROSS, PREDICTION, problem
@@ -180,3 +181,20 @@ def test_prediction_opcheck_and_compile(backend):
 def test_prediction_refuses_with_the_reason(settings, error, text):
     with pytest.raises(error, match=text):
         sf.upsampled_prediction(torch.zeros(1, 5, 2, 2), **({"size": (4, 4)} | settings))
+
+
+@pytest.mark.parametrize("place", [(0, 0), (1, 2), (3, 4)])
+@pytest.mark.parametrize("size", [(4, 5), (7, 9), (9, 13), (2, 3)])
+@pytest.mark.parametrize("backend", EVERY)
+def test_a_nan_logit_is_the_largest_and_its_confidence_nan(backend, size, place):
+    logits = problem((2, 1, 4, 5), 6).logits
+    logits[0, 3:5, place[0], place[1]] = torch.nan
+    for align_corners in (True, False):
+        certain, reached = oracle.nan_pixels(logits, size, align_corners=align_corners)
+        got = predicted(backend, logits, size, align_corners=align_corners)
+        whole = F.interpolate(logits.nan_to_num(1e30), size, mode="bilinear", align_corners=align_corners)
+        known = certain | ~reached
+        assert torch.equal(got.labels.long()[known], whole.argmax(1)[known])
+        assert torch.equal(got.confidence.isnan()[known], certain[known])
+        ignored = predicted(backend, logits, size, align_corners=align_corners, thresholds=torch.zeros(6))
+        assert (ignored.labels[certain] == 255).all()

@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kFinishThreads)
   }
   if (threadIdx.x) return;
   total = sums[0], weight = sums[kFinishThreads];
-  *loss = static_cast<float>(mean && weight != 0 ? total / weight : total);
+  *loss = static_cast<float>(!mean ? total : weight == 0 ? 0.0 : total / weight);
   *denominator = mean ? static_cast<float>(weight) : isnan(weight) ? NAN : 1.0f;
 }
 

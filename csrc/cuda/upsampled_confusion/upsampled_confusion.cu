@@ -34,8 +34,9 @@ template <int kRows, int kColumns> struct BestClasses {
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) {
           const float z = fmaf(static_cast<float>(j), across, first);
-          label[i][j] = z > best[i][j] ? k : label[i][j];  // the first of equals, as argmax
-          best[i][j] = fmaxf(best[i][j], z);
+          const bool better = is_better(z, best[i][j]);
+          label[i][j] = better ? k : label[i][j];
+          best[i][j] = better ? z : best[i][j];
         }
       }
     }

@@ -105,8 +105,9 @@ template <int kColumns_> struct WidePixels {
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
         const float z = exponent_at(e, j);
-        label[0][j] = z > best[0][j] ? k : label[0][j];
-        best[0][j] = fmaxf(best[0][j], z);
+        const bool better = is_better(z, best[0][j]);
+        label[0][j] = better ? k : label[0][j];
+        best[0][j] = better ? z : best[0][j];
       }
     }
     plane = image;

@@ -87,7 +87,7 @@ def reduced(nll: Tensor, goal: Goal, contrast: Contrast) -> tuple[Tensor, Tensor
         loss = weighted
     else:
         loss = (fixed_sum(weighted) / torch.where(denominator == 0, 1, denominator)).to(dtype)
-        loss = loss if c.denominator is None else torch.where(denominator == 0, 0, loss)
+        loss = torch.where(denominator == 0, 0, loss)
     return loss if goal.any_bad is None else torch.where(goal.any_bad, torch.nan, loss), denominator
 
 

@@ -85,11 +85,17 @@ def soft_loss(z: Tensor, target: Tensor, class_weight: Tensor | None, kind: str)
 def soft_residual(z: Tensor, target: Tensor, class_weight: Tensor | None, kind: str) -> Tensor:
     """The gradient of `soft_loss` in z."""
     if kind == "sigmoid":
-        residual = z.sigmoid() - target
+        residual = sigmoid(z) - target
         return residual if class_weight is None else residual * class_weight.to(z.dtype)[:, None]
     if class_weight is not None:
         target = target * class_weight.to(z.dtype)[:, None]
     return softmax(z) * target.sum(0, dtype=torch.float64).to(z.dtype) - target
+
+
+def sigmoid(z: Tensor) -> Tensor:
+    """torch's has other bits where another thread ends."""
+    e = z.abs().neg().exp()
+    return torch.where(z >= 0, 1, e) / (1 + e)
 
 
 def softplus(z: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..contract import UpsampledClasses, UpsampledLoss
 from ..labels import as_int64, check_probabilities, check_range
 from .exact import exact, fixed_sum, matmul, wide, widened
-from .targets import smoothed, softmax, softplus
+from .targets import sigmoid, smoothed, softmax, softplus
 
 _STRIP_ELEMENTS = 1 << 20  # values of an up-sampled strip alive at once: 4 MB
 
@@ -61,7 +61,7 @@ def _strips(height: int, row_elements: int) -> Iterator[slice]:
 
 
 def _between(lower: Tensor, upper: Tensor, weight: Tensor) -> Tensor:
-    """A node of weight 0 does not count, even where it is -inf."""
+    """A node of weight 0 does not count, even where it is -inf or NaN."""
     return torch.where(weight == 0, lower, lower * (1 - weight) + upper * weight)
 
 
@@ -194,14 +194,19 @@ def _soft(strip: Tensor, target: Tensor, problem: UpsampledLoss) -> tuple[Tensor
     return terms, softmax(strip) * target.sum(0, dtype=torch.float64).to(strip.dtype) - target
 
 
+def _power_of_sigmoid(z: Tensor, gamma: float) -> Tensor:
+    """sigmoid(z)**gamma; torch's power has other bits where another thread ends."""
+    return (gamma * torch.nn.functional.logsigmoid(z.double())).exp().to(z.dtype)
+
+
 def _binary(strip: Tensor, target: Tensor, problem: UpsampledLoss) -> tuple[Tensor, Tensor]:
     """gamma > 0: focal, -(1 - q)^gamma log q with q the probability of what the target says; the target is 0 or 1 then."""
     weight = widened(problem.class_weight, strip.dtype)
     if problem.gamma:
         sign = 2 * target - 1
         log_q = torch.nn.functional.logsigmoid(sign * strip)
-        q, miss = log_q.exp(), (sign * strip).neg().sigmoid()
-        focus = miss**problem.gamma
+        q, miss = log_q.exp(), sigmoid(-sign * strip)
+        focus = _power_of_sigmoid(-sign * strip, problem.gamma)
         q_log_q = torch.where(q == 0, 0, q * log_q)  # of an infinite loss, too
         terms, residual = -focus * log_q, sign * focus * (problem.gamma * q_log_q - miss)
         # at -inf the class is surely absent: 0 * inf is no number
@@ -209,7 +214,7 @@ def _binary(strip: Tensor, target: Tensor, problem: UpsampledLoss) -> tuple[Tens
         terms, residual = terms.where(~sure, 0), residual.where(~sure, 0)
     else:
         terms = softplus(strip) - torch.where(target == 0, 0, target * strip)
-        residual = strip.sigmoid() - target
+        residual = sigmoid(strip) - target
     if weight is None:
         return terms, residual
     return terms * weight[:, None, None], residual * weight[:, None, None]

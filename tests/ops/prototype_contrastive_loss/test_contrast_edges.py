@@ -138,6 +138,25 @@ def test_an_empty_batch_with_every_option(backend, case):
     assert value == 0 and dfeatures.shape == empty.features.shape and all((part == 0).all() for part in others)
 
 
+@pytest.mark.parametrize("backend", usable(CONTRAST, "denominator", "bias", "label_smoothing", among=ALL))
+def test_labels_that_all_weigh_nothing_are_loss_zero_unless_a_denominator_is_given(backend):
+    """torch divides 0 by 0. With smoothing the other classes have a loss, and "all" divides it."""
+    p = problem((1, 16, 5, 7), ignored=0.3)
+    weight = p.class_weight.clone()
+    weight[p.labels[p.labels != 255].unique()] = 0
+    weight[4] = 0.5
+    labels = p.labels.where((p.labels != 4) | (p.labels == 255), 255)
+    for smoothing in (0.0, 0.2):
+        given = plain(p, bias=p.bias, class_weight=weight, label_smoothing=smoothing) | {"labels": labels}
+        leaves = ("features", "prototypes", "bias")
+        assert all((part == 0).all() for part in differentiated(backend, given, leaves, incoming=torch.ones(())))
+        divided = given | {"denominator": "all"}
+        truth = run(oracle.contrast, divided, leaves, leaf_dtype=torch.float64, incoming=torch.ones(()))
+        for got, wanted in zip(differentiated(backend, divided, leaves, incoming=torch.ones(())), truth, strict=True):
+            torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-6)
+            assert (wanted != 0).any() == bool(smoothing)
+
+
 @pytest.mark.parametrize("backend", usable(CONTRAST, "denominator", "bias", among=ALL))
 def test_a_denominator_of_zero_is_loss_zero_and_gradient_zero(backend):
     p = problem((2, 20, 3, 5))

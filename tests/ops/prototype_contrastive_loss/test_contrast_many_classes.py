@@ -44,7 +44,9 @@ class Case(NamedTuple):
         if not self.soft:
             return torch.randint(0, classes, (1, 1, pixels), generator=generator)
         rows = torch.rand(1, classes, 1, pixels, generator=generator)
-        return {"equal": torch.full_like(rows, 1 / classes), "normalised": F.normalize(rows, 1, 1), "raw": rows}[self.soft]
+        return {"equal": torch.full_like(rows, 1 / classes), "normalised": F.normalize(rows, 1, 1), "raw": rows}[
+            self.soft
+        ]
 
 
 CASES = (
@@ -61,7 +63,12 @@ CASES = (
     Case("sigmoid", ("sigmoid",), settings={"loss": "sigmoid"}),
 )
 # classes, pixels, draws: of few draws eager may be right by chance
-SIZES = {"reference": [(1000, 6, 6)], "cpu": [(1000, 60, 6), (8192, 8, 4)], "triton": [(600, 4, 4)], "cuda": [(1000, 6, 6), (8192, 4, 4)]}
+SIZES = {
+    "reference": [(1000, 6, 6)],
+    "cpu": [(1000, 60, 6), (8192, 8, 4)],
+    "triton": [(600, 4, 4)],
+    "cuda": [(1000, 6, 6), (8192, 4, 4)],
+}
 EACH = [
     pytest.param(backend, size, case, id=f"{case.name}-{size[0]}-{backend}")
     for case in CASES
@@ -80,7 +87,9 @@ def errors(case: Case, size: tuple[int, int, int], backend: str) -> dict[str, to
         eager = run(oracle.contrast, given, LEAVES, dtype=torch.float32)
         truth = run(oracle.contrast, given, LEAVES, leaf_dtype=torch.float64)
         for name, g, e, t in zip(rows, got, eager, truth, strict=True):
-            rows[name].append(torch.stack([(g - t).square().mean().sqrt(), (e - t).square().mean().sqrt(), t.abs().max()]))
+            rows[name].append(
+                torch.stack([(g - t).square().mean().sqrt(), (e - t).square().mean().sqrt(), t.abs().max()])
+            )
     return {name: torch.stack(row) for name, row in rows.items()}
 
 

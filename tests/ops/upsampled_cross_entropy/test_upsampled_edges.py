@@ -281,6 +281,27 @@ def test_a_given_denominator_divides_value_and_gradient_and_0_makes_them_0(backe
             torch.testing.assert_close(g, s / number if number else torch.zeros_like(s), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("backend", usable(CROSS, "denominator", among=ALL))
+def test_labels_that_all_weigh_nothing_are_loss_0_unless_a_denominator_is_given(backend, smoothing):
+    """torch divides 0 by 0. With smoothing the other classes have a loss, and "all" divides it."""
+    if smoothing and backend not in usable(CROSS, "denominator", "label_smoothing", among=ALL):
+        pytest.skip("this backend has no label smoothing")
+    p = problem((2, 1, 3, 5), 3, (9, 11), ignored=0.0)
+    labels, weight = p.labels.clamp_max(1), torch.tensor([0.0, 0.0, 0.5])
+    given = {"logits": p.logits, "labels": labels, "class_weight": weight} | (
+        {"label_smoothing": smoothing} if smoothing else {}
+    )
+    assert all((part == 0).all() for part in differentiated(backend, **given))
+    logits = p.logits.double().requires_grad_()
+    whole = F.interpolate(logits, p.size, mode="bilinear", align_corners=True)
+    loss = F.cross_entropy(whole, labels, weight.double(), label_smoothing=smoothing, reduction="sum") / labels.numel()
+    wanted = (loss, *torch.autograd.grad(loss, logits))
+    summed = differentiated(backend, **given, denominator="all", incoming=torch.ones(()))
+    for got, truth in zip(summed, wanted, strict=True):
+        torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=1e-6)
+
+
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 PEAK = """
