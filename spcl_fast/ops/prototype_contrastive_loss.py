@@ -54,7 +54,8 @@ def prototype_contrastive_loss(
                   and never stored.
     prototypes    [K, D], or [B, K, D] for one set per image (with prototype_class [M, D] or [B, M, D]); used as they are: they are not
                   normalised here. Next to half-float features GPU backends round them to the same dtype, as autocast does.
-    temperature   a number, or a tensor of shape [] that may be learned; it is read where it is, without a host sync. Must be above 0.
+    temperature   a number, or a tensor of shape [] that may be learned; it is read where it is, without a host sync. Must be finite and
+                  above 0: on the CPU ValueError, on a GPU a tensor's value is not looked at.
     normalize     False: the dot product with x itself.
     ignore_index  pixels with this label have loss 0 and gradient exactly 0. No class may be named so where labels are probabilities.
     class_weight  [K], as in F.cross_entropy: the mean divides by the summed class weights of the labelled pixels (by the number of labelled
@@ -62,7 +63,8 @@ def prototype_contrastive_loss(
     pixel_weight  of the features' grid, or of the integer labels' shape, then read by the nearest rule: multiplies a pixel's loss and
                   gradient and is not part of the mean's denominator.
     variances     of the prototypes' shape: the quadratic term of z; a constant.
-    reduction     "mean" | "sum" | "none" (the map, 0 where ignored). Nothing labelled: 0, and gradient 0.
+    reduction     "mean" | "sum" | "none" (the map, 0 where ignored). Nothing labelled, or a mean whose denominator is 0 (all labels of
+                  class weight 0): 0, and gradient 0, where F.cross_entropy has NaN.
     backend       "reference" | "cpu" | "triton" | "cuda"; None: the fastest usable one.
     bias          [K] or [B, K], with prototype_class [M] or [B, M]: added to the logit after the temperature: a linear head, log
                   priors, -1/2 |prototype|^2.
