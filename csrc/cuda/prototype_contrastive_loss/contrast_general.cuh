@@ -184,10 +184,11 @@ struct Seen {
   }
 };
 
-// log(total), whose last digits in float would be seen in every probability.
+// log(total), whose last digits in float would be seen in every probability; exactly 0 of 1.
 __device__ __forceinline__ double log_of(double total) {
   int exponent;
-  const float fraction = frexpf(static_cast<float>(total), &exponent);
+  float fraction = frexpf(static_cast<float>(total), &exponent);
+  if (fraction < 0.70710678f) fraction *= 2, --exponent;
   return exponent * 0.6931471805599453 + logf(fraction);
 }
 
