@@ -171,7 +171,7 @@ def best_of(ptr, at, K, stride_k, y, x, ROWS: tl.constexpr, COLS: tl.constexpr, 
     for k in range(0, K):
         a, b, c, d = load_corners(ptr, at)
         z = interpolate(a, b, c, d, y, x)
-        better = (z > top) | ((z != z) & (top == top))
+        better = ((z <= top) == 0) & (top == top)
         best = tl.where(better, k, best)
         top = tl.where(better, z, top)
         ptr += stride_k

@@ -180,7 +180,7 @@ __device__ __forceinline__ float exponent_at(const Exponents& e, int column) {
 }
 
 // Whether z is what argmax takes instead of the best one so far: NaN is the largest, and of equals the first.
-__device__ __forceinline__ bool is_better(float z, float best) { return z > best || (z != z && best == best); }
+__device__ __forceinline__ bool is_better(float z, float best) { return !(z <= best) && best == best; }
 
 // A sum over the block in float64 and in a fixed order; every thread gets it. `scratch`: kUpWarps doubles. Begins and
 // ends with a barrier.
