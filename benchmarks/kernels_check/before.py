@@ -88,7 +88,11 @@ REASONS: tuple[tuple[str, str, str], ...] = (
         "a pixel's bound and the logarithm of its sum are held apart, since their sum loses the probabilities at a low temperature; "
         "labels of -inf have an infinite loss. One warp per block: 8 are resident with up to 255 registers",
     ),
-    ("triton", "prediction", "a NaN logit is the largest, as in argmax. One warp per block: 12 are resident, as they were"),
+    (
+        "triton",
+        "prediction",
+        "a NaN logit is the largest, as in argmax. One warp per block: 12 are resident, as they were",
+    ),
     ("cuda", "contrast_add_groups", "adds the gradients of the bias and of each image, too: an offset more"),
     (
         "cuda",

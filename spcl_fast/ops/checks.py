@@ -77,9 +77,8 @@ def has_values(values: Tensor) -> bool:
     return not (
         torch.compiler.is_compiling()
         or is_fake(values)
-        or torch._is_functional_tensor(values)
         or torch._C._are_functorch_transforms_active()
-        or torch.utils._python_dispatch._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_dispatch_stack() > 0
     )
 
 
