@@ -147,8 +147,8 @@ cuda-load: ## build the CUDA module next to a CUDA build of torch, in build/cuda
 gpu: ## on a machine with an NVIDIA GPU: build, GPU tests, memory checker, benchmarks
 	@$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
-soak: install ## the long form of the fault tests: hours
-	@$(BIN)/python -m pytest -m soak --timeout 0 $(ARGS)
+soak: install ## the long form of the fault tests, in pieces if wished (ARGS="-k 200_kills"); then make reliability
+	@SPCL_FAST_SOAK_LOG=benchmarks/results/soak.jsonl $(BIN)/python -m pytest -m soak --timeout 0 $(ARGS)
 
 clean: ## remove what was built; runs/ and the environment stay (rm -rf .venv for that)
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis spcl_fast/*.so $(VENV)/.package

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import ROOT
+from benchmarks import ROOT, soak
 
 PAGE, TABLE = ROOT / "docs" / "reliability.md", ROOT / "benchmarks" / "reliability.txt"
 WAYS = ("accepted", "refused", "reported")
@@ -48,8 +48,11 @@ def read_table(text: str) -> tuple[dict[str, list[Line]], list[Run]]:
     ]
 
 
-def page(users: dict[str, list[Line]], machinery: list[Run]) -> str:
-    """The whole page. Raises LookupError that names a line whose test is not there, or does not hold its number."""
+def page(users: dict[str, list[Line]], machinery: list[Run], soaked: list[dict] | None = None) -> str:
+    """The whole page. soaked: kept results of `make soak`; None: those of its log.
+
+    Raises LookupError that names a line whose test is not there, or does not hold its number.
+    """
     lines = [
         "# Reliability: what happens with what, and the test that shows it",
         "",
@@ -69,10 +72,12 @@ def page(users: dict[str, list[Line]], machinery: list[Run]) -> str:
         "| what is done | how often | where it runs | test |",
         "|---|---|---|---|",
     ]
+    soaked = soak.read() if soaked is None else soaked
     for run in machinery:
         _check_count(run)
         _check_where(run)
-        lines.append(f"| {run.what} | {run.count.replace('_', ' ')} | {run.where} | {_link(run.test)} |")
+        where = f"{run.where}: {soak.summary(run.test, soaked)}" if "`make soak`" in run.where else run.where
+        lines.append(f"| {run.what} | {run.count.replace('_', ' ')} | {where} | {_link(run.test)} |")
     return "\n".join([*lines, ""])
 
 

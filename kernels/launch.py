@@ -135,7 +135,9 @@ TABLES: dict[str, list[Row]] = {
         *_FEW_CLASSES,
         _MANY_CLASSES(dtype="fp32", BLOCK_N=32, BLOCK_D=16, BLOCK_O=256),
         _MANY_CLASSES(BLOCK_N=64, BLOCK_D=64, BLOCK_O=256),
-        _row("contrast_backward_split", dtype="fp32", BLOCK_N=32, BLOCK_K=64, BLOCK_D=16, BLOCK_O=256, stages=1, warps=8),
+        _row(
+            "contrast_backward_split", dtype="fp32", BLOCK_N=32, BLOCK_K=64, BLOCK_D=16, BLOCK_O=256, stages=1, warps=8
+        ),
         *_DEFAULT,
     ],
     "sm_100": _DEFAULT,

@@ -25,6 +25,8 @@ if not torch.cuda.is_available():
 
 from hypothesis import HealthCheck, settings  # noqa: E402
 
+from benchmarks import soak  # noqa: E402
+
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     import interpreter_bounds
     import interpreter_speed
@@ -78,3 +80,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
         if item.get_closest_marker("soak") and not asked_for_soak:
             item.add_marker(pytest.mark.skip(reason="the long form: run it by `make soak`"))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """`make soak` keeps what ran and how it ended, a line per test, for docs/reliability.md (benchmarks/soak.py)."""
+    if report.when == "call" and "soak" in report.keywords and (log := os.environ.get("SPCL_FAST_SOAK_LOG")):
+        soak.keep(Path(log), report.nodeid, report.outcome, report.duration)

@@ -144,9 +144,9 @@ def folders(root: Path, split: str, num_classes: int) -> Layout:
         elif any("/" not in name for name in everything):
             images, label_of = by_list(root, split, everything), LabelBelow(root / "labels")
         else:
-            splits = sorted({name.split("/")[0] for name in everything})
+            splits = ", ".join(sorted({name.split("/")[0] for name in everything})) or "none"
             raise DataError(
-                f"folders {root}: no split {split!r}: neither {top / split} nor {list_file} exists. Splits there: {', '.join(splits)}."
+                f"folders {root}: no split {split!r}: neither {top / split} nor {list_file} exists. Splits there: {splits}."
             )
     own = root / "classes.json"
     classes = read_classes(own)[0] if own.is_file() else None

@@ -119,6 +119,11 @@ def _check(model: SegmentationModel, found: _Found, wanted: set[str], path: Path
     ]
     if problems:
         others = [*missing, *unexpected, *shapes, *odd]
+        if trained and others == missing:
+            raise CheckpointError(
+                f"{path} looks like {found.format}, but not like all of it: {'; '.join(problems)}. Nothing was loaded; give a file "
+                "with the whole net, such as a checkpoint folder of a run or what torch.save makes of the net's state_dict()."
+            )
         if others and all(key.startswith(_CLASSIFIER) for key in others):
             raise CheckpointError(
                 f"{path} looks like {found.format}, whose classifier does not fit {model.num_classes} classes: {'; '.join(problems)}. "

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from spcl_fast.cli import main
 from spcl_fast.config.load import dump_config, load_config
@@ -104,6 +104,23 @@ def test_weights_of_other_classes_get_advice_that_helps_here(run, images, tmp_pa
     assert main(["predict", *words, "--target.classes", str(tmp_path / "five.json")]) == 5
     error = capsys.readouterr().err
     assert "give the classes that it was trained with (--target.classes" in error and "body_only" not in error
+
+
+def test_weights_that_lack_a_tensor_are_not_taken_for_those_of_other_classes(run, images, tmp_path, capsys):
+    weights = load_file(run / "weights" / "model.safetensors")
+    save_file({key: value for key, value in weights.items() if key != "classifier.bias"}, tmp_path / "part.safetensors")
+    words = [
+        str(tmp_path / "part.safetensors"),
+        str(images),
+        str(tmp_path / "out"),
+        "--config",
+        str(run / "config.yaml"),
+    ]
+    assert main(["predict", *words]) == 5
+    error = capsys.readouterr().err
+    assert (
+        "1 missing: classifier.bias" in error and "give a file with the whole net" in error and "classes" not in error
+    )
 
 
 def test_predict_follows_no_link_out_of_the_folder(run, images, tmp_path, capsys):

@@ -229,6 +229,13 @@ def test_folders_unknown_split_tells_the_ones_there(folders):
         build_dataset("folders", folders, "test")
 
 
+def test_folders_without_any_split_say_so(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "classes.json").write_text(json.dumps(CLASSES))
+    with pytest.raises(DataError, match="no split 'train'.*Splits there: none"):
+        build_dataset("folders", tmp_path, "train")
+
+
 def test_folders_list_with_a_name_in_two_folders_asks_for_the_full_name(folders):
     save_image(folders / "images" / "val" / "t1.jpg")
     (folders / "mix.txt").write_text("t1\n")
