@@ -108,19 +108,13 @@ def test_weights_of_other_classes_get_advice_that_helps_here(run, images, tmp_pa
 
 def test_weights_that_lack_a_tensor_are_not_taken_for_those_of_other_classes(run, images, tmp_path, capsys):
     weights = load_file(run / "weights" / "model.safetensors")
-    save_file({key: value for key, value in weights.items() if key != "classifier.bias"}, tmp_path / "part.safetensors")
-    words = [
-        str(tmp_path / "part.safetensors"),
-        str(images),
-        str(tmp_path / "out"),
-        "--config",
-        str(run / "config.yaml"),
-    ]
-    assert main(["predict", *words]) == 5
+    part = tmp_path / "part.safetensors"
+    save_file({key: value for key, value in weights.items() if key != "classifier.bias"}, part)
+    words = [str(part), str(images), str(tmp_path / "out"), "--config", str(run / "config.yaml")]
+    assert main(["predict", *words, "--target.classes", str(run / "classes.json")]) == 5
     error = capsys.readouterr().err
-    assert (
-        "1 missing: classifier.bias" in error and "give a file with the whole net" in error and "classes" not in error
-    )
+    assert "1 missing: classifier.bias" in error and "give a file with the whole net" in error
+    assert "classes that it was trained with" not in error
 
 
 def test_predict_follows_no_link_out_of_the_folder(run, images, tmp_path, capsys):
