@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ROOT
+from benchmarks.cpu.variants import ONE_THREAD, PLAIN
 from benchmarks.tables import markdown, read
 
 PAGE = ROOT / "docs" / "speed.md"
@@ -118,10 +119,28 @@ def step_table() -> str:
     return markdown(header, rows) + f"\n\n{_note(result['machine'])}"
 
 
+def variants_table() -> str:
+    """Ours with other dtypes, layouts and one thread: milliseconds, and next to float32 NCHW."""
+    result = read("cpu_variants.json")
+    rows = []
+    for op, by_shape in result["ops"].items():
+        for shape, variants in by_shape.items():
+            ms = {name: stats["median_ms"] for name, stats in variants.items()}
+            others = [name for name in ms if name not in (PLAIN, ONE_THREAD)]
+            ratios = [f"{ms[name] / ms[PLAIN]:.2f}" for name in others]
+            rows.append([f"`{op}` {shape}", f"{ms[PLAIN]:.1f}", *ratios, f"{ms[ONE_THREAD] / ms[PLAIN]:.2f}"])
+    first = next(iter(next(iter(result["ops"].values())).values()))
+    header = ["op and shape", "float32, ms"]
+    header += [f"{name}, × its time" for name in first if name not in (PLAIN, ONE_THREAD)]
+    header.append(f"× as fast with {result['machine']['threads']} threads as with 1")
+    return markdown(header, rows) + f"\n\n{_note(result['machine'])}"
+
+
 TABLES = {
     "ops": ops_table,
     "baseline": baseline_table,
     "peers": peers_table,
+    "variants": variants_table,
     "growth": growth_table,
     "step": step_table,
 }

@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 
 import pytest
+import torch
 
-from benchmarks.cpu import results, step
+from benchmarks.cpu import results, step, variants
 from benchmarks.cpu.case import Case, Floor, runnable
+from benchmarks.cpu.floors import Problem
 from benchmarks.cpu.growth import exponent
 from benchmarks.cpu.timing import in_turn
+from benchmarks.problems import contrast_problem
 from spcl_fast.train import memory
 
 
@@ -61,3 +64,33 @@ def test_the_clock_gives_each_phase_its_own_time():
         clock.enter("step")
     assert clock.seconds["data"] >= 0.02 and clock.seconds["forward"] >= 0.04 and clock.seconds["step"] > 0
     assert clock.seconds["loss"] == clock.seconds["backward"] == 0
+
+
+def test_each_variant_is_timed_on_features_of_its_dtype_layout_and_threads(monkeypatch):
+    seen = []
+
+    def note(features, labels, prototypes):
+        seen.append((features.dtype, prototypes.dtype, features.stride(1), torch.get_num_threads()))
+
+    def once(calls):
+        for call in calls.values():
+            call()
+        return dict.fromkeys(calls)
+
+    monkeypatch.setitem(variants.OPS, "op", note)
+    monkeypatch.setattr(variants, "in_turn", once)
+    monkeypatch.setattr(variants, "make_problem", lambda name: Problem(name, *contrast_problem((1, 3, 4, 5), 2)))
+    threads = torch.get_num_threads()
+    try:
+        assert set(variants.times_of("op", "A")) == set(variants.VARIANTS)
+    finally:
+        torch.set_num_threads(threads)
+    half, full = torch.bfloat16, torch.float32
+    n = variants.THREADS
+    assert seen == [
+        (full, full, 20, n),
+        (full, full, 1, n),
+        (half, half, 20, n),
+        (half, half, 1, n),
+        (full, full, 20, 1),
+    ]
