@@ -25,8 +25,6 @@ if not torch.cuda.is_available():
 
 from hypothesis import HealthCheck, settings  # noqa: E402
 
-from benchmarks import soak  # noqa: E402
-
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     import interpreter_bounds
     import interpreter_speed
@@ -85,4 +83,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """`make soak` keeps what ran and how it ended, a line per test, for docs/reliability.md (benchmarks/soak.py)."""
     if report.when == "call" and "soak" in report.keywords and (log := os.environ.get("SPCL_FAST_SOAK_LOG")):
+        from benchmarks import soak  # in a checkout alone: these tests run without it, too
+
         soak.keep(Path(log), report.nodeid, report.outcome, report.duration)

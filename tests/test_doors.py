@@ -233,7 +233,7 @@ def test_a_finished_run_of_toys_is_skipped(house, run):
 def test_the_report_shows_them(house, run):
     spcl_fast(house, "report", str(run))
     page = (run / "report.html").read_text()
-    assert "SPCL, toyed" in page  # it is the final net of this run
+    assert "final net, toyed" in page  # it is the final net of this run
 
 
 def test_the_plan_counts_them(house, run):

@@ -162,7 +162,7 @@ def _no_slopes(features, BLOCK_N: tl.constexpr):
 def _add_slopes(slopes, target, prototypes, cls, lse, offs_k, K, w, z, linear, variance):
     cost, rest, mean = slopes
     if cost.dtype == tl.float64:
-        softmax: tl.constexpr = target.sigmoid is None and target.given is None
+        softmax: tl.constexpr = target.sigmoid is None and target.given is None  # pyright: ignore[reportAssignmentType]
         y = with_margin(linear, cls, offs_k, prototypes)
         p = w
         if softmax:

@@ -122,6 +122,12 @@ def on_plan(args: argparse.Namespace) -> None:
     if config is None:
         return
     check_config(config, ())
+    source = catalog.find(catalog.DATA_SETS, config.source.dataset.partition("+")[0])
+    if source.needs_root and not source.num_classes and not config.source.root and not config.source.classes:
+        raise ConfigError(
+            f"source.root is not set, and plan needs the classes of {config.source.dataset}: give --source.root path/to/folder, "
+            "or --source.classes FILE.json"
+        )
     from ..memory_plan import cards, fitting, table
 
     stages, fitted = fitting.stages_of(config, args.stage), None
@@ -269,13 +275,18 @@ def on_pick_images(args: argparse.Namespace) -> None:
         return
     check_domains(config, {"target": args.command})
     places.check_file(args.output, "--output")
+    if args.output.exists():
+        raise ConfigError(f"{args.output} is there already: give another --output, or remove it.")
+    from ..data.left_out import counted
     from ..method.pick import pick_images
 
-    names = pick_images(args.weights, config, args.stage, args.count)
+    picked = pick_images(args.weights, config, args.stage, args.count)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-    print("\n".join(names))
-    print(f"label these, the first one first, then train with --target.labelled {args.output}")
+    names = "".join(f"{name}\n" for name in (*picked.labelled, *picked.names))
+    args.output.write_text(names, encoding="utf-8")
+    print("\n".join(picked.names))
+    known = f" (with the {counted(len(picked.labelled), 'image')} labelled before)" if picked.labelled else ""
+    print(f"label these, the first one first, then train with --target.labelled {args.output}{known}")
 
 
 def on_check_data(args: argparse.Namespace) -> int:

@@ -90,10 +90,10 @@ def canonical(name: str) -> str:
 
 
 def of_every_stage(key: str) -> list[str]:
-    """`iterations` -> `source_only.iterations`, `warmup.iterations`, ...: what every trained stage has; nothing for other names."""
+    """`iterations` -> `source_only.iterations`, `head.iterations`, ...: what all have that train; nothing for other names."""
     if "." in key or key not in _EVERY_STAGE:
         return []
-    stages = dict.fromkeys(stage.section for stage in catalog.trained())
+    stages = dict.fromkeys(stage.section for stage in (*catalog.trained(), catalog.HEAD))
     return [name for section in stages if (name := f"{section}.{key}") in all_settings()]
 
 

@@ -43,8 +43,12 @@ def missing_label(image: Path, expected: Path) -> str:
     text = f"image {image} has no label: expected {expected}."
     if not expected.parent.is_dir():
         text += f" The folder {expected.parent} does not exist{folders_there(expected.parent)}."
+    others = {PurePath(file).stem.casefold() for file in _files(image.parent)} - {image.stem.casefold()}
     for folder in dict.fromkeys((expected.parent, image.parent)):
-        near = _nearest(image.stem, [file for file in _files(folder) if folder / file != image])
+        files = [file for file in _files(folder) if folder / file != image]
+        if folder != image.parent:  # what is called after another image is that one's label
+            files = [file for file in files if PurePath(file).stem.casefold() not in others]
+        near = _nearest(image.stem, files)
         if near is None:
             continue
         ending = near.removeprefix(image.stem)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
-from pathlib import Path
+import re
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from ..errors import DataError
-from .files import read_list
+from ..errors import ConfigError, DataError
+from .files import IMAGE_SUFFIXES, read_list
 from .sampling import generator
 
 
@@ -31,30 +32,42 @@ class Chosen(NamedTuple):
         return dict(list(found.items())[: self.count])
 
 
-def choose(wanted: str, names: list[str], seed: int) -> Chosen:
+def choose(wanted: str, names: list[str], seed: int, evaluated: Collection[str] = ()) -> Chosen:
     """What target.labelled says: a number, drawn by the seed so that fewer are a part of more; a list file; or names with commas between.
 
-    Raises DataError for none, too many, or a name that is not among `names`.
+    evaluated: names of the validation split, which are told apart from typing mistakes. Raises ConfigError for no image, too many, or a
+    name that is not among `names`; DataError for a list file that cannot be read.
     """
-    if wanted.strip().isdigit():
-        count = int(wanted)
+    if re.fullmatch(r"\s*[+-]?[\d._]*\d%?\s*", wanted):
+        count = int(wanted) if wanted.strip().isdigit() else 0
         if not 0 < count <= len(names):
-            raise DataError(f"target.labelled: got {count}, expected 1 to {len(names)}, the number of training images")
+            raise ConfigError(
+                f"target.labelled: got {wanted}, expected a whole number from 1 to {len(names)}, the number of training images"
+            )
         order = generator(seed, 0).permutation(len(names))
         return Chosen(tuple(names[i] for i in order), count)
     path = Path(wanted).expanduser()
-    listed = read_list(path) if path.is_file() else [word.strip() for word in wanted.split(",") if word.strip()]
+    listed = read_list(path) if path.is_file() else [without_ending(word) for word in wanted.split(",") if word.strip()]
     if not listed:
-        raise DataError("target.labelled: got nothing, expected a number, names with commas between, or a list file")
+        raise ConfigError("target.labelled: got nothing, expected a number, names with commas between, or a list file")
     known = set(names)
     unknown = next((name for name in listed if name not in known), None)
     if unknown is not None:
+        if unknown in set(evaluated):
+            raise ConfigError(
+                f"target.labelled: {unknown!r} is an image of the validation split, and what is evaluated must not be learned."
+            )
         near = difflib.get_close_matches(unknown, names, n=1)
-        where = (
-            f"{path} names" if path.is_file() else "target.labelled: there is no such file, nor a training image called"
-        )
-        raise DataError(
-            f"{where} {unknown!r}{', which is no training image' if path.is_file() else ''}"
-            f"{f'; the nearest name is {near[0]!r}' if near else ''}. Names are those below the image folder, without the ending."
-        )
+        hint = f"; the nearest name is {near[0]!r}" if near else ""
+        if path.is_file():
+            what = f"{path} names {unknown!r}, which is no training image{hint}"
+        else:
+            what = f"target.labelled: there is no such file, nor a training image called {unknown!r}{hint}"
+        raise ConfigError(f"{what}. Names are those below the image folder, without the ending.")
     return Chosen(tuple(dict.fromkeys(listed)))
+
+
+def without_ending(word: str) -> str:
+    """A name of an image as `read_list` has it."""
+    word = word.strip()
+    return word[: -len(suffix)] if (suffix := PurePosixPath(word).suffix).lower() in IMAGE_SUFFIXES else word

@@ -51,7 +51,8 @@ class Domains:
             return None
         every = self.dataset("target", "train", labels=False)
         seed = step_seed(self.config.seed, "target.labelled", 0)
-        chosen = choose(target.labelled, every.names, seed)
+        evaluated = self._evaluated()
+        chosen = choose(target.labelled, every.names, seed, () if evaluated is None else evaluated.names)
         if every.image_path(0) is None:  # generated scenes all have labels
             place = {name: index for index, name in enumerate(every.names)}
             indices = [place[name] for name in chosen.names[: chosen.count]]
@@ -62,11 +63,15 @@ class Domains:
 
     def evaluated_paths(self) -> set[str]:
         """Files of the target's validation images: none where it has no such split, or is generated."""
+        evaluated = self._evaluated()
+        indices = range(0 if evaluated is None else len(evaluated))
+        return {str(path) for index in indices if evaluated and (path := evaluated.image_path(index)) is not None}
+
+    def _evaluated(self) -> Dataset | None:
         try:
-            evaluated = self.dataset("target", "val", labels=False)
+            return self.dataset("target", "val", labels=False)
         except DataError:
-            return set()
-        return {str(path) for index in range(len(evaluated)) if (path := evaluated.image_path(index)) is not None}
+            return None
 
     def _refuse_evaluated(self, labelled: Dataset) -> None:
         paths = self.evaluated_paths()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,10 +26,15 @@ _DIM = 64  # wider features are projected to it, by the same random matrix for e
 _SAID_EVERY = 50
 
 
+class Picked(NamedTuple):
+    names: list[str]  # the most useful one first
+    labelled: list[str]  # those of target.labelled
+
+
 def pick_images(
     path: Path, config: Config, stage: str | None, count: int, say: Callable[[str], None] = print
-) -> list[str]:
-    """Names of `count` training images of the target, the most useful one first. Reads no label.
+) -> Picked:
+    """`count` training images of the target. Reads no label.
 
     path: a run folder or weights, as `load_trained` takes them. Images of target.labelled and of the validation split are not picked; those
     of target.labelled count as picked before. Memory: of each image K x 64 floats. Raises DataError where fewer than `count` are left.
@@ -41,7 +47,7 @@ def pick_images(
         raise ConfigError(
             f"{trained.weights} was trained for other classes than those of {every.kind} {config.target.root}"
         )
-    labelled = set(() if domains.labelled_target is None else domains.labelled_target.names)
+    labelled = [] if domains.labelled_target is None else domains.labelled_target.names
     open_ = [index for index in _not_evaluated(domains, every) if every.names[index] not in labelled]
     if len(open_) < count:
         raise DataError(f"--count {count}: only {len(open_)} training images of the target are not labelled yet")
@@ -49,7 +55,7 @@ def pick_images(
     seen = every.select(open_ + known)
     uncertainty, places = _seen_by(trained, seen, config, say)
     picked = greedy(uncertainty, places, count, before=range(len(open_), len(seen)))
-    return [seen.names[index] for index in picked]
+    return Picked([seen.names[index] for index in picked], labelled)
 
 
 def greedy(uncertainty: Tensor, places: Tensor, count: int, before: Sequence[int] = ()) -> list[int]:

@@ -19,7 +19,7 @@ from ..train.signals import stop_requests
 from .accept import accept, as_ran, fork
 from .context import Context
 from .few_labels import declared
-from .samples import keep_samples
+from .samples import keep_pictures, keep_samples
 from .stage import BANK, UntrainedStage
 from .summary import write_summary
 from .training import Forecast, train_stage
@@ -75,6 +75,8 @@ def _do(context: Context, row: catalog.Stage, forecast: Forecast | None) -> None
     if bank is not None:
         assert isinstance(bank.prototypes, Tensor)
         keep_samples(context, trainee.net.model, bank.prototypes)
+    elif row.role == "result":
+        keep_pictures(context)
 
 
 def _write(context: Context, row: catalog.Stage, stage: UntrainedStage) -> None:

@@ -24,7 +24,7 @@ def keep_samples(context: Context, model: SegmentationModel, prototypes: Tensor)
     """The images and truths that `evaluate_stage` keeps predictions of, and features of both domains; once per run."""
     if not distributed.is_main() or context.run.path(layout.FEATURES).is_file():
         return
-    _keep_pictures(context)
+    keep_pictures(context)
     training, features, labels, domains = model.training, [], [], []
     model.eval()
     for domain, side in enumerate(("source", "target")):
@@ -50,8 +50,12 @@ def keep_samples(context: Context, model: SegmentationModel, prototypes: Tensor)
     )
 
 
-def _keep_pictures(context: Context) -> None:
-    run, dataset = context.run, context.pictured
+def keep_pictures(context: Context) -> None:
+    """The images and truths that `evaluate_stage` keeps predictions of, once per run."""
+    run = context.run
+    if not distributed.is_main() or run.path(layout.SAMPLES).is_dir():
+        return
+    dataset = context.pictured
     if dataset is None:
         return
     for index, name in enumerate(dataset.names):

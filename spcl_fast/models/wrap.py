@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
@@ -15,9 +17,9 @@ class WrappedFeatures(nn.Module):
 
     body: Any  # the type of a Module's attributes says only Tensor or Module
 
-    def __init__(self, module: nn.Module, channels: int) -> None:
+    def __init__(self, module: nn.Module, channels: int, stride: int) -> None:
         super().__init__()
-        self.body, self.channels = module, channels
+        self.body, self.channels, self.stride = module, channels, stride
 
     def forward(self, images: Tensor) -> Tensor:
         module = self.body
@@ -36,7 +38,18 @@ class WrappedFeatures(nn.Module):
                 f"{type(module).__name__}: features of {list(images.shape)} images must be one tensor "
                 f"[{images.shape[0]}, {self.channels} (its attribute channels), h, w], got {given}"
             )
+        if not torch.compiler.is_compiling():
+            self._check_stride(images, features)
         return features
+
+    def _check_stride(self, images: Tensor, features: Tensor) -> None:
+        """Within two pixels of the map: nets pad, cut and round in their own ways."""
+        for size, found in zip(images.shape[2:], features.shape[2:], strict=True):
+            if abs(found - size / self.stride) > 2:
+                raise ConfigError(
+                    f"{type(self.body).__name__}: its attribute stride is {self.stride}, but images of {list(images.shape[2:])} pixels "
+                    f"gave features of {list(features.shape[2:])}. Correct stride, or the features."
+                )
 
 
 def wrap_model(
@@ -72,10 +85,11 @@ def wrap_model(
             f"wrap_model: {type(module).__name__}: stride and channels must be whole numbers of 1 or more, got {module.stride!r} and "
             f"{module.channels!r}"
         )
+    _check_arguments(module)
     head = getattr(module, "head", None)
     return SegmentationModel(
         "custom",
-        WrappedFeatures(module, channels),
+        WrappedFeatures(module, channels, stride),
         linear_classifier(channels, num_classes) if classifier is None else classifier,
         stride=stride,
         channels=channels,
@@ -84,3 +98,16 @@ def wrap_model(
         std=std or getattr(module, "std", IMAGENET_STD),
         head=f"body.{head}" if isinstance(head, str) else None,
     )
+
+
+def _check_arguments(module: nn.Module) -> None:
+    function = getattr(module, "features", None)
+    function = function if callable(function) else module.forward
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError as error:
+        raise ConfigError(
+            f"wrap_model: {type(module).__name__}: its {function.__name__} must take the images and nothing else: {error}"
+        ) from None
+    except ValueError:  # of something that has no signature: calling it will tell
+        return

@@ -27,11 +27,18 @@ class Finding:
     text: str
 
 
+def labelled_count(run: RunFolder) -> int:
+    """How many target images' labels the run learned from (target.labelled)."""
+    count = run.summary.get("labelled_target_images")
+    return count if isinstance(count, int) else 0
+
+
 def findings_of(run: RunFolder) -> list[Finding]:
     """The findings of a run, the worst first."""
     found = [*_collapse(run), *_selection(run), *_gains(run), *_classes(run), *_training(run)]
     if run.final and not any(finding.level == "bad" for finding in found):
-        text = "No class takes more than 80% of the pixels where it should not, and not every pixel was given a pseudo-label."
+        text = "No class takes more than 80% of the pixels where it should not"
+        text += ", and not every pixel was given a pseudo-label." if run.thresholds else "."
         found.append(Finding("good", "No sign of a collapse", text))
     return sorted(found, key=lambda finding: ("bad", "note", "good").index(finding.level))
 
@@ -98,7 +105,10 @@ def _gains(run: RunFolder) -> list[Finding]:
         other = run.evaluations.get(row.name)
         if other is not None and final.miou <= other.miou:
             title = f"The final net is not better than {'the ' if row.role == 'matched' else ''}{row.title}"
-            text = f"{final.miou:.1f} against {other.miou:.1f} mIoU: {_NOT_BETTER[row.role]}"
+            why = _NOT_BETTER[row.role]
+            if row.role == "matched" and labelled_count(run):
+                why = "the same labelled target images do as well without adaptation. Nothing here shows that adaptation helps."
+            text = f"{final.miou:.1f} against {other.miou:.1f} mIoU: {why}"
             found.append(Finding("bad", title, text))
     return found + _lost(run)
 

@@ -16,7 +16,7 @@ from ..runs import layout
 from ..runs.reading import RunFolder, number, read_run
 from . import memory_rows as memory
 from . import pictures, plots
-from .findings import findings_of
+from .findings import findings_of, labelled_count
 from .lettering import undrawn
 
 SELECTION = {
@@ -111,8 +111,8 @@ def render(run: RunFolder) -> str:
 
 
 def _few_labels(run: RunFolder) -> str:
-    count = run.summary.get("labelled_target_images")
-    if not isinstance(count, int):
+    count = labelled_count(run)
+    if not count:
         return ""
     without = " and ".join(row.title for row in catalog.trained() if not row.few_labels)
     return f" All nets but {without} learned from {counted(count, 'labelled target image')}, too."
@@ -154,7 +154,7 @@ def _cards(run: RunFolder) -> list[Headline]:
             Headline(catalog.title(run.baseline), f"{run.evaluations[run.baseline].miou:.1f}", "mIoU on target, %")
         )
     if final is not None:
-        cards.append(Headline(f"SPCL, {final_title}", f"{final.miou:.1f}", "mIoU on target, %", "final"))
+        cards.append(Headline(f"final net, {final_title}", f"{final.miou:.1f}", "mIoU on target, %", "final"))
     if final is not None and run.baseline:
         cards.append(
             _gain("gain", final.miou - run.evaluations[run.baseline].miou, f"points over {catalog.title(run.baseline)}")
@@ -162,7 +162,12 @@ def _cards(run: RunFolder) -> list[Headline]:
     for control in catalog.with_role("matched"):
         if final is not None and control.name in run.evaluations:
             gain = final.miou - run.evaluations[control.name].miou
-            note = f"points; the {control.title} trained on without the target"
+            how = (
+                "learned from the same labels, without adaptation"
+                if labelled_count(run)
+                else "trained on without the target"
+            )
+            note = f"points; the {control.title} {how}"
             cards.append(_gain(f"gain over the {control.title}", gain, note))
     gap = number(run.summary.get("gap_closed"))
     if gap is not None:

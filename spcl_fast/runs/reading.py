@@ -250,14 +250,16 @@ def _say_what_is_missing(run: RunFolder) -> None:
             say(
                 f"{TRAINED[stage][1]}: the stage stopped after step {step}; the same command goes on from its last checkpoint"
             )
+    adapted = any(row.name in run.done for row in catalog.with_role("result"))
     for row in catalog.trained():
-        if row.absent and row.name in absent and row.name not in started:
+        needed = row.role != "result" or not adapted  # one way to adapt is enough
+        if row.absent and needed and row.name in absent and row.name not in started:
             say(f"{row.title}: {row.absent} (stage {row.name})")
     if not run.metrics:
         say(f"{layout.METRICS}: no logged step, so there are no curves")
-    adapted = any(row.name in run.done for row in catalog.with_role("result"))
     later = "" if adapted else " (written when adaptation ends)"
-    if run.features is None and not any(layout.FEATURES in line for line in run.missing):
+    with_prototypes = not adapted or (run.folder / layout.PROTOTYPES).is_file()
+    if run.features is None and with_prototypes and not any(layout.FEATURES in line for line in run.missing):
         say(f"{layout.FEATURES}: no sample of features{later}")
     if not list(run.folder.glob(f"{layout.SAMPLES}/**/*{layout.IMAGE_SUFFIX}")):
         say(f"{layout.SAMPLES}: no pictures{later}")

@@ -95,8 +95,8 @@ def test_one_flag_sets_every_stage_and_a_stages_own_wins_wherever_it_stands(caps
     for words in (["--iterations", "7", "--adapt.iterations", "9"], ["--adapt.iterations=9", "--iterations=7"]):
         assert main(["run", "--preset", "demo", *words, "--batch-size", "3", "--print-config"]) == 0
         config = yaml.safe_load(capsys.readouterr().out)
-        stages = ("source_only", "control", "warmup", "adapt", "distill", "oracle")
-        assert [config[stage]["iterations"] for stage in stages] == [7, 7, 7, 9, 7, 7]
+        stages = ("source_only", "control", "warmup", "adapt", "distill", "oracle", "online", "head")
+        assert [config[stage]["iterations"] for stage in stages] == [7, 7, 7, 9, 7, 7, 7, 7]
         assert {config[stage]["batch_size"] for stage in stages} == {3}
     assert "--iterations: a value is missing, expected a whole number" in told(capsys, 2, "run", "--iterations")
 
@@ -189,6 +189,11 @@ def test_cards_are_known_by_the_names_that_people_use():
     assert cards.card("GeForce RTX 3090").bf16 and cards.card("A100").usable_bytes == 39 * 2**30
     with pytest.raises(ConfigError, match=r"--gpu h101: not in the table; did you mean h100\?"):
         cards.card("h101")
+
+
+def test_plan_without_a_root_names_the_setting(capsys):
+    err = told(capsys, 2, "plan", "adapt", "--preset", "folders")
+    assert "source.root is not set, and plan needs the classes of folders: give --source.root" in err
 
 
 def test_plan_says_what_it_is_counting(capsys):

@@ -134,6 +134,13 @@ def test_another_images_label_is_not_the_nearest_name(root):
     assert "label_ending" not in str(error.value)
 
 
+def test_the_label_of_another_image_that_is_there_is_never_proposed(root):
+    (root / "labels/train/f1.png").unlink()
+    with pytest.raises(DataError, match="f1.png has no label") as error:
+        build(root)
+    assert "nearest" not in str(error.value) and "Rename" not in str(error.value)
+
+
 def test_labels_with_a_suffix_are_read_by_the_setting(root, capsys):
     for path in (root / "labels/train").iterdir():
         path.rename(path.with_name(path.stem + "_mask.PNG"))

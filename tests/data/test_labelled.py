@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from spcl_fast.data.labelled import Chosen, choose
-from spcl_fast.errors import DataError
+from spcl_fast.errors import ConfigError, DataError
 
 NAMES = [f"drive_{i:02d}" for i in range(20)]
 
@@ -27,21 +27,33 @@ def test_names_and_a_list_file_are_taken_in_their_order(tmp_path):
 @pytest.mark.parametrize(
     ("wanted", "said"),
     [
-        ("0", "expected 1 to 20"),
-        ("21", "expected 1 to 20"),
+        ("0", "expected a whole number from 1 to 20"),
+        ("21", "expected a whole number from 1 to 20"),
+        ("-3", "expected a whole number from 1 to 20"),
+        ("2.5", "expected a whole number from 1 to 20"),
+        ("5%", "expected a whole number from 1 to 20"),
         (" , ", "got nothing"),
         ("drive_7", "no such file, nor a training image called 'drive_7'; the nearest name is 'drive_"),
     ],
 )
 def test_what_names_no_image_is_refused(wanted, said):
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(ConfigError, match=said):
         choose(wanted, NAMES, 0)
+
+
+def test_names_with_and_without_their_ending_and_twice_are_one():
+    assert choose("drive_03.jpg,drive_03, drive_02.PNG", NAMES, 0) == Chosen(("drive_03", "drive_02"))
+
+
+def test_an_image_that_is_evaluated_is_named_as_such():
+    with pytest.raises(ConfigError, match="'held_1' is an image of the validation split"):
+        choose("held_1", NAMES, 0, evaluated=["held_0", "held_1"])
 
 
 def test_a_list_with_an_unknown_name_says_which_file(tmp_path):
     path = tmp_path / "picked.txt"
     path.write_text("elsewhere\n")
-    with pytest.raises(DataError, match="picked.txt names 'elsewhere', which is no training image"):
+    with pytest.raises(ConfigError, match="picked.txt names 'elsewhere', which is no training image"):
         choose(str(path), NAMES, 0)
 
 

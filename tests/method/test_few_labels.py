@@ -22,6 +22,7 @@ from spcl_fast.method.few_labels import declared
 from spcl_fast.method.pick import greedy
 from spcl_fast.method.run import run_stages
 from spcl_fast.method.stage import LABELLED, Trainee
+from spcl_fast.report import write_report
 
 
 @pytest.fixture(scope="module")
@@ -154,13 +155,22 @@ def test_greedy_takes_the_uncertain_then_the_far():
     assert sorted(greedy(torch.zeros(5), places, 5)) == [0, 1, 2, 3, 4]
 
 
-def test_picked_images_are_neither_labelled_nor_evaluated_and_come_again_alike(scenes, learned, tmp_path, capsys):
+def test_picked_images_are_neither_labelled_nor_evaluated_and_come_again_alike(learned, tmp_path, capsys):
     run = str(learned[0].run.folder)
-    output = tmp_path / "new" / "picked.txt"
+    output, again = tmp_path / "new" / "picked.txt", tmp_path / "again.txt"
     assert main(["pick-images", run, "--count", "2", "--output", str(output)]) == 0
-    assert sorted(output.read_text().split()) == ["0", "2"]  # 1 and 3 are labelled
-    assert f"--target.labelled {output}" in capsys.readouterr().out
-    first = output.read_text()
-    assert main(["pick-images", run, "--count", "2", "--output", str(output)]) == 0 and output.read_text() == first
-    assert main(["pick-images", run, "--count", "3", "--output", str(output)]) == 3
+    names = output.read_text().split()
+    assert names[:2] == ["1", "3"] and sorted(names[2:]) == ["0", "2"]  # 1 and 3 are labelled
+    assert f"--target.labelled {output} (with the 2 images labelled before)" in capsys.readouterr().out
+    assert main(["pick-images", run, "--count", "2", "--output", str(again)]) == 0
+    assert again.read_text() == output.read_text()
+    assert main(["pick-images", run, "--count", "1", "--output", str(again)]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert main(["pick-images", run, "--count", "3", "--output", str(tmp_path / "more.txt")]) == 3
     assert "only 2 training images of the target are not labelled yet" in capsys.readouterr().err
+
+
+def test_the_report_says_that_the_control_had_the_labels(learned):
+    page = write_report(learned[0].run.folder).read_text()
+    assert "learned from the same labels, without adaptation" in page and "trained on without the target" not in page
+    assert "learned from 2 labelled target images, too" in page and "on source alone does as well" not in page

@@ -21,6 +21,7 @@ from spcl_fast.method.context import Context
 from spcl_fast.method.online import OnlineStep, drawn_classes, follow_, kept_patches, strong_colours
 from spcl_fast.method.run import run_stages
 from spcl_fast.models import build_model
+from spcl_fast.report import write_report
 from spcl_fast.train.device import Precision
 from spcl_fast.train.lean import LeanModel
 
@@ -179,3 +180,12 @@ def test_an_interrupted_run_ends_with_the_bits_of_an_undisturbed_one(tmp_path, m
     assert set(a) == set(b) and {key.split("/")[0] for key in a} >= {"model", "teacher"}
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert json.loads((tmp_path / "cut" / "summary.json").read_text())["online"]["miou"] is not None
+
+
+def test_the_report_of_a_run_without_prototypes_has_pictures_and_misses_nothing_of_them(tmp_path):
+    config = tiny_config(tmp_path)
+    run_stages(config, ["source_only", "control", "online"])
+    page = write_report(tmp_path / "run").read_text()
+    assert "final net, online self-training" in page and "No pictures were saved" not in page
+    for jargon in ("no adapted net yet", "no sample of features", "every pixel was given a pseudo-label"):
+        assert jargon not in page

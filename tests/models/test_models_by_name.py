@@ -270,6 +270,13 @@ class NoStride(Net):
 class WordStride(Net):
     stride = "eight"
 
+class OtherStride(Net):
+    stride = 8
+
+class TwoArguments(Net):
+    def forward(self, images, labels):
+        return super().forward(images)
+
 class NeedsMore(Net):
     def __init__(self, depth):
         super().__init__()
@@ -328,6 +335,10 @@ def test_any_module_is_a_net_by_its_path(own):
         ("own_nets:no_module", "gives a int, expected an nn.Module"),
         ("own_nets:NeedsMore", "calling it without arguments raised TypeError: .*'depth'"),
         ("own_nets:NoStride", "NoStride lacks stride; it needs"),
+        (
+            "own_nets:TwoArguments",
+            "its forward must take the images and nothing else: missing a required argument: 'labels'",
+        ),
         ("own_nets:WordStride", "stride and channels must be whole numbers of 1 or more, got 'eight' and 6"),
         ("own_nets:other_classes", "predicts 17 classes, and the data has 5: take num_classes"),
     ],
@@ -335,6 +346,15 @@ def test_any_module_is_a_net_by_its_path(own):
 def test_a_module_that_does_not_keep_to_the_protocol_is_refused_with_what_is_wrong(own, name, words):
     with pytest.raises(ConfigError, match=words):
         build_model(name, 5)
+
+
+def test_a_stride_that_is_not_the_maps_is_refused_at_the_first_map(own):
+    net = build_model("own_nets:OtherStride", 5)
+    with pytest.raises(
+        ConfigError, match=r"its attribute stride is 8, but images of \[64, 96\] .* features of \[32, 48\]"
+    ):
+        net(torch.rand(1, 3, 64, 96))
+    assert build_model("own_nets:Net", 5)(torch.rand(1, 3, 63, 95))[0].shape[2:] == (32, 48)
 
 
 @pytest.mark.parametrize(
