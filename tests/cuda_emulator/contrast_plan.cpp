@@ -84,11 +84,11 @@ SPCL_EXPORT void plan_prototype_shared(int bytes, int forms_logits, int groups, 
 
 // out: bytes without the sums of a slice, its chunks of channels, bytes of a forward that streams.
 template <int kBytes> static void write_streamed(int forms_logits, int64_t dim, int64_t limit, int64_t* out) {
-  const int64_t streamed = kStreamedWarps * ContrastShape<kBytes>::kClasses;
-  out[0] = contrast_shared<kBytes>(forms_logits ? streamed : 0, streamed).bytes;
+  const int64_t streamed = streamed_warps<kBytes>(!forms_logits, limit) * ContrastShape<kBytes>::kClasses;
+  out[0] = contrast_shared<kBytes>(forms_logits ? streamed : 0, streamed).bytes + kSlopesBytes;
   out[1] = streamed_chunks<kBytes>(dim, limit - out[0]);
-  const int64_t classes = padded_classes<kBytes>(contrast_warps(kMaxContrastClasses, ContrastShape<kBytes>::kClasses));
-  out[2] = contrast_shared<kBytes>(classes, 0).bytes + 4 * kTile * 16;
+  const auto warps = contrast_warps(forward_classes<kBytes>(limit), ContrastShape<kBytes>::kClasses);
+  out[2] = contrast_shared<kBytes>(padded_classes<kBytes>(warps), 0).bytes + kSeenBytes;
 }
 SPCL_EXPORT void plan_streamed(int bytes, int forms_logits, int64_t dim, int64_t limit, int64_t* out) {
   if (bytes == 4)

@@ -65,16 +65,27 @@ def claimed() -> Iterator[None]:
         cuda._DEVICES, cuda.missing = before
 
 
+class _FullOfNaN:
+    """torch for the cuda backend, whose empty_like hands out NaN, as what the kernels allocate is: an element that is forgotten stays NaN,
+    instead of being right because its memory held the right result of the call before. (torch itself stays as it is: torch.compile keeps a
+    list of its functions.)"""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(torch, name)
+
+    @staticmethod
+    def empty_like(*args, **kwargs) -> torch.Tensor:
+        made = torch.empty_like(*args, **kwargs)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+
 @contextlib.contextmanager
 def allocated_full_of_nan() -> Iterator[None]:
-    """What torch.empty_like hands out is full of NaN, as what the kernels allocate is: an element that is forgotten stays NaN, instead of
-    being right because its memory held the right result of the call before."""
-    real = torch.empty_like
-    torch.empty_like = lambda *a, **k: t.fill_(torch.nan) if (t := real(*a, **k)).is_floating_point() else t
+    cuda.torch = _FullOfNaN()  # type: ignore[assignment]
     try:
         yield
     finally:
-        torch.empty_like = real
+        cuda.torch = torch
 
 
 def is_taken() -> bool:

@@ -122,7 +122,7 @@ def options_are_right(module) -> bool:
     owner = torch.arange(40) % 3
     for case in (
         {"prototypes": torch.randn(2, 40, 160, generator=generator), "bias": torch.randn(2, 40, generator=generator), "label_smoothing": 0.3},
-        {"prototypes": torch.randn(40, 160, generator=generator), "variances": torch.rand(40, 160, generator=generator),
+        {"prototypes": torch.randn(40, 160, generator=generator), "variances": 60 * torch.rand(40, 160, generator=generator),
          "prototype_class": owner, "classes": 3, "pool": "max"},
     ):  # fmt: skip
         c = Contrast(features, labels, None, None, None, None, torch.tensor(3.0), True, 255, "mean")._replace(**case)

@@ -107,15 +107,35 @@ template <int kBytes> SPCL_BOTH bool fits_without_streaming(int64_t classes, boo
          contrast_shared<kBytes>(saved_logits ? 0 : classes, classes).bytes + kSlopesBytes <= limit;
 }
 
+constexpr int64_t kSeenBytes = 4 * 32 * kTile;  // of what four lanes of each pixel have seen of the classes
+
+// A forward of many classes takes so many at a time: as a block may hold, less where its memory is small.
+template <int kBytes> SPCL_BOTH int64_t forward_classes(int64_t limit) {
+  constexpr int64_t kClasses = ContrastShape<kBytes>::kClasses;
+  int64_t classes = kMaxContrastClasses;
+  while (classes > 3 * kClasses && contrast_shared<kBytes>(classes, 0).bytes + kSeenBytes > limit)
+    classes = (ceil_div(classes, kClasses) - 1) * kClasses;
+  return classes;
+}
+
 // Streamed: blocks of the classes of so many warps, all of which work on the products, too.
 constexpr int kStreamedWarps = 4;
+constexpr int kSumsRow = 68;  // floats of a channel's sums
+
+// Three warps' where the memory of four leaves no room for the sums of one chunk of channels; with fewer, warps would
+// share channels out, and the logits would not be the forward's to the last bit.
+template <int kBytes> SPCL_BOTH int streamed_warps(bool saved_logits, int64_t limit) {
+  const int64_t classes = kStreamedWarps * ContrastShape<kBytes>::kClasses;
+  const int64_t used = contrast_shared<kBytes>(saved_logits ? 0 : classes, classes).bytes + kSlopesBytes;
+  return used + ContrastShape<kBytes>::kChunk * kSumsRow * 4 <= limit ? kStreamedWarps : kStreamedWarps - 1;
+}
 constexpr int64_t kStreamedChannels = 256;  // of a slice at most: their sums take 68 KB
 
 // Chunks of channels of a slice, whose sums `left` bytes have to hold: no more than there are, a power of two.
 template <int kBytes> SPCL_BOTH int64_t streamed_chunks(int64_t dim, int64_t left) {
   constexpr int64_t kChunk = ContrastShape<kBytes>::kChunk;
   int64_t chunks = kStreamedChannels / kChunk;
-  while (chunks > 1 && (chunks * kChunk * 68 * 4 > left || chunks / 2 * kChunk >= dim)) chunks /= 2;
+  while (chunks > 1 && (chunks * kChunk * kSumsRow * 4 > left || chunks / 2 * kChunk >= dim)) chunks /= 2;
   return chunks;
 }
 

@@ -137,14 +137,16 @@ template <class T> Status forward(const ContrastForward& from, Stream stream) {
   set_general(a, from);
   constexpr bool kHasVariances = !std::is_same_v<T, __half>;
   const bool quadratic = from.options.variances != nullptr;
-  const int64_t most = quadratic ? kStreamedWarps * ContrastShape<sizeof(T)>::kClasses : kMaxContrastClasses;
+  const int64_t most = quadratic ? kStreamedWarps * ContrastShape<sizeof(T)>::kClasses
+                                 : forward_classes<sizeof(T)>(shared_memory_limit());
   const int64_t classes = between(from.num_classes, 1, most);
   a.warps = contrast_warps(classes, ContrastShape<sizeof(T)>::kClasses);
   a.block_classes = a.warps.groups * ContrastShape<sizeof(T)>::kClasses;
   a.shared = contrast_shared<sizeof(T)>(a.block_classes, 0);
   a.loss_map = from.loss_map, a.denominator = from.denominator, a.partial = from.partial;
   a.lse = from.lse, a.inv_norm = from.inv_norm, a.logits = from.logits;
-  a.kept_at = a.shared.bytes + 4 * kTile * static_cast<int64_t>(sizeof(Seen));
+  static_assert(4 * kTile * sizeof(Seen) == kSeenBytes);
+  a.kept_at = a.shared.bytes + kSeenBytes;
   const int64_t blocks = contrast_blocks(from.x), bytes = a.kept_at + (quadratic ? kept_bytes(a.block_classes) : 0);
   const Grid grid{dim3(static_cast<unsigned>(blocks)), a.warps.count * 32u, static_cast<size_t>(bytes)};
   const auto kernel =

@@ -163,8 +163,6 @@ __global__ void __launch_bounds__(kContrastThreads)
 
 // ---- streamed ---------------------------------------------------------------------------------------------------
 
-constexpr int kSumsRow = 68;  // floats between two channels' sums
-
 // Adds the products of a block of classes, whose weights are there, to the sums of the slice. Ends with a barrier.
 template <class T>
 __device__ __forceinline__ void add_products(const GeneralBackward& a, const T* rows, const ContrastChannels& slice,
@@ -316,7 +314,9 @@ template <class T> Status launch_streamed(GeneralBackward& a, int64_t blocks, St
   constexpr bool kHasVariances = !std::is_same_v<T, __half>;
   const bool quadratic = a.options.variances != nullptr;
   // with variances in the blocks of the forward, so that the logits are formed in its order
-  const int64_t most = kStreamedWarps * Shape::kClasses, classes = quadratic ? between(a.num_classes, 1, most) : most;
+  const int64_t most = kStreamedWarps * Shape::kClasses;
+  const int64_t own = streamed_warps<sizeof(T)>(a.logits != nullptr, shared_memory_limit()) * Shape::kClasses;
+  const int64_t classes = quadratic ? between(a.num_classes, 1, most) : own;
   a.warps = contrast_warps(classes, Shape::kClasses);
   a.block_classes = a.warps.groups * Shape::kClasses;
   a.shared = contrast_shared<sizeof(T)>(a.logits ? 0 : a.block_classes, a.block_classes);
