@@ -144,9 +144,8 @@ class Slopes(NamedTuple):
     features; half floats round far more, and have but the margin's part here: the other is a by-product of the features' gradient."""
 
     cost: tl.tensor  # w_k y_k
-    rest: (
-        tl.tensor
-    )  # w_k of a softmax: 0 but for the rounding that all p_k have alike, and which times y is left out of the cost
+    # w_k of a softmax: 0 but for the rounding that all p_k have alike, and which times y is left out of the cost
+    rest: tl.tensor
     mean: tl.tensor  # p_k y_k
 
 

@@ -33,6 +33,11 @@ class ClassSet:
     def __len__(self) -> int:
         return len(self.names)
 
+    def as_json(self) -> dict[str, Any]:
+        """What a classes.json holds, as `read_classes` reads it."""
+        palette = [list(colour) for colour in self.palette]
+        return {"names": list(self.names), "palette": palette, "ignore_index": self.ignore_index}
+
 
 def distinct(names: Sequence[str]) -> tuple[str, ...]:
     """The names, a number behind one that an earlier class has: "tree", "road", "tree (2)". A file with such classes is refused."""

@@ -286,6 +286,11 @@ def _is_loop(where: str, name: str) -> bool:
     return os.path.islink(path) and (above == real or above.startswith(real.rstrip(os.sep) + os.sep))
 
 
+def without_image_suffix(name: str) -> str:
+    """A name as lists of images have it: "a/b.jpg" is "a/b"."""
+    return name[: -len(suffix)] if (suffix := PurePosixPath(name).suffix).lower() in IMAGE_SUFFIXES else name
+
+
 def read_list(path: Path) -> list[str]:
     """Names in a list file, one per line, without the images' suffix; empty lines and lines that start with # are skipped."""
     try:
@@ -298,7 +303,7 @@ def read_list(path: Path) -> list[str]:
         if not line or line.startswith("#"):
             continue
         name = check_name(line, f"{path}, line {number},")
-        names.append(name[: -len(suffix)] if (suffix := PurePosixPath(name).suffix).lower() in IMAGE_SUFFIXES else name)
+        names.append(without_image_suffix(name))
     if not names:
         raise DataError(f"list file {path} names no file. Expected one file name per line.")
     if len(set(names)) != len(names):

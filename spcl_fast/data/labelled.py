@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import ConfigError, DataError
-from .files import IMAGE_SUFFIXES, read_list
+from .files import read_list, without_image_suffix
 from .sampling import generator
 
 
@@ -47,7 +47,11 @@ def choose(wanted: str, names: list[str], seed: int, evaluated: Collection[str] 
         order = generator(seed, 0).permutation(len(names))
         return Chosen(tuple(names[i] for i in order), count)
     path = Path(wanted).expanduser()
-    listed = read_list(path) if path.is_file() else [without_ending(word) for word in wanted.split(",") if word.strip()]
+    listed = (
+        read_list(path)
+        if path.is_file()
+        else [without_image_suffix(word.strip()) for word in wanted.split(",") if word.strip()]
+    )
     if not listed:
         raise ConfigError("target.labelled: got nothing, expected a number, names with commas between, or a list file")
     known = set(names)
@@ -65,9 +69,3 @@ def choose(wanted: str, names: list[str], seed: int, evaluated: Collection[str] 
             what = f"target.labelled: there is no such file, nor a training image called {unknown!r}{hint}"
         raise ConfigError(f"{what}. Names are those below the image folder, without the ending.")
     return Chosen(tuple(dict.fromkeys(listed)))
-
-
-def without_ending(word: str) -> str:
-    """A name of an image as `read_list` has it."""
-    word = word.strip()
-    return word[: -len(suffix)] if (suffix := PurePosixPath(word).suffix).lower() in IMAGE_SUFFIXES else word

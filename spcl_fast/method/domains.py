@@ -64,8 +64,9 @@ class Domains:
     def evaluated_paths(self) -> set[str]:
         """Files of the target's validation images: none where it has no such split, or is generated."""
         evaluated = self._evaluated()
-        indices = range(0 if evaluated is None else len(evaluated))
-        return {str(path) for index in indices if evaluated and (path := evaluated.image_path(index)) is not None}
+        if evaluated is None:
+            return set()
+        return {str(path) for index in range(len(evaluated)) if (path := evaluated.image_path(index)) is not None}
 
     def _evaluated(self) -> Dataset | None:
         try:

@@ -43,7 +43,7 @@ class WithLabelled:
 
         def step(batch: tuple[Any, ...], it: int) -> Values:
             *others, labelled = batch
-            values = trainee.step(others[0] if len(others) == 1 else tuple(others), it)
+            values = trainee.step(_as_fed(others), it)
             supervised = segmentation_pass(
                 trainee.net,
                 labelled,
@@ -60,6 +60,11 @@ class WithLabelled:
         return getattr(config, self.section)
 
 
+def _as_fed(batches: list[Any]) -> Any:
+    """What a step takes: the one batch, or a tuple of several."""
+    return batches[0] if len(batches) == 1 else tuple(batches)
+
+
 def _past(trainee: Trainee, batches: Batches) -> Batches:
     """What changes the stage's own batches on their way, without the labelled ones, which go past it."""
 
@@ -69,7 +74,7 @@ def _past(trainee: Trainee, batches: Batches) -> Batches:
         def own(first: int) -> Iterator[Any]:
             for *others, labelled in batches(first):
                 waiting.append(labelled)
-                yield others[0] if len(others) == 1 else tuple(others)
+                yield _as_fed(others)
 
         for others in trainee.around(own)(start):
             yield (*(others if isinstance(others, tuple) else (others,)), waiting.popleft())

@@ -40,7 +40,7 @@ from .feature_cache import CachedFeatures, cached_features
 from .labels import check_own_labels
 from .parts import is_labelled
 from .stage import OWN, Feed
-from .summary import machine
+from .summary import figures_of, machine
 from .training import RunNets
 
 ROW = catalog.HEAD
@@ -208,10 +208,7 @@ def _introduce(context: Context) -> None:
     run, classes = context.run, context.classes
     if run.path(layout.CONFIG).is_file() and run.stage(ROW.name).is_dir():
         return
-    palette = [list(colour) for colour in classes.palette]
-    run.write_json(
-        layout.CLASSES, {"names": list(classes.names), "palette": palette, "ignore_index": classes.ignore_index}
-    )
+    run.write_json(layout.CLASSES, classes.as_json())
     run.write_text(layout.CONFIG, dump_config(context.config))
 
 
@@ -222,7 +219,7 @@ def _write_summary(context: Context, features: CachedFeatures, seconds: float) -
     made = round(seconds, 1) if features.computed else before.get("seconds", {}).get("features")
     summary = {
         "classes": list(context.classes.names),
-        ROW.name: None if evaluation is None else {key: evaluation[key] for key in ("miou", "iou", "predicted_share")},
+        ROW.name: figures_of(evaluation),
         "features": {
             "file": str(features.path),
             "images": len(features.names),

@@ -93,10 +93,7 @@ def _write(context: Context, row: catalog.Stage, stage: UntrainedStage) -> None:
 def _introduce(context: Context, rows: Sequence[catalog.Stage]) -> None:
     """What the folder says of itself while the run goes on: its classes and settings, which what it holds has accepted."""
     classes, run = context.classes, context.run
-    palette = [list(colour) for colour in classes.palette]
-    run.write_json(
-        layout.CLASSES, {"names": list(classes.names), "palette": palette, "ignore_index": classes.ignore_index}
-    )
+    run.write_json(layout.CLASSES, classes.as_json())
     run.write_text(layout.CONFIG, dump_config(as_ran(context, rows)))
     labelled = context.domains.labelled_target
     if labelled is not None and any(row.few_labels for row in rows):

@@ -23,9 +23,7 @@ def write_summary(context: Context) -> dict[str, Any]:
     for stage in trained:
         assert stage.net is not None  # these train one
         evaluation = run.read_json(layout.of_stage(stage.name, layout.EVALUATION))
-        summary[stage.net] = (
-            None if evaluation is None else {key: evaluation[key] for key in ("miou", "iou", "predicted_share")}
-        )
+        summary[stage.net] = figures_of(evaluation)
     _warn_of_other_figures(context)
     done = {stage.name: run.done(stage.name) or {} for stage in trained}
     summary["gap_closed"] = gap_closed(summary)
@@ -40,6 +38,11 @@ def write_summary(context: Context) -> dict[str, Any]:
     summary["machine"] = machine(context)
     run.write_json(layout.SUMMARY, summary)
     return summary
+
+
+def figures_of(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Of a stage's evaluation.json what a summary says of its net."""
+    return None if evaluation is None else {key: evaluation[key] for key in ("miou", "iou", "predicted_share")}
 
 
 def _warn_of_other_figures(context: Context) -> None:

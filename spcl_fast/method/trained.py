@@ -234,13 +234,8 @@ def predict_folder(
         done += 1
         if done % 50 == 0:
             say(f"{done} of {counted(len(files), 'image')}")
-    names = {
-        "names": trained.classes.names,
-        "palette": trained.classes.palette,
-        "ignore_index": trained.classes.ignore_index,
-    }
     if done:
-        (output / layout.CLASSES).write_text(json.dumps(names, indent=1), encoding="utf-8")
+        (output / layout.CLASSES).write_text(json.dumps(trained.classes.as_json(), indent=1), encoding="utf-8")
     return done
 
 
