@@ -24,6 +24,7 @@ class About(NamedTuple):
     most: float | None = None
     choices: tuple[str, ...] = ()  # where they come from the catalog; others are a Literal in the type
     path: bool = False  # names a file or folder: a leading ~ is the home folder
+    classes: bool = False  # names of classes, with commas: looked up in the data's before the first step
 
 
 def setting(
@@ -35,9 +36,10 @@ def setting(
     most: float | None = None,
     choices: tuple[str, ...] = (),
     path: bool = False,
+    classes: bool = False,
 ) -> Value:
     """One setting of a dataclass. Its type says what it holds, this what it is for and which values make sense."""
-    about = About(help, above, least, most, choices, path)
+    about = About(help, above, least, most, choices, path, classes)
     return field(default=default, metadata={"about": about})  # type: ignore[return-value]  # as dataclasses.field does
 
 
@@ -198,6 +200,12 @@ class OnlineConfig(TrainConfig):
     masked_weight: float = setting(1.0, "of the loss on target images without most patches; 0: none", least=0)
     mask_ratio: float = setting(0.7, "share of the patches that are taken away", least=0, most=1)
     mask_block: int = setting(64, "width and height of a patch in pixels", least=1)
+    feature_distance: float = setting(
+        0.005, "of the distance to the features of the encoder of model.weights, on source; 0: none", least=0
+    )
+    feature_distance_classes: str | None = setting(
+        None, "on pixels of these, names with commas; null: Cityscapes' things, all where there are none", classes=True
+    )
     augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop=(512, 512), flip=0.5))
     target_augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop=(512, 512), flip=0.5))
 

@@ -33,6 +33,15 @@ class ClassSet:
     def __len__(self) -> int:
         return len(self.names)
 
+    def named(self, names: str) -> tuple[str, ...]:
+        """The names in a text with commas. Raises ValueError for one that no class has, or none."""
+        found = tuple(word.strip() for word in names.split(",") if word.strip())
+        unknown = [name for name in found if name not in self.names]
+        if unknown or not found:
+            wrong = f"no class is called {unknown[0]!r}" if unknown else f"{names!r} names no class"
+            raise ValueError(f"{wrong}; there are {', '.join(self.names)}.")
+        return found
+
     def as_json(self) -> dict[str, Any]:
         """What a classes.json holds, as `read_classes` reads it."""
         palette = [list(colour) for colour in self.palette]

@@ -3,6 +3,7 @@
 from .capi import CAPIClustering, capi_loss
 from .cpsl import self_label_loss, self_labels
 from .dino import DINOLoss, IBOTPatchLoss
+from .feature_distance import feature_distance
 from .gmmseg import gmm_class_logits, gmm_component_contrast, gmm_loss
 from .heads import CosineHead, LinearHead
 from .info_nce import masked_info_nce, prototype_info_nce
@@ -34,6 +35,7 @@ __all__ = [
     "cosine_weights",
     "dist_cl",
     "distance_weights",
+    "feature_distance",
     "gmm_class_logits",
     "gmm_component_contrast",
     "gmm_loss",

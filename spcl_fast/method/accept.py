@@ -67,6 +67,16 @@ def _accept(context: Context, rows: Sequence[catalog.Stage], redo: Sequence[str]
                 f"({difference}). Set them back, do it again with --redo {row.name}, or give this run another name "
                 f"(--fork {run.folder} takes over the stages that stay the same)."
             )
+        _check_class_names(context, row)
+
+
+def _check_class_names(context: Context, row: catalog.Stage) -> None:
+    for name, setting in all_settings().items():
+        if setting.about.classes and name.startswith(f"{row.section}.") and context.setting(name):
+            try:
+                context.classes.named(context.setting(name))
+            except ValueError as error:
+                raise ConfigError(f"{name}: {error}") from None
 
 
 def _not_there(name: str, row: catalog.Stage, run: Run, *, alone: bool) -> str:

@@ -43,6 +43,10 @@ class Nets:
         """[K] of the segmentation loss on the labels of a domain; None for power 0."""
         return torch.ones(self.num_classes, device=self.device) if power else None
 
+    def classes_named(self, names: str | None, *, default: Sequence[str]) -> Tensor:
+        """[K] bool: the classes of these names, with commas; None: those of `default`, all where the data have none of them."""
+        return torch.ones(self.num_classes, dtype=torch.bool, device=self.device)
+
     # --- what it is made of -------------------------------------------------------------------------------------------
 
     def new(self, *, freeze_bn: bool | None = None, weights: bool = True) -> SegmentationModel:

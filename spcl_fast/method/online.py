@@ -4,12 +4,15 @@ In every step: cross-entropy on source; the teacher labels the target batch; the
 pasted in and strong colours (class mix), and on images with most of their patches taken away (masked consistency). Labels of the teacher
 weigh by the share of the batch that it is sure of. The teacher is the exponential moving average of the net; the net is what is evaluated.
 
-Sources: DAFormer (arXiv 2111.14887; DACS, 2007.08702, before it) without its rare class sampling (`balanced_sampling` is ours) and its
-feature distance; MIC (arXiv 2212.01322).
+On source the features stay near those of the pretrained encoder (feature distance).
+
+Sources: DAFormer (arXiv 2111.14887; DACS, 2007.08702, before it) without its rare class sampling (`balanced_sampling` is ours); MIC
+(arXiv 2212.01322).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -25,7 +28,8 @@ from ..models import SegmentationModel
 from ..ops import upsampled_prediction
 from ..train import memory
 from ..train.lean import LeanModel
-from ..train.meter import Values
+from ..train.meter import Values, Weighted
+from .anchor import Anchor, anchor_of
 from .nets import Nets
 from .parts import Look, Shown, backward, never, parts_of, segmentation_pass, share_into, total
 from .stage import NONE, OWN, Feed, Trainee, forward_shapes
@@ -42,8 +46,9 @@ class Online:
         train, model = config.online, nets.start()
         teacher = nets.start().requires_grad_(False).eval()
         class_weight = nets.class_weight("source", train.class_weight_power)
+        anchor = anchor_of(nets, model, train)
         net = nets.lean(model, forward_shapes(config, train, self.feeds(config)))
-        step = OnlineStep(net, teacher, train, class_weight, config.loop.accumulate, nets.shown(train))
+        step = OnlineStep(net, teacher, train, class_weight, config.loop.accumulate, nets.shown(train), anchor)
         return Trainee(step, net, {"model": model, "teacher": teacher}, {"model": nets.optimizer(model, train)})
 
 
@@ -65,15 +70,15 @@ class OnlineStep:
     class_weight: Tensor | None
     accumulate: int = 1
     shown: Shown = never
+    anchor: Anchor | None = None
 
     def __call__(self, batch: tuple[Batch, Batch], it: int) -> Values:
         source, target = batch
-        train, values = self.train, {}
+        train = self.train
+        values: dict[str, Tensor | Weighted] = {}
         if it:
             follow_(self.teacher, self.net.model, train.ema, it)
-        values["segmentation"] = segmentation_pass(
-            self.net, source, self.accumulate, temperature=train.temperature, class_weight=self.class_weight
-        )
+        self._learn_source(source, values)
         taught = self._teach(target.images)
         values["sure_share"] = taught.weight[0, 0, 0]
         if train.mix_weight:
@@ -92,6 +97,14 @@ class OnlineStep:
                 masked, taught.weight, train.masked_weight, share_into(values, self.shown(it))
             )
         return values
+
+    def _learn_source(self, source: Batch, values: dict[str, Tensor | Weighted]) -> None:
+        beside = None if self.anchor is None else self.anchor.beside(source, values)
+        with contextlib.nullcontext() if self.anchor is None else self.anchor.own_map:
+            values["segmentation"] = segmentation_pass(
+                self.net, source, self.accumulate, temperature=self.train.temperature, class_weight=self.class_weight,
+                beside=beside,
+            )  # fmt: skip
 
     @torch.no_grad()
     def _teach(self, images: Tensor) -> Taught:

@@ -24,6 +24,7 @@ from ..train.loop import Step as Step  # for the files of the stages
 from ..train.meter import Weighted
 
 Look = Callable[[Tensor], None]  # is given logits [B, K, h, w] on the way
+Beside = Callable[[Batch], Tensor]  # a part, after its forward -> what is added to its loss
 Shown = Callable[[int], bool]  # whether diagnostics belong to the values of this iteration
 
 
@@ -81,6 +82,7 @@ def segmentation_pass(
     class_weight: Tensor | None,
     weight: float = 1.0,
     look: Look = lambda logits: None,
+    beside: Beside | None = None,
 ) -> Weighted:
     """Cross-entropy of a batch and its backward. -> its value, which counts where a pixel is labelled. `look` is shown the logits of every
     part.
@@ -93,7 +95,7 @@ def segmentation_pass(
             loss = share * upsampled_cross_entropy(
                 logits, part.labels, temperature=temperature, class_weight=class_weight
             )
-        backward(weight * loss)
+        backward(weight * loss if beside is None else weight * loss + beside(part))
         values.append(loss.detach())
     return Weighted(total(values), is_labelled(batch))
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import catalog
@@ -49,6 +50,11 @@ class RunNets(Nets):
     def class_weight(self, side: str, power: float) -> Tensor | None:
         weight = class_weight(self.context.domains.dataset(side, "train"), power)
         return None if weight is None else weight.to(self.device)
+
+    def classes_named(self, names: str | None, *, default: Sequence[str]) -> Tensor:
+        classes = self.context.classes
+        wanted = classes.named(names) if names else [name for name in default if name in classes.names] or classes.names
+        return torch.tensor([name in wanted for name in classes.names], device=self.device)
 
     def shown(self, train: TrainConfig) -> Shown:
         every = self.config.loop.log_every

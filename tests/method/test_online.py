@@ -17,10 +17,12 @@ from spcl_fast.config.rules import check_config
 from spcl_fast.data import Batch
 from spcl_fast.data.classes import IGNORE
 from spcl_fast.errors import ConfigError, Interrupted
+from spcl_fast.method.anchor import Anchor
 from spcl_fast.method.context import Context
 from spcl_fast.method.online import OnlineStep, drawn_classes, follow_, kept_patches, strong_colours
 from spcl_fast.method.run import run_stages
 from spcl_fast.models import build_model
+from spcl_fast.models.encoder_map import EncoderMap
 from spcl_fast.report import write_report
 from spcl_fast.train.device import Precision
 from spcl_fast.train.lean import LeanModel
@@ -28,10 +30,10 @@ from spcl_fast.train.lean import LeanModel
 K = 4
 
 
-def net_of(seed: int = 0):
+def net_of(seed: int = 0, feature_dim: int | None = 8):
     torch.manual_seed(seed)
     return build_model(
-        "tiny", K, weights=None, body_only=False, feature_dim=8, freeze_bn=True, frozen_bn_eps=1e-5
+        "tiny", K, weights=None, body_only=False, feature_dim=feature_dim, freeze_bn=True, frozen_bn_eps=1e-5
     ).double()
 
 
@@ -100,6 +102,67 @@ def test_the_step_is_its_formula_with_all_gradients(accumulate):
         if a.requires_grad:
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=2e-6, msg=name)
     assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("feature_dim", [8, None])
+def test_the_distance_to_the_frozen_encoder_is_its_formula_with_all_gradients(accumulate, feature_dim):
+    """Of the map that goes into the head, over counted cells of the whole batch; without a head, of the features."""
+    model, teacher, encoder = (
+        net_of(feature_dim=feature_dim),
+        net_of(1, feature_dim=feature_dim),
+        net_of(2, feature_dim=feature_dim),
+    )
+    source, target = batch_of(0), batch_of(1)
+    source.labels[:, 8:, :32], source.labels[1, 8:, 16:] = 2, 1
+    counted = torch.tensor([True, False, True, False])
+    train = OnlineConfig(mix_weight=0, masked_weight=0, temperature=1.0)
+    others = copy.deepcopy(model), copy.deepcopy(encoder)
+    precision = Precision(torch.device("cpu"), "fp32")
+    anchor = Anchor(encoder.eval(), EncoderMap(encoder), EncoderMap(model), counted, 0.3, precision)
+    values = OnlineStep(LeanModel(model, precision), teacher, train, None, accumulate, anchor=anchor)(
+        (source, target), 0
+    )
+
+    def encoded(net, images):
+        seen = []
+        handle = net.feature_extractor.head.register_forward_pre_hook(lambda _, given: seen.append(given[-1]))
+        logits = net(images)[1]
+        handle.remove()
+        return seen[0], F.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=True)
+
+    own, logits = encoded(others[0], source.images)
+    with torch.no_grad():
+        frozen, _ = encoded(others[1], source.images)
+    scale = 32 // own.shape[2]
+    shares = torch.stack([(source.labels == k).double() for k in range(K)], 1)
+    shares = F.avg_pool2d(shares, scale)
+    cells = ((shares >= 0.75) & counted[:, None, None]).any(1)
+    assert 0 < cells.sum() < cells.numel()
+    distance = (own - frozen).norm(dim=1)[cells].mean()
+    (F.cross_entropy(logits, source.labels.long(), ignore_index=IGNORE) + 0.3 * distance).backward()
+    torch.testing.assert_close(values["feature_distance"].value.double(), distance.detach(), rtol=1e-6, atol=0)
+    for (name, a), b in zip(model.named_parameters(), others[0].parameters(), strict=True):
+        if a.requires_grad:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=2e-6, msg=name)
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+
+
+def test_the_distance_needs_a_pretrained_encoder_and_classes_that_are_there(tmp_path):
+    run_stages(tiny_config(tmp_path), ["source_only", "online"])
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert not any("feature_distance" in line for line in lines)  # nothing to stay near to
+    weights = max((tmp_path / "run" / "source_only" / "checkpoints").glob("*/model.safetensors"))
+    near = {"model.weights": str(weights), "model.body_only": "true"}
+    run_stages(tiny_config(tmp_path, "near", **near), ["source_only", "online"])
+    lines = [json.loads(line) for line in (tmp_path / "near" / "metrics.jsonl").read_text().splitlines()]
+    assert any(line.get("feature_distance", -1) >= 0 for line in lines if line.get("stage") == "online")
+    wrong = tiny_config(tmp_path, "wrong", **near, **{"online.feature_distance_classes": "car,trian"})
+    with pytest.raises(
+        ConfigError, match="online.feature_distance_classes: no class is called 'trian'; there are .*car"
+    ):
+        run_stages(wrong, ["source_only", "online"])
+    assert not (tmp_path / "wrong" / "source_only").exists()  # before the first step
 
 
 def test_the_teacher_is_a_mean_that_moves_faster_at_first():
