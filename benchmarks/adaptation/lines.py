@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.adaptation.plan import whole_recipe
+from benchmarks.adaptation.plan import what_ran, whole_recipe
 from benchmarks.adaptation.sharing import depends_on
 from spcl_fast import catalog
 from spcl_fast.errors import DataError
@@ -54,7 +54,7 @@ def by_setting(path: Path) -> dict[str, dict[int, dict[str, Any]]]:
         own = {net: measured[key] for net in _YARDSTICKS if (key := _yardstick_key(net, line)) in measured}
         found.setdefault(setting, {})[seed] = {**line, "nets": {**own, **line["nets"]}}
     for setting, lines in found.items():
-        first, *others = (whole_recipe(line["settings"]) for line in lines.values())
+        first, *others = (what_ran(line["settings"]) for line in lines.values())
         if any(other != first for other in others):
             raise DataError(
                 f"{path}: the seeds of {setting} have different settings. Run the others again, or name the new ones otherwise."

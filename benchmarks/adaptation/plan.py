@@ -86,6 +86,14 @@ def whole_recipe(settings: dict[str, Any]) -> dict[str, Any]:
     return {**recipe(Config()), **settings}
 
 
+def what_ran(settings: dict[str, Any]) -> dict[str, Any]:
+    """The whole recipe without the sections of stages that it does not have."""
+    whole = whole_recipe(settings)
+    had = {row.section for row in catalog.STAGES if row.name in whole["stages"]}
+    idle = {row.section for row in (*catalog.STAGES, catalog.HEAD)} - had
+    return {key: value for key, value in whole.items() if key.partition(".")[0] not in idle}
+
+
 def recipe_sha256(config: Config) -> str:
     return settings_sha256(recipe(config))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.adaptation.lines import add_line, latest
-from benchmarks.adaptation.plan import RUNS, Plan, in_order, recipe, recipe_sha256, whole_recipe
+from benchmarks.adaptation.plan import RUNS, Plan, in_order, recipe, recipe_sha256, what_ran
 from benchmarks.adaptation.sharing import take_over
 from benchmarks.adaptation.unlabelled import keep_signals
 from spcl_fast import catalog
@@ -28,7 +28,7 @@ def run_seed(plan: Plan, pair: str, seed: int, results: Path, runs: Path = RUNS)
         config = plan.config(pair, setting, seed, runs)
         file = results / f"{pair}.jsonl"
         line = latest(file).get((setting, seed))
-        if line is not None and whole_recipe(line["settings"]) == recipe(config):
+        if line is not None and what_ran(line["settings"]) == what_ran(recipe(config)):
             print(f"{pair} {setting} {seed}: has its line", flush=True)
             continue
         run_setting(config)

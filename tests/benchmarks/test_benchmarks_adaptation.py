@@ -20,7 +20,7 @@ from benchmarks.adaptation import sharing
 from benchmarks.adaptation.day_to_dusk import make_pair
 from benchmarks.adaptation.left_out_drives import make_folds
 from benchmarks.adaptation.lines import latest
-from benchmarks.adaptation.plan import Plan, read_plan, recipe
+from benchmarks.adaptation.plan import Plan, read_plan, recipe, what_ran
 from benchmarks.adaptation.sharing import depends_on, take_over
 from benchmarks.adaptation.unlabelled import keep_signals, on_source, on_target
 from spcl_fast.config import Config
@@ -116,6 +116,14 @@ def test_a_line_that_is_there_is_not_made_again(finished, monkeypatch):
     changed = Plan((0,), PLAN.pairs, {"contrast": {**TINY, "adapt.iterations": 3}})
     with pytest.raises(AssertionError, match="ran again"):
         seed_module.run_seed(changed, "generated", 0, finished / "results", finished / "runs")
+
+
+def test_settings_of_stages_that_a_run_does_not_have_make_no_other_recipe(tmp_path):
+    """A preset that gains values of another stage asks for no line to be made again; those of its own stages do."""
+    plain = recipe(config_of(tmp_path))
+    assert what_ran(plain) == what_ran(recipe(config_of(tmp_path, **{"online.ema": 0.5, "oracle.iterations": 3})))
+    assert what_ran(plain) != what_ran(recipe(config_of(tmp_path, **{"distill.lr": 0.5})))
+    assert what_ran(plain) != what_ran(recipe(config_of(tmp_path, **{"loop.precision": "bf16"})))
 
 
 def test_a_line_that_was_lost_comes_back_from_the_folder_without_training(finished, tmp_path):
