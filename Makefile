@@ -98,10 +98,11 @@ test-newest: ## the test suite next to the newest torch that the index has, in b
 	@cd build/newest/checkout && ../bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 # The real libraries import torchvision, which needs its own torch. CLIENTS names other versions. A copy of the checkout is built and tested, as
-# by test-newest.
+# by test-newest, without nvcc's kernels: on a machine that has nvcc they would take longer than all the rest, and nothing here calls them.
 CLIENTS ?= torch==2.14.1 torchvision==0.29.1 "timm>=1.0.20" "transformers>=5" segmentation-models-pytorch==0.6.0 \
 	lightning==2.6.6 accelerate==1.15.0 pytorch-metric-learning==2.9.0 torchmetrics==1.9.0 cityscapesScripts==2.3.0 \
 	mmsegmentation==1.2.2 mmengine==0.10.7 mmcv-lite==2.1.0 ftfy regex onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.32.0
+clients: export SPCL_FAST_NO_CUDA ?= 1
 clients: ## nets, losses, metrics and exports next to the real libraries, in build/clients
 	@test -x build/clients/bin/python || $(PYTHON) -m venv build/clients
 	@mkdir -p build/clients/checkout

@@ -192,7 +192,7 @@ HEAD = Stage(  # a command of its own, in no run of the stages
     "head", "spcl_fast.method.head:train_head", "head", "head",
     "a linear or cosine head on the features of a frozen net, which are computed once", 
     "--preset folders --target.root path/to/labelled --model.weights path/to/encoder.npz --name first_head",
-    title="head on frozen features", net="head", role="bound", reads=("target",),
+    title="head on frozen features", net="head", role="result", reads=("target",),
 )  # fmt: skip
 
 Row = TypeVar("Row", Backend, Loss, Net, DataSet, Stage)
@@ -262,13 +262,18 @@ def trained() -> tuple[Stage, ...]:
     return tuple(stage for stage in STAGES if stage.net is not None)
 
 
+def with_nets() -> tuple[Stage, ...]:
+    """What leaves a net in a run folder: the stages that train one, and a head, alone in a folder of its own."""
+    return (*trained(), HEAD)
+
+
 def with_role(*roles: str) -> tuple[Stage, ...]:
     return tuple(stage for stage in STAGES if stage.role in roles)
 
 
 def title(name: str) -> str:
     """What a reader calls a stage; the name itself where the catalog has none, as in a run of another version."""
-    return next((stage.title for stage in STAGES if stage.name == name), name)
+    return next((stage.title for stage in (*STAGES, HEAD) if stage.name == name), name)
 
 
 def remedy(name: str, setting: Callable[[str], Any]) -> str:

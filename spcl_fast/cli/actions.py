@@ -15,6 +15,7 @@ from ..config import load as settings
 from ..config.rules import check_config, check_domains
 from ..errors import ConfigError, DataError
 from ..runs import layout
+from ..runs.output import make_folder_of
 from . import places
 
 if TYPE_CHECKING:
@@ -111,6 +112,12 @@ def on_report(args: argparse.Namespace) -> None:
         raise ConfigError(f"{args.folder}: there is no such run folder. Expected one such as runs/demo.")
     if not any((args.folder / name).is_file() for name in (layout.CONFIG, layout.SUMMARY, layout.METRICS)):
         raise ConfigError(f"{args.folder} is no run folder: it has neither {layout.CONFIG} nor {layout.METRICS}.")
+    begun = (layout.SUMMARY, layout.METRICS, *catalog.names(catalog.STAGES), catalog.HEAD.name)
+    if not any((args.folder / name).exists() for name in begun):
+        raise ConfigError(
+            f"{args.folder} has settings, but no stage of it has begun: there is nothing to report. "
+            f"`spcl-fast run --run-folder {args.folder}` does its stages."
+        )
     from ..report import write_report
 
     print(f"report: {write_report(args.folder)}")
@@ -209,6 +216,8 @@ def on_head(args: argparse.Namespace) -> int:
     if os.environ.get("RANK", "0") == "0":
         places.check_folder(run, "the run's folder")
     catalog.load(catalog.HEAD.home)(config)
+    if os.environ.get("RANK", "0") == "0":
+        show_end(run)
     return 0
 
 
@@ -223,7 +232,7 @@ def on_evaluate(args: argparse.Namespace) -> None:
 
     result = evaluate_trained(args.weights, config, args.stage)
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
+        make_folder_of(args.output)
         args.output.write_text(json.dumps(result, indent=1), encoding="utf-8")
         print(f"figures: {args.output}")
 
@@ -281,7 +290,7 @@ def on_pick_images(args: argparse.Namespace) -> None:
     from ..method.pick import pick_images
 
     picked = pick_images(args.weights, config, args.stage, args.count)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder_of(args.output)
     names = "".join(f"{name}\n" for name in (*picked.labelled, *picked.names))
     args.output.write_text(names, encoding="utf-8")
     print("\n".join(picked.names))
@@ -313,6 +322,7 @@ def on_check_data(args: argparse.Namespace) -> int:
     if args.page:
         from ..report.data_page import write_data_page
 
+        make_folder_of(args.page)
         write_data_page(args.page, reports, "No problem was found." if whole else "There are problems.")
         print(f"pictures: {args.page}")
     if len(sides) == 2:

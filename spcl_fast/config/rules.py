@@ -23,7 +23,7 @@ def check_config(config: Config, stages: tuple[str, ...] | None = None, *, readi
     """
     stages = config.stages if stages is None else stages
     rows = [stage for stage in (*catalog.STAGES, catalog.HEAD) if stage.name in stages]
-    problems = [*_values(config), *_scales(config), *_windows(config), *_run(config)]
+    problems = [*_values(config), *_scales(config), *_windows(config), *_run(config), *_few_labels(config)]
     for section in dict.fromkeys(stage.section for stage in rows):
         problems += _stage(config, section, getattr(config, section))
     first = {side: [stage.name for stage in rows if side in stage.reads and reading] for side in ("source", "target")}
@@ -80,6 +80,17 @@ def _run(config: Config) -> Iterator[str]:
             f"loop.checkpoint: got {config.loop.checkpoint!r} with loop.compile, expected none: a compiled body decides itself "
             "what it keeps"
         )
+
+
+def _few_labels(config: Config) -> Iterator[str]:
+    """Their weight is a setting of every trained stage, for files of before; where nothing reads it, it keeps its default."""
+    for stage in (*(stage for stage in catalog.trained() if not stage.few_labels), catalog.HEAD):
+        section = getattr(config, stage.section)
+        if section.labelled_weight != type(section)().labelled_weight:
+            yield (
+                f"{stage.section}.labelled_weight: got {section.labelled_weight}, and nothing reads it: no step of {stage.name} has "
+                "images of target.labelled next to others. Leave it out."
+            )
 
 
 def _stage(config: Config, section: str, stage: object) -> Iterator[str]:

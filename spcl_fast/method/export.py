@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..config import Config
 from ..errors import ConfigError, DataError, NumericError
 from ..runs.layout import ONNX, TORCH
+from ..runs.output import make_folder_of
 from .exported import KEY, Exported, Facts, load_exported, quiet
 from .trained import load_trained
 
@@ -49,7 +50,7 @@ def export_trained(
         model.name, model.stride, config.target.eval_size, classes.names, classes.palette, classes.ignore_index
     )
     seen = _real_images(config, images)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder_of(output, say)
     half = output.with_name(f".{output.stem}.{os.getpid()}{output.suffix}")
     try:
         with quiet():

@@ -39,6 +39,7 @@ from .evaluation import evaluate_stage, keep_best, needs_evaluation
 from .feature_cache import CachedFeatures, cached_features
 from .labels import check_own_labels
 from .parts import is_labelled
+from .samples import keep_pictures
 from .stage import OWN, Feed
 from .summary import figures_of, machine
 from .training import RunNets
@@ -52,7 +53,7 @@ class HeadContext(Context):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.domains = LearntDomain(config)
+        self.domains: LearntDomain = LearntDomain(config)
 
     def _content_of_images(self, side: str) -> str | None:
         return super()._content_of_images(side) if side in ("target", self.config.head.side) else None
@@ -65,7 +66,13 @@ class LearntDomain(Domains):
     def classes(self) -> ClassSet:  # pyright: ignore[reportIncompatibleVariableOverride]
         if self.config.head.side == "source":
             return super().classes
-        return self.dataset("target", "train").classes
+        return self.dataset("target", "train", labels=self.config.target.labelled is None).classes
+
+    def learnt(self) -> Dataset:
+        """The images that the head learns from: a domain's training images, of the target only those of target.labelled if it is given."""
+        side = self.config.head.side
+        labelled = self.labelled_target if side == "target" else None
+        return self.dataset(side, "train") if labelled is None else labelled
 
 
 def train_head(config: Config) -> None:
@@ -75,21 +82,21 @@ def train_head(config: Config) -> None:
     """
     with distributed.session(config.loop.device):
         context = HeadContext(config)
-        with context.run.exclusive(), stop_requests() as stop:
+        with context.run.leaves_nothing_if_refused(), context.run.exclusive(), stop_requests() as stop:
             context.stop = stop
             memory.reset_peak(context.device)
             _train(context)
         context.run.close()
 
 
-def _train(context: Context) -> None:
+def _train(context: HeadContext) -> None:
     config, train, run = context.config, context.config.head, context.run
     others = [row.name for row in catalog.STAGES if run.stage(row.name).is_dir()]
     if others:
         raise ConfigError(
             f"{run.folder} is the folder of a run that has {others[0]}, and a head has one of its own: give another --name"
         )
-    dataset = context.domains.dataset(train.side, "train")
+    dataset = context.domains.learnt()
     check_own_labels(context, ROW.name, Feed(train.side, OWN, train.augment), dataset)
     nets = RunNets(context, ())
     model = nets.start().requires_grad_(False)
@@ -97,7 +104,7 @@ def _train(context: Context) -> None:
     optimizer = nets.optimizer_of([{"name": "head", "params": list(head.parameters()), "lr": train.lr}], train)
     optimizer.register_step_post_hook(lambda *_: into_classifier(head, model))
     weight = class_weight(dataset, train.class_weight_power)
-    _introduce(context)
+    _introduce(context, dataset)
     features, seconds = _features(context, model, dataset)
     result = fit(
         stage=ROW.name,
@@ -118,6 +125,7 @@ def _train(context: Context) -> None:
     if not result.skipped or needs_evaluation(context, ROW.name):
         picked = config.evaluate.selection != "last"
         evaluate_stage(context, ROW.name, context.model_of(ROW.name) if picked else model)
+    keep_pictures(context)
     if distributed.is_main():
         _write_picture(context)
         _write_summary(context, features, seconds)
@@ -201,7 +209,7 @@ def cached_batches(features: CachedFeatures, order: Order, train: HeadConfig, st
 # ---- what a reader finds -----------------------------------------------------------------------------------------------
 
 
-def _introduce(context: Context) -> None:
+def _introduce(context: Context, dataset: Dataset) -> None:
     """Classes and settings, which what the folder holds has accepted: a finished or interrupted head of others is refused by `fit`."""
     if not distributed.is_main():
         return
@@ -210,6 +218,8 @@ def _introduce(context: Context) -> None:
         return
     run.write_json(layout.CLASSES, classes.as_json())
     run.write_text(layout.CONFIG, dump_config(context.config))
+    if dataset is context.domains.labelled_target:
+        run.write_text(layout.LABELLED, "".join(f"{name}\n" for name in dataset.names))
 
 
 def _write_summary(context: Context, features: CachedFeatures, seconds: float) -> None:
@@ -233,7 +243,6 @@ def _write_summary(context: Context, features: CachedFeatures, seconds: float) -
         "machine": machine(context),
     }
     run.write_json(layout.SUMMARY, summary)
-    run.say(f"summary: {run.path(layout.SUMMARY)}")
 
 
 def _write_picture(context: Context) -> None:

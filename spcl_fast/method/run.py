@@ -45,7 +45,7 @@ def run_stages(
     wanted = config.stages if names is None else names
     with distributed.session(config.loop.device):
         context = Context(config)
-        with context.run.exclusive(), stop_requests() as stop:
+        with context.run.leaves_nothing_if_refused(), context.run.exclusive(), stop_requests() as stop:
             context.stop = stop
             if fork_of is not None and distributed.is_main():
                 fork(context, fork_of)

@@ -53,7 +53,10 @@ def _collapse(run: RunFolder) -> list[Finding]:
             f"the {catalog.title(stage)} net calls {run.evaluations[stage].predicted_share[name]:.0%} {name}"
             for stage, name in collapsed.items()
         ]
-        if collapsed.keys() & {*catalog.names(catalog.with_role("baseline", "bound"))}:
+        if run.is_head:
+            section = catalog.HEAD.section
+            advice = f"Lower {section}.lr, train longer or raise {section}.class_weight_power, and look at the labels."
+        elif collapsed.keys() & {*catalog.names(catalog.with_role("baseline", "bound"))}:
             advice = "It does not start with adaptation: train the source stage longer, and check its learning rate and labels."
         else:
             advice = "Lower the weight of the contrastive loss or the learning rate, and look at the pseudo-labels that it started from."
@@ -148,9 +151,12 @@ def _classes(run: RunFolder) -> list[Finding]:
     reachable = [name for name in never if name not in beyond]
     if reachable:
         verb = "occurs" if len(reachable) == 1 else "occur"
-        text = (
-            f"{_list(reachable)} {verb} on target and the final net never says so. A class that the first net never predicts gets no "
-            "pseudo-label: weight rare classes in the source stage (class_weight_power, augment.rare_crop)."
+        text = f"{_list(reachable)} {verb} on target and the final net never says so. "
+        text += (
+            f"Weight rare classes ({catalog.HEAD.section}.class_weight_power)."
+            if run.is_head
+            else "A class that the first net never predicts gets no pseudo-label: weight rare classes in the source stage "
+            "(class_weight_power, augment.rare_crop)."
         )
         found.append(Finding("note", "Classes that are never predicted", text))
     if beyond:

@@ -106,6 +106,7 @@ def render(run: RunFolder) -> str:
             missing=run.missing,
             baseline=catalog.title(run.baseline) if run.baseline else None,
             final=catalog.title(run.final) if run.final else None,
+            is_head=run.is_head,
         )
     )
 
@@ -247,7 +248,7 @@ def _pseudo_labels(run: RunFolder) -> list[dict[str, Any]]:
 def _stages(run: RunFolder) -> list[dict[str, str]]:
     """Iterations, seconds, speed, waiting and peak memory of each stage."""
     rows = []
-    trained = catalog.names(catalog.trained())
+    trained = catalog.names(catalog.with_nets())
     for stage in (*trained, *(stage for stage in run.metrics if stage not in trained)):
         records, done = run.metrics.get(stage, []), run.done.get(stage, {})
         if not records and not done:

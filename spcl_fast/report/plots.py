@@ -58,7 +58,7 @@ STYLE = {
 
 def look_of(stage: str) -> tuple[str, str]:
     """Colour and marker of a stage's net."""
-    results = catalog.names(catalog.with_role("result"))
+    results = (*catalog.names(catalog.with_role("result")), catalog.HEAD.name)
     if stage in results:
         return _RESULTS[results.index(stage) % len(_RESULTS)], "o"
     role = next((row.role for row in catalog.STAGES if row.name == stage), "")
@@ -83,7 +83,7 @@ def as_png(figure: Figure) -> bytes:
 
 def evaluated(run: RunFolder) -> list[str]:
     """The stages whose nets have a score, in the order of the method."""
-    return [stage for stage in catalog.names(catalog.trained()) if stage in run.evaluations]
+    return [stage for stage in catalog.names(catalog.with_nets()) if stage in run.evaluations]
 
 
 def class_scores(run: RunFolder) -> bytes | None:

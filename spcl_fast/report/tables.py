@@ -9,7 +9,7 @@ from typing import Any
 from .. import catalog
 from ..runs.reading import number
 
-_TITLES = {row.net: row.title for row in catalog.trained()}  # key of summary.json -> name for the reader
+_TITLES = {row.net: row.title for row in catalog.with_nets()}  # key of summary.json -> name for the reader
 
 
 def iou_table(summary: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from .. import distributed
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError, DataError
 from . import layout
 from .checkpoint import CheckpointStore
 from .durable import finite, make_folder, replace_file, replace_json
@@ -111,6 +111,23 @@ class Run:
             raise CheckpointError(f"{what}. Wait for it, stop it, or give this run another name.") from error
         except (ImportError, OSError):
             pass  # a system or file system without locks: the check is a courtesy
+
+    @contextlib.contextmanager
+    def leaves_nothing_if_refused(self) -> Iterator[None]:
+        """Remove a folder that was made in here and holds no more than what a run says of itself, where settings, data or weights are
+        refused: it would look like a run. Around `exclusive`.
+        """
+        fresh = not self.folder.exists()
+        try:
+            yield
+        except (ConfigError, DataError, CheckpointError):
+            if fresh and self.writes and self.folder.is_dir():
+                said = [self.folder / name for name in layout.SAID_BEFORE_STAGES]
+                if all(path in said for path in self.folder.iterdir()):
+                    for path in said:
+                        path.unlink(missing_ok=True)
+                    self.folder.rmdir()
+            raise
 
     # --- finished stages ------------------------------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ LOCK = ".lock"
 PROTOTYPES = "prototypes.safetensors"  # tensors "prototypes" [K, D] and "images" [K]
 FEATURES = "features.npz"
 LABELLED = "labelled.txt"  # names of the target's images whose labels were used
+SAID_BEFORE_STAGES = (LOCK, CONFIG, CLASSES, LABELLED)  # there before a stage has done anything
 SAMPLES = "report_samples"
 IMAGE_SUFFIX, TRUTH_SUFFIX = "_image.png", "_truth.png"
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import TextIO
 
 
@@ -21,6 +23,13 @@ def tell(output: TextIO, line: str) -> None:
         silence(output)
         with contextlib.suppress(OSError):
             print(f"nothing more is shown: the output cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+
+
+def make_folder_of(path: Path, say: Callable[[str], None] = print) -> None:
+    """Make the folder of a file that is about to be written, and say so where it was not there: its name may be a slip."""
+    if not path.parent.is_dir():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        say(f"new folder: {path.parent}")
 
 
 def silence(output: TextIO) -> None:

@@ -14,7 +14,7 @@ from .. import catalog
 from . import layout
 
 # Stage of a trained net -> its name in summary.json and its name for the reader, in the order of the method.
-TRAINED = {row.name: (row.net, row.title) for row in catalog.STAGES if row.net is not None}
+TRAINED = {row.name: (row.net, row.title) for row in catalog.with_nets() if row.net is not None}
 # Colour-blind-safe (Okabe and Ito); classes that come without a palette get these in turn.
 SAFE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#000000", "#8A6D00")
 
@@ -61,9 +61,14 @@ class RunFolder:
 
     @property
     def final(self) -> str | None:
-        """The stage of the net that the run is about: the distilled one, else the adapted one."""
-        results = reversed(catalog.names(catalog.with_role("result")))
+        """The stage of the net that the run is about: the distilled one, else the adapted one; the head where it is one's folder."""
+        results = (*reversed(catalog.names(catalog.with_role("result"))), catalog.HEAD.name)
         return next((stage for stage in results if stage in self.evaluations), None)
+
+    @property
+    def is_head(self) -> bool:
+        """Whether this is the folder of a head: no stage, nothing adapted."""
+        return any(catalog.HEAD.name in found for found in (self.evaluations, self.metrics, self.done))
 
     @property
     def baseline(self) -> str | None:
@@ -97,7 +102,7 @@ def read_run(folder: Path) -> RunFolder:
         evaluation = evaluation or _evaluation(run.summary.get(TRAINED[stage][0]), run, layout.SUMMARY)
         if evaluation is not None:
             run.evaluations[stage] = evaluation
-    for stage in catalog.names(catalog.STAGES):
+    for stage in (*catalog.names(catalog.STAGES), catalog.HEAD.name):
         record = _json(run, layout.of_stage(stage, layout.DONE))
         if record is not None:
             run.done[stage] = record
@@ -251,14 +256,14 @@ def _say_what_is_missing(run: RunFolder) -> None:
                 f"{TRAINED[stage][1]}: the stage stopped after step {step}; the same command goes on from its last checkpoint"
             )
     adapted = any(row.name in run.done for row in catalog.with_role("result"))
-    for row in catalog.trained():
+    for row in () if run.is_head else catalog.trained():
         needed = row.role != "result" or not adapted  # one way to adapt is enough
         if row.absent and needed and row.name in absent and row.name not in started:
             say(f"{row.title}: {row.absent} (stage {row.name})")
     if not run.metrics:
         say(f"{layout.METRICS}: no logged step, so there are no curves")
     later = "" if adapted else " (written when adaptation ends)"
-    with_prototypes = not adapted or (run.folder / layout.PROTOTYPES).is_file()
+    with_prototypes = not (adapted or run.is_head) or (run.folder / layout.PROTOTYPES).is_file()
     if run.features is None and with_prototypes and not any(layout.FEATURES in line for line in run.missing):
         say(f"{layout.FEATURES}: no sample of features{later}")
     if not list(run.folder.glob(f"{layout.SAMPLES}/**/*{layout.IMAGE_SUFFIX}")):

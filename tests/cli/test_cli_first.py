@@ -126,6 +126,12 @@ def test_report_writes_into_no_folder_but_a_runs(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_in_which_no_stage_has_begun_has_nothing_to_report(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    assert "no stage of it has begun" in told(capsys, 2, "report", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
 # ---- help ------------------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from tiny_run import save_scenes, tiny_config
 
 from spcl_fast.cli import main
 from spcl_fast.config.load import load_config
-from spcl_fast.errors import CheckpointError, ConfigError
+from spcl_fast.errors import CheckpointError, ConfigError, DataError
 from spcl_fast.method.context import Context
 from spcl_fast.method.run import run_stages
 
@@ -98,6 +98,29 @@ def test_a_stage_that_will_be_missing_is_named_before_the_first_step(tmp_path, c
     with pytest.raises(CheckpointError, match="'prototypes' is not finished.*adapt starts from it.*add prototypes"):
         run_stages(tiny_config(tmp_path), ("source_only", "adapt"))
     assert not (tmp_path / "run" / "source_only").exists()
+
+
+def test_a_refused_run_leaves_no_folder_that_looks_like_one(tmp_path):
+    for refused in (
+        {"model.weights": str(tmp_path / "none.npz")},  # found after classes and settings were written
+        {"source.dataset": "folders", "source.root": str(tmp_path / "none")},
+    ):
+        with pytest.raises((ConfigError, DataError)):
+            run_stages(tiny_config(tmp_path, **refused), ("source_only",))
+        assert not (tmp_path / "run").exists()
+    with pytest.raises(CheckpointError):
+        run_stages(tiny_config(tmp_path), ("adapt",))
+    with pytest.raises(ConfigError):
+        run_stages(tiny_config(tmp_path), ("source_only",), fork_of=tmp_path / "none")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_refused_start_removes_nothing_that_was_there(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("seed: 1\n")
+    with pytest.raises(ConfigError):
+        run_stages(tiny_config(tmp_path, **{"model.weights": str(tmp_path / "none.npz")}), ("source_only",))
+    assert (tmp_path / "run" / "config.yaml").is_file()
 
 
 def test_redo_does_a_changed_stage_and_what_started_from_it_again_and_nothing_twice(finished, tmp_path, capsys):

@@ -52,11 +52,11 @@ def run(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_exported_net_predicts_the_same_masks_in_the_same_colours(run, tmp_path, capfd, kind):
-    file, images = tmp_path / f"net{kind}", run.parent / "target" / "images" / "val"
+    file, images = tmp_path / "new" / f"net{kind}", run.parent / "target" / "images" / "val"
     assert main(["export", str(run / "weights"), str(file)]) == 0
     said, grumbled = capfd.readouterr()
-    assert "100.000% of the labels agree" in said and not grumbled
-    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    assert "100.000% of the labels agree" in said and not grumbled and f"new folder: {file.parent}\n" in said
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
     assert main(["predict", str(run / "weights"), str(images), str(tmp_path / "net")]) == 0
     assert (
         main(["predict", str(file), str(images), str(tmp_path / "file")]) == 0

@@ -12,9 +12,10 @@ from tiny_run import STAGES, save_scenes, tiny_config
 
 from spcl_fast import catalog
 from spcl_fast.cli import main
+from spcl_fast.config.rules import check_config
 from spcl_fast.data import read_label_png
 from spcl_fast.data.dataset import FileDataset
-from spcl_fast.errors import CheckpointError, DataError
+from spcl_fast.errors import CheckpointError, ConfigError, DataError
 from spcl_fast.memory_plan.peak import peak_memory
 from spcl_fast.method import few_labels
 from spcl_fast.method.context import Context
@@ -103,6 +104,13 @@ def test_other_images_are_another_run_but_for_the_baseline(scenes, tmp_path):
         run_stages(config_of(scenes, tmp_path, "3"), ["control"])
     (tmp_path / "same.txt").write_text("1\n")
     run_stages(config_of(scenes, tmp_path, str(tmp_path / "same.txt")), ["control"])
+
+
+def test_a_weight_that_no_step_reads_is_refused(tmp_path):
+    for section in ("source_only", "oracle"):
+        with pytest.raises(ConfigError, match=rf"{section}.labelled_weight: got 0.5, and nothing reads it"):
+            check_config(tiny_config(tmp_path, **{f"{section}.labelled_weight": "0.5"}))
+        check_config(tiny_config(tmp_path, **{f"{section}.labelled_weight": "1"}))  # as files of before have it
 
 
 def test_weight_zero_trains_as_without_them(scenes, tmp_path):

@@ -135,6 +135,40 @@ def test_a_head_learns_from_the_source_and_is_scored_on_the_target(scenes, tmp_p
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["features"]["images"] == 3
 
 
+def test_it_learns_from_the_named_images_alone_and_needs_no_other_label(tmp_path, capsys):
+    scenes = save_scenes(tmp_path / "scenes", "generated_target", count=5)
+    for number in (0, 2, 3):
+        (scenes / "labels" / "train" / f"{number}.png").unlink()
+    # validation scenes have the same names, and may not be learnt from: other splits' folders, so they are other files
+    given = {"target.labelled": "1,4"}
+    assert main(["head", *words(scenes, tmp_path, **given)]) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["features"]["images"] == 2
+    assert (tmp_path / "run" / "labelled.txt").read_text() == "1\n4\n"
+    assert main(["head", *words(scenes, tmp_path, **{"target.labelled": "1,"})]) == 5
+    assert "target.labelled" in capsys.readouterr().err
+
+
+def test_the_folder_has_a_report_with_scores_pictures_and_curves_and_no_word_of_adaptation(finished, capsys):
+    run = finished / "run"
+    assert main(["report", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert "Scores" in page and "head on frozen features" in page and "Confusion" in page
+    assert page.count('alt="0: ') == 3, "image, prediction and truth of a picture"
+    assert 'alt="losses and learning rate of each stage"' in page and 'alt="IoU of each class for each net"' in page
+    for word in ("Pseudo-labels", "prototypes", "not trained, so", "Not in this report", "contrastive", "adapt"):
+        assert word not in page.partition("<h2>Settings</h2>")[0], word
+
+
+def test_a_head_that_is_refused_leaves_no_folder(scenes, tmp_path, capsys):
+    assert main(["head", *words(scenes, tmp_path), "--model.weights", str(tmp_path / "none.npz")]) == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_weight_that_nothing_reads_is_refused(scenes, tmp_path, capsys):
+    assert main(["head", *words(scenes, tmp_path), "--head.labelled_weight", "0.5"]) == 2
+    assert "head.labelled_weight: got 0.5, and nothing reads it" in capsys.readouterr().err
+
+
 def test_the_help_of_the_command_says_what_it_starts_from(capsys):
     assert main(["head", "-h"]) == 0
     text = capsys.readouterr().out
