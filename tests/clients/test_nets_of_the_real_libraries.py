@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from spcl_fast.cli import main
 from spcl_fast.config.load import load_config
+from spcl_fast.data import read_label_png
 from spcl_fast.errors import ConfigError
 from spcl_fast.memory_plan.peak import count_step, peak_memory, step_of
-from spcl_fast.method.export import export_trained
 from spcl_fast.method.run import run_stages
 from spcl_fast.method.trained import load_trained
 from spcl_fast.models import build_model
@@ -121,7 +123,7 @@ def test_the_plan_is_the_counted_peak_of_a_real_step(model_name, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_run_is_trained_loaded_and_exported(model_name, name, tmp_path):
+def test_a_run_is_trained_and_loaded(model_name, name, tmp_path):
     size = {f"{side}.{key}": "256x192" for side in ("source", "target") for key in ("size", "eval_size")}
     given = {
         **size, "model.name": model_name(name), "runs_dir": str(tmp_path), "name": "run",
@@ -134,7 +136,32 @@ def test_a_run_is_trained_loaded_and_exported(model_name, name, tmp_path):
     saved = read_tensors(tmp_path / "run" / "source_only" / "checkpoints" / "step_00000002" / "model.safetensors")
     state = {key: value for key, value in trained.model.state_dict().items() if "num_batches" not in key}
     assert all(torch.equal(value, saved[key]) for key, value in state.items())
-    export_trained(tmp_path / "run", config, None, tmp_path / "net.pt2", images=2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_exported_net_of_a_library_predicts_the_same_masks_from_either_file(model_name, name, tmp_path):
+    """By the commands that a user types: export compares logits itself, predict then takes the file without any settings."""
+    size = {f"{side}.{key}": "256x192" for side in ("source", "target") for key in ("size", "eval_size")}
+    given = {
+        **size, "model.name": model_name(name), "runs_dir": str(tmp_path), "name": "run",
+        "source_only.iterations": "1", "source_only.batch_size": "2", "source.train_images": "4", "evaluate.images": "2",
+        "loop.workers": "0",
+    }  # fmt: skip
+    run_stages(load_config("demo", (), (), list(given.items())), ("source_only",))
+    for number, (width, height) in enumerate(((203, 151), (256, 192))):
+        noise = np.random.default_rng(number).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.fromarray(noise).resize((width, height)).save(tmp_path / "images" / f"{number}.png")
+    nets = [tmp_path / "run", tmp_path / "net.pt2", tmp_path / "net.onnx"]
+    for file in nets[1:]:
+        assert main(["export", str(nets[0]), str(file), "--images", "2"]) == 0
+    masks = []
+    for net in nets:
+        assert main(["predict", str(net), str(tmp_path / "images"), str(tmp_path / f"out_{net.name}")]) == 0
+        masks.append([read_label_png(path) for path in sorted((tmp_path / f"out_{net.name}" / "masks").glob("*.png"))])
+    for of_file in masks[1:]:
+        for ours, theirs in zip(masks[0], of_file, strict=True):
+            assert ours.shape == theirs.shape and (ours == theirs).mean() > 0.999
 
 
 def test_weights_of_a_folder_are_the_librarys(model_name):
