@@ -59,6 +59,30 @@ class LabelColours:
             )
 
 
+def check_grey_palette(image: Image.Image, colours: LabelColours | None, where: str) -> None:
+    """Raises DataError where a palette PNG's own colours are greys that look like the ids: an optimiser turns a grey PNG of five ids into
+    indices 0 to 4 of a palette with the five greys, each once. Black to white in even steps and what classes.json names are indices."""
+    flat = image.getpalette("RGB") or []
+    table = np.array(flat[: len(flat) // 3 * 3], np.int64).reshape(-1, 3)
+    count, grey = len(table), table[:, 0] if len(table) else table.ravel()
+    used = np.flatnonzero(np.bincount(np.asarray(image).ravel(), minlength=256)[:count])
+    if not 0 < count < 256 or (table != grey[:, None]).any() or (grey[used] == used).all() or len(set(grey)) < count:
+        return
+    ramp = np.linspace(0, 255, count)
+    if min(np.abs(grey - ramp).max(), np.abs(grey[::-1] - ramp).max()) <= 1:
+        return
+    if colours is not None and all(
+        colours.ids.get((int(r), int(g), int(b))) == k for k, (r, g, b) in zip(used, table[used], strict=True)
+    ):
+        return
+    wrong = next(k for k in used if grey[k] != k)
+    raise DataError(
+        f"{where} has a palette of {count} greys, and index {wrong} is shown as grey {grey[wrong]}: a PNG optimiser makes such a file "
+        "from a grey one, and the ids are then in the greys, not in the indices. Take the labels from before they were optimised, or "
+        "convert them to mode L; if the indices are the ids, save them as grey PNGs of class ids."
+    )
+
+
 def ids_of_colours(pixels: np.ndarray, colours: LabelColours | None, where: str) -> np.ndarray:
     """RGB or RGBA pixels uint8 [H, W, 3 or 4] of a label -> ids [H, W].
 

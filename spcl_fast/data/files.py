@@ -24,7 +24,7 @@ from PIL import Image, UnidentifiedImageError
 from ..config import LoopConfig
 from ..config.text import read_text
 from ..errors import DataError
-from .colours import LabelColours, ids_of_colours
+from .colours import LabelColours, check_grey_palette, ids_of_colours
 from .orientation import upright
 
 Prepare = Callable[[Image.Image], None]
@@ -143,8 +143,10 @@ def read_ids(path: Path, colours: LabelColours | None = None, max_pixels: int = 
     image = _decode(path, "label", check, max_pixels)
     if image.mode in ("RGB", "RGBA"):
         return ids_of_colours(np.asarray(image), colours, f"label {path}")
-    if image.mode == "P" and colours is not None:
-        colours.check_indices(image, f"label {path}")
+    if image.mode == "P":
+        if colours is not None:
+            colours.check_indices(image, f"label {path}")
+        check_grey_palette(image, colours, f"label {path}")
     ids = np.asarray(image)
     if image.mode == "1":
         return ids.astype(np.uint8)

@@ -196,6 +196,38 @@ def test_a_palette_png_whose_own_colours_contradict_its_indices_is_refused(tmp_p
     assert data.classes.names == ("sky", "road", "car")
 
 
+def with_greys(path, indices, greys):
+    path.write_bytes(png(np.array([indices]), 8, 3, bytes(np.repeat(np.array(greys, np.uint8), 3))))
+
+
+@pytest.mark.parametrize(
+    ("indices", "greys"),
+    [([0, 4, 2], [18, 255, 13, 7, 0]), ([0, 1, 2], [0, 1, 7, 255]), ([0, 1], [0, 7]), ([0, 0], [255])],
+)
+def test_ids_that_an_optimiser_put_into_a_grey_palette_are_not_read_as_its_indices(tmp_path, indices, greys):
+    with_greys(tmp_path / "l.png", indices, greys)
+    with pytest.raises(DataError, match=r"a PNG optimiser makes such a file .* convert them to mode L"):
+        read_ids(tmp_path / "l.png")
+    with Image.open(tmp_path / "l.png") as image:
+        image.convert("L").save(tmp_path / "l.png")  # the remedy
+    assert read_ids(tmp_path / "l.png").tolist() == [[greys[k] for k in indices]]
+
+
+@pytest.mark.parametrize(
+    "greys",
+    [[0, 255], [255, 0], [0, 128, 255], [0, 1, 2, 3], list(range(19)), [0, 1, 77], [9, 9, 9], list(range(255, -1, -1))],
+)
+def test_indices_of_a_grey_palette_that_somebody_made_to_look_at_are_ids(tmp_path, greys):
+    with_greys(tmp_path / "l.png", [0, 1, 1, 0], greys)
+    assert read_ids(tmp_path / "l.png").tolist() == [[0, 1, 1, 0]]
+
+
+def test_greys_that_the_palette_of_the_classes_names_are_colours(tmp_path):
+    with_greys(tmp_path / "l.png", [0, 1], [30, 90])
+    named = LabelColours((((30, 30, 30), 0), ((90, 90, 90), 1)), names_indices=True)
+    assert read_ids(tmp_path / "l.png", named).tolist() == [[0, 1]]
+
+
 def test_void_in_a_palette_png_may_have_the_colour_of_a_class(tmp_path):
     palette = [[0, 0, 0], [128, 64, 128], [0, 0, 142]]  # black is the background's, as VOC has it
     data = coloured_set(tmp_path, IDS, palette=palette)
