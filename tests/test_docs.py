@@ -97,6 +97,13 @@ def test_python_of_the_pages_runs(page, place, monkeypatch):
     for key in ("loss", "seg"):
         value = names.get(key)
         assert value is None or (isinstance(value, torch.Tensor) and value.isfinite())
+    if "rows_of" in names:  # of a layer that is never called, after an optimiser's step
+        layer = torch.nn.utils.weight_norm(torch.nn.Linear(8, 5, bias=False))
+        with torch.no_grad():
+            layer.weight_v.add_(1.0)
+        rows = names["rows_of"](layer)  # pyright: ignore[reportCallIssue]
+        layer(torch.zeros(1, 8))
+        torch.testing.assert_close(rows, layer.weight)
     batch = names.get("batch")
     if page.name == "data.md":
         assert batch is not None and tuple(batch.images.shape) == (4, 3, 240, 320), "what the comment says"  # pyright: ignore[reportAttributeAccessIssue]

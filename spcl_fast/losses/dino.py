@@ -3,8 +3,9 @@
     t_nk = softmax over k of (<f_n, Q_k> - centre_k) / teacher temperature        f, Q of the teacher, constants
     loss_n = - sum over k of  t_nk log softmax over k of <x_n, P_k> / temperature  x, P of the student
 
-x and f are what meets the last layer (the head's normalised bottleneck), P and Q are its weights (DINOHead.last_layer.weight). So K may be
-65 536 or 262 144, and neither [N, K] map is ever there. Memory: O(N D) for rows of D, and the gradients.
+x and f are what meets the last layer (the head's normalised bottleneck), P and Q are its weights. DINOHead.last_layer has weight_norm,
+which computes `.weight` in a forward that is not called here: give weight_g * F.normalize(weight_v, dim=1). So K may be 65 536 or
+262 144, and neither [N, K] map is ever there. Memory: O(N D) for rows of D, and the gradients.
 """
 
 from __future__ import annotations
