@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..estimators.assignment import NONE, ClassRows, LabelledGrid, balanced_assignment, own_scores
 from ..estimators.clusters import moved_rows, sampled_index
-from ..losses import protoseg
+from ..losses import layer_norm, protoseg
 
 
 class RowLogits(NamedTuple):
@@ -157,22 +157,23 @@ class PrototypeLearning:
     ) -> Tensor | dict[str, Any]:
         """What HRNet_W48_Proto.forward does with the projected features c [B, D, h, w]: class logits [B, K, h, w], and in training
         {"seg", "logits", "target"}. gt_semantic_seg [B, 1, H, W]."""
-        batch, _, height, width = c.shape
-        _c = F.normalize(self.feat_norm(c.movedim(1, -1).flatten(0, 2)), dim=-1)
+        batch, dim, height, width = c.shape
         with torch.no_grad():
             self.prototypes.requires_grad_(False).copy_(F.normalize(self.prototypes, dim=-1))
-        rows, scores = self.prototypes.detach().flatten(0, 1).clone(), None
-        if 2 * len(rows) <= c.shape[1]:  # the map is smaller than the gradients that it spares
-            scores = ops.prototype_logits(_c, rows, temperature=1.0, normalize=False)
-            best = scores.view(len(_c), self.num_classes, -1).amax(2)
+        rows = self.prototypes.detach().flatten(0, 1).clone()
+        keeps_scores = 2 * len(rows) <= dim  # the map is smaller than the gradients that it spares
+        if keeps_scores and layer_norm.is_plain(self.feat_norm, dim):
+            pixels = _Normed(c, self.feat_norm, rows)
         else:
-            best = protoseg.prototype_class_logits(_c, rows.view(self.prototypes.shape), normalize=False)
+            _c = F.normalize(self.feat_norm(c.movedim(1, -1).flatten(0, 2)), dim=-1)
+            pixels = _Unit(_c, rows, keeps_scores)
+        best = pixels.best(self.num_classes)
         out_seg = self.mask_norm(best).view(batch, height, width, -1).movedim(-1, 1)
         if pretrain_prototype or not self.use_prototype or gt_semantic_seg is None:
             return out_seg
         gt_seg = F.interpolate(gt_semantic_seg.float(), size=(height, width), mode="nearest").view(-1)
-        target = self._learn(_c, rows, out_seg, gt_seg, scores)
-        return {"seg": out_seg, "logits": RowLogits(_c, rows) if scores is None else scores, "target": target}
+        target = self._learn(pixels, out_seg, gt_seg)
+        return {"seg": out_seg, "logits": pixels.logits(), "target": target}
 
     def prototype_learning(
         self, _c: Tensor, out_seg: Tensor, gt_seg: Tensor, masks: Tensor | None = None
@@ -181,32 +182,86 @@ class PrototypeLearning:
 
         masks is taken and not read: the scores against a pixel's own class are computed here.
         """
-        rows = self.prototypes.detach().flatten(0, 1).clone()
-        return RowLogits(_c, rows), self._learn(_c, rows, out_seg, gt_seg, None)
+        pixels = _Unit(_c, self.prototypes.detach().flatten(0, 1).clone(), keeps_scores=False)
+        return pixels.row_logits(), self._learn(pixels, out_seg, gt_seg)
 
     @torch.no_grad()
-    def _learn(self, _c: Tensor, rows: Tensor, out_seg: Tensor, gt_seg: Tensor, scores: Tensor | None) -> Tensor:
-        """Assign, move the prototypes -> contrast_target [N]. scores [N, K M] where they are there."""
+    def _learn(self, pixels: _Unit | _Normed, out_seg: Tensor, gt_seg: Tensor) -> Tensor:
+        """Assign, move the prototypes -> contrast_target [N]."""
         labels = gt_seg.long()
-        own = labels.masked_fill((labels < 0) | (labels >= self.num_classes), NONE).view(1, -1, 1)
-        given = LabelledGrid(_c.detach().t()[None, :, :, None], own, (len(labels),))
-        if scores is None:
-            of_class = own_scores(given, ClassRows(rows), self.num_prototype, normalize=False)
-        else:
-            by_class = scores.detach().view(len(labels), self.num_classes, -1)
-            chosen = own.view(-1, 1, 1).clamp_min(0).expand(-1, 1, by_class.shape[2])
-            of_class = by_class.gather(1, chosen).permute(1, 2, 0)[..., None]
-        found = balanced_assignment(of_class, own, self.num_classes)
+        own = labels.masked_fill((labels < 0) | (labels >= self.num_classes), NONE)
+        found = balanced_assignment(pixels.own_scores(own, self.num_prototype), own.view(1, -1, 1), self.num_classes)
         likeliest = found.rows()
         if self.update_prototype:
             moving = likeliest if self.assignment == "argmax" else found.rows(sampled_index(found.probabilities))
-            self._move(given, rows, moving, out_seg)
+            is_right = out_seg.argmax(1).flatten() == own
+            moments = pixels.moments(moving.flatten().masked_fill(~is_right, NONE))
+            moved = moved_rows(pixels.rows, moments.sums, moments.counts, self.gamma)
+            self.prototypes.copy_(moved.view(self.prototypes.shape))
         return torch.where(likeliest.flatten() != NONE, likeliest.flatten().to(gt_seg.dtype), gt_seg).float()
 
-    def _move(self, given: LabelledGrid, old: Tensor, rows: Tensor, out_seg: Tensor) -> None:
-        is_right = out_seg.argmax(1).view(rows.shape) == given.labels
-        moments = ops.class_moments(
-            given.features, rows.masked_fill(~is_right, NONE), len(old), normalize=False, ignore_index=NONE
-        )
-        moved = moved_rows(old, moments.sums, moments.counts, self.gamma)
-        self.prototypes.copy_(moved.view(self.prototypes.shape))
+
+class _Pixels:
+    """What the head asks of its features, with rows [K M, D] as they are before they move."""
+
+    rows: Tensor
+    scores: Tensor | None  # [N, K M], where they are stored
+
+    def logits(self) -> Tensor | RowLogits:
+        assert self.scores is not None
+        return self.scores
+
+    def best(self, num_classes: int) -> Tensor:
+        """[N, K]: the best row of each class."""
+        assert self.scores is not None
+        return self.scores.view(len(self.scores), num_classes, -1).amax(2)
+
+    def own_scores(self, labels: Tensor, per_class: int) -> Tensor:
+        """[1, M, N, 1]: against the rows of each pixel's class; labels [N], NONE where there is none."""
+        assert self.scores is not None
+        by_class = self.scores.detach().view(len(labels), -1, per_class)
+        chosen = labels.clamp_min(0)[:, None, None].expand(-1, 1, per_class)
+        return by_class.gather(1, chosen).permute(1, 2, 0)[..., None]
+
+
+class _Normed(_Pixels):
+    """Of a net whose feat_norm is a LayerNorm: neither its result nor the unit features are there."""
+
+    def __init__(self, c: Tensor, norm: nn.LayerNorm, rows: Tensor) -> None:
+        self.c, self.norm, self.rows = c, norm, rows
+        self.scores = layer_norm.layer_normed_scores(c, norm, rows)
+
+    def moments(self, labels: Tensor) -> ops.ClassMoments:
+        """class_moments of the unit features; labels [N]."""
+        batch, _, height, width = self.c.shape
+        of_pixels = labels.view(batch, height, width)
+        return layer_norm.layer_normed_moments(self.c.detach(), self.norm, of_pixels, len(self.rows))
+
+
+class _Unit(_Pixels):
+    """Of unit features [N, D]."""
+
+    def __init__(self, features: Tensor, rows: Tensor, keeps_scores: bool) -> None:
+        self.features, self.rows = features, rows
+        self.scores = ops.prototype_logits(features, rows, temperature=1.0, normalize=False) if keeps_scores else None
+
+    def logits(self) -> Tensor | RowLogits:
+        return self.row_logits() if self.scores is None else self.scores
+
+    def row_logits(self) -> RowLogits:
+        return RowLogits(self.features, self.rows)
+
+    def best(self, num_classes: int) -> Tensor:
+        if self.scores is not None:
+            return super().best(num_classes)
+        prototypes = self.rows.view(num_classes, -1, self.rows.shape[1])
+        return protoseg.prototype_class_logits(self.features, prototypes, normalize=False)
+
+    def own_scores(self, labels: Tensor, per_class: int) -> Tensor:
+        if self.scores is not None:
+            return super().own_scores(labels, per_class)
+        given = LabelledGrid(self.features.detach().t()[None, :, :, None], labels.view(1, -1, 1), (len(labels),))
+        return own_scores(given, ClassRows(self.rows), per_class, normalize=False)
+
+    def moments(self, labels: Tensor) -> ops.ClassMoments:
+        return ops.class_moments(self.features.detach(), labels, len(self.rows), normalize=False, ignore_index=NONE)

@@ -98,6 +98,29 @@ def test_three_steps_are_those_of_the_net_written_out(dim):
         torch.testing.assert_close(ours.prototypes, theirs.prototypes, rtol=1e-5, atol=1e-6)
 
 
+class OwnNorm(nn.LayerNorm):
+    """A norm of the net's own: not stood in for."""
+
+
+@pytest.mark.parametrize("kind", [nn.LayerNorm, OwnNorm])
+def test_another_norm_gives_the_same_step(kind):
+    ours, theirs, loss = Net(24), WrittenOut(24), PixelPrototypeCELoss(configer())
+    ours.feat_norm = kind(24)
+    with torch.no_grad():
+        for net in (ours, theirs):
+            net.feat_norm.weight.copy_(torch.linspace(0.5, 1.5, 24))
+            net.feat_norm.bias.copy_(torch.linspace(-1, 1, 24))
+    c, gt = batch(0, 24)
+    value, true = loss(ours(c, gt[:, None]), gt), Loss()(theirs(c, gt[:, None]), gt)
+    for net, found in ((ours, value), (theirs, true)):
+        found.backward()
+        net.got = c.grad, net.feat_norm.weight.grad, net.feat_norm.bias.grad
+        c.grad = None
+    for one, other in zip(ours.got, theirs.got, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(ours.prototypes, theirs.prototypes, rtol=1e-5, atol=1e-6)
+
+
 def test_dense_logits_of_code_that_was_not_changed_give_the_same_losses():
     c, gt = batch(0)
     found = Net()(c, gt[:, None])
