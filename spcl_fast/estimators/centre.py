@@ -8,6 +8,8 @@ from torch import Tensor
 from .. import distributed
 from .float32 import Float32Statistics
 
+_BLOCK = 1 << 17  # values of the prototypes that are there in float64 at a time: 1 MB
+
 
 class TeacherCentre(Float32Statistics):
     """centre_k <- keep centre_k + (1 - keep) mean over pixels of <f_n, prototype_k>, which is <mean f_n, prototype_k>.
@@ -41,7 +43,7 @@ class TeacherCentre(Float32Statistics):
         packed = torch.cat([rows.sum(0, dtype=torch.float64), rows.new_tensor([len(rows)], dtype=torch.float64)])
         distributed.all_reduce_([packed])
         mean = packed[:-1] / packed[-1].clamp_min(1)
-        logits = (prototypes.double() @ mean).to(self.centre.dtype)
+        logits = _products(prototypes, mean).to(self.centre.dtype)
         is_there = (packed[-1] > 0) & logits.isfinite()
         self.centre = torch.where(is_there, self.keep * self.centre + (1 - self.keep) * logits, self.centre)
         return self
@@ -49,3 +51,16 @@ class TeacherCentre(Float32Statistics):
     def potentials(self, temperature: float) -> Tensor:
         """v [K] of `TeacherTargets`: what subtracting the centre from the logits is."""
         return -self.centre / temperature
+
+
+def _products(prototypes: Tensor, mean: Tensor) -> Tensor:
+    """prototypes @ mean in float64, in parts: of 65 536 prototypes the copy in float64 would be twice their gradient."""
+    several = max(1, _BLOCK // len(mean))
+    found = mean.new_empty(len(prototypes))
+    part = mean.new_empty(
+        (min(several, len(prototypes)), len(mean))
+    )  # one for all: a new one for each may not fit where the last was
+    for first in range(0, len(prototypes), several):
+        own = prototypes[first : first + several]
+        found[first : first + len(own)] = part[: len(own)].copy_(own) @ mean
+    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops import dispatched
 
-_BLOCK = 1 << 21  # scores that are there at a time: 8 MB
+_BLOCK = 1 << 20  # scores that are there at a time: 4 MB
 
 
 class CAPIClustering(nn.Module):
@@ -23,7 +22,7 @@ class CAPIClustering(nn.Module):
 
     The student's loss is `capi_loss` against these targets. Defaults: target_temperature 0.06, prediction_temperature 0.12, 3 iterations.
     bias drops out of the balance, which its first step removes.
-    Memory: O(N (E + positions) + positions K) and blocks of 8 MB; the [N, K] assignments, which the authors store, are never there.
+    Memory: O(N (E + positions) + positions K) and blocks of 4 MB; the [N, K] assignments, which the authors store, are never there.
     Source: arXiv 2502.08769, `OnlineClustering` in model.py of facebookresearch/capi.
     Different: rows of length below 1e-7 are normalised to length 1.
     """
@@ -79,7 +78,8 @@ class CAPIClustering(nn.Module):
             u, v = ops.balance_(flat, weight, **settings)
             return ops.TeacherTargets(flat, weight, self.target_temperature, u, v)
         if not _is_distributed():
-            found = [(u, v) for _, _, u, v in _balanced_blocks(rows, weight, self.target_temperature, self.iterations)]
+            blocks = _blocks(rows, weight)
+            found = [_balanced(block / self.target_temperature, self.iterations)[1:] for _, block in blocks]
             u, v = torch.cat([u for u, _ in found]).flatten(), torch.cat([v for _, v in found])[:, 0]
             return _with_own_potentials(rows, weight, self.target_temperature, u, v)
         found = [ops.balance_(at_position, weight, **settings) for at_position in rows]  # over the images of all ranks
@@ -105,20 +105,31 @@ def _is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def _balanced_blocks(rows: Tensor, weight: Tensor, temperature: float, iterations: int) -> Iterator[tuple]:
-    """(positions, similarities [p, batch, K], u [p, batch, 1], v [p, 1, K]) of a few positions at a time: what balance_ does at each."""
+def _blocks(rows: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """(positions, similarities [p, batch, K]) of a few positions at a time."""
     positions, batch, _ = rows.shape
     kind = torch.float64 if rows.dtype == torch.float64 else torch.float32
     several = max(1, _BLOCK // (batch * len(weight)))
     for first in range(0, positions, several):
         at = slice(first, min(first + several, positions))
-        similarities = rows[at].to(kind) @ weight.to(kind).t()
-        scores = similarities / temperature
-        u = scores.new_zeros(*scores.shape[:2], 1)
-        for _ in range(iterations):
-            v = math.log(batch / len(weight)) - (scores + u).logsumexp(1, keepdim=True)
-            u = -(scores + v).logsumexp(2, keepdim=True)
-        yield at, similarities, u, v
+        yield at, rows[at].to(kind) @ weight.to(kind).t()
+
+
+def _balanced(scores: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    """scores [p, batch, K], which are overwritten -> t [p, batch, K], u [p, batch, 1], v [p, 1, K]: what balance_ does at each position.
+
+    One exponential per score instead of two per iteration. First the columns, then the rows are shifted to a largest score of 0, so every
+    row and every column of e^scores has a 1 and nothing above it: no sum overflows or is 0, and what underflows is below 1e-38 of both.
+    """
+    share = scores.shape[1] / scores.shape[2]
+    above = scores.amax(1, keepdim=True)
+    beside = scores.sub_(above).amax(2, keepdim=True)
+    kernel = scores.sub_(beside).exp_()
+    row = beside.exp()  # u = 0 at first
+    for _ in range(iterations):
+        column = share / (row.mT @ kernel)
+        row = 1 / (kernel @ column.mT)
+    return kernel.mul_(row).mul_(column), row.log() - beside, column.log() - above
 
 
 class _PositionsLoss:
@@ -142,22 +153,26 @@ class _PositionsLoss:
         kept = kind if x.dtype == torch.float16 else x.dtype
         dx = torch.zeros_like(x if wants_features else x[:0], dtype=kept)
         dweight, dbias = torch.zeros_like(weight, dtype=kind), weight.new_zeros(len(weight), dtype=kind)
-        total, found = dweight.new_zeros(()), []
-        for at, similarities, u, v in _balanced_blocks(rows, weight, target, iterations):
-            targets = (similarities / target + u + v).exp()
-            logits = (similarities if bias is None else similarities + bias) / prediction
-            log_p = logits.log_softmax(2)
-            total -= (targets * log_p).sum()
-            slope = (log_p.exp() * targets.sum(2, keepdim=True) - targets) / (prediction * x.shape[0] * x.shape[1])
+        total, found, scale = dweight.new_zeros(()), [], 1 / (prediction * x.shape[0] * x.shape[1])
+        for at, similarities in _blocks(rows, weight):
+            targets, u, v = _balanced(similarities / target, iterations)
+            logits = (similarities if bias is None else similarities.add_(bias)).div_(prediction)
+            logits.sub_(logits.amax(2, keepdim=True))
+            of_rows = targets.sum(2, keepdim=True)
+            total -= (targets * logits).sum()
+            share = logits.exp_()
+            sums = share.sum(2, keepdim=True)
+            total += (of_rows * sums.log()).sum()
+            slope = share.mul_(of_rows / sums).sub_(targets)
             own = rows[at].to(kind)
-            dweight += slope.flatten(0, 1).t() @ own.flatten(0, 1)
+            dweight.addmm_(slope.flatten(0, 1).t(), own.flatten(0, 1))
             dbias += slope.sum((0, 1))
             if wants_features:
-                drow = slope @ weight.to(kind)
+                drow = (slope @ weight.to(kind)) * scale
                 dx[at] = ((drow - own * (drow * own).sum(2, keepdim=True)) / norm[at]).to(kept)
             found.append((u, v))
         u, v = torch.cat([u for u, _ in found]).flatten(), torch.cat([v for _, v in found])[:, 0]
-        return total / (x.shape[0] * x.shape[1]), u, v, dx, dweight, dbias
+        return total / (x.shape[0] * x.shape[1]), u, v, dx, dweight.mul_(scale), dbias.mul_(scale)
 
     @staticmethod
     def keep(ctx, inputs, output):

@@ -54,6 +54,13 @@ def test_the_centre_is_the_running_mean_of_the_logits():
         TeacherCentre(K, keep=2)
 
 
+def test_parts_of_the_prototypes_do_not_change_the_centre(monkeypatch):
+    whole, parts, f, heads = TeacherCentre(K), TeacherCentre(K), drawn(N, E), unit(K, E, seed=1)
+    whole.update_(f, heads)
+    monkeypatch.setattr("spcl_fast.estimators.centre._BLOCK", 3 * E)
+    torch.testing.assert_close(parts.update_(f, heads).centre, whole.centre, rtol=1e-6, atol=0)
+
+
 # ---- DINO and iBOT ---------------------------------------------------------------------------------------------------
 
 
