@@ -4,6 +4,7 @@
     memory       peak memory: predicted, and of a step really run         adaptation  what a recipe brings, over seeds and pairs
     kernels_check  registers, shared memory and spills, without a GPU     figures     README's tables and pictures from results/
     traffic      what the GPU kernels move, counted without a GPU         levels      the C++ kernels without torch: counts, arm64
+    family       each loss next to its authors' own code, on the CPU
 
 Works on the checkout, installed or not: on a machine without a package index `kernels/`, which lies next to `spcl_fast/`, is not a part of
 an installed package, and pytest takes this module as a plugin for the same reason (`-p benchmarks`).

@@ -1,4 +1,4 @@
-"""Tables and pictures of README and docs/losses.md, from the result files and the backends alone: `make figures`.
+"""Tables and pictures of README, docs/losses.md, speed.md and switching.md, from the result files and the backends alone: `make figures`.
 
 python -m benchmarks.figures                         tables between the pages' markers, docs/pictures/speed.png, memory.png and growth.png
 python -m benchmarks.figures --overlays runs/demo    docs/pictures/overlays.png, too: a run's images before and after adaptation
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from benchmarks import ROOT, speed_page
 from benchmarks.adaptation.lines import Spread, by_setting, miou, paired, spread
+from benchmarks.family import page as family_page
 from benchmarks.tables import markdown, read
 from benchmarks.traffic.rungs import gpu_table
 from spcl_fast import backends, catalog
@@ -197,6 +198,7 @@ TABLES = {
     },
     LOSSES: {"backends": backends_table, "options": options_table, "teacher": teacher_table},
     speed_page.PAGE: speed_page.TABLES,
+    family_page.PAGE: family_page.TABLES,
 }
 
 

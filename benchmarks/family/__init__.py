@@ -1,0 +1,1 @@
+"""Each loss of the family next to its authors' own code: `python -m benchmarks.family --authors FOLDER`."""
