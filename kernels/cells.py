@@ -130,6 +130,12 @@ def node_offset(node, size, stride):
 
 
 @triton.jit
+def next_node_offset(node, size, out, stride):
+    """Of the node behind; where an axis keeps its size, of `node` itself: no pixel may meet another's NaN there."""
+    return node_offset(tl.where(size == out, node, node + 1), size, stride)
+
+
+@triton.jit
 def window_of(r0, c0, band, columns, grid, ALIGN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """-> pixel rows [ROWS, 1, 1] and columns [1, COLS, CELLS] of a window, and their weights of the lower and the right nodes."""
     i = (r0 + tl.arange(0, ROWS))[:, None, None]
@@ -147,7 +153,7 @@ def place_of(logits, grid, tiling, ALIGN: tl.constexpr, HALO: tl.constexpr, CELL
     image = (tl.program_id(0) // (tiling.tiles * tiling.strips)).to(tl.int64)
     columns = columns_of(tile * (CELLS - HALO) - 1, grid, ALIGN, CELLS)
     col0 = node_offset(columns.cells, grid.w, logits.stride_w)
-    col1 = node_offset(columns.cells + 1, grid.w, logits.stride_w)
+    col1 = next_node_offset(columns.cells, grid.w, grid.W, logits.stride_w)
     return Place(
         tile, strip, image, strip * tiling.bands - 1, columns, tl.max(columns.end - columns.start, 0), col0, col1
     )
@@ -159,19 +165,19 @@ def rows_of(band, logits, grid, place, ALIGN: tl.constexpr):
     start = first_pixel(band, grid.H, grid.scale_h, grid.steps, ALIGN)
     end = first_pixel(band + 1, grid.H, grid.scale_h, grid.steps, ALIGN)
     row0 = node_offset(band, grid.h, logits.stride_h)
-    row1 = node_offset(band + 1, grid.h, logits.stride_h)
+    row1 = next_node_offset(band, grid.h, grid.H, logits.stride_h)
     return start, end, Corners(row0, row1, place.col0, place.col1)
 
 
 @triton.jit
 def best_of(ptr, at, K, stride_k, y, x, ROWS: tl.constexpr, COLS: tl.constexpr, CELLS: tl.constexpr):
-    """Each pixel's largest logit, and the first class that has it, as argmax: NaN is the largest."""
+    """Each pixel's largest logit, and the first class that has it, as argmax: NaN is the largest, and inf is as NaN."""
     top = tl.full([ROWS, COLS, CELLS], -float("inf"), tl.float32)
     best = tl.zeros([ROWS, COLS, CELLS], tl.int32)
     for k in range(0, K):
         a, b, c, d = load_corners(ptr, at)
         z = interpolate(a, b, c, d, y, x)
-        better = ((z <= top) == 0) & (top == top)
+        better = ((z <= top) == 0) & (top < float("inf"))
         best = tl.where(better, k, best)
         top = tl.where(better, z, top)
         ptr += stride_k

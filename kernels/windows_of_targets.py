@@ -164,7 +164,8 @@ def target_window(
             else:
                 loss, dz = w * (softplus(z) - tl.where(q == 0, 0.0, q * z)), w * (tl.sigmoid(z) - q)
             if is_low:
-                loss = tl.where((q != 0) & is_masked(ptr, at, y, x), float("inf") * w, loss)
+                costly = (q != 0) & (z == z) & is_masked(ptr, at, y, x)  # NaN stays
+                loss = tl.where(costly, float("inf") * w, loss)
             value += loss
             if image.dlogits is not None:
                 add_to_nodes(

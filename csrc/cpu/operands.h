@@ -51,18 +51,18 @@ struct PanelBuffer {
   }
 };
 
-// Positions as F.interpolate(mode="bilinear") has them, in float64. nodes: 1 to 2**31 - 1.
+// Positions as F.interpolate(mode="bilinear") has them, in float64; exact on nodes. nodes: 1 to 2**31 - 1.
 struct AxisTable {
   std::vector<int32_t> lower, upper;
   std::vector<float> weight;
   Axis view;
 
   AxisTable(int64_t nodes, int64_t pixels, bool align_corners) {
-    const double corners = pixels > 1 ? static_cast<double>(nodes - 1) / (pixels - 1) : 0.0;
-    const double step = align_corners ? corners : static_cast<double>(nodes) / pixels;
+    const double most = static_cast<double>(std::max<int64_t>(pixels - 1, 1)), size = static_cast<double>(nodes);
     for (int64_t i = 0; i < (pixels + kPanel - 1) / kPanel * kPanel; ++i) {
       const int64_t pixel = std::min(i, pixels - 1);
-      const double at = align_corners ? pixel * step : std::max((pixel + 0.5) * step - 0.5, 0.0);
+      const double at =
+          align_corners ? pixel * (size - 1.0) / most : std::max((pixel + 0.5) * size / pixels - 0.5, 0.0);
       const int64_t node = std::min(static_cast<int64_t>(at), nodes - 1);
       lower.push_back(static_cast<int32_t>(node));
       upper.push_back(static_cast<int32_t>(std::min(node + 1, nodes - 1)));

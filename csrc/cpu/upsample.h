@@ -13,6 +13,29 @@ constexpr float kLn2 = 0.693147180559945f;
 constexpr float kSmallestSum = 0x1p-60f;  // of powers of two that exp2 cuts off at 2^-100: a larger sum has not felt it
 constexpr int64_t kTermsAtOnce = 32;  // a sum over classes is a sum of such sums, which loses less than one long chain
 
+// Such a sum of sums, and what rounding took from it so far: beyond a thousand classes that is seen. Infinite stays so.
+struct SumOfSums {
+  vf total, lost;
+};
+
+SPCL_INLINE
+SumOfSums added(const SumOfSums& to, vf part) {
+  const vf term = part - to.lost, total = to.total + term;
+  return {total, select(magnitude(total) < __builtin_inff(), (total - to.total) - term, vf{})};
+}
+
+// The sum of what each class gives.
+template <class Term> SPCL_INLINE
+vf sum_over_classes(int64_t num_classes, const Term& term) {
+  SumOfSums sum = {};
+  for (int64_t first = 0; first < num_classes; first += kTermsAtOnce) {
+    vf part = {};
+    for (int64_t k = first; k < smaller(first + kTermsAtOnce, num_classes); ++k) part += term(k);
+    sum = added(sum, part);
+  }
+  return sum.total;
+}
+
 struct Band {
   int64_t image, first, last;  // cells [first, last)
 };
@@ -84,18 +107,22 @@ bool pack_nodes(const Upsampled& a, const Window& window, int64_t row, float fac
   }
 }
 
-// Two values by their weights; kLow: one of weight 0 gives nothing, even where it is infinite.
+// Two values by their weights; kLow: -inf of weight 0 gives nothing, while NaN and inf do, as in F.interpolate.
 template <bool kLow> SPCL_INLINE
 vf mix(vf lower, vf upper, vf of_lower, vf of_upper) {
   if constexpr (!kLow) return fused(upper, of_upper, lower * of_lower);
-  return select(of_lower == 0.0f, vf{}, lower * of_lower) + select(of_upper == 0.0f, vf{}, upper * of_upper);
+  const auto part = [](vf value, vf weight) {
+    return select((weight == 0.0f) & (value == -__builtin_inff()), vf{}, value * weight);
+  };
+  return part(lower, of_lower) + part(upper, of_upper);
 }
 
-// Which logits argmax takes instead of the largest ones so far: NaN is the largest, and is met where kLow alone.
+// Which logits argmax takes instead of the largest ones so far: NaN is the largest, inf is as NaN, and both are met
+// where kLow alone.
 template <bool kLow> SPCL_INLINE
 vi is_better(vf logit, vf most) {
   if constexpr (!kLow) return logit > most;
-  return (logit > most) | ((logit != logit) & (most == most));
+  return ~(logit <= most) & (most < __builtin_inff());
 }
 
 // Two rows of nodes -> the row between them, [K + 1][node_stride]: the last holds each node's largest logit.
@@ -103,6 +130,7 @@ vi is_better(vf logit, vf most) {
 template <bool kLow> SPCL_LOCAL
 void blend(const Upsampled& a, const Window& window, const float* lower, const float* upper, float weight, float* out) {
   const int64_t stride = node_stride(a), num_classes = a.logits.dim;
+  if (kLow && a.y.nodes == a.y.pixels) upper = lower;  // nothing is mixed: not another row's NaN, either
   const vf of_upper = splat(weight), of_lower = splat(1.0f - weight);
   for (int64_t n = 0; n < window.nodes; n += V) {
     vf top = splat(-__builtin_inff());
@@ -125,14 +153,19 @@ struct Taps {
   bool near;  // all within a vector
 };
 
-SPCL_INLINE
+template <bool kLow = false> SPCL_INLINE
 Taps taps_of(const Upsampled& a, const Window& window, int64_t pixel) {
   const int64_t at = window.first_pixel + pixel;
   const int32_t first = a.x.lower[at];
   vf weight = load(a.x.weight + at);
   const bool near = a.x.upper[at + V - 1] - first < V;
-  return {
-      first - window.first, load(a.x.lower + at) - first, load(a.x.upper + at) - first, 1.0f - weight, weight, near};
+  const bool mixed = !kLow || a.x.nodes != a.x.pixels;  // as in `blend`
+  return {first - window.first,
+          load(a.x.lower + at) - first,
+          load((mixed ? a.x.upper : a.x.lower) + at) - first,
+          1.0f - weight,
+          weight,
+          near};
 }
 
 template <bool kNear, bool kLow> SPCL_INLINE

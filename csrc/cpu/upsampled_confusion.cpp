@@ -44,7 +44,7 @@ void row_of_pixels(const UpsampledConfusion& a, const Window& window, int64_t ro
   blend<kLow>(a, window, lower, upper, a.y.weight[row], blended);
   const int64_t stride = node_stride(a);
   for (int v = 0; v < window.count; v += V) {
-    const Taps t = taps_of(a, window, v);
+    const Taps t = taps_of<kLow>(a, window, v);
     const vi predicted = t.near ? largest_class<true, kLow>(blended, stride, a.logits.dim, t)
                                 : largest_class<false, kLow>(blended, stride, a.logits.dim, t);
     count(a, label + v, predicted, (int)smaller(V, window.count - v), own);

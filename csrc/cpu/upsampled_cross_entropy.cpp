@@ -126,7 +126,7 @@ int read_pixels(const UpsampledCrossEntropy& a, const Window& window, int64_t ro
 template <bool kLow>
 vf plain_vector(const UpsampledCrossEntropy& a, const Window& window, int v, vi own, vf factor, float weight,
                 const Buffers& b) {
-  const Taps t = taps_of(a, window, v);
+  const Taps t = taps_of<kLow>(a, window, v);
   vf top;
   const Softmax s =
       t.near ? softmax<true, kLow>(a, b.row, t, own, b.e, &top) : softmax<false, kLow>(a, b.row, t, own, b.e, &top);
@@ -142,7 +142,7 @@ vf vector_with_options(const UpsampledCrossEntropy& a, const Window& window, int
                        const Buffers& b) {
   const UpsampledOptions& o = *a.options;
   const int64_t num_classes = a.logits.dim;
-  const Taps t = taps_of(a, window, v);
+  const Taps t = taps_of<kLow>(a, window, v);
   const VectorTargets targets = {own, o.targets.logits.data ? b.probabilities + v * num_classes : nullptr};
   const vf loss = o.binary ? (t.near ? binary_cross_entropy<true, kLow>(a, o, b.row, t, targets, b.e)
                                      : binary_cross_entropy<false, kLow>(a, o, b.row, t, targets, b.e))

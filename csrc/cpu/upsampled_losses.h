@@ -68,16 +68,15 @@ vf target_of(const UpsampledOptions& o, const VectorTargets& t, int64_t k) {
 template <bool kNear, bool kLow>
 vf soft_cross_entropy(const Upsampled& a, const UpsampledOptions& o, const float* rows, const Taps& taps,
                       const VectorTargets& targets, float* e) {
-  vf top, loss = {}, whole = {};
+  vf top;
   const Softmax s = softmax<kNear, kLow>(a, rows, taps, splat((int32_t)-2), e, &top);
   const vf rest = log(s.sum), inverse = 1.0f / s.sum;
-  for (int64_t k = 0; k < a.logits.dim; ++k) whole += target_of(o, targets, k);
-  for (int64_t k = 0; k < a.logits.dim; ++k) {
+  const vf whole = sum_over_classes(a.logits.dim, [&](int64_t k) { return target_of(o, targets, k); });
+  return sum_over_classes(a.logits.dim, [&](int64_t k) {
     const vf target = target_of(o, targets, k), logit = interpolate<kNear, kLow>(rows + k * node_stride(a), taps);
-    loss += select(target == 0.0f, vf{}, target * (log_ratio<kLow>(top, logit, a.factor) + rest));
     store(e + k * V, whole * (load(e + k * V) * inverse) - target);
-  }
-  return loss;
+    return select(target == 0.0f, vf{}, target * (log_ratio<kLow>(top, logit, a.factor) + rest));
+  });
 }
 
 // As soft_cross_entropy; of each class's own decision: scale_k (1 - p_t)^gamma BCE(z_k, t_k), 1 - p_t = p (1 - t) + (1
@@ -85,8 +84,7 @@ vf soft_cross_entropy(const Upsampled& a, const UpsampledOptions& o, const float
 template <bool kNear, bool kLow>
 vf binary_cross_entropy(const Upsampled& a, const UpsampledOptions& o, const float* rows, const Taps& taps,
                         const VectorTargets& targets, float* e) {
-  vf sum = {};
-  for (int64_t k = 0; k < a.logits.dim; ++k) {
+  return sum_over_classes(a.logits.dim, [&](int64_t k) {
     const vf t = target_of(o, targets, k);
     vf z = interpolate<kNear, kLow>(rows + k * node_stride(a), taps) * kLn2;
     if constexpr (kLow) z = z * a.factor;
@@ -104,9 +102,8 @@ vf binary_cross_entropy(const Upsampled& a, const UpsampledOptions& o, const flo
       loss = loss * focus;
     }
     store(e + k * V, slope * o.class_scale[k]);
-    sum += loss * o.class_scale[k];
-  }
-  return sum;
+    return loss * o.class_scale[k];
+  });
 }
 
 }  // namespace SPCL_ISA

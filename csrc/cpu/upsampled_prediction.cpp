@@ -61,7 +61,7 @@ __attribute__((noinline)) void row_of_pixels(const UpsampledPrediction& a, const
   const int64_t at = (window.image * a.y.pixels + row) * a.x.pixels + window.first_pixel;
   alignas(64) float confidence[kPanel];
   for (int v = 0; v < window.count; v += V) {
-    const Taps t = swapped(taps_of(a, window, v));
+    const Taps t = swapped(taps_of<kLow>(a, window, v));
     const vi label = t.near ? predict<true, kLow>(a, blended, t, confidence + v)
                             : predict<false, kLow>(a, blended, t, confidence + v);
     const int count = (int)smaller(V, window.count - v);

@@ -78,6 +78,11 @@ SPCL_BOTH Ramp ramp_of(const Axis& axis, int cell, const Range& pixels) {
 
 SPCL_BOTH int clamp_node(int node, int size) { return node < 0 ? 0 : node < size ? node : size - 1; }
 
+// A cell's second node; where an axis keeps its size the first one: no pixel may meet another's NaN there.
+SPCL_BOTH int second_node(const Axis& axis, int cell) {
+  return clamp_node(axis.size == axis.out ? cell : cell + 1, axis.size);
+}
+
 // ---- how a map is cut into blocks -------------------------------------------------------------------------------
 
 constexpr int kUpWarps = 8;  // a block

@@ -52,10 +52,8 @@ struct Corners {
 };
 
 __device__ __forceinline__ CornerOffsets corner_offsets(const UpsamplingTask& task, int row, int column) {
-  const int upper = clamp_node(row, task.y.size) * task.stride_h,
-            lower = clamp_node(row + 1, task.y.size) * task.stride_h;
-  const int left = clamp_node(column, task.x.size) * task.stride_w,
-            right = clamp_node(column + 1, task.x.size) * task.stride_w;
+  const int upper = clamp_node(row, task.y.size) * task.stride_h, lower = second_node(task.y, row) * task.stride_h;
+  const int left = clamp_node(column, task.x.size) * task.stride_w, right = second_node(task.x, column) * task.stride_w;
   return {upper + left, upper + right, lower + left, lower + right};
 }
 
@@ -179,8 +177,9 @@ __device__ __forceinline__ float exponent_at(const Exponents& e, int column) {
   return fmaf(static_cast<float>(column), e.across, e.first);
 }
 
-// Whether z is what argmax takes instead of the best one so far: NaN is the largest, and of equals the first.
-__device__ __forceinline__ bool is_better(float z, float best) { return !(z <= best) && best == best; }
+// Whether z is what argmax takes instead of the best one so far: NaN is the largest, inf is as NaN, and of equals the
+// first.
+__device__ __forceinline__ bool is_better(float z, float best) { return !(z <= best) && best < INFINITY; }
 
 // A sum over the block in float64 and in a fixed order; every thread gets it. `scratch`: kUpWarps doubles. Begins and
 // ends with a barrier.

@@ -80,7 +80,10 @@ def why_not(ask: Ask) -> str | None:
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] < 8:
         return "the Triton kernels need compute capability 8.0 or newer"
     if ask.num_classes > _MAX_CLASSES.get(op, 1 << 24):
-        return f"{op} in Triton takes at most {_MAX_CLASSES[op]} classes"
+        return (
+            f"{op} in Triton takes at most {_MAX_CLASSES.get(op, 1 << 24)} classes: its float32 sum over more of them would be less "
+            "accurate than PyTorch's"
+        )
     return None
 
 

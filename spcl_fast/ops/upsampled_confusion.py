@@ -24,9 +24,9 @@ def upsampled_confusion(
 
     logits [B, K, h, w], labels [B, H, W] integers -> [K, K] int64; sum it over batches. align_corners must be that of training: True, as
     in SPCL's code, where F.interpolate's and mmsegmentation's default is False.
-    The first of equal logits is taken, and NaN is the largest, as in argmax; a class that is -inf at every corner of a pixel's cell never
-    is. Pixels with ignore_index are left out. Not differentiable. On the CPU ValueError for a label outside [0, K) that is not
-    ignore_index; on a GPU it is left out and
+    The first of equal logits is taken, and NaN is the largest, as in argmax; which pixels it reaches, and what inf and -inf mean, is as in
+    `upsampled_prediction`. Pixels with ignore_index are left out. Not differentiable. On the CPU ValueError for a label outside [0, K)
+    that is not ignore_index; on a GPU it is left out and
     `check_labels` reports it. Memory: O(K^2); no up-sampled logits, no prediction.
     """
     checks.check_logits(_OP, logits)

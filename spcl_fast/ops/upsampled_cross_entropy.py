@@ -34,8 +34,9 @@ def upsampled_cross_entropy(
     Weights, reductions, smoothing, denominator and ignored pixels as in `prototype_contrastive_loss`; any size ratio, up and down.
     Floating labels are probabilities, up-sampled by the same rule to `size`, or where that is None to pixel_weight's size, or else used at
     their own; the logits are up-sampled to the same size. A pixel whose probabilities are all 0 is unlabelled.
-    A class that is -inf at every corner of a pixel's cell has probability 0 there and adds nothing; a corner of weight 0 does not count, so
-    at equal size nothing is mixed. Finite logits, however low, give a finite loss.
+    A class that is -inf at every corner of a pixel's cell has probability 0 there and adds nothing; -inf of weight 0 does not count.
+    NaN and inf make a pixel's loss NaN wherever they reach it in F.interpolate: in the cells around the node, also with weight 0; at
+    equal size nothing is mixed. Finite logits, however low, give a finite loss.
     Raises ValueError or TypeError for what does not fit; on the CPU ValueError for a label outside [0, K) that is not ignore_index.
     Memory: never holds the up-sampled logits. The gradient, of the logits' size in float32, is formed in the forward pass for an
     incoming gradient of 1 and scaled in the backward, so a float16 loss scale loses nothing.

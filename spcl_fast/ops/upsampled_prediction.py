@@ -38,7 +38,9 @@ def upsampled_prediction(
     Where the confidence is not at least its class's threshold (NaN is not) the label is ignore_index: a pseudo-label. With thresholds
     ignore_index must be no class.
     Not differentiable. Labels are uint8 up to 255 classes and int32 beyond; ignore_index must fit.
-    NaN is the largest logit, as in argmax; a class that is -inf at every corner of a pixel's cell is never predicted and has probability 0.
+    NaN is the largest logit, as in argmax, inf is as NaN, and both give a confidence of NaN. They reach the pixels that they reach in
+    F.interpolate: those of the cells around the node, also with weight 0, and at equal size the pixel on it alone. A class that is -inf at
+    every corner of a pixel's cell is never predicted and has probability 0; -inf of weight 0 does not count.
     Raises ValueError or TypeError for what does not fit. Memory: 5 bytes per pixel (8 beyond 255 classes), the two results.
     Source: `pseudo_label.py` of the SPCL code.
     """

@@ -217,7 +217,7 @@ __global__ __launch_bounds__(kUpThreads, kRows* kColumns <= 9 && !kGradient
     if (cell_row >= task.y.size) break;
     at.corners = corner_offsets(task, cell_row + at.warp / task.plan.row_warps, shared.first_column + at.cell);
     const Bounds bounds = bounds_of(task, image, at.corners);
-    if (__syncthreads_and(bounds.narrow)) {
+    if (__syncthreads_and(bounds.narrow && task.num_classes <= kNarrowClasses)) {
       group_of_rows<NarrowWindow<kRows, kColumns>, T, kRows * kColumns, kGradient>(task, at, shared, image, cell_row,
                                                                                    bounds.top, scale);
     } else {

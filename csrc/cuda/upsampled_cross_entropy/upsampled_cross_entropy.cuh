@@ -6,6 +6,9 @@
 namespace spcl::gpu {
 
 constexpr int kNoMore = 1 << 30;  // beyond every class
+// A narrow window's sums are one float32 chain over the classes: with more of them it would lose more than eager
+// PyTorch.
+constexpr int kNarrowClasses = 512;
 
 struct CrossEntropyTask : UpsamplingTask {
   Labels labels;
@@ -190,11 +193,17 @@ template <int kColumns_> struct WideWindow {
       for (int j = 0; j < kColumns; ++j) largest[j] = fmaxf(largest[j], exponent_at(e, j));
     }
     plane = image;
+    float lost[kColumns] = {};  // what rounding took from a sum so far: it would grow with the number of classes
 #pragma unroll 1
     for (int k = 0; k < num_classes; ++k, plane += task.stride_k) {
       const Exponents e = exponents(load(task, plane, at), window, factor(task), 0.0f);
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) scale[j] += exp2_fast((exponent_at(e, j) - largest[j]) * task.factor);
+      for (int j = 0; j < kColumns; ++j) {
+        const float term = __fadd_rn(exp2_fast((exponent_at(e, j) - largest[j]) * task.factor), -lost[j]);
+        const float sum = __fadd_rn(scale[j], term);
+        lost[j] = __fadd_rn(__fadd_rn(sum, -scale[j]), -term);
+        scale[j] = sum;
+      }
     }
     float sum = 0.0f;
 #pragma unroll

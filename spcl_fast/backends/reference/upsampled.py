@@ -17,7 +17,8 @@ _STRIP_ELEMENTS = 1 << 20  # values of an up-sampled strip alive at once: 4 MB
 
 
 class Axis(NamedTuple):
-    """For each position along one axis of the output: lower node, upper node, weight of the upper; as F.interpolate."""
+    """For each position along one axis of the output: lower node, upper node, weight of the upper; as F.interpolate. An axis that keeps
+    its size is not interpolated: there the upper node is the lower one."""
 
     lower: Tensor
     upper: Tensor
@@ -30,11 +31,11 @@ class Axis(NamedTuple):
 def _axis(size: int, out: int, align_corners: bool, dtype: torch.dtype, device: torch.device) -> Axis:
     position = torch.arange(out, dtype=torch.float64, device=device)
     if align_corners:
-        position = position * ((size - 1) / (out - 1) if out > 1 else 0.0)
+        position = position * (size - 1) / max(out - 1, 1)  # in this order: exact on nodes
     else:
-        position = ((position + 0.5) * (size / out) - 0.5).clamp_min(0)
+        position = ((position + 0.5) * size / out - 0.5).clamp_min(0)
     lower = position.floor().long().clamp_(max=size - 1)
-    upper = (lower + 1).clamp_(max=size - 1)
+    upper = lower if size == out else (lower + 1).clamp_(max=size - 1)
     return Axis(lower, upper, (position - lower).to(dtype))
 
 
@@ -55,14 +56,40 @@ def _matrix(axis: Axis, size: int) -> Tensor:
     return matrix
 
 
+class _Adjoint(NamedTuple):
+    """Along one axis: the interpolation as a matrix, and as one of ones wherever a node is in a pixel's cell."""
+
+    weights: Tensor
+    cells: Tensor
+
+    def part(self, rows: slice) -> _Adjoint:
+        return _Adjoint(self.weights[rows], self.cells[rows])
+
+
+def _adjoint(axis: Axis, size: int) -> _Adjoint:
+    weights = _matrix(axis, size)
+    return _Adjoint(weights, torch.zeros_like(weights).scatter_(1, torch.stack(axis[:2], 1), 1))
+
+
+def _to_nodes(dstrip: Tensor, y: _Adjoint, x: _Adjoint) -> Tensor:
+    """dstrip [K, rows, W] -> [K, h, w]. NaN spoils the nodes of its cell, not the whole map."""
+    spoiled = dstrip.isnan()
+    nodes = matmul(y.weights.T, matmul(dstrip.where(~spoiled, 0), x.weights))
+    return nodes.masked_fill(y.cells.T @ (spoiled.to(dstrip.dtype) @ x.cells) > 0, torch.nan)
+
+
 def _strips(height: int, row_elements: int) -> Iterator[slice]:
     rows = max(1, _STRIP_ELEMENTS // max(1, row_elements))
     return (slice(r, min(r + rows, height)) for r in range(0, height, rows))
 
 
 def _between(lower: Tensor, upper: Tensor, weight: Tensor) -> Tensor:
-    """A node of weight 0 does not count, even where it is -inf or NaN."""
-    return torch.where(weight == 0, lower, lower * (1 - weight) + upper * weight)
+    """As F.interpolate: NaN where a node of the cell is, also one of weight 0. But -inf of weight 0, a masked class, does not count."""
+    return _part(lower, 1 - weight) + _part(upper, weight)
+
+
+def _part(node: Tensor, weight: Tensor) -> Tensor:
+    return torch.where((weight == 0) & (node == -torch.inf), 0, node * weight)
 
 
 def _strip(image: Tensor, y: Axis, x: Axis) -> Tensor:
@@ -132,7 +159,7 @@ def _loss(problem: UpsampledLoss, needs_dlogits: bool, binary: bool) -> tuple[Te
     if p.pixel_weight is not None:
         weight = (weight * p.pixel_weight.to(dtype)).where(goal.labelled, 0)
     y, x = _axes(low, (height, width), p.align_corners, logits, dtype)
-    y_matrix, x_matrix = _matrix(y, low[0]), _matrix(x, low[1])
+    of_rows, of_columns = _adjoint(y, low[0]), _adjoint(x, low[1])
     dlogits = logits.new_zeros(logits.shape if needs_dlogits else 0, dtype=dtype)
     nll = torch.zeros_like(weight) if p.reduction == "none" else None
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
@@ -149,7 +176,7 @@ def _loss(problem: UpsampledLoss, needs_dlogits: bool, binary: bool) -> tuple[Te
             if needs_dlogits:
                 assert residual is not None
                 dstrip = (residual * (weight[b, rows] * (inverse / p.temperature).to(dtype))).where(labelled, 0)
-                dlogits[b] += matmul(y_matrix[rows].T, matmul(dstrip, x_matrix))
+                dlogits[b] += _to_nodes(dstrip, of_rows.part(rows), of_columns)
     loss = nll if nll is not None else (total * inverse).to(dtype)
     return loss if goal.any_bad is None else torch.where(goal.any_bad, torch.nan, loss), dlogits
 
@@ -234,13 +261,18 @@ def upsampled_prediction(problem: UpsampledClasses) -> tuple[Tensor, Tensor]:
         image = logits[b].to(dtype) / p.temperature
         for rows in _strips(height, num_classes * width):
             strip = _strip(image, y.part(rows), x)
-            top, label = strip.max(0)
+            top, label = _inf_as_nan(strip).max(0)
             confidence[b, rows] = (top - strip.logsumexp(0)).exp()
             labels[b, rows] = label.to(labels.dtype)
         if p.thresholds is not None:
             enough = confidence[b] >= p.thresholds.to(torch.float32)[labels[b].long()]  # NaN is not enough
             labels[b].masked_fill_(~enough, p.ignore_index)
     return labels, confidence
+
+
+def _inf_as_nan(strip: Tensor) -> Tensor:
+    """Which of the two a pixel near an infinite node has depends on how it is interpolated: the largest is the first class with either."""
+    return strip.where(strip != torch.inf, torch.nan)
 
 
 def label_dtype(num_classes: int) -> torch.dtype:
@@ -260,7 +292,7 @@ def upsampled_confusion(problem: UpsampledClasses) -> Tensor:
     for b in range(batch):
         image = logits[b].to(dtype)
         for rows in _strips(height, num_classes * width):
-            pair = labels[b, rows] * num_classes + _strip(image, y.part(rows), x).argmax(0)
+            pair = labels[b, rows] * num_classes + _inf_as_nan(_strip(image, y.part(rows), x)).argmax(0)
             pair = pair.where(labelled[b, rows], num_classes * num_classes).flatten()
             counts.scatter_add_(0, pair, torch.ones_like(pair))
     return counts[:-1].view(num_classes, num_classes)

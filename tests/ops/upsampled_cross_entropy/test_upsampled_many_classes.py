@@ -1,0 +1,81 @@
+"""Losses of up-sampled logits of thousands of classes: no further from float64 than twice eager PyTorch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import oracle
+import pytest
+import torch
+from on_backends import ALL, run, usable
+from problems import BINARY, CROSS
+
+import spcl_fast as sf
+
+LOW, SIZE = (2, 3), (5, 7)
+# a draw or two of eager may be right by chance; Triton's interpreter takes minutes for so many classes
+CLASSES = {"reference": (4096, 3), "cpu": (4096, 4), "cuda": (2048, 2)}
+
+
+class Case(NamedTuple):
+    name: str
+    op: str = CROSS
+    needs: tuple[str, ...] = ()
+    settings: dict = {}  # noqa: RUF012
+    class_weight: bool = False
+    soft: bool = False
+
+    def given(self, classes: int, seed: int, temperature: float) -> dict:
+        generator = torch.Generator().manual_seed(seed)
+        scale = {0.05: 0.3, 1.0: 2.0, 100.0: 40.0}[temperature]
+        given = {
+            "logits": scale * torch.randn(1, classes, *LOW, generator=generator),
+            "labels": torch.randint(0, classes, (1, *SIZE), generator=generator),
+            "ignore_index": -1,
+            "temperature": temperature,
+            "reduction": "none",
+            **self.settings,
+        }
+        if self.class_weight:
+            given["class_weight"] = 0.5 + torch.rand(classes, generator=generator)
+        if self.soft:
+            given |= {"labels": torch.rand(1, classes, *LOW, generator=generator).softmax(1), "size": SIZE}
+        return given
+
+
+CASES = (
+    Case("plain"),
+    Case("smoothing", CROSS, ("label_smoothing",), {"label_smoothing": 0.1}),
+    Case("nothing but smoothing", CROSS, ("label_smoothing",), {"label_smoothing": 1.0}),
+    Case("smoothing, weights", CROSS, ("label_smoothing",), {"label_smoothing": 0.1}, class_weight=True),
+    Case("probabilities", CROSS, ("probabilities",), soft=True),
+    Case("binary", BINARY),
+    Case("focal", BINARY, ("focal",), {"gamma": 2.0}),
+)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 1.0, 100.0])
+@pytest.mark.parametrize(
+    ("backend", "case"),
+    [
+        pytest.param(backend, case, id=f"{case.name}-{backend}")
+        for case in CASES
+        for backend in usable(case.op, *case.needs, among=ALL, num_classes=4096)
+        if backend in CLASSES
+    ],
+)
+def test_losses_of_thousands_of_classes_are_as_accurate_as_eager(backend, case, temperature):
+    classes, draws = CLASSES[backend]
+    rows: dict[str, list[torch.Tensor]] = {"loss": [], "dlogits": []}
+    for seed in range(draws):
+        given = case.given(classes, seed, temperature)
+        formula = given | ({"gamma": given.get("gamma", 0.0)} if case.op == BINARY else {})
+        got = run(getattr(sf, case.op), given, ["logits"], backend)
+        eager = run(oracle.upsampled, formula, ["logits"], dtype=torch.float32)
+        truth = run(oracle.upsampled, formula, ["logits"], leaf_dtype=torch.float64)
+        for row, g, e, t in zip(rows.values(), got, eager, truth, strict=True):
+            row.append(torch.stack([(g - t).square().mean().sqrt(), (e - t).square().mean().sqrt(), t.abs().max()]))
+    for name, row in rows.items():
+        ours, eager, scale = torch.stack(row).square().mean(0).sqrt().tolist()
+        limit = 2 * eager + torch.finfo(torch.float32).eps / 2 * scale
+        assert ours <= limit, f"{name}: error {ours:.2e}, eager {eager:.2e}, limit {limit:.2e}, values of {scale:.2e}"
