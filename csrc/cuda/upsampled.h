@@ -70,7 +70,7 @@ SPCL_BOTH Range window_of(const Range& range, int index, int length) {
 // Outside the first and last node both nodes are one: the weight goes to the one that exists. One pixel needs no slope.
 SPCL_BOTH Ramp ramp_of(const Axis& axis, int cell, const Range& pixels) {
   if (cell < 0) return {1.0f, 0.0f};
-  if (cell >= axis.size - 1) return {0.0f, 0.0f};
+  if (cell >= axis.size - 1 || pixels.count() == 0) return {0.0f, 0.0f};  // beyond the cell logits have no bound
   const float whole = static_cast<float>(axis.denominator);
   const int64_t beyond = pixels.begin * axis.step + axis.offset - cell * axis.denominator;
   return {static_cast<float>(beyond) / whole, pixels.count() > 1 ? static_cast<float>(axis.step) / whole : 0.0f};

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from on_backends import ALL, NO_BAD_LABEL, ON_CPU, ON_GPU, call, flag, on_each_backend, run, usable
+from on_backends import ALL, NO_BAD_LABEL, ON_CPU, ON_GPU, call, check, flag, on_each_backend, run, usable
 from problems import BINARY, CROSS, PREDICTION, UPSAMPLED_OPTIONS, problem, unless_slow
 
 import spcl_fast as sf
@@ -353,3 +353,12 @@ def test_upsampling_arguments_that_do_not_fit_are_refused_by_name(change, error,
         sf.upsampled_cross_entropy(**given | change)
     with pytest.raises(ValueError, match="gamma must be at least 0"):
         sf.upsampled_binary_cross_entropy(**given, gamma=-1.0)
+
+
+@pytest.mark.parametrize("size", [(3, 1), (1, 7), (2, 3)])
+@pytest.mark.parametrize("backend", usable(CROSS, among=ALL))
+def test_cells_without_a_pixel_give_no_gradient_that_is_not_finite(backend, size):
+    p = problem((1, 1, 3, 7), 5, size, ignored=0.0)
+    given = {"logits": 12 * p.logits / p.logits.abs().max(), "labels": p.labels}
+    for temperature in (0.5, 1.0):
+        check(CROSS, given, ("logits",), backend, temperature=temperature, slack=16)
