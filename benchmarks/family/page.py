@@ -47,8 +47,8 @@ def _note(result: dict[str, Any]) -> str:
         f"({first['instructions']}), torch {first['torch'].partition('+')[0]}, {dates}."
     )
     if busiest > _BUSY * first["cores"]:
-        note += f"\nOther programs ran at the same time (load {busiest:.0f}): of the times, take the ratios, and those roughly: threads that"
-        note += "\nwait for each other count as processor time, too."
+        note += f"\nOther programs ran at the same time (load {busiest:.0f}): of the times, take the ratios, and those "
+        note += "roughly:\nthreads that wait for each other count as processor time, too."
     return note
 
 
