@@ -1,5 +1,5 @@
 """python -m benchmarks.adaptation run PLAN.yaml [--jobs 2 --threads 1] · table · plot · day-to-dusk CAMVID FOLDER
-· left-out-drives CAMVID FOLDER
+· left-out-drives CAMVID FOLDER · labels-alone ROOT ...
 
 run: every setting x seed x pair of a plan that has no result line yet. Seeds go side by side, the settings of a seed one after another,
 so that they share stages. Stopped at any time, the same command goes on. table, plot: from results/*.jsonl alone.
@@ -70,6 +70,12 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("left-out-drives", _left_out_drives, "a root for each drive of CamVid that is left out of training")
     sub.add_argument("camvid", type=Path)
     sub.add_argument("folder", type=Path)
+    sub = command("labels-alone", _labels_alone, "heads on frozen features of N labelled images, for each root")
+    sub.add_argument("roots", type=Path, nargs="*", help="none: the table of what is there")
+    sub.add_argument("--classes", type=Path, default=Path("../shared/data/shared_classes.json"))
+    sub.add_argument("--weights", type=Path, default=Path("../shared/weights/efficientnet_lite0_encoder_fp16.npz"))
+    sub.add_argument("--seeds", type=int, default=3)
+    sub.add_argument("--runs", type=Path, default=RUNS / "labels_alone")
     return parser
 
 
@@ -159,6 +165,16 @@ def _left_out_drives(args: argparse.Namespace) -> None:
 
     for root, images in make_folds(args.camvid, args.folder).items():
         print(f"{root}: {images} images")
+
+
+def _labels_alone(args: argparse.Namespace) -> None:
+    from benchmarks.adaptation.labels_alone import measure, read, table
+
+    for root in args.roots:
+        classes = {"target.classes": str(args.classes), "target.classes_key": "camvid"}
+        for said in measure(root, args.weights, range(args.seeds), args.runs, **classes):
+            print(said, flush=True)
+    print(table(read()))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,78 @@
+"""What N labelled target images are worth by themselves: a linear head on the frozen ImageNet encoder, without a source or adaptation.
+
+The yardstick of `target.labelled`: minutes instead of a run, and nothing is adapted. Evaluated on the drive that is left out.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks import RESULTS
+from benchmarks.adaptation.lines import Spread, spread
+from benchmarks.tables import markdown
+from spcl_fast.config import Config
+from spcl_fast.config.load import load_config
+from spcl_fast.data import build_dataset
+from spcl_fast.method.head import train_head
+from spcl_fast.runs import layout
+
+COUNTS = (1, 5, 10, 23, 46)  # and all of them
+ITERATIONS = 300
+FILE = RESULTS / "labels_alone.jsonl"
+
+
+def measure(
+    root: Path, weights: Path | None, seeds: Iterable[int], runs: Path, file: Path = FILE, **changes: str
+) -> Iterator[str]:
+    """A line for every number of labels and seed that has none yet. root: images/ and labels/, train and val."""
+    images = len(build_dataset("folders", root, "train", labels=False).names)
+    counts = [count for count in COUNTS if count < images] + [images]
+    known = {(line["root"], line["labels"], line["seed"]) for line in read(file)}
+    for seed in seeds:
+        for count in counts:
+            if (root.name, count, seed) in known:
+                continue
+            config = _config(root, weights, seed, count, runs, changes)
+            train_head(config)
+            summary = json.loads((runs / config.name / layout.SUMMARY).read_text(encoding="utf-8"))
+            line = {
+                "root": root.name, "labels": count, "seed": seed, "iterations": config.head.iterations, "weights": weights and weights.name,
+                "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+                "miou": summary["head"]["miou"], "iou": summary["head"]["iou"], "machine": summary["machine"],
+            }  # fmt: skip
+            with file.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(line) + "\n")
+            yield f"{root.name}: {count} labels, seed {seed}: {line['miou']:.1f} mIoU"
+
+
+def _config(root: Path, weights: Path | None, seed: int, count: int, runs: Path, changes: Mapping[str, str]) -> Config:
+    values = {
+        "name": f"{root.name}-{count}-{seed}", "runs_dir": str(runs), "seed": str(seed), "target.root": str(root),
+        "target.labelled": str(count), "model.name": "lite0", "model.weights": weights and str(weights),
+        "head.iterations": str(ITERATIONS), "head.class_weight_power": "0.5", "loop.workers": "0", **changes,
+    }  # fmt: skip
+    return load_config("folders", sets=("head",), overrides=list(values.items()))
+
+
+def read(file: Path = FILE) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+
+def table(lines: Iterable[dict[str, Any]]) -> str:
+    """A row for each root, a column for each number of labels: mean ± standard error over the seeds."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for line in lines:
+        found.setdefault(line["root"], {}).setdefault(line["labels"], []).append(line["miou"])
+    counts = sorted({count for of_root in found.values() for count in of_root})
+    rows = [
+        [root, *(_text(spread(of_root.get(count, []))) for count in counts)] for root, of_root in sorted(found.items())
+    ]
+    return markdown(["trained on", *(str(count) for count in counts)], rows)
+
+
+def _text(found: Spread | None) -> str:
+    return "" if found is None else found.text(".1f")
