@@ -112,6 +112,15 @@ def largest_of(ptr, at, K, stride_k, y, x, ROWS: tl.constexpr, COLS: tl.constexp
 
 
 @triton.jit
+def added(sum, lost, term):
+    """sum + term, and what rounding took from the sum so far (Kahan): one plain chain over K classes loses up to K times as much. Begin
+    with zeros. An infinite sum stays infinite."""
+    term = term - lost
+    more = sum + term
+    return more, tl.where(tl.abs(more) < float("inf"), (more - sum) - term, 0.0)
+
+
+@triton.jit
 def is_masked(ptr, at, y, x):
     """Where a class is -inf, which is read as the lowest float: where one of its nodes is, and counts."""
     a, b, c, d = raw_corners(ptr, at)

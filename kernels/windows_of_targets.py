@@ -14,7 +14,7 @@ import triton.language as tl
 from .cells import flat, in_cell, interpolate, load_corners, source, window_of
 from .operands import Weights
 from .pixels import classify, read_weights, softplus
-from .windows import LOWEST, add_to_nodes, is_masked, largest_of
+from .windows import LOWEST, add_to_nodes, added, is_masked, largest_of
 
 _SAFE_BITS = tl.constexpr(64.0)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -104,17 +104,18 @@ def _softmax_walk(
     total = tl.zeros([ROWS, COLS, CELLS], tl.float32)
     mass = tl.zeros([ROWS, COLS, CELLS], tl.float32)
     dot = tl.zeros([ROWS, COLS, CELLS], tl.float32)
+    lost_total, lost_mass, lost_dot = total, mass, dot
     ptr = image.logits
     for k in range(0, terms.K):
         a, b, c, d = load_corners(ptr, at)
         z = interpolate(a, b, c, d, y, x) - bound
         q = _class_weight(terms.weights, k) * _aimed(image, target, cls, k, rows, cols, mask, ROWS, COLS, CELLS)
-        total += tl.exp2(z * terms.scaling.factor)
-        mass += q
+        total, lost_total = added(total, lost_total, tl.exp2(z * terms.scaling.factor))
+        mass, lost_mass = added(mass, lost_mass, q)
         part = tl.where(q == 0, 0.0, q * z)
         if is_low:
             part = tl.where((q != 0) & is_masked(ptr, at, y, x), -float("inf"), part)
-        dot += part
+        dot, lost_dot = added(dot, lost_dot, part)
         ptr += terms.stride_k
     if is_low:
         total = tl.where((dot == -float("inf")) & (bound < LOWEST), float("nan"), total)
@@ -153,6 +154,7 @@ def target_window(
     value = tl.zeros([ROWS, COLS, CELLS], tl.float32)
     is_low = gap * terms.scaling.factor > _SAFE_BITS
     if target.binary is not None:
+        lost = value
         ptr = image.logits
         for k in range(0, terms.K):
             a, b, c, d = load_corners(ptr, at)
@@ -166,7 +168,7 @@ def target_window(
             if is_low:
                 costly = (q != 0) & (z == z) & is_masked(ptr, at, y, x)  # NaN stays
                 loss = tl.where(costly, float("inf") * w, loss)
-            value += loss
+            value, lost = added(value, lost, loss)
             if image.dlogits is not None:
                 add_to_nodes(
                     image.dlogits, tl.where(wide >= 0, dz * scale, 0.0), k, y, column, columns, band, grid, CELLS

@@ -81,7 +81,7 @@ def why_not(ask: Ask) -> str | None:
         return "the Triton kernels need compute capability 8.0 or newer"
     if ask.num_classes > _MAX_CLASSES.get(op, 1 << 24):
         return (
-            f"{op} in Triton takes at most {_MAX_CLASSES.get(op, 1 << 24)} classes: its float32 sum over more of them would be less "
+            f"{op} in Triton takes at most {_MAX_CLASSES.get(op, 1 << 24)} classes: its float32 sums over more of them may be less "
             "accurate than PyTorch's"
         )
     return None

@@ -1,4 +1,4 @@
-"""Losses of up-sampled logits of thousands of classes: no further from float64 than twice eager PyTorch."""
+"""Losses of up-sampled logits of hundreds or thousands of classes: no further from float64 than twice eager PyTorch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,21 @@ from problems import BINARY, CROSS
 
 import spcl_fast as sf
 
-LOW, SIZE = (2, 3), (5, 7)
-# a draw or two of eager may be right by chance; Triton's interpreter takes minutes for so many classes
-CLASSES = {"reference": (4096, 3), "cpu": (4096, 4), "cuda": (2048, 2)}
+
+class Drawn(NamedTuple):
+    classes: int
+    draws: int  # one or two of so few pixels may be right in eager by chance
+    low: tuple[int, int] = (2, 3)
+    size: tuple[int, int] = (5, 7)
+
+
+DRAWN = {
+    "reference": Drawn(4096, 3),
+    "cpu": Drawn(4096, 4),
+    "cuda": Drawn(2048, 2),
+    # the interpreter takes a second per hundred classes and window; a map this wide has many pixels in one window
+    "triton": Drawn(200, 1, (1, 31), (1, 61)),
+}
 
 
 class Case(NamedTuple):
@@ -25,12 +37,13 @@ class Case(NamedTuple):
     class_weight: bool = False
     soft: bool = False
 
-    def given(self, classes: int, seed: int, temperature: float) -> dict:
+    def given(self, drawn: Drawn, seed: int, temperature: float) -> dict:
+        classes, _, low, size = drawn
         generator = torch.Generator().manual_seed(seed)
         scale = {0.05: 0.3, 1.0: 2.0, 100.0: 40.0}[temperature]
         given = {
-            "logits": scale * torch.randn(1, classes, *LOW, generator=generator),
-            "labels": torch.randint(0, classes, (1, *SIZE), generator=generator),
+            "logits": scale * torch.randn(1, classes, *low, generator=generator),
+            "labels": torch.randint(0, classes, (1, *size), generator=generator),
             "ignore_index": -1,
             "temperature": temperature,
             "reduction": "none",
@@ -39,7 +52,7 @@ class Case(NamedTuple):
         if self.class_weight:
             given["class_weight"] = 0.5 + torch.rand(classes, generator=generator)
         if self.soft:
-            given |= {"labels": torch.rand(1, classes, *LOW, generator=generator).softmax(1), "size": SIZE}
+            given |= {"labels": torch.rand(1, classes, *low, generator=generator).softmax(1), "size": size}
         return given
 
 
@@ -52,6 +65,8 @@ CASES = (
     Case("binary", BINARY),
     Case("focal", BINARY, ("focal",), {"gamma": 2.0}),
 )
+# of the sums of two hundred classes that of the exponentials alone is exact enough in one chain; the others fail here
+SLOW = {"triton": ("smoothing", "probabilities", "binary")}
 
 
 @pytest.mark.parametrize("temperature", [0.05, 1.0, 100.0])
@@ -61,14 +76,14 @@ CASES = (
         pytest.param(backend, case, id=f"{case.name}-{backend}")
         for case in CASES
         for backend in usable(case.op, *case.needs, among=ALL, num_classes=4096)
-        if backend in CLASSES
+        if case.name in SLOW.get(backend, [case.name])
     ],
 )
-def test_losses_of_thousands_of_classes_are_as_accurate_as_eager(backend, case, temperature):
-    classes, draws = CLASSES[backend]
+def test_losses_of_many_classes_are_as_accurate_as_eager(backend, case, temperature):
+    drawn = DRAWN[backend]
     rows: dict[str, list[torch.Tensor]] = {"loss": [], "dlogits": []}
-    for seed in range(draws):
-        given = case.given(classes, seed, temperature)
+    for seed in range(drawn.draws):
+        given = case.given(drawn, seed, temperature)
         formula = given | ({"gamma": given.get("gamma", 0.0)} if case.op == BINARY else {})
         got = run(getattr(sf, case.op), given, ["logits"], backend)
         eager = run(oracle.upsampled, formula, ["logits"], dtype=torch.float32)
