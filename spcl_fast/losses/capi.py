@@ -70,6 +70,7 @@ class CAPIClustering(nn.Module):
         return targets, loss
 
     @torch.no_grad()
+    @dispatched.ignores_autocast
     def targets(self, x: Tensor) -> ops.TeacherTargets:
         rows, weight = F.normalize(x.detach(), dim=-1), self.layer.weight.detach()
         settings = {"temperature": self.target_temperature, "iterations": self.iterations, "backend": self.backend}
@@ -79,7 +80,7 @@ class CAPIClustering(nn.Module):
             return ops.TeacherTargets(flat, weight, self.target_temperature, u, v)
         if not _is_distributed():
             blocks = _blocks(rows, weight)
-            found = [_balanced(block / self.target_temperature, self.iterations)[1:] for _, block in blocks]
+            found = [balanced_block(block / self.target_temperature, self.iterations)[1:] for _, block in blocks]
             u, v = torch.cat([u for u, _ in found]).flatten(), torch.cat([v for _, v in found])[:, 0]
             return _with_own_potentials(rows, weight, self.target_temperature, u, v)
         found = [ops.balance_(at_position, weight, **settings) for at_position in rows]  # over the images of all ranks
@@ -115,7 +116,7 @@ def _blocks(rows: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield at, rows[at].to(kind) @ weight.to(kind).t()
 
 
-def _balanced(scores: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+def balanced_block(scores: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
     """scores [p, batch, K], which are overwritten -> t [p, batch, K], u [p, batch, 1], v [p, 1, K]: what balance_ does at each position.
 
     One exponential per score instead of two per iteration. First the columns, then the rows are shifted to a largest score of 0, so every
@@ -155,7 +156,7 @@ class _PositionsLoss:
         dweight, dbias = torch.zeros_like(weight, dtype=kind), weight.new_zeros(len(weight), dtype=kind)
         total, found, scale = dweight.new_zeros(()), [], 1 / (prediction * x.shape[0] * x.shape[1])
         for at, similarities in _blocks(rows, weight):
-            targets, u, v = _balanced(similarities / target, iterations)
+            targets, u, v = balanced_block(similarities / target, iterations)
             logits = (similarities if bias is None else similarities.add_(bias)).div_(prediction)
             logits.sub_(logits.amax(2, keepdim=True))
             of_rows = targets.sum(2, keepdim=True)
@@ -178,6 +179,7 @@ class _PositionsLoss:
     def keep(ctx, inputs, output):
         ctx.dtypes, ctx.has_bias = (inputs[0].dtype, inputs[1].dtype), inputs[2] is not None
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # which would be zeros for each of them
         ctx.save_for_backward(*output[3:])
 
     @staticmethod

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops import dispatched
+from .capi import balanced_block
+from .views import SCORES, is_for_blocks, views_loss
 
 
 class SwAVLoss(nn.Module):
@@ -19,7 +22,8 @@ class SwAVLoss(nn.Module):
 
     forward(crops, each [N, D]; prototypes [K, D]; queues=None) -> [].
     temperature 0.1, epsilon 0.05, iterations 3, crops_for_assign (0, 1): the authors' defaults. With torch.distributed initialised the
-    balance is over all ranks. Neither scores nor assignment, [N, K], are ever there. Memory: O(N D + K) and the gradients.
+    balance is over all ranks. Memory: O(N D + K), the gradients, and on the CPU blocks of 4 MB: more of the [N, K] scores
+    and of the assignment is never there.
     Prototypes are used as they are: the authors normalise them, in place, before each step.
     Source: `train` and `distributed_sinkhorn` in main_swav.py of facebookresearch/swav, arXiv 2006.09882.
     """
@@ -46,24 +50,33 @@ class SwAVLoss(nn.Module):
             raise ValueError(
                 f"SwAVLoss: {len(crops)} crops, but {list(self.crops_for_assign)} are to be assigned to the others"
             )
-        losses = []
-        for place, index in enumerate(self.crops_for_assign):
-            targets = self.targets(crops[index], prototypes, None if queues is None else queues[place])
-            losses.append(self._swapped([x for v, x in enumerate(crops) if v != index], targets, prototypes))
-        return torch.stack(losses).mean()
+        targets = [
+            self.targets(crops[index], prototypes, None if queues is None else queues[place])
+            for place, index in enumerate(self.crops_for_assign)
+        ]
+        predicts = [
+            [place for place, index in enumerate(self.crops_for_assign) if index != v] for v in range(len(crops))
+        ]
+        return views_loss(
+            "SwAVLoss", crops, targets, predicts, prototypes, temperature=self.temperature, backend=self.backend
+        )  # fmt: skip
 
+    @dispatched.ignores_autocast
     def targets(self, crop: Tensor, prototypes: Tensor, queue: Tensor | None = None) -> ops.TeacherTargets:
         """The balanced assignment of a crop, computed where it is used."""
         features, heads = crop.detach(), prototypes.detach()
         balanced = features if queue is None else torch.cat([queue.to(features.dtype), features])
-        u, v = ops.balance_(balanced, heads, temperature=self.epsilon, iterations=self.iterations, backend=self.backend)
+        is_small = 0 < len(balanced) * len(heads) <= SCORES  # then one product, not two per iteration
+        if is_small and self.backend is None and is_for_blocks(features) and not _is_distributed():
+            kind = torch.float64 if features.dtype == torch.float64 else torch.float32
+            scores = balanced.to(kind) @ heads.to(kind).t()
+            _, u, v = balanced_block(scores.div_(self.epsilon)[None], self.iterations)
+            u, v = u.flatten(), v.flatten()
+        else:
+            settings = {"temperature": self.epsilon, "iterations": self.iterations, "backend": self.backend}
+            u, v = ops.balance_(balanced, heads, **settings)
         return ops.TeacherTargets(features, heads, self.epsilon, u[len(balanced) - len(features) :], v)
 
-    def _swapped(self, students: Sequence[Tensor], targets: ops.TeacherTargets, prototypes: Tensor) -> Tensor:
-        """In one call: the prototypes are read once and have one gradient."""
-        times = len(students)
-        assert targets.u is not None  # balance_ gave it
-        repeated = targets._replace(features=targets.features.repeat(times, 1), u=targets.u.repeat(times))
-        return ops.prototype_contrastive_loss(
-            torch.cat(list(students)), repeated, prototypes, temperature=self.temperature, normalize=False, backend=self.backend
-        )  # fmt: skip
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -8,7 +8,7 @@ from torch.func import grad, jvp
 
 from spcl_fast import estimators
 from spcl_fast.estimators import MeanBank
-from spcl_fast.losses import CAPIClustering, LinearHead, info_nce, panet
+from spcl_fast.losses import CAPIClustering, DINOLoss, LinearHead, SwAVLoss, info_nce, panet
 from spcl_fast.losses.mean_feature import mean_feature
 from spcl_fast.losses.pairs import pair_info_nce
 from spcl_fast.losses.sepico import bank_cl, proto_reg
@@ -27,6 +27,19 @@ def capi(x):
     return CAPIClustering(D, 5)(x.view(3, 4, D).contiguous())[1]
 
 
+DINO = DINOLoss(K, keep=1)  # the centre stays where it is
+
+
+def dino(x):
+    x = x / 10
+    return DINO([x[:6], x[6:], x[:6]], [BANK[0].repeat(2, 1), BANK[1].repeat(2, 1)], PROTOTYPES, PROTOTYPES, 0.3)
+
+
+def swav(x):
+    x = x / 10
+    return SwAVLoss(epsilon=0.5)([x[:6], x[6:], x[:6] * 2], PROTOTYPES)
+
+
 def head(x):
     torch.manual_seed(0)
     return LinearHead(D, K, batch_norm=True)(x).square().mean()
@@ -40,6 +53,8 @@ LOSSES = {
     "proto_reg": (lambda x: proto_reg(x, LABELS, PROTOTYPES, temperature=0.3), MAP),
     "labelled_similarity": (lambda x: labelled_similarity(x, LABELS, PROTOTYPES)[0].square().sum(), MAP),
     "capi": (capi, ROWS),
+    "dino": (dino, ROWS),
+    "swav": (swav, ROWS),
     "masked_mean": (lambda x: panet.masked_mean(x, MASKS).square().sum(), MAP),
     "linear_head": (head, MAP),
 }  # fmt: skip

@@ -64,13 +64,22 @@ def test_parts_of_the_prototypes_do_not_change_the_centre(monkeypatch):
 # ---- DINO and iBOT ---------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=["whole", "parts", "pairs"])
+def way(request, monkeypatch):
+    """The backend of a loss of many views: in one block, in blocks of few images and classes, or pair by pair through the op."""
+    if request.param == "parts":
+        for name, value in {"_ROWS": 15, "SCORES": 1, "_AT_ONCE": 1, "_PROTOTYPES": 7, "_CLASSES": 6}.items():
+            monkeypatch.setattr(f"spcl_fast.losses.views.{name}", value)
+    return "reference" if request.param == "pairs" else None
+
+
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-def test_dino_is_the_mean_over_pairs_of_different_views(temperature):
+def test_dino_is_the_mean_over_pairs_of_different_views(temperature, way):
     teacher, heads, start = [unit(N, E, seed=s) for s in (1, 2)], unit(K, E, seed=3), drawn(K, seed=4)
     centre_of = lambda dtype: start.to(dtype)  # noqa: E731
 
     def ours(a, b, c, p):
-        loss = DINOLoss(K, temperature=temperature)
+        loss = DINOLoss(K, temperature=temperature, backend=way)
         loss.centre.centre = centre_of(a.dtype)
         return loss([a, b, c], [t.to(a.dtype) for t in teacher], p, heads.to(a.dtype), 0.07)
 
@@ -131,17 +140,105 @@ def test_ibot_takes_selected_tokens_with_their_weights():
         IBOTPatchLoss(K)([x], [f], [mask, mask], p, heads, 0.07)
 
 
+# ---- many views ------------------------------------------------------------------------------------------------------
+
+
+def views_and_prototypes(dtype=torch.float32):
+    """Leaves: three views and the prototypes; and the loss of DINO of them."""
+    leaves = [unit(N, D, seed=s).to(dtype).requires_grad_() for s in (5, 6, 7)]
+    leaves.append(unit(K, D, seed=8).to(dtype).requires_grad_())
+    teacher, heads = [unit(N, E, seed=s).to(dtype) for s in (1, 2)], unit(K, E, seed=3).to(dtype)
+    return leaves, lambda *given: DINOLoss(K)(given[:3], teacher, given[3], heads, 0.07)
+
+
+def test_a_second_backward_has_the_same_gradients_and_the_first_keeps_its_own():
+    leaves, loss = views_and_prototypes()
+    found = loss(*leaves)
+    first = torch.autograd.grad(found, leaves, 3 * torch.ones(()), retain_graph=True)
+    kept = [gradient.clone() for gradient in first]
+    second = torch.autograd.grad(found, leaves)
+    for one, other, copy in zip(first, second, kept, strict=True):
+        torch.testing.assert_close(one, 3 * other)
+        assert torch.equal(one, copy) and one.norm() > 0
+    with pytest.raises(RuntimeError, match="second time"):
+        found.backward()
+
+
+def test_gradients_are_formed_where_they_are_wanted_alone():
+    leaves, loss = views_and_prototypes()
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    for wanted in ([0, 2], [3], [1, 3]):
+        given = [leaf if place in wanted else leaf.detach() for place, leaf in enumerate(leaves)]
+        found = torch.autograd.grad(loss(*given), [leaves[place] for place in wanted])
+        for place, gradient in zip(wanted, found, strict=True):
+            torch.testing.assert_close(gradient, expected[place])
+    assert not loss(*[leaf.detach() for leaf in leaves]).requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(loss(*leaves), loss(*leaves))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_views_of_half_floats_are_compared_in_float32_and_survive_a_scaler(dtype):
+    leaves, loss = views_and_prototypes(dtype)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    teacher, heads = [unit(N, E, seed=s).to(dtype).double() for s in (1, 2)], unit(K, E, seed=3).to(dtype).double()
+    expected = DINOLoss(K)(exact[:3], teacher, exact[3], heads, 0.07)
+    found = loss(*leaves)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    small = 2.0**-20  # as many images would make it: below what float16 has
+    gradients = torch.autograd.grad(found * small * 2.0**20, leaves)
+    for one, other in zip(gradients, torch.autograd.grad(expected, exact), strict=True):
+        assert one.dtype == dtype
+        torch.testing.assert_close(one.double(), other, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_a_view_that_predicts_nothing_has_no_gradient():
+    leaves, _ = views_and_prototypes()
+    crops, prototypes = leaves[:3], leaves[3]
+    SwAVLoss(crops_for_assign=(0,))(crops, prototypes).backward()
+    assert crops[0].grad is None and crops[1].grad.norm() > 0 and prototypes.grad.norm() > 0
+
+
+def test_views_that_do_not_fit_are_refused():
+    teacher, heads, p = [unit(N, E, seed=1)], unit(K, E, seed=3), unit(K, D, seed=8)
+    for students, given, of, reason in (
+        ([unit(N, D), unit(N - 1, D)], p, heads, "every view must have as many rows"),
+        ([unit(N, D), unit(N, D + 1)], p, heads, r"got \[20, 8\] for a view \[12, 9\]"),
+        (
+            [unit(N, D)] * 2,
+            p,
+            heads[1:],
+            "as many prototypes of the teacher as of the student, at least 1, got 19 and 20",
+        ),
+        ([unit(N, D)] * 2, p[0], heads, r"prototypes must be \[K, D\], got shape \[8\]"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            DINOLoss(K)(students, teacher, given, of, 0.07)
+    with pytest.raises(ValueError, match="temperature must be finite and above 0, got 0"):
+        DINOLoss(K)([unit(N, D)] * 2, teacher, p, heads, 0)
+
+
+def test_no_image_is_a_loss_of_0():
+    leaves, loss = views_and_prototypes()
+    none = [leaf.detach()[:0].requires_grad_() for leaf in leaves[:3]]
+    prototypes = leaves[3]
+    found = SwAVLoss()(none, prototypes)
+    found.backward()
+    assert found == 0 and prototypes.grad.count_nonzero() == 0 and none[0].grad.shape == (0, D)
+
+
 # ---- SwAV ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("with_queue", [True, False])
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-def test_swav_swaps_balanced_assignments(temperature, with_queue):
+def test_swav_swaps_balanced_assignments(temperature, with_queue, way):
     queues = [unit(7, D, seed=s) for s in (21, 22)] if with_queue else None
 
     def ours(a, b, c, p):
         given = None if queues is None else [q.to(a.dtype) for q in queues]
-        return SwAVLoss(temperature=temperature)([a, b, c], p, given)
+        return SwAVLoss(temperature=temperature, backend=way)([a, b, c], p, given)
 
     def plain(a, b, c, p):
         total = 0
