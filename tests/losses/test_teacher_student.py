@@ -292,3 +292,13 @@ def test_a_student_is_trained_against_the_targets_of_the_clustering():
     torch.testing.assert_close(capi_loss(y, targets, p).double(), expected.mean(), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"x must be \[positions, batch, 8\], got shape \[27, 4\]"):
         head(y)
+
+
+@pytest.mark.parametrize("made", [lambda: CAPIClustering(D, K), lambda: SwAVLoss()])
+def test_targets_under_autocast_are_those_without(made):
+    criterion, x = made(), unit(3, 9, D, seed=5)
+    given = (x,) if isinstance(criterion, CAPIClustering) else (x[0], unit(K, D, seed=6))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = criterion.targets(*given)
+    expected = criterion.targets(*given)
+    assert torch.equal(found.u, expected.u)
