@@ -14,11 +14,13 @@ from PIL import Image
 from benchmarks.adaptation.lines import Spread, add_line, by_setting, latest, paired
 from benchmarks.adaptation.plots import plot
 from benchmarks.adaptation.table import gap_closed_percent, table
+from spcl_fast import catalog
 from spcl_fast.errors import DataError
 from spcl_fast.runs.identity import settings_sha256
 
 ROOT = Path(__file__).resolve().parents[2]
 ADAPTATION = ROOT / "benchmarks" / "adaptation"
+STAGES = {row.net: row.name for row in catalog.trained()}
 
 
 def line_with(
@@ -32,7 +34,7 @@ def line_with(
         for name, value in (("source_only", source), ("adapted", adapted), *more.items())
     }
     labels = {"pseudo_labels": {"kept_share": 0.5}}
-    whole = {"stages": list(nets), "warmup.init": "weights", **(settings or {})}
+    whole = {"stages": [STAGES[net] for net in nets], "warmup.init": "weights", **(settings or {})}
     return {
         "setting": setting,
         "seed": seed,
