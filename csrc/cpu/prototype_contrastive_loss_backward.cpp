@@ -1,6 +1,7 @@
 // prototype_contrastive_loss, backward, one tile of pixels at a time. Compiled once per instruction set (SPCL_ISA).
 //
-// The gradient of the normalisation comes out of the softmax (c = sum_k w_k z_k), not of another pass.
+// The gradient of the normalisation comes out of the softmax (c = sum_k w_k z_k), not of another pass; but of few
+// channels, see project.
 #include "contrast_options.h"
 
 namespace spcl {
@@ -8,6 +9,7 @@ namespace SPCL_ISA {
 namespace {
 
 constexpr int64_t kGradientBlocks = 8;  // blocks of channels whose gradient is formed together: 48 rows, 12 KB a panel
+constexpr int64_t kFewChannels = 4;     // up to here a gradient is projected by what was computed of it
 constexpr int64_t kClassChunk = 96;     // classes contracted at a time, so that their weights stay in L1
 
 struct GradientPanel : Panel {
@@ -307,9 +309,20 @@ void contract(const ContrastBackward& a, const Panels& matrix, int64_t first, in
     product(matrix, first, last, m, smaller(step, a.num_rows - m), weights + m * kPanel, rows, m > 0, ahead);
 }
 
+// `inward` out of the gradient itself, all of whose channels are in `rows`. What the softmax gives differs from that by
+// the rounding of both, and lies along x: in one dimension of D, so most of the error where D is 1 or 2.
+void project(int64_t channels, const float* rows, const float* x, GradientPanel& panel) {
+  for (int v = 0; v < kPanel; v += V) {
+    const vf inv = load(panel.inv_norm + v), along = load(panel.along + v);
+    vf radial = {};
+    for (int64_t d = 0; d < channels; ++d)
+      radial += load(rows + d * kPanel + v) * along * (load(x + d * kPanel + v) * inv);
+    store(panel.inward + v, select((vi)(inv >= kClampedInvNorm), vf{}, radial * inv));  // as in set_factors
+  }
+}
+
 // The features' gradient of a tile whose panels are weighed.
-void write_gradients(const ContrastBackward& a, const TileSpan& t, const GradientPanel* panel,
-                     const BackwardBuffers& b) {
+void write_gradients(const ContrastBackward& a, const TileSpan& t, GradientPanel* panel, const BackwardBuffers& b) {
   const int64_t weights_size = padded(a.by_class) * kPanel, packed_size = packed_rows(a) * kPanel;
   const Panels by_channel = of_image(a.by_channel, t.image);
   for (int64_t block = 0; block < by_channel.blocks; block += kGradientBlocks) {
@@ -329,6 +342,10 @@ void write_gradients(const ContrastBackward& a, const TileSpan& t, const Gradien
         contract(a, of_image(a.options->variances_by_channel, t.image), block, last, b.variance + m * weights_size,
                  b.variance_rows, {});
         add_variance_rows(panel[m], n, b.variance_rows, x, b.rows);
+      }
+      if (a.normalize && a.x.dim <= kFewChannels) {
+        if (!x) pack(a.x, panel[m].span, d, n, b.packed), x = b.packed;
+        project(n, b.rows, x, panel[m]);
       }
       write_gradient(a, panel[m], d, n, b.rows, x, b.packed);
     }
