@@ -23,16 +23,17 @@ class Case(NamedTuple):
     needs: tuple[str, ...] = ()
     temperature: float = 0.1
     normalize: bool = True
+    images: int = 1  # of several, each has a bias of its own
     soft: str = ""  # "equal", "normalised" or "raw" probabilities
     settings: dict = {}  # noqa: RUF012
 
     def given(self, classes: int, pixels: int, seed: int) -> dict:
         generator = torch.Generator().manual_seed(seed)
-        features = torch.randn(1, 32, 1, pixels, generator=generator)
+        features = torch.randn(self.images, 32, 1, pixels, generator=generator)
         return {
             "features": features if self.normalize else 0.3 * features,
             "prototypes": F.normalize(torch.randn(classes, 32, generator=generator), dim=1),
-            "bias": torch.randn(classes, generator=generator),
+            "bias": torch.randn(*((self.images,) if self.images > 1 else ()), classes, generator=generator),
             "temperature": torch.tensor(self.temperature),
             "normalize": self.normalize,
             "ignore_index": -1,
@@ -42,8 +43,8 @@ class Case(NamedTuple):
 
     def labels(self, classes: int, pixels: int, generator: torch.Generator) -> torch.Tensor:
         if not self.soft:
-            return torch.randint(0, classes, (1, 1, pixels), generator=generator)
-        rows = torch.rand(1, classes, 1, pixels, generator=generator)
+            return torch.randint(0, classes, (self.images, 1, pixels), generator=generator)
+        rows = torch.rand(self.images, classes, 1, pixels, generator=generator)
         return {"equal": torch.full_like(rows, 1 / classes), "normalised": F.normalize(rows, 1, 1), "raw": rows}[
             self.soft
         ]
@@ -99,3 +100,35 @@ def test_sums_over_many_classes_are_as_accurate_as_eager(backend, size, case):
         ours, eager, scale = rows.square().mean(0).sqrt().tolist()
         limit = 2 * eager + torch.finfo(torch.float32).eps / 2 * scale
         assert ours <= limit, f"{name}: error {ours:.2e}, eager {eager:.2e}, limit {limit:.2e}, values of {scale:.2e}"
+
+
+# as many classes as a tile holds the logits of, and streamed ones
+OF_BIASES = [
+    pytest.param(backend, size, smoothing, id=f"smoothing {smoothing}-{size[0]}-{backend}")
+    for smoothing in (0.0, 0.1)
+    for backend in usable(CONTRAST, *NEEDS, *(["label_smoothing"] if smoothing else []), among=("cpu",))
+    for size in ((4096, 9, 3), (65536, 3, 2))
+]
+
+
+@pytest.mark.parametrize("temperature", [0.05, 1.0, 100.0])
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize(("backend", "size", "smoothing"), OF_BIASES)
+def test_biases_of_thousands_of_classes_have_gradients_as_accurate_as_eager(
+    backend, size, smoothing, images, temperature
+):
+    """In the mean, which the many small ones make, and in the mean square, which those of the labels make; chance is no excuse."""
+    classes, pixels, draws = size
+    case = Case("bias", (), temperature, images=images, settings={"label_smoothing": smoothing})
+    rows = []
+    for seed in range(draws):
+        given = case.given(classes, pixels, seed)
+        got = run(sf.prototype_contrastive_loss, given, ["bias"], backend)[1]
+        eager = run(oracle.contrast, given, ["bias"], dtype=torch.float32)[1]
+        truth = run(oracle.contrast, given, ["bias"], leaf_dtype=torch.float64)[1]
+        assert got.shape == ((2, classes) if images == 2 else (classes,))
+        for gradient in (got, eager):
+            error = (gradient - truth).abs()
+            rows.append(torch.stack([error.mean(), error.square().mean().sqrt()]))
+    ours, theirs = torch.stack(rows).view(draws, 2, 2).mean(0)
+    assert (ours <= 2 * theirs).all(), f"errors {ours.tolist()}, of eager {theirs.tolist()}"

@@ -94,3 +94,17 @@ def test_losses_of_many_classes_are_as_accurate_as_eager(backend, case, temperat
         ours, eager, scale = torch.stack(row).square().mean(0).sqrt().tolist()
         limit = 2 * eager + torch.finfo(torch.float32).eps / 2 * scale
         assert ours <= limit, f"{name}: error {ours:.2e}, eager {eager:.2e}, limit {limit:.2e}, values of {scale:.2e}"
+
+
+@pytest.mark.parametrize("backend", usable(CROSS, among=("cpu",), num_classes=65536))
+def test_a_sum_over_65536_classes_shows_in_no_label_s_own_gradient(backend):
+    """The largest error: of the label's gradient alone, which that sum is subtracted from, a mean over all classes shows nothing."""
+    drawn, rows = Drawn(65536, 5), []
+    for seed in range(drawn.draws):
+        given = CASES[0].given(drawn, seed, 0.05)
+        got = run(sf.upsampled_cross_entropy, given, ["logits"], backend)[1]
+        eager = run(oracle.upsampled, given, ["logits"], dtype=torch.float32)[1]
+        truth = run(oracle.upsampled, given, ["logits"], leaf_dtype=torch.float64)[1]
+        rows.append(torch.stack([(gradient - truth).abs().max() for gradient in (got, eager)]))
+    ours, theirs = torch.stack(rows).square().mean(0).sqrt().tolist()
+    assert ours <= 2 * theirs, f"error {ours:.2e}, eager {theirs:.2e}"
