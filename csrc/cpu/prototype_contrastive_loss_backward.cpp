@@ -9,7 +9,7 @@ namespace SPCL_ISA {
 namespace {
 
 constexpr int64_t kGradientBlocks = 8;  // blocks of channels whose gradient is formed together: 48 rows, 12 KB a panel
-constexpr int64_t kFewChannels = 4;     // up to here a gradient is projected by what was computed of it
+constexpr int64_t kFewChannels = 3;     // up to here a gradient is projected by what was computed of it
 constexpr int64_t kClassChunk = 96;     // classes contracted at a time, so that their weights stay in L1
 
 struct GradientPanel : Panel {

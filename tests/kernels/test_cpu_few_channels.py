@@ -1,4 +1,4 @@
-"""The gradient of features of one to four channels in C++: it is projected by what was computed of it, not by the softmax's slope."""
+"""The gradient of features of one to three channels in C++: it is projected by what was computed of it, not by the softmax's slope."""
 
 from __future__ import annotations
 
