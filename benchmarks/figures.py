@@ -1,4 +1,4 @@
-"""Tables and pictures of README, docs/losses.md, speed.md and switching.md, from the result files and the backends alone: `make figures`.
+"""Tables and pictures of README and of pages in docs/, from the result files and the backends alone: `make figures`.
 
 python -m benchmarks.figures                         tables between the pages' markers, docs/pictures/speed.png, memory.png and growth.png
 python -m benchmarks.figures --overlays runs/demo    docs/pictures/overlays.png, too: a run's images before and after adaptation
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import ROOT, speed_page
+from benchmarks.adaptation import page as adaptation_page
 from benchmarks.adaptation.lines import Spread, by_setting, miou, paired, spread
 from benchmarks.family import page as family_page
 from benchmarks.tables import markdown, read
@@ -34,6 +35,7 @@ LOOPS = {  # a row of plan.json -> its name for the reader
 }
 PAIRS = {  # file of result lines -> (its name for the reader, setting)
     "airsim_camvid": ("AirSim → CamVid", "folders"),
+    "airsim_camvid_without_0016E5": ("AirSim → CamVid, a drive never seen", "folders"),
     "airsim_generated_camvid": ("AirSim + generated scenes → CamVid", "near"),
     "generated_camvid": ("generated scenes → CamVid", "near"),
     "camvid_day_dusk": ("CamVid day → dusk", "folders"),
@@ -199,6 +201,7 @@ TABLES = {
     LOSSES: {"backends": backends_table, "options": options_table, "teacher": teacher_table},
     speed_page.PAGE: speed_page.TABLES,
     family_page.PAGE: family_page.TABLES,
+    adaptation_page.PAGE: adaptation_page.TABLES,
 }
 
 
