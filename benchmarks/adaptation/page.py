@@ -6,36 +6,39 @@ from benchmarks import ROOT
 from benchmarks.adaptation import labels_alone
 from benchmarks.adaptation.__main__ import RESULTS
 from benchmarks.adaptation.lines import by_setting, miou, paired, spread
+from benchmarks.adaptation.plan import read_plan
 from benchmarks.tables import markdown
+from spcl_fast import catalog
 
 PAGE = ROOT / "docs" / "expect.md"
-FAMILY = {  # of plans/family.yaml: file of result lines -> name for the reader
+PLAN = read_plan(ROOT / "benchmarks" / "adaptation" / "plans" / "family.yaml")
+TITLES = {  # file of result lines -> name for the reader
     "airsim_camvid_without_0016E5": "AirSim → CamVid, the drive 0016E5 never seen",
     "camvid_day_dusk": "CamVid day → dusk",
-}
-SEEDS = (0, 1, 2)
-NETS = {  # name for the reader -> setting and net
-    "SPCL, adapted": ("folders", "adapted"),
-    "SPCL, distilled": ("folders", "distilled"),
-    "ProtoCL, adapted": ("sepico_proto", "adapted"),
-    "DistCL, adapted": ("sepico_dist", "adapted"),
-    "`online`": ("online", "online"),
 }
 
 
 def family_table() -> str:
     """mIoU, and in the second row of a pair the difference to the control of the same seed: means ± standard errors."""
+    header: list[str] = ["mIoU in percent"]
     rows = []
-    for file, title in FAMILY.items():
-        every = by_setting(RESULTS / f"{file}.jsonl")
-        settings = {name: {seed: lines[seed] for seed in SEEDS if seed in lines} for name, lines in every.items()}
-        control = settings["folders"]
-        scores = [(control, "source_only"), (control, "control"), *((settings[s], net) for s, net in NETS.values())]
-        rows.append([title, *(_text(spread(miou(line, net) for line in lines.values())) for lines, net in scores)])
-        gains = [_text(paired(lines, net, control, "control"), "+.1f") for lines, net in scores]
-        gains[1] = ""
-        rows.append(["less the control", *gains])
-    return markdown(["mIoU in percent", "source-only", "control", *NETS], rows)
+    for pair in PLAN.pairs:
+        every = by_setting(RESULTS / f"{pair}.jsonl")
+        lines = {name: {seed: every[name][seed] for seed in PLAN.seeds} for name in PLAN.settings}
+        base = next(iter(lines.values()))  # the setting that has the control
+        bases = catalog.with_role("baseline", "matched")
+        nets = [("", base, row) for row in bases] + [
+            (f"`{name}`, ", of_setting, row)
+            for name, of_setting in lines.items()
+            for row in catalog.with_role("result")
+            if all(row.net in line["nets"] for line in of_setting.values())
+        ]
+        header[1:] = [f"{name}{row.title}" for name, _, row in nets]
+        scores = [spread(miou(line, row.net) for line in of_setting.values()) for _, of_setting, row in nets]
+        gains = [paired(of_setting, row.net, base, bases[-1].net) for _, of_setting, row in nets]
+        rows.append([TITLES[pair], *(_text(score) for score in scores)])
+        rows.append(["less the control", *(_text(gain, "+.1f") for gain in gains)])
+    return markdown(header, rows)
 
 
 def labels_table() -> str:
