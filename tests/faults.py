@@ -293,6 +293,8 @@ def _child(target: Callable[..., None], args: tuple[Any, ...]) -> None:
 
 def train_tiny(folder: Path, begun: Begun, pause: float = 0.0, iterations: int = STEPS) -> None:
     """Train or go on training in `folder`; `begun` is set once the first step is done."""
+    # the tests themselves may run under nohup, where a closed terminal stops nothing
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     stage = TinyStage(pause, after_step=lambda it: begun.set())
     stage.fit(folder, iterations=iterations)
 

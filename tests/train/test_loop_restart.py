@@ -94,8 +94,7 @@ def test_200_kills_change_no_bit(tmp_path, undisturbed, seed):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_the_next_step_and_exits_75(tmp_path, undisturbed, number):
     begun = Begun(tmp_path)
-    # so slow that even a busy machine sends the signal long before the last step
-    process = start_process(train_tiny, tmp_path, begun, 0.3)
+    process = start_process(train_tiny, tmp_path, begun, 0.02)
     assert begun.wait(60)
     time.sleep(0.1)
     os.kill(process.pid, number)
