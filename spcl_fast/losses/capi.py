@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..estimators.moving import is_distributed
 from ..ops import dispatched
 
 _BLOCK = 1 << 20  # scores that are there at a time: 4 MB
@@ -57,7 +58,7 @@ class CAPIClustering(nn.Module):
                 f"CAPIClustering: x must be [positions, batch, {self.layer.in_features}], got shape {list(x.shape)}"
             )
         weight, bias = self.layer.weight, self.layer.bias
-        if self.positionwise and not _is_distributed():
+        if self.positionwise and not is_distributed():
             temperatures = self.target_temperature, self.prediction_temperature
             wants_features = dispatched.is_transformed() or (torch.is_grad_enabled() and x.requires_grad)
             loss, u, v, *_ = _positions_loss(x, weight, bias, temperatures, self.iterations, wants_features)
@@ -78,7 +79,7 @@ class CAPIClustering(nn.Module):
             flat = rows.flatten(0, 1)
             u, v = ops.balance_(flat, weight, **settings)
             return ops.TeacherTargets(flat, weight, self.target_temperature, u, v)
-        if not _is_distributed():
+        if not is_distributed():
             blocks = _blocks(rows, weight)
             found = [balanced_block(block / self.target_temperature, self.iterations)[1:] for _, block in blocks]
             u, v = torch.cat([u for u, _ in found]).flatten(), torch.cat([v for _, v in found])[:, 0]
@@ -100,10 +101,6 @@ def capi_loss(
         features, targets, prototypes, temperature=temperature, bias=None if bias is None else bias / temperature,
         backend=backend,
     )  # fmt: skip
-
-
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _blocks(rows: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..estimators.moving import is_distributed
 from ..ops import dispatched
 from .capi import balanced_block
 from .views import SCORES, is_for_blocks, views_loss
@@ -67,7 +68,7 @@ class SwAVLoss(nn.Module):
         features, heads = crop.detach(), prototypes.detach()
         balanced = features if queue is None else torch.cat([queue.to(features.dtype), features])
         is_small = 0 < len(balanced) * len(heads) <= SCORES  # then one product, not two per iteration
-        if is_small and self.backend is None and is_for_blocks(features) and not _is_distributed():
+        if is_small and self.backend is None and is_for_blocks(features) and not is_distributed():
             kind = torch.float64 if features.dtype == torch.float64 else torch.float32
             scores = balanced.to(kind) @ heads.to(kind).t()
             _, u, v = balanced_block(scores.div_(self.epsilon)[None], self.iterations)
@@ -76,7 +77,3 @@ class SwAVLoss(nn.Module):
             settings = {"temperature": self.epsilon, "iterations": self.iterations, "backend": self.backend}
             u, v = ops.balance_(balanced, heads, **settings)
         return ops.TeacherTargets(features, heads, self.epsilon, u[len(balanced) - len(features) :], v)
-
-
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
