@@ -52,7 +52,7 @@ def assert_right(backend: emulated.Backend, order: str, features, labels, num_cl
 
 @pytest.fixture(scope="module")
 def planted() -> Planted:
-    return Planted("class_moments", BUGS, "class_moments.h")
+    return Planted("class_moments", bugs=BUGS, header="class_moments.h")
 
 
 def all_right(planted: Planted, order: str) -> None:

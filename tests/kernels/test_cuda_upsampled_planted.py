@@ -5,7 +5,8 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
-from cuda_emulator import build, emulated
+from cuda_emulator import build
+from cuda_emulator.planted import Planted
 from on_backends import check, run
 from problems import CROSS, problem
 
@@ -22,19 +23,29 @@ QUICK = (
     ("upsampled_cross_entropy.cu", "if (shape.columns == 5) return launch_shape<T, 5, 5>(task, a.logits.batch, stream);", ""),
     ("upsampled_cross_entropy.cu", "return launch_shape<T, 3, 8>(task, a.logits.batch, stream);", "return Status{};"),
 )  # fmt: skip
+PLAN, CELL, PIXELS, LOSS = "upsampled.h", "upsampled_cell.cuh", "pixels.cuh", "upsampled_cross_entropy.cu"
+# Bugs, all built into one library and taken one at a time: (file, where, what stands there, what stands there wrongly).
 BUGS = {
-    "wrong halo": ("upsampled.h", "tile * (cells() - halo) - 1", "tile * (cells() - halo) - 1 + (tile > 0)"),
-    "wrong corner weight": ("upsampled_cell.cuh", "const float upper = sum.all - lower", "const float upper = sum.all"),
-    "missing ignore": ("pixels.cuh", "value == ignore_index) return kNoClass", "value == ignore_index) return 0"),
-    "wrong batch offset": ("upsampled_cross_entropy.cu", "(shared.image * task.num_classes + k)", "(k)"),
-    "label's own part forgotten": (
-        "upsampled_cross_entropy.cuh",
-        "code == k ? -place.value(n)",
-        "code == k ? place.value(n)",
+    "wrong halo": (
+        LOSS,
+        "shared.first_column = {};",
+        "plan.first_column(tile)",
+        "plan.first_column(tile) + (tile > 0)",
     ),
-    "a mask is not raised": ("upsampled_cell.cuh", "x < task.lowest ? task.lowest : x", "x"),
-    "second window overwrites the first": ("upsampled_cross_entropy.cu", "again || (i == 0", "(i == 0"),
+    "wrong corner weight": (CELL, "const float upper = {},", "sum.all - lower", "sum.all"),
+    "missing ignore": (PIXELS, "value == ignore_index) return {};", "kNoClass", "0"),
+    "wrong batch offset": (LOSS, "task.dlogits + ({} * task.y", "(shared.image * task.num_classes + k)", "(k)"),
+    "label's own part forgotten": (LOSS + "h", "code == k ? {} : value[j]", "-place.value(n)", "place.value(n)"),
+    "a mask is not raised": (CELL, "return {}; };", "x < task.lowest ? task.lowest : x", "x"),
+    "second window overwrites the first": (LOSS, "*to = {} ||", "again", "false"),
 }
+MISSING_BARRIER = {"missing barrier": (LOSS, "    {};\n    gather_nodes", "__syncthreads()", "(void)0")}
+SEVERAL_GROUPS = {"several groups": (PLAN, "const int64_t enough = {};", "512", "1")}
+
+
+@pytest.fixture(scope="module")
+def planted() -> Planted:
+    return Planted(*OPS, bugs=BUGS | MISSING_BARRIER | SEVERAL_GROUPS, header="launch.h", replace=QUICK)
 
 
 def is_right() -> None:
@@ -52,34 +63,38 @@ def is_right() -> None:
     torch.testing.assert_close([loss.double(), gradient.double()], [t.double() for t in expected], rtol=1e-4, atol=1e-7)
 
 
-def test_without_a_planted_bug_it_is_right():
-    with emulated.Backend(*OPS, replace=QUICK).taken():
+def test_without_a_planted_bug_it_is_right(planted):
+    with planted.backend.taken():
         is_right()
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_a_planted_bug_is_caught(bug):
-    with emulated.Backend(*OPS, replace=(*QUICK, BUGS[bug])).taken(), pytest.raises(AssertionError):
+def test_a_planted_bug_is_caught(planted, bug):
+    with planted.bug(bug), planted.backend.taken(), pytest.raises(AssertionError):
         is_right()
 
 
-def test_a_missing_barrier_shows_in_another_order():
-    gathers = "    __syncthreads();\n    gather_nodes"
-    broken = emulated.Backend(*OPS, replace=(*QUICK, ("upsampled_cross_entropy.cu", gathers, "    gather_nodes")))
-    p, results = problem((1, 1, 9, 5), 3, (36, 20)), []
-    for order in build.ORDERS:
-        with broken.taken(order):
-            results.append(
-                run(sf.upsampled_cross_entropy, {"logits": p.logits, "labels": p.labels}, ("logits",), "cuda")[1]
-            )
-    assert any(not torch.equal(results[0], other) for other in results[1:])
+def test_a_missing_barrier_shows_in_another_order(planted):
+    p = problem((1, 1, 9, 5), 3, (36, 20))
+
+    def gradients() -> list[torch.Tensor]:
+        found = []
+        for order in build.ORDERS:
+            with planted.backend.taken(order):
+                given = {"logits": p.logits, "labels": p.labels}
+                found.append(run(sf.upsampled_cross_entropy, given, ("logits",), "cuda")[1])
+        return found
+
+    right = gradients()
+    assert all(torch.equal(right[0], other) for other in right[1:])
+    with planted.bug("missing barrier"):
+        assert any(not torch.equal(right[0], other) for other in gradients())
 
 
-def test_a_block_that_walks_several_groups_of_rows_gives_the_same():
+def test_a_block_that_walks_several_groups_of_rows_gives_the_same(planted):
     """Maps of more than 1024 blocks; here of more than two."""
     p = problem((2, 1, 40, 34), 3, (120, 70))
-    several = emulated.Backend(*OPS, replace=(*QUICK, ("upsampled.h", "enough = 512", "enough = 1")))
-    with several.taken():
+    with planted.bug("several groups"), planted.backend.taken():
         check(CROSS, {"logits": p.logits, "labels": p.labels}, ("logits",), "cuda", slack=16)
 
 
