@@ -59,6 +59,7 @@ class Stage(NamedTuple):
     after: tuple[str, ...] = ()  # stages whose results it starts from, see `inputs`
     reads: tuple[str, ...] = ("source", "target")  # domains whose data it needs
     few_labels: bool = True  # whether it learns from the images of target.labelled, too
+    needs: str = ""  # a setting without which it has nothing to do
     # class of its section ("module:class", importable without torch), unless config/schema.py has it
     settings: str = ""
     absent: str = ""  # what a report lacks where this stage was not run
@@ -139,9 +140,15 @@ STAGES = (  # in the order in which they run
         remedies=(Remedy("lower warmup.adversarial_weight", "warmup.adversarial_weight"), Remedy("lower warmup.lr")),
     ),
     Stage(
+        "few_labels", "spcl_fast.method.supervised:FEW_LABELS", "few_labels", "few-labels",
+        "train on source and on the images of target.labelled, for adaptation to start from", f"{FOLDERS_EXAMPLE} --target.labelled 10",
+        title="source and labels", net="few_labels", role="start", after=("warmup|source_only",), needs="target.labelled",
+        remedies=(Remedy("lower few_labels.lr"),),
+    ),
+    Stage(
         "online", "spcl_fast.method.online:STAGE", "online", "online",
         "self-training with a teacher that follows the net (DAFormer, MIC)", "--run-folder runs/mine",
-        title="online self-training", net="online", role="result", after=("warmup|source_only",),
+        title="online self-training", net="online", role="result", after=("few_labels|warmup|source_only",),
         remedies=(
             Remedy("lower online.lr"), Remedy("raise online.confidence"), Remedy("raise online.ema"),
         ),
@@ -149,17 +156,17 @@ STAGES = (  # in the order in which they run
     Stage(
         "prototypes", "spcl_fast.method.prototypes:STAGE", "prototypes", "prototypes",
         "one prototype per class from the labelled source images", "--run-folder runs/mine",
-        title="prototypes", after=("warmup|source_only",), reads=("source",),
+        title="prototypes", after=("few_labels|warmup|source_only",), reads=("source",),
     ),
     Stage(
         "pseudo_labels", "spcl_fast.method.pseudo_labels:FIRST", "pseudo_label", "pseudo-label",
         "labels for the target's training images", "--run-folder runs/mine",
-        title="pseudo-labels for adaptation", after=("warmup|source_only",),
+        title="pseudo-labels for adaptation", after=("few_labels|warmup|source_only",),
     ),
     Stage(
         "adapt", "spcl_fast.method.adapt:STAGE", "adapt", "adapt",
         "segmentation and prototype-contrastive loss on both domains", "--run-folder runs/mine --adapt.contrast_temperature 0.1",
-        title="adapted", net="adapted", role="result", after=("warmup|source_only", "prototypes", "pseudo_labels"),
+        title="adapted", net="adapted", role="result", after=("few_labels|warmup|source_only", "prototypes", "pseudo_labels"),
         absent="there is no adapted net yet",
         remedies=(
             Remedy("lower adapt.contrast_weight", "adapt.contrast_weight"), Remedy("lower adapt.lr"),

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 AT_HOME = {"spcl_fast/catalog.py": None, "spcl_fast/config/schema.py": None} | {
     f"spcl_fast/method/{file}.py": names
     for file, names in {
-        "supervised": {"source_only", "control", "oracle"},
+        "supervised": {"source_only", "control", "few_labels", "oracle"},
         "warmup": {"warmup"},
         "prototypes": {"prototypes"},
         "pseudo_labels": {"pseudo_labels", "pseudo_labels_2"},

@@ -27,6 +27,7 @@ def check_config(config: Config, stages: tuple[str, ...] | None = None, *, readi
     for section in dict.fromkeys(stage.section for stage in rows):
         problems += _stage(config, section, getattr(config, section))
     first = {side: [stage.name for stage in rows if side in stage.reads and reading] for side in ("source", "target")}
+    problems += _needs(config, rows)
     problems += _domains(config, {side: readers[0] for side, readers in first.items() if readers})
     _refuse(problems)
 
@@ -91,6 +92,13 @@ def _few_labels(config: Config) -> Iterator[str]:
                 f"{stage.section}.labelled_weight: got {section.labelled_weight}, and nothing reads it: no step of {stage.name} has "
                 "images of target.labelled next to others. Leave it out."
             )
+
+
+def _needs(config: Config, rows: list[catalog.Stage]) -> Iterator[str]:
+    values = dotted(dataclasses.asdict(config))
+    for row in rows:
+        if row.needs and values[row.needs] is None:
+            yield f"{row.needs} is not set, and {row.name} has nothing to do without it: give --{row.needs}, or leave the stage out"
 
 
 def _stage(config: Config, section: str, stage: object) -> Iterator[str]:

@@ -123,7 +123,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SourceConfig(TrainConfig):
-    """Plain cross-entropy on one labelled domain: source-only, its matched control, and the oracle."""
+    """Plain cross-entropy on one labelled domain: source-only, its matched control, the start with a few labels, and the oracle."""
 
 
 @dataclass(frozen=True)
@@ -284,6 +284,7 @@ class Config:
     source_only: SourceConfig = field(default_factory=SourceConfig)
     control: SourceConfig = field(default_factory=SourceConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
+    few_labels: SourceConfig = field(default_factory=SourceConfig)
     prototypes: PrototypesConfig = field(default_factory=PrototypesConfig)
     pseudo_label: PseudoLabelConfig = field(default_factory=PseudoLabelConfig)
     adapt: AdaptConfig = field(default_factory=AdaptConfig)

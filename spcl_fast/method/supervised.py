@@ -1,4 +1,4 @@
-"""Cross-entropy on one labelled domain: source-only, its matched control, and the oracle."""
+"""Cross-entropy on one labelled domain: source-only, its matched control, the start with a few labels, and the oracle."""
 
 from __future__ import annotations
 
@@ -39,6 +39,9 @@ class Supervised:
 
 SOURCE_ONLY = Supervised("source_only", "source")  # the plain baseline
 CONTROL = Supervised("control", "source")  # the baseline's net, trained on: what more training alone gives
+FEW_LABELS = Supervised(
+    "few_labels", "source"
+)  # with the batch of target.labelled: where adaptation starts from if there are any
 ORACLE = Supervised("oracle", "target")  # the upper bound; no other stage reads the target's training labels
 
 

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from tiny_run import STAGES, save_scenes, tiny_config
+from tiny_run import save_scenes, tiny_config
 
 from spcl_fast import catalog
 from spcl_fast.cli import main
+from spcl_fast.config.load import load_config
 from spcl_fast.config.rules import check_config
 from spcl_fast.data import read_label_png
 from spcl_fast.data.dataset import FileDataset
@@ -53,7 +54,7 @@ def learned(scenes, tmp_path_factory):
     config = config_of(scenes, tmp_path_factory.mktemp("runs"), "1,3")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FileDataset, "label", noting)
-        run_stages(config, [stage for stage in STAGES if stage != "oracle"])
+        run_stages(config, [row.name for row in catalog.STAGES if row.role != "bound"])
     train = str(scenes[1] / "labels" / "train")
     return Context(config), {path for path in read if path.startswith(train)}
 
@@ -79,6 +80,26 @@ def test_every_stage_but_the_baseline_logs_their_loss(learned):
         assert records or row.name == "oracle"
     assert json.loads(run.path("summary.json").read_text())["labelled_target_images"] == 2
     assert run.path("labelled.txt").read_text() == "1\n3\n"
+
+
+def test_adaptation_starts_from_the_net_that_learned_from_them(learned):
+    context = learned[0]
+    for name in ("prototypes", "pseudo_labels", "adapt", "online"):
+        assert context.inputs(catalog.find(catalog.STAGES, name))[0] == "few_labels"
+    assert context.inputs(catalog.find(catalog.STAGES, "few_labels")) == ("warmup",)
+
+
+def test_without_labels_that_stage_has_nothing_to_do(tmp_path):
+    config = tiny_config(tmp_path)
+    with pytest.raises(ConfigError, match="target.labelled is not set, and few_labels has nothing to do without it"):
+        check_config(config, ("source_only", "few_labels"))
+    check_config(config, ("source_only",))
+
+
+def test_the_set_trains_the_control_for_as_much_longer(tmp_path):
+    plain, few = (load_config("folders", sets=sets) for sets in ((), ("few_labels",)))
+    assert few.control.iterations - plain.control.iterations == few.few_labels.iterations
+    assert [stage for stage in few.stages if stage != "few_labels"] == [*plain.stages]
 
 
 def test_their_pseudo_labels_are_their_labels(scenes, learned):

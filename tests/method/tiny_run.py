@@ -25,12 +25,14 @@ TINY = {
     "loop.workers": "0",
     "loop.log_every": "1",
 }
-TRAINED = catalog.names(catalog.trained())
-STAGES = catalog.names(catalog.STAGES)
+# what a run without more settings can do
+STAGES = tuple(row.name for row in catalog.STAGES if not row.needs)
+TRAINED = tuple(row.name for row in catalog.trained() if row.name in STAGES)
 
 
 def tiny_config(tmp_path, name="run", preset="demo", sets=(), **changes) -> Config:
-    iterations = {f"{stage}.iterations": "2" for stage in TRAINED} | {f"{stage}.batch_size": "2" for stage in TRAINED}
+    short = {"iterations": "2", "batch_size": "2"}
+    iterations = {f"{row.section}.{key}": value for row in catalog.trained() for key, value in short.items()}
     given = {**TINY, **iterations, "runs_dir": str(tmp_path), "name": name, **changes}
     return load_config(preset, (), sets, list(given.items()))
 
