@@ -39,7 +39,7 @@ def test_later_wins_from_defaults_to_command_line(tmp_path):
 @pytest.mark.parametrize("preset", settings.available("preset"))
 def test_every_preset_is_whole_and_survives_the_way_to_yaml_and_back(preset, tmp_path):
     for sets in ([], *([name] for name in settings.available("set"))):
-        config = load_config(preset, sets=sets, overrides=ROOTS)
+        config = load_config(preset, sets=sets, overrides=[*ROOTS, ("target.labelled", "2")])
         rules.check_config(config)
         path = tmp_path / f"{preset}.yaml"
         path.write_text(dump_config(config))
@@ -48,7 +48,7 @@ def test_every_preset_is_whole_and_survives_the_way_to_yaml_and_back(preset, tmp
 
 def test_near_zooms_less_into_every_source_image_and_leaves_the_target_alone():
     plain, near = load_config("folders"), load_config("folders", sets=["near"])
-    for stage in ("source_only", "control", "warmup", "adapt"):
+    for stage in ("source_only", "control", "warmup", "few_labels", "adapt"):
         before, after = getattr(plain, stage).augment, getattr(near, stage).augment
         assert after == dataclasses.replace(before, scale=(1.0, 2.0), rare_crop=0.5) != before
     assert near.adapt.target_augment == plain.adapt.target_augment
