@@ -31,7 +31,8 @@ def install() -> None:
     _call_the_language_directly()
     _look_up_numpy_dtypes()
     _look_up_blocks()
-    _pass_equal_shapes_through()
+    _pass_equal_types_through()
+    _look_at_sizes_quickly()
     builder = interpreter.interpreter_builder
     if not builder.options.debug:
         builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
@@ -125,12 +126,31 @@ def _look_up_blocks() -> None:
     core.dtype.__eq__, core.block_type.__eq__ = same, lambda self, other: self is other
 
 
-def _pass_equal_shapes_through() -> None:
-    broadcast = TritonSemantic.broadcast_impl_value
+def _pass_equal_types_through() -> None:
+    """Operands of one type are neither cast nor broadcast; a division of half floats is, to float32."""
+    check, broadcast = TritonSemantic.binary_op_type_checking_impl, TritonSemantic.broadcast_impl_value
+
+    def checked(self, lhs, rhs, allow_lhs_ptr=False, allow_rhs_ptr=False, arithmetic_check=True, div_or_mod=False):
+        alike = type(lhs) is type(rhs) is core.tensor and lhs.dtype is rhs.dtype and type(lhs.dtype) is core.dtype
+        if alike and not (div_or_mod or arithmetic_check and lhs.dtype is core.int1):
+            return broadcast_unless_equal(self, lhs, rhs)
+        return check(self, lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod)
 
     def broadcast_unless_equal(self, lhs, rhs):
-        if lhs.type is rhs.type:
-            return lhs, rhs
-        return broadcast(self, lhs, rhs)
+        return (lhs, rhs) if lhs.type is rhs.type else broadcast(self, lhs, rhs)
 
+    TritonSemantic.binary_op_type_checking_impl = checked
     TritonSemantic.broadcast_impl_value = broadcast_unless_equal
+
+
+def _look_at_sizes_quickly() -> None:
+    """Of what numpy computed: no more bits than the type has."""
+    fits, known = interpreter._validate_np_data_size, {}
+
+    def looked_up(array, dtype) -> bool:
+        key = array.dtype.itemsize, dtype.name
+        if key not in known:
+            known[key] = fits(array, dtype)
+        return known[key]
+
+    interpreter._validate_np_data_size = looked_up

@@ -51,10 +51,13 @@ def library(
     headers = _planted_headers(replace)
     emulator = ["cuda_emulator.cpp", *(["traffic.cpp"] if counted else [])]
     sources = (*(f"tests/cuda_emulator/{file}" for file in emulator), *sources)
-    objects = [
-        _object(source, headers, replace, (*flags, *(COUNTED if counted and source.endswith(".cu") else ())))
+    wanted = [
+        (source, headers, replace, (*flags, *(COUNTED if counted and source.endswith(".cu") else ())))
         for source in sources
     ]
+    for one in wanted:  # what no other process is at first: two of them share out what there is to compile
+        _object(*one, waits=False)
+    objects = [_object(*one) for one in wanted]
     linking = [f for f in flags if f.startswith(("-l", "-L", "-Wl"))]
     out = BUILT / f"{name}-{digest(*(o.name for o in objects), *flags)}.so"
     with _lock(out):
@@ -94,7 +97,7 @@ def _however_it_is_wrapped(code: str) -> re.Pattern:
     return re.compile(pattern.removeprefix(r"\s*"))
 
 
-def _object(source: str, headers: Path, replace, flags: Sequence[str]) -> Path:
+def _object(source: str, headers: Path, replace, flags: Sequence[str], waits: bool = True) -> Path:
     path = ROOT / source
     text = _planted(path, replace)
     bound = path.name.startswith("bind")
@@ -104,8 +107,8 @@ def _object(source: str, headers: Path, replace, flags: Sequence[str]) -> Path:
     folder = headers / path.parent.relative_to(CUDA) if path.is_relative_to(CUDA) else path.parent
     text_of_headers = [_planted(header, replace) for header in _included(path)]
     out = BUILT / f"{path.stem}-{digest(text, *text_of_headers, *FLAGS, *own_flags, torch.__version__)}.o"
-    with _lock(out):
-        if not out.exists():
+    with _lock(out, waits) as is_ours:
+        if is_ours and not out.exists():
             copy = out.with_suffix(".cpp")
             copy.write_text(f'#line 1 "{path}"\n{text}')
             command = [COMPILER, "-x", "c++", "-c", copy, "-o", out.with_suffix(".tmp")]
@@ -146,11 +149,15 @@ def _write(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _lock(made: Path) -> Iterator[None]:
-    """One process makes it, another one waits for it, and builds something else meanwhile."""
+def _lock(made: Path, waits: bool = True) -> Iterator[bool]:
+    """One process makes it, another one waits for it or, with `waits` False, gets False at once."""
     with open(f"{made}.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def load(path: Path) -> ctypes.CDLL:

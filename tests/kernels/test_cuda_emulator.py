@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 
 import pytest
@@ -85,3 +86,12 @@ def test_blocks_of_a_cluster_read_each_others_memory(handle, order):
 
 def test_the_memory_of_a_block_that_has_ended_is_not_read(handle):
     assert any("has ended" in (told(handle, order, 1, 4, waits=False)[0] or "") for order in build.ORDERS)
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_what_another_process_compiles_is_left_to_it(tmp_path, busy):
+    with (
+        build._lock(tmp_path / "made.o") if busy else contextlib.nullcontext(),
+        build._lock(tmp_path / "made.o", waits=False) as is_ours,
+    ):
+        assert is_ours != busy

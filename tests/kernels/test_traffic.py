@@ -76,7 +76,8 @@ def test_the_page_shows_the_result_file(result):
 
 def test_a_bank_conflict_shows_in_the_wavefronts(result):
     case, figure = Case(CONTRAST, "B", "half", "even"), "shared_reads_over_ideal"
-    row = count.ours(case, "cuda", (("contrast_plan.h", "kProtoRow = kHalf ? 72", "kProtoRow = kHalf ? 64"),))
+    conflict = ("contrast_plan.h", "kProtoRow = kHalf ? 72", "kProtoRow = kHalf ? 64")
+    row = count.ours(case, "cuda", (*count.FLOAT32_LEFT_OUT, conflict))
     assert row["forward"]["kernels"][0][figure] > 1.3 * committed(result, case, "cuda")["forward"]["kernels"][0][figure]
 
 

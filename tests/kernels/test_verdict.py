@@ -133,7 +133,7 @@ CONTRAST = Case("prototype_contrastive_loss", "B", "half", "even")
     ids=["a lost stage of cp.async", "a bank conflict"],
 )
 def test_a_defect_in_cuda_changes_the_counted_verdict(new, limiter, committed):
-    row, kept = count.ours(CONTRAST, "cuda", (new,)), committed(CONTRAST, "cuda")
+    row, kept = count.ours(CONTRAST, "cuda", (*count.FLOAT32_LEFT_OUT, new)), committed(CONTRAST, "cuda")
     mine, theirs = (works.verdicts(r, HUNGRY)["forward"] for r in (row, kept))
     assert theirs.limiter == v.DRAM and mine.limiter == limiter and mine.share < theirs.share
 
