@@ -14,6 +14,15 @@ from benchmarks.gpu import choice, predicted
 from spcl_fast.kernels.pixels import interpreter_trouble
 
 ROOT = Path(__file__).resolve().parents[2]
+# `python -m benchmarks.gpu` with the interpreter that the tests have
+MAIN = """
+import os, runpy, sys
+os.environ["TRITON_INTERPRET"] = "1"
+sys.path[:0] = [".", "tests"]
+import interpreter_speed
+interpreter_speed.install()
+runpy.run_module("benchmarks.gpu", run_name="__main__", alter_sys=True)
+"""
 
 
 def test_make_gpu_runs_through_on_tiny_shapes_without_a_gpu(tmp_path):
@@ -24,8 +33,8 @@ def test_make_gpu_runs_through_on_tiny_shapes_without_a_gpu(tmp_path):
     out = tmp_path / "dry.json"
     command = [
         sys.executable,
-        "-m",
-        "benchmarks.gpu",
+        "-c",
+        MAIN,
         "--dry-run",
         "--out",
         str(out),
