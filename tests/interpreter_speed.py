@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import numpy as np
 import triton.language as tl
 from triton.language import core
 from triton.language.semantic import TritonSemantic
@@ -32,7 +33,7 @@ def install() -> None:
     _look_up_numpy_dtypes()
     _look_up_blocks()
     _pass_equal_types_through()
-    _look_at_sizes_quickly()
+    _look_at_sizes_once()
     builder = interpreter.interpreter_builder
     if not builder.options.debug:
         builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
@@ -101,6 +102,7 @@ def _look_up_blocks() -> None:
         if key not in blocks:
             blocks[key] = object.__new__(cls)
             made(blocks[key], element_ty, sizes)
+            blocks[key].sizes = tuple(sizes)
         return blocks[key]
 
     def tensor(self, handle, type) -> None:
@@ -127,7 +129,7 @@ def _look_up_blocks() -> None:
 
 
 def _pass_equal_types_through() -> None:
-    """Operands of one type are neither cast nor broadcast; a division of half floats is, to float32."""
+    """Operands of one type are not cast, those of one shape are not broadcast, and a number becomes a block at once."""
     check, broadcast = TritonSemantic.binary_op_type_checking_impl, TritonSemantic.broadcast_impl_value
 
     def checked(self, lhs, rhs, allow_lhs_ptr=False, allow_rhs_ptr=False, arithmetic_check=True, div_or_mod=False):
@@ -137,20 +139,37 @@ def _pass_equal_types_through() -> None:
         return check(self, lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod)
 
     def broadcast_unless_equal(self, lhs, rhs):
-        return (lhs, rhs) if lhs.type is rhs.type else broadcast(self, lhs, rhs)
+        a, b = lhs.type, rhs.type
+        if a.is_block() and b.is_block():
+            return (lhs, rhs) if a.sizes == b.sizes else broadcast(self, lhs, rhs)
+        if a.is_block():
+            return lhs, filled(rhs, a)
+        return (filled(lhs, b), rhs) if b.is_block() else (lhs, rhs)
+
+    def filled(number, block):
+        given = number.handle
+        array = np.empty(block.sizes, interpreter._get_np_dtype(given.dtype))
+        np.copyto(array, given.data, casting="unsafe")
+        handle = interpreter.TensorHandle(array, given.dtype.scalar)
+        return core.tensor(handle, core.block_type(number.type.scalar, block.sizes))
 
     TritonSemantic.binary_op_type_checking_impl = checked
     TritonSemantic.broadcast_impl_value = broadcast_unless_equal
 
 
-def _look_at_sizes_quickly() -> None:
-    """Of what numpy computed: no more bits than the type has."""
-    fits, known = interpreter._validate_np_data_size, {}
+def _look_at_sizes_once() -> None:
+    """Of an array and its type: no more bits than the type has."""
+    fits, handle, fit = interpreter._validate_np_data_size, interpreter.TensorHandle, set()
 
     def looked_up(array, dtype) -> bool:
         key = array.dtype.itemsize, dtype.name
-        if key not in known:
-            known[key] = fits(array, dtype)
-        return known[key]
+        if key not in fit and fits(array, dtype):
+            fit.add(key)
+        return key in fit
 
-    interpreter._validate_np_data_size = looked_up
+    def made(self, data, dtype, attr=None) -> None:
+        self.data, self.dtype, self.attr = data, dtype, {} if attr is None else attr
+        if (data.dtype.itemsize, dtype.name) not in fit:
+            self.__post_init__()
+
+    interpreter._validate_np_data_size, handle.__init__ = looked_up, made
