@@ -278,6 +278,11 @@ def with_role(*roles: str) -> tuple[Stage, ...]:
     return tuple(stage for stage in STAGES if stage.role in roles)
 
 
+def depends_on_labelled(stage: Stage, fold: str | None) -> bool:
+    """Whether what it learns depends on target.labelled: on the few labels, or on all labels but those that target.fold leaves out."""
+    return stage.few_labels or (fold is not None and stage.role == "bound")
+
+
 def title(name: str) -> str:
     """What a reader calls a stage; the name itself where the catalog has none, as in a run of another version."""
     return next((stage.title for stage in (*STAGES, HEAD) if stage.name == name), name)

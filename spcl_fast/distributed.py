@@ -76,12 +76,14 @@ def stop() -> None:
 
 @contextmanager
 def session(device: str = "auto") -> Iterator[World]:
-    """`start` and `stop` around a block."""
+    """`start` and `stop` around a block; inside another such block the processes stay together."""
+    inner = _control is not None
     world = start(device)
     try:
         yield world
     finally:
-        stop()
+        if not inner:
+            stop()
 
 
 def rank() -> int:

@@ -41,13 +41,13 @@ def depends_on(stage: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     while waiting:
         row = catalog.find(catalog.STAGES, waiting.pop())
         sections.add(row.section)
-        few_labels |= row.few_labels
+        few_labels |= catalog.depends_on_labelled(row, settings.get("target.fold"))
         waiting.extend(inputs(row, settings))
     return {
         key: value
         for key, value in settings.items()
         if any(key == name or key.startswith(f"{name}.") for name in sections)
-        and (few_labels or key != "target.labelled")
+        and (few_labels or key not in ("target.labelled", "target.fold"))
     }
 
 

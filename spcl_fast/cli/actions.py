@@ -49,7 +49,7 @@ def _stages(args: argparse.Namespace, config: Config) -> tuple[str, ...]:
         return (rounds[getattr(args, "round", 1) - 1].name,)
     if args.command == catalog.HEAD.command:
         return (catalog.HEAD.name,)
-    return config.stages if args.command in ("run", "demo") else ()
+    return config.stages if args.command in ("run", "demo", "cross-validate") else ()
 
 
 def on_stages(args: argparse.Namespace) -> int:
@@ -71,6 +71,35 @@ def on_stages(args: argparse.Namespace) -> int:
             show_end(run)
         elif (run / layout.REPORT).is_file():  # of the run without this stage
             on_report(argparse.Namespace(folder=run))
+    return 0
+
+
+def on_cross_validate(args: argparse.Namespace) -> int:
+    """One run per fold, then the figures over all labelled images."""
+    config = _resolve(args)
+    if config is None:
+        return 0
+    check_config(config, config.stages)
+    from ..memory_plan.peak import forecast
+    from ..method.cross_validation import cross_validate, folds_of, write_cross_validation
+    from ..report import write_report
+    from ..report.folds import folds_page, folds_table
+
+    configs = folds_of(config, args.folds)
+    main = os.environ.get("RANK", "0") == "0"
+    for one in configs:
+        check_config(one, one.stages)
+        if main:
+            places.check_folder(layout.folder_of(one), "the run's folder")
+
+    def after(run: Path) -> None:
+        print(f"report: {write_report(run)}")
+
+    record = cross_validate(config, args.folds, forecast=forecast, after=after, **_begins_with(args))
+    if main:
+        files = write_cross_validation(config, record, folds_page(config.name, record))
+        print("\n" + folds_table(record))
+        print("\n".join(f"figures: {file}" for file in files))
     return 0
 
 

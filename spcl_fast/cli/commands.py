@@ -75,6 +75,23 @@ def _pick_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _folds(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--folds",
+        metavar="N",
+        type=_at_least_two,
+        default=4,
+        help="parts that are left out in turn, a run each (default: 4)",
+    )
+    _begin(parser)
+
+
+def _at_least_two(text: str) -> int:
+    if not text.isdigit() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of 2 or more")
+    return int(text)
+
+
 def _at_least_one(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of 1 or more")
@@ -196,6 +213,13 @@ COMMANDS: dict[str, Command] = {
         actions.on_stages,
         _ALL,
         _begin,
+    ),
+    "cross-validate": Command(
+        "how good a recipe is on the labelled target images, each seen by nets that did not learn from its label",
+        f"spcl-fast cross-validate {_FOLDERS} --target.labelled picked.txt --folds 4 --name first",
+        actions.on_cross_validate,
+        _ALL,
+        _folds,
     ),
     **_stage_commands(),
     catalog.HEAD.command: Command(

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from .. import catalog
 from ..errors import ConfigError
+from .fold import read_fold
 from .load import all_settings, dotted
 from .schema import AugmentConfig, Config, DataConfig, DistillConfig, HeadConfig, LoopConfig, OnlineConfig, TrainConfig
 from .values import as_text
@@ -23,7 +24,14 @@ def check_config(config: Config, stages: tuple[str, ...] | None = None, *, readi
     """
     stages = config.stages if stages is None else stages
     rows = [stage for stage in (*catalog.STAGES, catalog.HEAD) if stage.name in stages]
-    problems = [*_values(config), *_scales(config), *_windows(config), *_run(config), *_few_labels(config)]
+    problems = [
+        *_values(config),
+        *_scales(config),
+        *_windows(config),
+        *_run(config),
+        *_few_labels(config),
+        *_fold(config),
+    ]
     for section in dict.fromkeys(stage.section for stage in rows):
         problems += _stage(config, section, getattr(config, section))
     first = {side: [stage.name for stage in rows if side in stage.reads and reading] for side in ("source", "target")}
@@ -34,7 +42,7 @@ def check_config(config: Config, stages: tuple[str, ...] | None = None, *, readi
 
 def check_domains(config: Config, readers: dict[str, str]) -> None:
     """The same for what reads data and is no stage: `readers` has its name by side."""
-    _refuse([*_values(config), *_windows(config), *_domains(config, readers)])
+    _refuse([*_values(config), *_windows(config), *_fold(config), *_domains(config, readers)])
 
 
 def _refuse(problems: list[str]) -> None:
@@ -99,6 +107,23 @@ def _needs(config: Config, rows: list[catalog.Stage]) -> Iterator[str]:
     for row in rows:
         if row.needs and values[row.needs] is None:
             yield f"{row.needs} is not set, and {row.name} has nothing to do without it: give --{row.needs}, or leave the stage out"
+
+
+def _fold(config: Config) -> Iterator[str]:
+    fold, target = config.target.fold, config.target
+    if fold is None:
+        return
+    try:
+        read_fold(fold)
+    except ValueError as error:
+        yield f"target.fold: got {fold!r}, expected {error}"
+    if target.labelled is None:
+        yield f"target.fold: got {fold!r}, and there is nothing to leave out: give --target.labelled with it, or leave it out"
+    if config.evaluate.selection == "target_val":
+        yield (
+            f"evaluate.selection: got target_val with target.fold {fold}, expected last or source_val: a net that is chosen on the images "
+            "that are left out is not evaluated on them"
+        )
 
 
 def _stage(config: Config, section: str, stage: object) -> Iterator[str]:

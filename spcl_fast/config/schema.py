@@ -86,6 +86,10 @@ class TargetConfig(DataConfig):
         None,
         "training images whose labels are used: how many, drawn by the seed; names with commas; a list file; null: none",
     )
+    fold: str | None = setting(
+        None,
+        "1/4: the first of 4 parts of target.labelled is left out of training and evaluated instead of val_split; null: none is",
+    )
 
 
 @dataclass(frozen=True)
@@ -254,15 +258,15 @@ SAVES_MEMORY = ("precision", "checkpoint", "offload", "accumulate", "absorb_grad
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """How a net is evaluated, always on the target's validation split and never to choose a model unless that is asked for
-    (target_val, which the report says).
+    """How a net is evaluated, always on the target's validation split (or what target.fold leaves out) and never to choose a model
+    unless that is asked for (target_val, which the report says).
     """
 
     selection: Literal["last", "source_val", "target_val"] = setting("last", "which net of a stage is its result")
     tta: Literal["none", "flip"] = setting("none", "test-time augmentation")
     window: tuple[int, int] | None = setting(None, "size of the windows that a net sees; null: whole images", least=1)
     window_stride: tuple[int, int] | None = setting(None, "from window to window; null: two thirds of one", least=1)
-    images: int | None = setting(None, "how many, spread evenly; null: all", least=1)
+    images: int | None = setting(None, "how many of val_split, spread evenly; null: all", least=1)
     overlays: int = setting(6, "images whose predictions are kept for the report", least=0)
 
 

@@ -1,15 +1,17 @@
-"""A few labelled images of a domain that has no other labels: which ones a setting names."""
+"""A few labelled images of a domain that has no other labels: which ones a setting names, and which of them a fold leaves out."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ..config.fold import Fold
 from ..errors import ConfigError, DataError
 from .files import read_list, without_image_suffix
+from .left_out import counted
 from .sampling import generator
 
 
@@ -69,3 +71,22 @@ def choose(wanted: str, names: list[str], seed: int, evaluated: Collection[str] 
             what = f"target.labelled: there is no such file, nor a training image called {unknown!r}{hint}"
         raise ConfigError(f"{what}. Names are those below the image folder, without the ending.")
     return Chosen(tuple(dict.fromkeys(listed)))
+
+
+def part_of(names: Sequence[str], fold: Fold, seed: int) -> frozenset[str]:
+    """The names of one part of several, drawn by the seed: disjoint, together all of them, of sizes that differ by 1 at most. In which
+    order the names are given does not count. Raises ConfigError where there are more parts than names.
+    """
+    if fold.parts > len(names):
+        raise ConfigError(
+            f"target.fold: got {fold}, expected at most {len(names)} parts: target.labelled names {counted(len(names), 'image')}, and "
+            "every part needs one"
+        )
+    ordered = sorted(names)
+    drawn = generator(seed, 0).permutation(len(ordered))[fold.part - 1 :: fold.parts]
+    return frozenset(ordered[i] for i in drawn)
+
+
+def left_out_words(count: int, of: int, fold: str) -> str:
+    """Which images a figure is of, for a reader."""
+    return f"{count} of the {counted(of, 'labelled target image')}, left out of training (fold {fold})"

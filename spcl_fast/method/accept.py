@@ -24,6 +24,7 @@ from ..runs.identity import INPUTS, flat_settings, settings_difference
 from ..train.resume import identity_of
 from . import prototypes
 from .context import Context
+from .held_out import check_given_files, check_one_fold
 
 
 def accept(context: Context, rows: Sequence[catalog.Stage], redo: Sequence[str] = ()) -> None:
@@ -68,6 +69,11 @@ def _accept(context: Context, rows: Sequence[catalog.Stage], redo: Sequence[str]
                 f"(--fork {run.folder} takes over the stages that stay the same)."
             )
         _check_class_names(context, row)
+    for row in catalog.STAGES:
+        stored = _stored(run, row)
+        if stored is not None:
+            check_one_fold(context, row, stored)
+    check_given_files(context, rows)
 
 
 def _check_class_names(context: Context, row: catalog.Stage) -> None:
@@ -164,6 +170,9 @@ def fork(context: Context, other: Path) -> None:
             or any(run.done(name) is None for name in context.inputs(row))
         ):
             continue
+        fold, theirs = context.config.target.fold, record["settings"].get("target.fold")
+        if catalog.depends_on_labelled(row, fold) and None not in (fold, theirs) and fold != theirs:
+            continue  # of another fold of a cross-validation: nobody expects it
         difference = settings_difference(record["settings"], whole_identity(context, row))
         if difference:
             run.say(f"{row.name}: not taken over from {other} ({difference})")

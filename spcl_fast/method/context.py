@@ -50,10 +50,12 @@ class Context:
 
     @functools.cached_property
     def evaluation_data(self) -> Dataset | None:
-        """The target's labelled validation images, or None where it has none, which is logged once."""
+        """The target's labelled validation images, or None where it has none, which is logged once. Those that target.fold leaves out of
+        training, where there is one.
+        """
         split = self.config.target.val_split
         try:
-            return self.domains.dataset("target", "val")
+            return self.domains.evaluated()
         except UnlabelledError:
             self.run.say(
                 f"not evaluated: the target's {split!r} split has no labels, so there are pictures and no scores"
@@ -91,7 +93,8 @@ class Context:
     def identity(self, stage: catalog.Stage) -> dict[str, Any]:
         """What the stage's result depends on; the stages before it by the hash of theirs."""
         config = self.config
-        target = config.target if stage.few_labels else dataclasses.replace(config.target, labelled=None)
+        labelled = catalog.depends_on_labelled(stage, config.target.fold)
+        target = config.target if labelled else dataclasses.replace(config.target, labelled=None, fold=None)
         return {
             "source": config.source,
             "target": target,
@@ -112,15 +115,16 @@ class Context:
                 path = self.setting(key)
                 name = f"{stage.name if section == stage.section else section}.{rest}"
                 found[name] = None if path is None else self._content_of_path(path)
-        if stage.few_labels and self.domains.labelled_target is not None:
+        if catalog.depends_on_labelled(stage, self.config.target.fold) and self.domains.named_target is not None:
             found["target.labelled"] = self._content_of_labelled
         return {key: content for key, content in found.items() if content is not None}
 
     @functools.cached_property
     def _content_of_labelled(self) -> str:
-        labelled = self.domains.labelled_target
-        assert labelled is not None
-        return content_of(labelled) or ", ".join(labelled.names)
+        """Of all that are named: which of them are left out follows from them, the fold and the seed."""
+        named = self.domains.named_target
+        assert named is not None
+        return content_of(named) or ", ".join(named.names)
 
     @functools.cache  # noqa: B019  lives as long as its run
     def _content_of_images(self, side: str) -> str | None:

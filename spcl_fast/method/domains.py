@@ -10,9 +10,11 @@ from torch import Tensor
 
 from .. import distributed
 from ..config import AugmentConfig, Config, TrainConfig
+from ..config.fold import read_fold
 from ..data import Batch, ClassSet, Dataset, class_frequency, dataset_of, train_batches
 from ..data.check import check_same_classes
-from ..data.labelled import choose
+from ..data.labelled import choose, left_out_words, part_of
+from ..data.left_out import counted
 from ..data.statistics import rarity
 from ..errors import DataError
 from ..runs.identity import step_seed
@@ -41,8 +43,8 @@ class Domains:
         return source
 
     @functools.cached_property
-    def labelled_target(self) -> Dataset | None:
-        """The target's training images whose labels target.labelled lets the run use; None where it names none.
+    def named_target(self) -> Dataset | None:
+        """The target's training images that target.labelled names, those that target.fold leaves out among them; None where it names none.
 
         No other label file of the training split is opened. Raises DataError where one of them is an image of the validation split.
         """
@@ -60,6 +62,48 @@ class Domains:
         found = dataset_of(target, target.train_split, only=chosen, reading=self.config.loop)
         self._refuse_evaluated(found)
         return found
+
+    @functools.cached_property
+    def held_out(self) -> Dataset | None:
+        """The part of the named images that target.fold leaves out of all that learns; None without a fold."""
+        named, fold = self.named_target, self.config.target.fold
+        if named is None or fold is None:
+            return None
+        part = part_of(named.names, read_fold(fold), step_seed(self.config.seed, "target.fold", 0))
+        return named.select([index for index, name in enumerate(named.names) if name in part])
+
+    @functools.cached_property
+    def labelled_target(self) -> Dataset | None:
+        """The target's training images whose labels stages learn from; None where target.labelled names none."""
+        return None if self.named_target is None else self._without_held_out(self.named_target)
+
+    def learnt_from(self, side: str) -> Dataset:
+        """The training images of a domain with all labels that a stage may learn from."""
+        dataset = self.dataset(side, "train")
+        return self._without_held_out(dataset) if side == "target" else dataset
+
+    def _without_held_out(self, dataset: Dataset) -> Dataset:
+        if self.held_out is None:
+            return dataset
+        held_out = set(self.held_out.names)
+        return dataset.select([index for index, name in enumerate(dataset.names) if name not in held_out])
+
+    def evaluated(self, *, labels: bool = True) -> Dataset:
+        """The target's images that nets are evaluated on: those that target.fold leaves out, else the validation split. DataError as
+        `dataset_of` raises it.
+        """
+        return self.dataset("target", "val", labels=labels) if self.held_out is None else self.held_out
+
+    @property
+    def evaluated_count(self) -> int | None:
+        """At most so many of them are, None: all. What is left out is evaluated whole, so that the folds cover every labelled image."""
+        return self.config.evaluate.images if self.config.target.fold is None else None
+
+    def evaluated_words(self, count: int) -> str:
+        """`count` of them, for a line of text."""
+        if self.held_out is None or self.named_target is None:
+            return counted(count, "target validation image")
+        return left_out_words(count, len(self.named_target), str(self.config.target.fold))
 
     def evaluated_paths(self) -> set[str]:
         """Files of the target's validation images: none where it has no such split, or is generated."""
@@ -97,7 +141,7 @@ class Domains:
 
     def pictured(self, dataset: Dataset) -> Dataset:
         """Of the target's validation images those whose predictions the report shows."""
-        return dataset.spread(self.config.evaluate.images).spread(self.config.evaluate.overlays)
+        return dataset.spread(self.evaluated_count).spread(self.config.evaluate.overlays)
 
     def batches(
         self, stage: str, side: str, dataset: Dataset, train: TrainConfig, augment: AugmentConfig, *, pin_memory: bool

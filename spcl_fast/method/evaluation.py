@@ -11,7 +11,6 @@ from .. import distributed
 from ..config.values import plain
 from ..data import Dataset, eval_batches, write_label_png
 from ..data.content import content_of
-from ..data.left_out import counted
 from ..errors import DataError
 from ..models import SegmentationModel
 from ..runs import layout
@@ -21,6 +20,7 @@ from ..train.windows import windows_of
 from .context import Context
 
 EVALUATED = "evaluated"  # in evaluation.json: what the figures depend on besides the net
+HELD_OUT_NAMES = "held_out"  # in that: the images that target.fold left out of training, by name
 
 
 def needs_evaluation(context: Context, stage: str) -> bool:
@@ -44,7 +44,10 @@ def _evaluated(context: Context) -> dict[str, Any] | None:
     dataset, evaluate = context.evaluation_data, context.config.evaluate
     if dataset is None:
         return None
-    seen = {name: getattr(evaluate, name) for name in ("tta", "window", "window_stride", "images")}
+    seen = {name: getattr(evaluate, name) for name in ("tta", "window", "window_stride")}
+    seen["images"] = context.domains.evaluated_count
+    if context.domains.held_out is not None:  # by name, too: generated scenes have no content to tell folds apart
+        seen[HELD_OUT_NAMES] = sorted(context.domains.held_out.names)
     return plain({**seen, "data": content_of(dataset)})
 
 
@@ -76,12 +79,12 @@ def evaluate_stage(context: Context, stage: str, model: SegmentationModel) -> No
             device=context.device,
             tta=evaluate.tta,
             windows=windows_of(evaluate),
-            images=evaluate.images,
+            images=context.domains.evaluated_count,
             keep=keep,
         )
         run.write_json(layout.of_stage(stage, layout.EVALUATION), {**scores.as_json(), EVALUATED: _evaluated(context)})
-        count = len(dataset.spread(evaluate.images))
-        run.say(f"{stage}: {mean_text(scores.miou)} on {counted(count, 'target validation image')}")
+        count = len(dataset.spread(context.domains.evaluated_count))
+        run.say(f"{stage}: {mean_text(scores.miou)} on {context.domains.evaluated_words(count)}")
     distributed.barrier()
 
 

@@ -14,6 +14,7 @@ from ..config import Config
 from ..errors import ConfigError, DataError, NumericError
 from ..runs.layout import ONNX, TORCH
 from ..runs.output import make_folder_of
+from .domains import Domains
 from .exported import KEY, Exported, Facts, load_exported, quiet
 from .trained import load_trained
 
@@ -76,11 +77,10 @@ def _other(output: Path) -> Path:
 
 def _real_images(config: Config, count: int) -> list[Tensor]:
     """Validation images of the target as the net sees them, and a part of the last one with odd sides, where a net pads otherwise."""
-    from ..data import dataset_of
     from ..train.evaluate import eval_batches
 
-    dataset = dataset_of(config.target, config.target.val_split, labels=False, reading=config.loop).spread(count)
-    seen = [image for image, _, _ in eval_batches(dataset, config.target.eval_size)]
+    dataset = Domains(config).evaluated(labels=False).spread(count)
+    seen = [image for image, _, _ in eval_batches(dataset, config.target.eval_size, labels=False)]
     if not seen:
         raise DataError(f"{config.target.val_split}: no image of the target to compare the exported net on")
     height, width = seen[-1].shape[2:]

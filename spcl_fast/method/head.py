@@ -37,6 +37,7 @@ from .context import Context
 from .domains import Domains, class_weight
 from .evaluation import evaluate_stage, keep_best, needs_evaluation
 from .feature_cache import CachedFeatures, cached_features
+from .held_out import check_given_files, fold_record, write_names
 from .labels import check_own_labels
 from .parts import is_labelled
 from .samples import keep_pictures
@@ -96,6 +97,7 @@ def _train(context: HeadContext) -> None:
         raise ConfigError(
             f"{run.folder} is the folder of a run that has {others[0]}, and a head has one of its own: give another --name"
         )
+    check_given_files(context, (ROW,))
     dataset = context.domains.learnt()
     check_own_labels(context, ROW.name, Feed(train.side, OWN, train.augment), dataset)
     nets = RunNets(context, ())
@@ -218,8 +220,7 @@ def _introduce(context: Context, dataset: Dataset) -> None:
         return
     run.write_json(layout.CLASSES, classes.as_json())
     run.write_text(layout.CONFIG, dump_config(context.config))
-    if dataset is context.domains.labelled_target:
-        run.write_text(layout.LABELLED, "".join(f"{name}\n" for name in dataset.names))
+    write_names(context, learned=dataset is context.domains.labelled_target)
 
 
 def _write_summary(context: Context, features: CachedFeatures, seconds: float) -> None:
@@ -242,6 +243,9 @@ def _write_summary(context: Context, features: CachedFeatures, seconds: float) -
         "seed": context.config.seed,
         "machine": machine(context),
     }
+    left_out = fold_record(context.domains)
+    if left_out is not None:
+        summary[layout.LEFT_OUT] = left_out
     run.write_json(layout.SUMMARY, summary)
 
 

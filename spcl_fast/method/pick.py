@@ -47,7 +47,7 @@ def pick_images(
         raise ConfigError(
             f"{trained.weights} was trained for other classes than those of {every.kind} {config.target.root}"
         )
-    labelled = [] if domains.labelled_target is None else domains.labelled_target.names
+    labelled = [] if domains.named_target is None else domains.named_target.names
     open_ = [index for index in _not_evaluated(domains, every) if every.names[index] not in labelled]
     if len(open_) < count:
         raise DataError(f"--count {count}: only {len(open_)} training images of the target are not labelled yet")

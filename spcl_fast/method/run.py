@@ -19,6 +19,7 @@ from ..train.signals import stop_requests
 from .accept import accept, as_ran, fork
 from .context import Context
 from .few_labels import declared
+from .held_out import write_names
 from .samples import keep_pictures, keep_samples
 from .stage import BANK, UntrainedStage
 from .summary import write_summary
@@ -95,9 +96,12 @@ def _introduce(context: Context, rows: Sequence[catalog.Stage]) -> None:
     classes, run = context.classes, context.run
     run.write_json(layout.CLASSES, classes.as_json())
     run.write_text(layout.CONFIG, dump_config(as_ran(context, rows)))
-    labelled = context.domains.labelled_target
+    labelled, held_out = context.domains.labelled_target, context.domains.held_out
+    learn = any(catalog.depends_on_labelled(row, context.config.target.fold) for row in rows)
+    write_names(context, learned=learn)
+    if held_out is not None:
+        run.say(f"evaluated: {context.domains.evaluated_words(len(held_out))}, listed in {layout.HELD_OUT}")
     if labelled is not None and any(row.few_labels for row in rows):
-        run.write_text(layout.LABELLED, "".join(f"{name}\n" for name in labelled.names))
         learning = ", ".join(row.name for row in rows if row.few_labels)
         run.say(
             f"{counted(len(labelled), 'labelled target image')}, listed in {layout.LABELLED}: {learning} learn from them"

@@ -13,6 +13,7 @@ from .. import catalog
 from ..runs import layout
 from .context import Context
 from .evaluation import EVALUATED
+from .held_out import fold_record
 
 
 def write_summary(context: Context) -> dict[str, Any]:
@@ -34,6 +35,9 @@ def write_summary(context: Context) -> dict[str, Any]:
     summary["selection"] = context.config.evaluate.selection
     if context.domains.labelled_target is not None:
         summary["labelled_target_images"] = len(context.domains.labelled_target)
+    left_out = fold_record(context.domains)
+    if left_out is not None:
+        summary[layout.LEFT_OUT] = left_out
     summary["seed"] = context.config.seed
     summary["machine"] = machine(context)
     run.write_json(layout.SUMMARY, summary)

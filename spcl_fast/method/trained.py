@@ -130,16 +130,20 @@ def _classes(path: Path, config: Config) -> ClassSet:
 def evaluate_trained(
     path: Path, config: Config, stage: str | None, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Score a net on the target's validation split; prints a table, returns what `evaluation.json` of a stage holds and `weights`.
+    """Score a net on the target's validation split, or on what target.fold leaves out; prints a table, returns what `evaluation.json` of a
+    stage holds and `weights`.
 
     With the 16 classes of SYNTHIA also `miou_13`, the literature's mean without wall, fence and pole.
     """
-    from ..data import dataset_of
     from ..train.evaluate import evaluate_model, mean_iou
     from ..train.windows import windows_of
+    from .domains import Domains
+    from .held_out import check_left_out_by, fold_record
 
+    domains = Domains(config)
+    check_left_out_by(path, domains)
     trained = load_trained(path, config, stage)
-    dataset = dataset_of(config.target, config.target.val_split, reading=config.loop)
+    dataset = domains.evaluated()
     if dataset.classes.names != trained.classes.names:
         raise ConfigError(
             f"{trained.weights} predicts {len(trained.classes)} classes ({', '.join(trained.classes.names)}), and the data has "
@@ -153,14 +157,18 @@ def evaluate_trained(
         device=trained.device,
         tta=settings.tta,
         windows=windows_of(settings),
-        images=settings.images,
+        images=domains.evaluated_count,
         workers=config.loop.workers,
     )
-    result = {"weights": str(trained.weights), "images": len(dataset.spread(settings.images)), **scores.as_json()}
+    count = len(dataset.spread(domains.evaluated_count))
+    result = {"weights": str(trained.weights), "images": count, **scores.as_json()}
+    left_out = fold_record(domains)
+    if left_out is not None:
+        result[layout.LEFT_OUT] = left_out
     if dataset.classes == CITYSCAPES_16:
         known = [result["iou"][dataset.classes.names[k]] for k in THIRTEEN_OF_SIXTEEN]
         result["miou_13"] = mean_iou(known)
-    say(_score_table(result))
+    say(_score_table(result, counted(count, "image") if left_out is None else domains.evaluated_words(count)))
     return result
 
 
@@ -168,9 +176,9 @@ def _cell(percent: float | None) -> str:
     return "-".rjust(7) if percent is None else f"{percent:>7.1f}"
 
 
-def _score_table(result: dict[str, Any]) -> str:
+def _score_table(result: dict[str, Any], images: str) -> str:
     lines = [
-        f"{result['weights']} on {counted(result['images'], 'image')}",
+        f"{result['weights']} on {images}",
         f"{'class':<16}{'IoU':>7}{'predicted':>12}{'true':>9}",
     ]
     for name, iou in result["iou"].items():

@@ -48,7 +48,7 @@ class RunNets(Nets):
         return read_prototypes(self.context.run)
 
     def class_weight(self, side: str, power: float) -> Tensor | None:
-        weight = class_weight(self.context.domains.dataset(side, "train"), power)
+        weight = class_weight(self.context.domains.learnt_from(side), power)
         return None if weight is None else weight.to(self.device)
 
     def classes_named(self, names: str | None, *, default: Sequence[str]) -> Tensor:
@@ -114,7 +114,7 @@ def fed_dataset(context: Context, feed: Feed) -> Dataset:
     """The images of a feed with its labels."""
     domains = context.domains
     if feed.labels == OWN:
-        return domains.dataset(feed.side, "train")
+        return domains.learnt_from(feed.side)
     if feed.labels == LABELLED:
         assert domains.labelled_target is not None  # or there would be no such feed
         return domains.labelled_target

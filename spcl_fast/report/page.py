@@ -18,6 +18,7 @@ from . import memory_rows as memory
 from . import pictures, plots
 from .findings import findings_of, labelled_count
 from .lettering import undrawn
+from .tables import left_out_of
 
 SELECTION = {
     "last": "Every net is the last one of its stage. No label was used to choose it.",
@@ -101,6 +102,8 @@ def render(run: RunFolder) -> str:
             stages=_stages(run),
             memory=memory.ledger(run),
             machine=_machine(run),
+            images=evaluated_images(run),
+            left_out=run.setting("target", "fold") is not None,
             selection=SELECTION.get(str(run.summary.get("selection")), "") + _few_labels(run),
             settings=run.settings,
             missing=run.missing,
@@ -109,6 +112,13 @@ def render(run: RunFolder) -> str:
             is_head=run.is_head,
         )
     )
+
+
+def evaluated_images(run: RunFolder) -> str:
+    """Which images the figures are of."""
+    fold = run.setting("target", "fold")
+    counts = left_out_of(run.summary) or (f"labelled target images left out of training (fold {fold})" if fold else "")
+    return counts or "the target's labelled validation images"
 
 
 def _few_labels(run: RunFolder) -> str:

@@ -126,7 +126,8 @@ def class_scores(run: RunFolder) -> bytes | None:
         axes.set_xlim(-2, 102)
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
-        axes.set_xlabel("IoU on the target's validation images, %")
+        which = "validation" if run.setting("target", "fold") is None else "left-out"
+        axes.set_xlabel(f"IoU on the target's {which} images, %")
         figure.legend(loc="outside upper left", ncols=len(stages), handletextpad=0.2, columnspacing=1.4)
         return as_png(figure)
 

@@ -1,7 +1,7 @@
 """The run folder: names of its files and folders, columns of its log, phases of a step. Whoever writes or reads one takes its name here.
 
 config.yaml classes.json metrics.jsonl summary.json report.html tensorboard/STAGE/
-prototypes.safetensors features.npz labelled.txt report_samples/NAME_image.png, NAME_truth.png
+prototypes.safetensors features.npz labelled.txt held_out.txt report_samples/NAME_image.png, NAME_truth.png
 STAGE/done.json                                      of every stage
 STAGE/checkpoints/step_XXXXXXXX/ STAGE/evaluation.json STAGE/predictions/NAME.png STAGE/plan.json       of a trained one
 STAGE/selected.safetensors, selected.json            of a trained one, where evaluate.selection is not "last"
@@ -24,9 +24,11 @@ REPORT = "report.html"
 TENSORBOARD = "tensorboard"
 LOCK = ".lock"
 PROTOTYPES = "prototypes.safetensors"  # tensors "prototypes" [K, D] and "images" [K]
+LEFT_OUT = "left_out"  # in summary.json: which labelled images the figures are of, where target.fold says so
 FEATURES = "features.npz"
 LABELLED = "labelled.txt"  # names of the target's images whose labels were used
-SAID_BEFORE_STAGES = (LOCK, CONFIG, CLASSES, LABELLED)  # there before a stage has done anything
+HELD_OUT = "held_out.txt"  # names of those that target.fold left out
+SAID_BEFORE_STAGES = (LOCK, CONFIG, CLASSES, LABELLED, HELD_OUT)  # there before a stage has done anything
 SAMPLES = "report_samples"
 IMAGE_SUFFIX, TRUTH_SUFFIX = "_image.png", "_truth.png"
 
@@ -40,6 +42,10 @@ SELECTED = "selected.json"
 SELECTED_WEIGHTS = "selected.safetensors"
 THRESHOLDS = "thresholds.json"
 PICTURE = "picture.png"  # of `spcl-fast head`
+
+# of `spcl-fast cross-validate`, next to the runs: RUNS_DIR/NAME_fold_1, ...; RUNS_DIR/NAME_cross_validation.json, .md
+CROSS_VALIDATION = ("cross_validation.json", "cross_validation.md")
+BY_FOLD, SPREAD = "miou_by_fold", "miou_standard_deviation"  # of a net in that JSON
 
 # of a checkpoint, in its folder step_XXXXXXXX
 STATE = "state.json"
@@ -75,6 +81,11 @@ COLUMNS = frozenset(LogLine.__annotations__)
 def folder_of(config: Config) -> Path:
     """The run folder of these settings."""
     return Path(config.runs_dir) / config.name
+
+
+def name_of_fold(name: str, part: int) -> str:
+    """What the run of a fold is called; parts count from 1."""
+    return f"{name}_fold_{part}"
 
 
 def is_exported(path: Path) -> bool:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from spcl_fast.data.labelled import Chosen, choose
+from spcl_fast.config.fold import Fold
+from spcl_fast.data.labelled import Chosen, choose, part_of
 from spcl_fast.errors import ConfigError, DataError
 
 NAMES = [f"drive_{i:02d}" for i in range(20)]
@@ -71,3 +72,27 @@ def test_a_number_passes_over_images_without_a_label(tmp_path):
     assert found == [name for name in chosen.names if label_of(name).is_file()][:2]
     with pytest.raises(DataError, match="asks for 4 labelled images, and 3 of the 20"):
         choose("4", NAMES, 0).labelled(images, label_of)
+
+
+# ---- folds --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [2, 3, 7, 20])
+def test_the_parts_are_disjoint_cover_every_name_and_are_about_as_large(parts):
+    found = [part_of(NAMES, Fold(part, parts), 5) for part in range(1, parts + 1)]
+    assert sorted(name for part in found for name in part) == NAMES
+    sizes = {len(part) for part in found}
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_the_parts_are_drawn_by_the_seed_and_not_by_the_order_of_the_names():
+    fold = Fold(1, 4)
+    assert part_of(NAMES, fold, 5) == part_of(NAMES[::-1], fold, 5)
+    assert len({part_of(NAMES, fold, seed) for seed in range(10)}) == 10
+
+
+def test_more_parts_than_images_are_refused():
+    with pytest.raises(
+        ConfigError, match="target.fold: got 2/21, expected at most 20 parts: target.labelled names 20 images"
+    ):
+        part_of(NAMES, Fold(2, 21), 0)
