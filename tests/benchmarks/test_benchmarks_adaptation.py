@@ -223,6 +223,7 @@ def test_a_changed_recipe_gets_a_folder_of_its_own_and_other_roots_do_not(tmp_pa
         ({"pseudo_label.cap": 0.5}, ("source_only", "warmup", "prototypes"), ("pseudo_labels", "adapt", "distill")),
         ({"evaluate.tta": "flip"}, (), ("source_only", "distill")),
         ({"target.labelled": "2"}, ("source_only", "oracle"), ("control", "prototypes", "adapt", "distill")),
+        ({"target.labelled": "4", "target.fold": "1/2"}, ("source_only",), ("control", "adapt", "distill", "oracle")),
         ({"seed": 1}, (), ("source_only", "warmup", "distill")),
     ],
 )
