@@ -23,3 +23,8 @@ def read_fold(text: str) -> Fold:
     if fold is None or fold.parts < 2 or fold.part > fold.parts:
         raise ValueError(FOLD_FORM)
     return fold
+
+
+def left_out_words(count: int, of: int, fold: str) -> str:
+    """Which images a figure is of, for a reader."""
+    return f"{count} of the {of} labelled target images, left out of training (fold {fold})"

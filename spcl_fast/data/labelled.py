@@ -85,8 +85,3 @@ def part_of(names: Sequence[str], fold: Fold, seed: int) -> frozenset[str]:
     ordered = sorted(names)
     drawn = generator(seed, 0).permutation(len(ordered))[fold.part - 1 :: fold.parts]
     return frozenset(ordered[i] for i in drawn)
-
-
-def left_out_words(count: int, of: int, fold: str) -> str:
-    """Which images a figure is of, for a reader."""
-    return f"{count} of the {counted(of, 'labelled target image')}, left out of training (fold {fold})"

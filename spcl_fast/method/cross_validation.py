@@ -72,9 +72,8 @@ def cross_validate(
     first one takes such stages over from. redo, forecast: as run_stages has them. after: is given each run's folder once it is finished.
     """
     configs = folds_of(config, count)
-    named = Domains(configs[0]).named_target
-    assert named is not None  # folds_of has seen to it
-    _ = Domains(configs[0]).held_out  # refuses more folds than images before any work
+    held_out = Domains(configs[0]).held_out  # refuses more folds than images before any work
+    assert held_out is not None
     first = layout.folder_of(configs[0])
     with distributed.session(config.loop.device), stop_requests() as stop:
         for part, one in enumerate(configs, start=1):

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from .. import distributed
 from ..config import AugmentConfig, Config, TrainConfig
-from ..config.fold import read_fold
+from ..config.fold import left_out_words, read_fold
 from ..data import Batch, ClassSet, Dataset, class_frequency, dataset_of, train_batches
 from ..data.check import check_same_classes
-from ..data.labelled import choose, left_out_words, part_of
+from ..data.labelled import choose, part_of
 from ..data.left_out import counted
 from ..data.statistics import rarity
 from ..errors import DataError

@@ -7,7 +7,7 @@ from io import StringIO
 from typing import Any, NamedTuple
 
 from .. import catalog
-from ..data.labelled import left_out_words
+from ..config.fold import left_out_words
 from ..runs import layout
 from ..runs.reading import number
 
