@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_run import STAGES, save_scenes, tiny_config
+from tiny_run import save_scenes, tiny_config
 
 from spcl_fast import catalog
 from spcl_fast.cli import main
@@ -24,6 +24,7 @@ from spcl_fast.report import write_report
 from spcl_fast.runs.identity import flat_settings, settings_difference
 from spcl_fast.runs.tensorfile import read_tensors
 
+STAGES = catalog.names(catalog.STAGES)
 NAMES = [str(i) for i in range(6)]
 LABELLED = "0,1,2,4,5"
 MAY_OPEN = {"evaluate_model", "keep_pictures"}  # the figures, and the truths that a report shows
