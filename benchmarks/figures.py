@@ -1,6 +1,6 @@
 """Tables and pictures of README and of pages in docs/, from the result files and the backends alone: `make figures`.
 
-python -m benchmarks.figures                         tables between the pages' markers, docs/pictures/speed.png, memory.png and growth.png
+python -m benchmarks.figures                         tables between the pages' markers, and docs/pictures/ but for overlays.png
 python -m benchmarks.figures --overlays runs/demo    docs/pictures/overlays.png, too: a run's images before and after adaptation
 """
 
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import ROOT, speed_page
+from benchmarks.adaptation import drives
 from benchmarks.adaptation import page as adaptation_page
 from benchmarks.adaptation.lines import Spread, by_setting, miou, paired, spread
 from benchmarks.family import page as family_page
@@ -33,12 +34,13 @@ LOOPS = {  # a row of plan.json -> its name for the reader
     "bf16": "ours, bfloat16",
     "bf16, checkpoint auto, absorb_gradients": "ours, bfloat16, recomputed, gradients absorbed",
 }
-PAIRS = {  # file of result lines -> (its name for the reader, setting)
-    "airsim_camvid": ("AirSim → CamVid", "folders"),
-    "airsim_camvid_without_0016E5": ("AirSim → CamVid, a drive never seen", "folders"),
-    "airsim_generated_camvid": ("AirSim + generated scenes → CamVid", "near"),
-    "generated_camvid": ("generated scenes → CamVid", "near"),
-    "camvid_day_dusk": ("CamVid day → dusk", "folders"),
+PAIRS = {  # name for the reader -> (files of result lines, setting); the runs of several files are one row
+    "AirSim → CamVid": (("airsim_camvid",), "folders"),
+    "AirSim → CamVid, a drive never seen": (("airsim_camvid_without_0016E5",), "folders"),
+    "AirSim + generated scenes → CamVid": (("airsim_generated_camvid",), "near"),
+    "AirSim + generated → CamVid, drives never seen": (tuple(drives.PLAN.pairs), "near"),
+    "generated scenes → CamVid": (("generated_camvid",), "near"),
+    "CamVid day → dusk": (("camvid_day_dusk",), "folders"),
 }
 NETS = {row.net: row for row in catalog.STAGES if row.net and row.role != "start"}  # key of summary.json -> its stage
 BASELINE = next(net for net, row in NETS.items() if row.role == "baseline")
@@ -77,16 +79,19 @@ def memory_table() -> str:
 
 def adaptation_table() -> str:
     found, rows = {}, []
-    for file, (title, setting) in PAIRS.items():
-        settings = by_setting(LINES / f"{file}.jsonl")
-        found[title] = settings.get(setting) or next(iter(settings.values()))
+    for title, (files, setting) in PAIRS.items():
+        found[title] = {}
+        for file in files:
+            settings = by_setting(LINES / f"{file}.jsonl")
+            lines = settings.get(setting) or next(iter(settings.values()), {})
+            found[title] |= {(file, seed): line for seed, line in lines.items()}
     nets = [net for net in NETS if any(net in line["nets"] for lines in found.values() for line in lines.values())]
     for title, lines in found.items():
         scores = [spread(miou(line, net) for line in lines.values()) for net in nets]
         gain = paired(lines, "distilled", lines, "control")
         cells = ["" if score is None else score.text() for score in scores]
         rows.append([title, str(len(lines)), *cells, "" if gain is None else gain.text("+.1f")])
-    header = ["mIoU in percent", "seeds", *(NETS[net].title for net in nets), "distilled − control"]
+    header = ["mIoU in percent", "runs", *(NETS[net].title for net in nets), "distilled − control"]
     return markdown(header, rows)
 
 
@@ -334,6 +339,7 @@ def main(argv: list[str] | None = None) -> int:
     draw_speed(PICTURES / "speed.png")
     draw_memory(PICTURES / "memory.png")
     speed_page.draw_growth()
+    drives.draw_labels(PICTURES / "labels.png")
     if options.overlays:
         draw_overlays(options.overlays, PICTURES / "overlays.png")
     print(

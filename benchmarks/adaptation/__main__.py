@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("labels-alone", _labels_alone, "heads on frozen features of N labelled images, for each root")
     sub.add_argument("roots", type=Path, nargs="*", help="none: the table of what is there")
     sub.add_argument("--classes", type=Path, default=Path("../shared/data/shared_classes.json"))
+    sub.add_argument("--classes-key", default="camvid", help="the table of that file")
     sub.add_argument("--weights", type=Path, default=Path("../shared/weights/efficientnet_lite0_encoder_fp16.npz"))
     sub.add_argument("--seeds", type=int, default=3)
     sub.add_argument("--runs", type=Path, default=RUNS / "labels_alone")
@@ -171,7 +172,7 @@ def _labels_alone(args: argparse.Namespace) -> None:
     from benchmarks.adaptation.labels_alone import measure, read, table
 
     for root in args.roots:
-        classes = {"target.classes": str(args.classes), "target.classes_key": "camvid"}
+        classes = {"target.classes": str(args.classes), "target.classes_key": args.classes_key}
         for said in measure(root, args.weights, range(args.seeds), args.runs, **classes):
             print(said, flush=True)
     print(table(read()))

@@ -106,7 +106,7 @@ def miou(line: dict[str, Any], net: str) -> float | None:
     return line["nets"][net]["miou"] if net in line["nets"] else None
 
 
-def paired(a: dict[int, dict], net_a: str, b: dict[int, dict], net_b: str) -> Spread | None:
-    """The difference in mIoU, seed by seed, over the seeds that both have."""
+def paired(a: dict[Any, dict], net_a: str, b: dict[Any, dict], net_b: str) -> Spread | None:
+    """The difference in mIoU, run by run, over the runs (by seed, or by pair and seed) that both have."""
     pairs = [(miou(a[seed], net_a), miou(b[seed], net_b)) for seed in sorted(a.keys() & b.keys())]
     return spread(x - y for x, y in pairs if x is not None and y is not None)

@@ -1,9 +1,9 @@
-"""Tables of docs/expect.md: the family side by side, and labels alone."""
+"""Tables of docs/expect.md: the drives left out, a few labels, and the family side by side."""
 
 from __future__ import annotations
 
 from benchmarks import ROOT
-from benchmarks.adaptation import labels_alone
+from benchmarks.adaptation import drives
 from benchmarks.adaptation.__main__ import RESULTS
 from benchmarks.adaptation.lines import by_setting, miou, paired, spread
 from benchmarks.adaptation.plan import read_plan
@@ -41,12 +41,8 @@ def family_table() -> str:
     return markdown(header, rows)
 
 
-def labels_table() -> str:
-    return labels_alone.table(labels_alone.read())
-
-
 def _text(found, form: str = ".1f") -> str:
     return "" if found is None else found.text(form)
 
 
-TABLES = {"family": family_table, "labels": labels_table}
+TABLES = {"labels": drives.few_labels_table, "drives": drives.drives_table, "family": family_table}

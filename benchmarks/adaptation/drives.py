@@ -1,0 +1,159 @@
+"""What the lines of plans/drives.yaml say together: each drive of CamVid left out in turn, and what a few labels of the others add.
+
+A fold is a drive that no stage saw. Its figure is the mean over its seeds; the standard errors are those over the folds.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from benchmarks.adaptation import labels_alone
+from benchmarks.adaptation.lines import Spread, by_setting, miou, paired, spread
+from benchmarks.adaptation.plan import read_plan
+from benchmarks.tables import markdown
+from spcl_fast import catalog
+
+HERE = Path(__file__).parent
+PLAN = read_plan(HERE / "plans" / "drives.yaml")
+_BASE, _MATCHED, _BOUND = (catalog.with_role(role)[-1] for role in ("baseline", "matched", "bound"))
+_COLOURS = {"alone": "#B0B0B0", "control": "#5A5A5A", "adapted": "#0072B2"}
+
+
+def _folds() -> dict[str, dict[str, dict[int, dict[str, Any]]]]:
+    """drive -> setting -> seed -> line."""
+    every = {pair.rpartition("_")[2]: HERE / "results" / f"{pair}.jsonl" for pair in PLAN.pairs}
+    return {drive: by_setting(file) for drive, file in every.items() if file.exists()}
+
+
+def _final(lines: dict[int, dict[str, Any]]) -> catalog.Stage | None:
+    """The last net that was adapted, if all seeds have it."""
+    had = [row for row in catalog.with_role("result") if all(row.net in line["nets"] for line in lines.values())]
+    return had[-1] if had else None
+
+
+def _mean(found: Spread | None) -> float | None:
+    return None if found is None else found.mean
+
+
+def _score(lines: dict[int, dict[str, Any]], row: catalog.Stage | None) -> float | None:
+    return None if row is None else _mean(spread(miou(line, row.net) for line in lines.values()))
+
+
+def _text(found: Spread | None, form: str = ".1f") -> str:
+    return "" if found is None else found.text(form)
+
+
+def drives_table() -> str:
+    """Without a label: a row for each setting and drive, and one for the mean over the drives."""
+    folds, rows = _folds(), []
+    for setting in [name for name in PLAN.settings if _labels_of(name) == 0]:
+        nets, gains = [], []
+        for drive, settings in folds.items():
+            lines = settings.get(setting, {})
+            final = _final(lines)
+            if not lines or final is None:
+                continue
+            gain = paired(lines, final.net, lines, _MATCHED.net)
+            shown = [*catalog.with_role("baseline", "matched", "result"), _BOUND]
+            nets.append([_score(lines, row) for row in shown])
+            gains.append(_mean(gain))
+            rows.append([f"`{setting}`, {drive}", str(len(lines)), *map(_number, nets[-1]), _text(gain, "+.1f")])
+        if nets:
+            means = [spread(column) for column in zip(*nets, strict=True)]
+            rows.append([f"`{setting}`, mean of the drives", "", *map(_text, means), _text(spread(gains), "+.1f")])
+    titles = [row.title for row in (*catalog.with_role("baseline", "matched", "result"), _BOUND)]
+    header = ["the drive left out, mIoU in percent", "seeds", *titles, "final − control"]
+    kept = [i for i in range(len(header)) if any(row[i] for row in rows) or i < 2]
+    return markdown([header[i] for i in kept], [[row[i] for i in kept] for row in rows])
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def _labels_of(setting: str) -> int | None:
+    """How many labelled images a setting of the plan has; None where they are listed in a file."""
+    wanted = PLAN.settings[setting].get("target.labelled", "0")
+    return int(wanted) if re.fullmatch(r"\d+", wanted) else None
+
+
+def _few() -> dict[int, dict[str, dict[str, float | None]]]:
+    """Number of labels (-1: all) -> drive -> what is reached there: `alone`, `control`, `adapted`, `baseline`, `bound`."""
+    found: dict[int, dict[str, dict[str, float | None]]] = {}
+    alone = labels_alone.read()
+    for drive, settings in _folds().items():
+        of_drive = [line for line in alone if line["root"].endswith(drive)]
+        counts = {line["labels"] for line in of_drive}
+        every = max(counts, default=0)
+        for count in counts:
+            scores = spread(line["miou"] for line in of_drive if line["labels"] == count)
+            found.setdefault(-1 if count == every else count, {}).setdefault(drive, {})["alone"] = _mean(scores)
+        for name in PLAN.settings:
+            lines, count = settings.get(name), _labels_of(name)
+            if lines and count is not None and _final(lines) is not None:
+                cell = found.setdefault(count, {}).setdefault(drive, {})
+                cell |= {"control": _score(lines, _MATCHED), "adapted": _score(lines, _final(lines))}
+                cell |= {"baseline": _score(lines, _BASE), "bound": _score(lines, _BOUND)}
+    return {count: found[count] for count in sorted(found, key=lambda n: n if n >= 0 else 1 << 30)}
+
+
+def few_labels_table() -> str:
+    """A row for each number of labels: means over the drives, and the share of the way from source-only to the oracle."""
+    few, rows = _few(), []
+    for count, drives in few.items():
+        columns = [spread(cell.get(key) for cell in drives.values()) for key in _COLOURS]
+        gains = spread(_minus(cell.get("adapted"), cell.get("control")) for cell in drives.values())
+        share = _share(drives, few.get(0, {}))
+        label = "all" if count < 0 else str(count)
+        rows.append([label, *map(_text, columns), _text(gains, "+.1f"), "" if share is None else f"{share:.0f}"])
+    header = ["labelled images", "labels alone", "source and labels (control)", "adapted with labels"]
+    return markdown([*header, "adapted − control", "gap closed, %"], rows)
+
+
+def _minus(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b
+
+
+def _share(drives: dict[str, dict[str, float | None]], unlabelled: dict[str, dict[str, float | None]]) -> float | None:
+    """Of the way from source-only to the oracle, in percent: a ratio of means over the drives, as the way of one drive may be 0."""
+    sums = [0.0, 0.0]
+    for drive, cell in drives.items():
+        start, end = (unlabelled.get(drive, {}).get(key) for key in ("baseline", "bound"))
+        here = cell.get("adapted")
+        if start is not None and end is not None and here is not None:
+            sums = [sums[0] + here - start, sums[1] + end - start]
+    return 100 * sums[0] / sums[1] if sums[1] else None
+
+
+def draw_labels(path: Path) -> None:
+    """mIoU against the number of labelled images: labels alone, source and labels, adapted with labels; a thin line for each drive."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    few = _few()
+    figure, axes = plt.subplots(figsize=(7.5, 3.6), layout="constrained")
+    places = {count: at for at, count in enumerate(few)}
+    words = {"alone": "labels alone, frozen encoder", "control": "source and labels", "adapted": "adapted with labels"}
+    for key, colour in _COLOURS.items():
+        for drive in _folds():
+            known = [
+                (places[n], cell[drive][key]) for n, cell in few.items() if cell.get(drive, {}).get(key) is not None
+            ]
+            axes.plot(*zip(*known, strict=True), color=colour, alpha=0.35, linewidth=0.8) if known else None
+        means = {places[n]: spread(one.get(key) for one in drives.values()) for n, drives in few.items()}
+        shown = [(at, found.mean) for at, found in means.items() if found is not None]
+        axes.plot(*zip(*shown, strict=True), "o-", color=colour, label=words[key]) if shown else None
+    bound = spread(cell.get("bound") for cell in few.get(0, {}).values())
+    if bound is not None:
+        axes.axhline(bound.mean, color="black", linestyle="--", linewidth=0.8)
+        axes.text(len(few) - 1, bound.mean, "oracle: all labels, no source", va="bottom", ha="right", fontsize=8)
+    axes.set_xticks(list(places.values()), ["all" if count < 0 else str(count) for count in places])
+    axes.set_xlabel("labelled images of the other two drives")
+    axes.set_ylabel("mIoU on the drive left out, %")
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
