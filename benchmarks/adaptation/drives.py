@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.adaptation import labels_alone
-from benchmarks.adaptation.lines import Spread, by_setting, miou, paired, spread
+from benchmarks.adaptation.lines import Spread, by_setting, miou, paired, spread, text_of
 from benchmarks.adaptation.plan import read_plan
 from benchmarks.tables import markdown
 from spcl_fast import catalog
@@ -41,10 +41,6 @@ def _score(lines: dict[int, dict[str, Any]], row: catalog.Stage | None) -> float
     return None if row is None else _mean(spread(miou(line, row.net) for line in lines.values()))
 
 
-def _text(found: Spread | None, form: str = ".1f") -> str:
-    return "" if found is None else found.text(form)
-
-
 def drives_table() -> str:
     """Without a label: a row for each setting and drive, and one for the mean over the drives."""
     folds, rows = _folds(), []
@@ -59,10 +55,10 @@ def drives_table() -> str:
             shown = [*catalog.with_role("baseline", "matched", "result"), _BOUND]
             nets.append([_score(lines, row) for row in shown])
             gains.append(_mean(gain))
-            rows.append([f"`{setting}`, {drive}", str(len(lines)), *map(_number, nets[-1]), _text(gain, "+.1f")])
+            rows.append([f"`{setting}`, {drive}", str(len(lines)), *map(_number, nets[-1]), text_of(gain, "+.1f")])
         if nets:
             means = [spread(column) for column in zip(*nets, strict=True)]
-            rows.append([f"`{setting}`, mean of the drives", "", *map(_text, means), _text(spread(gains), "+.1f")])
+            rows.append([f"`{setting}`, mean of the drives", "", *map(text_of, means), text_of(spread(gains), "+.1f")])
     titles = [row.title for row in (*catalog.with_role("baseline", "matched", "result"), _BOUND)]
     header = ["the drive left out, mIoU in percent", "seeds", *titles, "final − control"]
     kept = [i for i in range(len(header)) if any(row[i] for row in rows) or i < 2]
@@ -107,7 +103,7 @@ def few_labels_table() -> str:
         gains = spread(_minus(cell.get("adapted"), cell.get("control")) for cell in drives.values())
         share = _share(drives, few.get(0, {}))
         label = "all" if count < 0 else str(count)
-        rows.append([label, *map(_text, columns), _text(gains, "+.1f"), "" if share is None else f"{share:.0f}"])
+        rows.append([label, *map(text_of, columns), text_of(gains, "+.1f"), "" if share is None else f"{share:.0f}"])
     header = ["labelled images", "labels alone", "source and labels (control)", "adapted with labels"]
     return markdown([*header, "adapted − control", "gap closed, %"], rows)
 
@@ -118,13 +114,14 @@ def _minus(a: float | None, b: float | None) -> float | None:
 
 def _share(drives: dict[str, dict[str, float | None]], unlabelled: dict[str, dict[str, float | None]]) -> float | None:
     """Of the way from source-only to the oracle, in percent: a ratio of means over the drives, as the way of one drive may be 0."""
-    sums = [0.0, 0.0]
+    gains, gaps = [], []
     for drive, cell in drives.items():
         start, end = (unlabelled.get(drive, {}).get(key) for key in ("baseline", "bound"))
         here = cell.get("adapted")
         if start is not None and end is not None and here is not None:
-            sums = [sums[0] + here - start, sums[1] + end - start]
-    return 100 * sums[0] / sums[1] if sums[1] else None
+            gains.append(here - start)
+            gaps.append(end - start)
+    return 100 * sum(gains) / sum(gaps) if sum(gaps) else None
 
 
 def draw_labels(path: Path) -> None:
@@ -139,14 +136,16 @@ def draw_labels(path: Path) -> None:
     places = {count: at for at, count in enumerate(few)}
     words = {"alone": "labels alone, frozen encoder", "control": "source and labels", "adapted": "adapted with labels"}
     for key, colour in _COLOURS.items():
-        for drive in _folds():
+        for drive in dict.fromkeys(drive for drives in few.values() for drive in drives):
             known = [
                 (places[n], cell[drive][key]) for n, cell in few.items() if cell.get(drive, {}).get(key) is not None
             ]
-            axes.plot(*zip(*known, strict=True), color=colour, alpha=0.35, linewidth=0.8) if known else None
+            if known:
+                axes.plot(*zip(*known, strict=True), color=colour, alpha=0.35, linewidth=0.8)
         means = {places[n]: spread(one.get(key) for one in drives.values()) for n, drives in few.items()}
         shown = [(at, found.mean) for at, found in means.items() if found is not None]
-        axes.plot(*zip(*shown, strict=True), "o-", color=colour, label=words[key]) if shown else None
+        if shown:
+            axes.plot(*zip(*shown, strict=True), "o-", color=colour, label=words[key])
     bound = spread(cell.get("bound") for cell in few.get(0, {}).values())
     if bound is not None:
         axes.axhline(bound.mean, color="black", linestyle="--", linewidth=0.8)

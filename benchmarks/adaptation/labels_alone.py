@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import RESULTS
-from benchmarks.adaptation.lines import Spread, spread
+from benchmarks.adaptation.lines import spread, text_of
 from benchmarks.tables import markdown
 from spcl_fast.config import Config
 from spcl_fast.config.load import load_config
@@ -69,10 +69,7 @@ def table(lines: Iterable[dict[str, Any]]) -> str:
         found.setdefault(line["root"], {}).setdefault(line["labels"], []).append(line["miou"])
     counts = sorted({count for of_root in found.values() for count in of_root})
     rows = [
-        [root, *(_text(spread(of_root.get(count, []))) for count in counts)] for root, of_root in sorted(found.items())
+        [root, *(text_of(spread(of_root.get(count, []))) for count in counts)]
+        for root, of_root in sorted(found.items())
     ]
     return markdown(["trained on", *(str(count) for count in counts)], rows)
-
-
-def _text(found: Spread | None) -> str:
-    return "" if found is None else found.text(".1f")

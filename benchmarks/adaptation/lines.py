@@ -102,6 +102,11 @@ def spread(values: Iterable[float | None]) -> Spread | None:
     return Spread(known) if known else None
 
 
+def text_of(found: Spread | None, form: str = ".1f") -> str:
+    """A cell of a table: empty where there is no value."""
+    return "" if found is None else found.text(form)
+
+
 def miou(line: dict[str, Any], net: str) -> float | None:
     return line["nets"][net]["miou"] if net in line["nets"] else None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks import ROOT
 from benchmarks.adaptation import drives
 from benchmarks.adaptation.__main__ import RESULTS
-from benchmarks.adaptation.lines import by_setting, miou, paired, spread
+from benchmarks.adaptation.lines import by_setting, miou, paired, spread, text_of
 from benchmarks.adaptation.plan import read_plan
 from benchmarks.tables import markdown
 from spcl_fast import catalog
@@ -36,13 +36,9 @@ def family_table() -> str:
         header[1:] = [f"{name}{row.title}" for name, _, row in nets]
         scores = [spread(miou(line, row.net) for line in of_setting.values()) for _, of_setting, row in nets]
         gains = [paired(of_setting, row.net, base, bases[-1].net) for _, of_setting, row in nets]
-        rows.append([TITLES[pair], *(_text(score) for score in scores)])
-        rows.append(["less the control", *(_text(gain, "+.1f") for gain in gains)])
+        rows.append([TITLES[pair], *(text_of(score) for score in scores)])
+        rows.append(["less the control", *(text_of(gain, "+.1f") for gain in gains)])
     return markdown(header, rows)
-
-
-def _text(found, form: str = ".1f") -> str:
-    return "" if found is None else found.text(form)
 
 
 TABLES = {"labels": drives.few_labels_table, "drives": drives.drives_table, "family": family_table}

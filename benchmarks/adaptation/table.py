@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.adaptation.lines import by_setting, miou, paired, spread
+from benchmarks.adaptation.lines import by_setting, miou, paired, spread, text_of
 from spcl_fast import catalog
 from spcl_fast.method.summary import gap_closed
 
@@ -40,8 +40,7 @@ def _rows(header: list[str], rows: list[list[str]]) -> Iterator[str]:
 
 
 def _text(values: Any, form: str = ".1f") -> str:
-    found = spread(values)
-    return "" if found is None else found.text(form)
+    return text_of(spread(values), form)
 
 
 def _scores(settings: Lines) -> Iterator[str]:

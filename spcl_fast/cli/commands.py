@@ -61,7 +61,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images",
         metavar="N",
-        type=_at_least_one,
+        type=_at_least(1),
         default=4,
         help="compare with the net on N validation images (default: 4)",
     )
@@ -69,7 +69,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _pick_arguments(parser: argparse.ArgumentParser) -> None:
     _weights_arguments(parser)
-    parser.add_argument("--count", metavar="N", type=_at_least_one, required=True, help="how many")
+    parser.add_argument("--count", metavar="N", type=_at_least(1), required=True, help="how many")
     parser.add_argument(
         "--output", metavar="FILE.txt", type=Path, default=Path("picked.txt"), help="the names (default: picked.txt)"
     )
@@ -79,29 +79,26 @@ def _folds(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--folds",
         metavar="N",
-        type=_at_least_two,
+        type=_at_least(2),
         default=4,
         help="parts that are left out in turn, a run each (default: 4)",
     )
     _begin(parser)
 
 
-def _at_least_two(text: str) -> int:
-    if not text.isdigit() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of 2 or more")
-    return int(text)
+def _at_least(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of {least} or more")
+        return int(text)
 
-
-def _at_least_one(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of 1 or more")
-    return int(text)
+    return read
 
 
 def _side(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--side", choices=("source", "target"), help="only this domain")
     parser.add_argument(
-        "--samples", metavar="N", type=_at_least_one, help="look at N images of each split only, spread evenly"
+        "--samples", metavar="N", type=_at_least(1), help="look at N images of each split only, spread evenly"
     )
     parser.add_argument(
         "--page",

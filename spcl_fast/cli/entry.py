@@ -213,6 +213,7 @@ def _top_level(argv: list[str]) -> int:
     print(
         "SPCL for domain adaptive semantic segmentation: losses at the speed of memory, and the whole method around them.\n"
     )
-    print("\n".join(f"  {name:<14} {command.summary}" for name, command in COMMANDS.items()))
+    width = max(map(len, COMMANDS))
+    print("\n".join(f"  {name:<{width}} {command.summary}" for name, command in COMMANDS.items()))
     print("\nspcl-fast COMMAND -h explains a command and its settings.\nexample:\n  spcl-fast demo")
     return 0 if argv else ConfigError.exit_code
