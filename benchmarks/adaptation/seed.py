@@ -55,7 +55,7 @@ def line_of(config: Config) -> dict[str, Any]:
         "seed": config.seed,
         "settings_sha256": recipe_sha256(config),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": {"spcl_fast": importlib.metadata.version("spcl_fast"), "commit": _commit(), **summary["machine"]},
+        "versions": {"spcl_fast": importlib.metadata.version("spcl_fast"), "commit": commit(), **summary["machine"]},
         "nets": {
             NETS[stage]: {**summary[NETS[stage]], "signals": run.read_json(f"{stage}/signals.json")}
             for stage in trained
@@ -81,7 +81,7 @@ def _kept(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Of this checkout, with a + where tracked files differ from it; None where there is no git."""
     command = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
     try:

@@ -1,0 +1,92 @@
+"""benchmarks/adaptation/frozen: the stages on the maps of a frozen encoder are the product's own."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks.adaptation.frozen import measure, views
+from benchmarks.adaptation.frozen.chain import OnViews, Study
+from benchmarks.adaptation.frozen.variants import VARIANTS
+from benchmarks.adaptation.plan import Plan
+from spcl_fast.data.classes import IGNORE
+
+PAIR = {
+    "source.dataset": "generated_source", "target.dataset": "generated_target",
+    "source.size": [64, 48], "target.size": [64, 48], "target.eval_size": [64, 48], "source.eval_size": [64, 48],
+    "source.train_images": 8, "target.train_images": 8, "evaluate.images": 4,
+}  # fmt: skip
+CROP = {f"{stage}.{which}.crop": [64, 48] for stage, which in (
+    ("source_only", "augment"), ("control", "augment"), ("adapt", "augment"), ("adapt", "target_augment"), ("distill", "augment"),
+)}  # fmt: skip
+SHORT = {f"{stage}.iterations": 2 for stage in ("source_only", "control", "adapt", "distill")}
+
+
+@pytest.fixture(scope="module")
+def plan():
+    setting = {"preset": "folders", "loop.workers": 0, "model.feature_dim": 8, **CROP, **SHORT}
+    return Plan((0,), {"generated": PAIR}, {"frozen": setting})
+
+
+@pytest.fixture(scope="module")
+def study(plan, tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setattr(views, "SOURCE_VIEWS", 16)
+    patch.setattr(views, "TARGET_VIEWS", 8)
+    yield Study(plan.config("generated", "frozen", 0), tmp_path_factory.mktemp("views"))
+    patch.undo()
+
+
+def test_a_head_on_the_kept_maps_gives_what_the_whole_net_gives(study):
+    model = study.nets.new().eval()
+    images = [image for image, _, _ in views.eval_batches(study.context.evaluation_data, study.config.target.eval_size)]
+    features, logits = OnViews(model, study.domains.evaluated.maps)(torch.arange(len(images)))
+    whole_features, whole_logits = model(torch.cat(images))
+    torch.testing.assert_close(features, whole_features, rtol=0, atol=2e-2 * whole_features.abs().max().item())
+    torch.testing.assert_close(logits, whole_logits, rtol=0, atol=2e-2 * whole_logits.abs().max().item())
+
+
+def test_every_variant_gives_a_line_and_none_is_repeated(plan, study, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "Study", lambda config, folder: study)
+    said = list(measure.measure(plan, tmp_path, tmp_path / "lines.jsonl"))
+    lines = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
+    assert [line["variant"] for line in lines] == list(VARIANTS)
+    assert len(said) == len(VARIANTS)
+    assert all(0 < score <= 100 for line in lines for score in line["miou"].values())
+    assert not list(measure.measure(plan, tmp_path, tmp_path / "lines.jsonl"))
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_a_variant_moves_the_head_alone_and_each_in_its_own_way(study, name):
+    start = study.nets.new().eval()
+    labels = study.domains.target.labels_of(torch.arange(8))  # any labels
+    adapted, objective = study.adapted(start, VARIANTS[name].make, labels, weight=0.1)
+    plain, _ = study.adapted(start, VARIANTS["plain"].make, labels, weight=0)
+    before, after, without = (model.state_dict() for model in (start, adapted, plain))
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    assert moved
+    assert not any(".encoder." in key for key in moved)
+    assert any(not torch.equal(after[key], without[key]) for key in after)  # the contrast pulls
+    learned = dict(objective.named_parameters())
+    assert {"learnt": {"log_temperature"}, "anchors": {"map.weight", "map.bias"}}.get(name, set()) <= set(learned)
+    assert all(torch.isfinite(tensor).all() for tensor in learned.values())
+
+
+def test_the_temperature_is_learnt_and_prototypes_of_both_domains_are_others(study):
+    start = study.nets.new().eval()
+    labels = study.domains.target.labels_of(torch.arange(8))
+    objectives = {
+        name: study.adapted(start, VARIANTS[name].make, labels, weight=0.1)[1] for name in ("spcl", "learnt", "both")
+    }
+    assert objectives["learnt"].log_temperature.exp().item() != pytest.approx(study.config.adapt.contrast_temperature)
+    assert not torch.equal(objectives["both"].prototypes, objectives["spcl"].prototypes)
+
+
+def test_rectified_pseudo_labels_go_to_the_nearer_prototype(study):
+    model = study.source_only()
+    plain, rectified = (study.pseudo_labels(model, rectified=yes).labels for yes in (False, True))
+    both = (plain != IGNORE) & (rectified != IGNORE)
+    assert both.any()
+    assert not torch.equal(plain, rectified)
