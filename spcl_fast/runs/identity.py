@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .. import catalog
 from ..config import Config
 
 
@@ -65,7 +66,10 @@ def _words(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 @functools.cache
 def _defaults() -> dict[str, Any]:
-    return flat_settings(Config())
+    """By the names that an identity has for them: a stage's own settings stand under its name, whatever its section is called."""
+    config = Config()
+    stages = {row.name: getattr(config, row.section) for row in (*catalog.STAGES, catalog.HEAD)}
+    return flat_settings(config) | flat_settings(stages)
 
 
 def step_seed(seed: int, stage: str, step: int, rank: int = 0) -> int:
