@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -23,6 +24,16 @@ WIDTH = 480  # of a picture in the report, in pixels: four of them stand side by
 class Picture:
     caption: str
     uri: str | None  # None: there is no such picture
+
+
+class Sample(NamedTuple):
+    """An image of the target, next to what nets made of it."""
+
+    name: str
+    pictures: list[Picture]
+    changed: (
+        float | None
+    )  # share of its pixels that the final net predicts otherwise than the baseline; None: not known
 
 
 def label_overlay(
@@ -47,8 +58,8 @@ def data_uri(data: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 
-def samples(run: RunFolder) -> list[tuple[str, list[Picture]]]:
-    """For every saved image of the target: its name, and image | baseline | final net | truth, where there is one."""
+def samples(run: RunFolder) -> list[Sample]:
+    """For every saved image of the target image | baseline | final net | truth, where there is one; what changed most comes first."""
     nets = [stage for stage in (run.baseline, run.final) if stage] or _unscored(run)
     rows = []
     folder = run.folder / layout.SAMPLES
@@ -65,8 +76,16 @@ def samples(run: RunFolder) -> list[tuple[str, list[Picture]]]:
         labels += [("truth", folder / f"{name}{layout.TRUTH_SUFFIX}")] * with_truth
         row = [Picture("target image", jpeg(image))]
         row += [Picture(caption, _overlaid(run, image, file)) for caption, file in labels]
-        rows.append((name, row))
-    return rows
+        rows.append(Sample(name, row, _changed([file for _, file in labels[: len(nets)]])))
+    return sorted(rows, key=lambda sample: -1.0 if sample.changed is None else sample.changed, reverse=True)
+
+
+def _changed(predictions: Sequence[Path]) -> float | None:
+    try:
+        before, after = (read_label_png(path) for path in predictions)
+        return float((before != after).mean())
+    except Exception:  # one net alone, no picture or a damaged one: each is told where it is drawn
+        return None
 
 
 def _unscored(run: RunFolder) -> list[str]:

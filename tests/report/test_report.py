@@ -9,12 +9,13 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from made_run import CLASSES, make_run
+from made_run import CLASSES, PALETTE, make_run
 
+from spcl_fast.data import write_label_png
 from spcl_fast.errors import CheckpointError
 from spcl_fast.report import lettering, write_report
 from spcl_fast.report.findings import findings_of
-from spcl_fast.report.pictures import label_overlay
+from spcl_fast.report.pictures import label_overlay, samples
 from spcl_fast.report.tables import iou_table
 from spcl_fast.runs.reading import read_run
 
@@ -62,6 +63,25 @@ def test_report_is_one_file_that_asks_for_nothing(whole):
     assert_asks_for_nothing(path, page)
     assert page.tags.count("img") == 6 + 3 * 4  # plots, and image | source-only | final | truth
     assert len(page.fetched) == len(set(page.fetched)), "a picture is shown twice"
+
+
+def test_the_pictures_that_changed_most_come_first_and_say_how_much(tmp_path):
+    folder = make_run(tmp_path / "run")
+    before, after = (folder / stage / "predictions" / "drive" for stage in ("source_only", "distill"))
+    for name, rows in (("0000", 10), ("0001", 40), ("0002", 0)):
+        label = np.zeros((100, 8), np.uint8)
+        write_label_png(before / f"{name}.png", label, PALETTE)
+        label[:rows] = 1
+        write_label_png(after / f"{name}.png", label, PALETTE)
+    found = samples(read_run(folder))
+    assert [(sample.name, sample.changed) for sample in found] == [
+        ("drive/0001", 0.4), ("drive/0000", 0.1), ("drive/0002", 0.0),
+    ]  # fmt: skip
+    text = Page(write_report(folder).read_text(encoding="utf-8")).text
+    assert "drive/0001: 40% of the pixels changed" in text and "What changed most comes first." in text
+    (after / "0001.png").unlink()
+    assert [sample.name for sample in samples(read_run(folder))] == ["drive/0000", "drive/0002", "drive/0001"]
+    assert "drive/0001: " not in Page(write_report(folder).read_text(encoding="utf-8")).text
 
 
 def test_report_shows_every_figure_of_the_summary(whole):
