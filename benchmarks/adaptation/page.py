@@ -5,6 +5,7 @@ from __future__ import annotations
 from benchmarks import ROOT
 from benchmarks.adaptation import drives
 from benchmarks.adaptation.__main__ import RESULTS
+from benchmarks.adaptation.frozen import measure
 from benchmarks.adaptation.lines import by_setting, miou, paired, spread, text_of
 from benchmarks.adaptation.plan import read_plan
 from benchmarks.tables import markdown
@@ -14,6 +15,7 @@ PAGE = ROOT / "docs" / "expect.md"
 PLAN = read_plan(ROOT / "benchmarks" / "adaptation" / "plans" / "family.yaml")
 TITLES = {  # file of result lines -> name for the reader
     "airsim_camvid_without_0016E5": "AirSim → CamVid, the drive 0016E5 never seen",
+    "airsim_generated_camvid_without_0016E5": "AirSim + generated → the same",
     "camvid_day_dusk": "CamVid day → dusk",
 }
 
@@ -41,4 +43,13 @@ def family_table() -> str:
     return markdown(header, rows)
 
 
-TABLES = {"labels": drives.few_labels_table, "drives": drives.drives_table, "family": family_table}
+def frozen_table() -> str:
+    return measure.table(TITLES)
+
+
+TABLES = {
+    "labels": drives.few_labels_table,
+    "drives": drives.drives_table,
+    "family": family_table,
+    "frozen": frozen_table,
+}

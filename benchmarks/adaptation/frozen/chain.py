@@ -210,7 +210,7 @@ class Study:
 
     @torch.no_grad()
     def pseudo_labels(self, model: SegmentationModel, *, rectified: bool = False) -> PseudoLabels:
-        """rectified: by ProDA's weights, distances to the mean features of the target's own pseudo-labels."""
+        """rectified: by the distances to the mean features of the target's own pseudo-labels, as in plans/drives.yaml."""
         views, settings = self.domains.target, self.config.pseudo_label
         size = cast(tuple[int, int], views.labels.shape[1:])
         prototypes = None
@@ -222,7 +222,8 @@ class Study:
         for _, features, found in self._forwards(model, views):
             weights = None if prototypes is None else distance_weights(features, prototypes)
             logits.append(found if weights is None else found.log_softmax(1) + weights.log())
-        thresholds = PseudoLabelThresholds(len(self.classes), quantile=settings.quantile, cap=settings.cap)
+        cap = 1.0 if rectified else settings.cap  # what is rectified is surer
+        thresholds = PseudoLabelThresholds(len(self.classes), quantile=settings.quantile, cap=cap)
         for found in logits:
             thresholds.update(upsampled_prediction(found, size)[:2])
         applied = thresholds.thresholds()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,27 +57,38 @@ def measure(plan: Plan, folder: Path, file: Path = FILE) -> Iterator[str]:
                 yield f"{pair}, {name}, seed {seed}: {line['miou'][_FINAL]:.1f} mIoU"
 
 
+Lines = dict[str, dict[int, dict[str, float]]]  # variant -> seed -> net -> mIoU
+
+
 def read(file: Path = FILE) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
 
-def table() -> str:
-    """A row for each variant: the final net of `plain`, and by how much the others are above it, seed by seed; for each pair."""
-    found: dict[str, dict[str, dict[int, dict[str, float]]]] = {}
+def table(titles: Mapping[str, str] | None = None) -> str:
+    """A row for each variant: the final net of what it is compared with, and of the others by how much they are above that, seed by seed.
+
+    titles: of the pairs, for the reader.
+    """
+    found: dict[str, Lines] = {}
     for line in read():
         found.setdefault(line["pair"], {}).setdefault(line["variant"], {})[line["seed"]] = line["miou"]
-    header = ["the contrastive term", *(f"{pair}, {net}" for pair in found for net in (_ADAPTED, _FINAL))]
-    rows = []
+    rows = [
+        ["the net that it starts from", *(_scores(of_pair, _BASE) for of_pair in found.values())],
+        ["that, trained on for as long (control)", *(_scores(of_pair, _MATCHED) for of_pair in found.values())],
+    ]
     for name, variant in VARIANTS.items():
         base = _PLAIN[variant.rectified]
-        row = [f"{variant.summary} (`{name}`)"]
-        for of_pair in found.values():
-            mine, other = of_pair.get(name, {}), of_pair.get(base, {})
-            for net in (_ADAPTED, _FINAL):
-                if name == base:
-                    row.append(text_of(spread(scores[net] for scores in mine.values())))
-                else:
-                    both = sorted(mine.keys() & other.keys())
-                    row.append(text_of(spread(mine[seed][net] - other[seed][net] for seed in both), "+.1f"))
-        rows.append(row)
+        cells = (_scores(p, _FINAL, name) if name == base else _gain(p, name, base) for p in found.values())
+        rows.append([f"{variant.summary} (`{name}`)", *cells])
+    header = ["the contrastive term", *((titles or {}).get(pair, pair) for pair in found)]
     return markdown(header, rows)
+
+
+def _scores(of_pair: Lines, net: str, variant: str = _PLAIN[False]) -> str:
+    return text_of(spread(scores[net] for scores in of_pair.get(variant, {}).values()))
+
+
+def _gain(of_pair: Lines, name: str, base: str) -> str:
+    mine, other = of_pair.get(name, {}), of_pair.get(base, {})
+    both = sorted(mine.keys() & other.keys())
+    return text_of(spread(mine[seed][_FINAL] - other[seed][_FINAL] for seed in both), "+.1f")
