@@ -57,6 +57,9 @@ class ModelConfig:
         "own", "the net's own, a 1x1 convolution, or cosines times a scale"
     )
     layer_decay: float = setting(1.0, "rate of a layer over that of the layer after it; 1: one rate", above=0, most=1)
+    freeze_body: bool = setting(
+        False, "train only the classifier and the net's own head: faster, and in much less memory"
+    )
     freeze_bn: bool = setting(True, "BatchNorm with fixed statistics in every stage but distill")
     frozen_bn_eps: float = setting(1e-5, "the released FrozenBatchNorm has 0", least=0)
 

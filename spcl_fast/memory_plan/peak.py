@@ -70,7 +70,7 @@ class PlanNets(Nets):
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.dim() == 4:
                     moved = parameter.detach().contiguous(memory_format=torch.channels_last)
-                    module._parameters[name] = nn.Parameter(moved)
+                    module._parameters[name] = nn.Parameter(moved, requires_grad=parameter.requires_grad)
         return net
 
 

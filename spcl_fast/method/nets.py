@@ -65,6 +65,8 @@ class Nets:
             classifier=model.classifier,
             pretrained=model.pretrained and weights,
         )
+        if model.freeze_body:
+            net.freeze_body()
         return self.channels_last(self.place(net)) if self.config.loop.channels_last else self.place(net)
 
     def place(self, module: Module) -> Module:

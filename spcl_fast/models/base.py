@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import ConfigError
 from .chain import Chain
 from .layers import registration_order
 
@@ -59,9 +60,31 @@ class SegmentationModel(nn.Module):
         self.classifier = classifier
         self.stride, self.channels, self.num_classes = stride, channels, num_classes
         self.head = head
+        self.body_frozen = False
         # Constants of the net, not state: a checkpoint of the release has none and must load.
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
+
+    def freeze_body(self) -> SegmentationModel:
+        """Train nothing but the classifier and the extractor's own head: the rest keeps its weights and, in training mode too, its
+        statistics, and a step keeps nothing of it for the backward. Raises ConfigError for a net whose features would all be fixed.
+        """
+        if not any(name.startswith(_EXTRACTOR) and self._in_head(name) for name, _ in self._learning()):
+            raise ConfigError(
+                f"model.freeze_body: {self.name} has nothing that learns between its body and the classifier here, so no loss could "
+                "move its features. Leave it out, or train a classifier on fixed features by `spcl-fast head`."
+            )
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and self._in_head(name))
+        self.body_frozen = True
+        return self.train(self.training)
+
+    def train(self, mode: bool = True) -> SegmentationModel:
+        super().train(mode)
+        if self.body_frozen and self.head is not None:
+            self.feature_extractor.eval()
+            self.feature_extractor.get_submodule(self.head).train(mode)
+        return self
 
     def features(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] RGB in [0, 1] -> [B, D, h, w], not normalised to unit length."""
