@@ -156,9 +156,6 @@ class PseudoLabelConfig:
 
     quantile: float = setting(0.5, "of the confidences of a class: its threshold", least=0, most=1)
     cap: float = setting(0.9, "no threshold is higher", above=0, most=1)
-    rectify: float = setting(
-        0.0, "distances to the class means of the target's features, taken off its logits (ProDA); 0: off", least=0
-    )
     estimate_size: tuple[int, int] | None = setting(None, "size for the thresholds; null: the size of use", least=1)
     images: int | None = setting(None, "only the first N; null: all", least=1)
     thresholds: str | None = setting(None, "of the first round, from here: thres_const.npy", path=True)

@@ -12,30 +12,6 @@ from ..ops.pixels import pixels_of
 
 
 @torch.no_grad()
-def prototype_distances(
-    features: Tensor,  # [B, D, h, w] or [N, D]
-    prototypes: Tensor,  # [K, D]
-    *,
-    backend: str | None = None,
-) -> Tensor:  # [B, K, h, w] or [N, K], float32 (float64 for float64 features)
-    """|x - prototype_k|, a constant: no gradient.
-
-    features [B, D, h, w] or [N, D]; prototypes [K, D] -> [B, K, h, w] or [N, K], float32.
-    |x - p|^2 = |x|^2 - (2 <x, p> - |p|^2) is taken in float32, so a distance d is off by about 1e-7 |x|^2 / d.
-    Raises ValueError or TypeError as `prototype_logits`. Memory: the [.., K] map, twice; the authors' code makes a map of the features'
-    size per class. Source: ProDA, arXiv 2101.10979.
-    """
-    pixels = pixels_of("prototype_distances", features)
-    wide = checks.wide(features)
-    prototypes = prototypes.to(wide)
-    similarity = prototype_logits(
-        features, prototypes, temperature=0.5, normalize=False, bias=-prototypes.square().sum(1), backend=backend
-    )
-    norm = pixels.map(torch.linalg.vector_norm(pixels.features, dim=1, dtype=wide)).unsqueeze(1)
-    return (norm.square() - similarity).clamp_min_(0).sqrt_()
-
-
-@torch.no_grad()
 def distance_weights(
     features: Tensor,  # [B, D, h, w] or [N, D]
     prototypes: Tensor,  # [K, D]
@@ -46,9 +22,18 @@ def distance_weights(
     """softmax over k of  -scale |x - prototype_k|.  `scale` is what ProDA calls proto_temperature. A constant: no gradient.
 
     features [B, D, h, w] or [N, D]; prototypes [K, D] -> [B, K, h, w] or [N, K], float32.
-    Precision, errors and memory are those of `prototype_distances`. Source: ProDA, arXiv 2101.10979, eq. 5.
+    |x - p|^2 = |x|^2 - (2 <x, p> - |p|^2) is taken in float32, so a distance d is off by about 1e-7 |x|^2 / d.
+    Raises ValueError or TypeError as `prototype_logits`. Memory: the [.., K] map, twice; the authors' code makes a map of the features'
+    size per class. Source: ProDA, arXiv 2101.10979, eq. 5.
     """
-    return prototype_distances(features, prototypes, backend=backend).mul_(-scale).softmax(1)
+    pixels = pixels_of("distance_weights", features)
+    wide = checks.wide(features)
+    prototypes = prototypes.to(wide)
+    similarity = prototype_logits(
+        features, prototypes, temperature=0.5, normalize=False, bias=-prototypes.square().sum(1), backend=backend
+    )
+    norm = pixels.map(torch.linalg.vector_norm(pixels.features, dim=1, dtype=wide)).unsqueeze(1)
+    return (norm.square() - similarity).clamp_min_(0).sqrt_().mul_(-scale).softmax(1)
 
 
 @torch.no_grad()

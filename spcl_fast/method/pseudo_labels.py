@@ -1,9 +1,5 @@
 """Labels for the target's training images from a trained net: thresholds from one pass over the images, or two where the first leaves them
 inexact; label PNGs from one more. Images of target.labelled keep the labels that they have.
-
-With pseudo_label.rectify, labels made like this only serve to average the features of each class over the target; the distances of a
-pixel's feature to these means are then taken off its logits (ProDA, arXiv 2101.10979, eq. 4 and 5, with means of the target alone), and
-thresholds and labels are made of that. Two passes more.
 """
 
 from __future__ import annotations
@@ -25,9 +21,8 @@ from ..data import Dataset, eval_batches, with_pseudo_labels, write_label_png
 from ..data.left_out import counted
 from ..errors import NumericError
 from ..estimators.thresholds import PseudoLabelThresholds
-from ..losses.proda import prototype_distances
 from ..models import SegmentationModel
-from ..ops import class_moments, upsampled_prediction
+from ..ops import upsampled_prediction
 from ..runs import layout
 from ..runs.signs import nearly_all_kept
 from .context import Context
@@ -35,7 +30,6 @@ from .stage import TRAIN_AGAIN
 
 _CACHED_LOGITS_BYTES = 512 << 20  # low-resolution logits kept between the two passes
 LogitsByName = Callable[[], Iterator[tuple[str, Tensor]]]
-Rectified = Callable[[Tensor, Tensor], Tensor]  # features [1, D, h, w], logits [1, K, h, w] -> other logits
 
 
 @dataclass(frozen=True)
@@ -68,31 +62,18 @@ class PseudoLabels:
         use_size = context.config.target.eval_size
         estimate_size = settings.estimate_size or use_size
         estimate = _logits_of(context, model, dataset, estimate_size)
-        thresholds, applied = self._thresholds(context, estimate, estimate_size, start)
-        rectified: Rectified | None = None
-        if settings.rectify:
-            means = _class_means(context, model, dataset, estimate_size, applied)
-            rectified = functools.partial(_rectified, means=means, scale=settings.rectify)
-            estimate = _logits_of(context, model, dataset, estimate_size, rectified)
-            thresholds, applied = self._thresholds(context, estimate, estimate_size, start)
-        apply = estimate if estimate_size == use_size else _logits_of(context, model, dataset, use_size, rectified)
+        thresholds = PseudoLabelThresholds(len(context.classes), quantile=settings.quantile, cap=settings.cap)
+        self._observe(thresholds, estimate, estimate_size, start)
+        if not thresholds.exact().all():
+            thresholds.second_pass()
+            self._observe(thresholds, estimate, estimate_size, start)
+        applied = thresholds.thresholds()
+        if self.may_be_given and settings.thresholds is not None:
+            applied = load_thres_const(settings.thresholds, len(applied))
+        apply = estimate if estimate_size == use_size else _logits_of(context, model, dataset, use_size)
         kept = self._write_labels(context, apply, applied, use_size)
         record = self._record(context, thresholds, applied, kept)
         context.run.write_json(layout.of_stage(self.name, layout.THRESHOLDS), record)
-
-    def _thresholds(
-        self, context: Context, estimate: LogitsByName, size: tuple[int, int], start: str | None
-    ) -> tuple[PseudoLabelThresholds, Tensor]:
-        """What was estimated, and the thresholds [K] to be used: those that are given where there are any."""
-        settings = context.config.pseudo_label
-        thresholds = PseudoLabelThresholds(len(context.classes), quantile=settings.quantile, cap=settings.cap)
-        self._observe(thresholds, estimate, size, start)
-        if not thresholds.exact().all():
-            thresholds.second_pass()
-            self._observe(thresholds, estimate, size, start)
-        if self.may_be_given and settings.thresholds is not None:
-            return thresholds, load_thres_const(settings.thresholds, len(context.classes))
-        return thresholds, thresholds.thresholds()
 
     def _observe(
         self, thresholds: PseudoLabelThresholds, estimate: LogitsByName, size: tuple[int, int], start: str | None
@@ -153,44 +134,7 @@ def _label_of(dataset: Dataset, index: int) -> np.ndarray:
     return label
 
 
-@torch.no_grad()
-def _class_means(
-    context: Context, model: SegmentationModel, dataset: Dataset, size: tuple[int, int], thresholds: Tensor
-) -> Tensor:
-    """[K, D] float32: the mean feature of each class, by pseudo-labels and the labels of target.labelled; NaN of a class without."""
-    classes, true = len(context.classes), _true_labels(context)
-    sums = torch.zeros(classes, model.channels, dtype=torch.float64, device=context.device)
-    counts = torch.zeros(classes, 1, dtype=torch.float64, device=context.device)
-    for image, _, name in eval_batches(dataset, size, workers=context.config.loop.workers, labels=False):
-        context.stop.raise_if_requested("averaging the features of the target")
-        with context.precision.autocast():
-            features, logits = model(image.to(context.device))
-        if name in true:
-            labels = torch.tensor(true[name](), device=context.device)[None]
-        else:
-            applied = thresholds.to(logits.device)
-            labels = upsampled_prediction(logits.float(), (size[1], size[0]), thresholds=applied).labels
-        moments = class_moments(features, labels, classes, normalize=False)
-        sums += moments.sums
-        counts += moments.counts[:, None]
-    return (sums / counts).float()
-
-
-def _rectified(features: Tensor, logits: Tensor, *, means: Tensor, scale: float) -> Tensor:
-    """logits - scale * distance to each class's mean; a class without a mean is as far as the farthest."""
-    known = means.isfinite().all(1)
-    distances = prototype_distances(features.float(), means.nan_to_num())
-    farthest = distances[:, known].amax(1, keepdim=True) if known.any() else torch.zeros_like(logits[:, :1])
-    return logits - scale * torch.where(known[:, None, None], distances, farthest)
-
-
-def _logits_of(
-    context: Context,
-    model: SegmentationModel,
-    dataset: Dataset,
-    size: tuple[int, int],
-    rectified: Rectified | None = None,
-) -> LogitsByName:
+def _logits_of(context: Context, model: SegmentationModel, dataset: Dataset, size: tuple[int, int]) -> LogitsByName:
     """A function that yields (name, low-resolution logits) of every image; the second call computes only what did not fit into memory."""
     cached: dict[str, Tensor] = {}
 
@@ -204,8 +148,8 @@ def _logits_of(
         ):
             context.stop.raise_if_requested("predicting pseudo-labels")
             with context.precision.autocast():
-                features, logits = model(image.to(context.device))
-            logits = logits.float() if rectified is None else rectified(features, logits.float())
+                _, logits = model(image.to(context.device))
+            logits = logits.float()
             if logits.nbytes <= room:
                 cached[name] = logits
                 room -= logits.nbytes

@@ -14,7 +14,8 @@ import pytest
 import torch
 from faults import FAULTS, Crash, FaultyDisk, TinyStage
 
-from spcl_fast.config import AdaptConfig, AugmentConfig, DistillConfig
+from spcl_fast import catalog
+from spcl_fast.config import AdaptConfig, AugmentConfig, Config, DistillConfig
 from spcl_fast.errors import CheckpointError
 from spcl_fast.runs import folder as log
 from spcl_fast.runs.durable import replace_file, replace_json
@@ -154,6 +155,14 @@ def test_settings_flatten_the_same_after_a_round_trip_through_json():
     assert settings_difference(flat, flat) == ""
     assert settings_difference({"a": 1}, {"a": 1.0}) == "", "numbers compare by value"
     assert settings_difference({"a": 1}, {"b": None}) == "a: 1 -> '(absent)'; b: '(absent)' -> None"
+
+
+@pytest.mark.parametrize("row", [*catalog.STAGES, catalog.HEAD], ids=lambda row: row.name)
+def test_a_setting_that_a_stage_lacked_counts_as_its_default_whatever_its_section_is_called(row):
+    now = flat_settings({row.name: getattr(Config(), row.section)})
+    assert all(settings_difference({key: now[key] for key in now if key != left}, now) == "" for left in now)
+    some = next(iter(now))
+    assert settings_difference({**now, some: "another"}, now)
 
 
 def test_seeds_differ_by_run_stage_step_and_process():

@@ -210,7 +210,7 @@ class Study:
 
     @torch.no_grad()
     def pseudo_labels(self, model: SegmentationModel, *, rectified: bool = False) -> PseudoLabels:
-        """rectified: by the distances to the mean features of the target's own pseudo-labels, as in plans/drives.yaml."""
+        """rectified: by the distances to the mean features of the target's own pseudo-labels, once (ProDA does so on the fly)."""
         views, settings = self.domains.target, self.config.pseudo_label
         size = cast(tuple[int, int], views.labels.shape[1:])
         prototypes = None
