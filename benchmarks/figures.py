@@ -10,13 +10,13 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import ROOT, speed_page
 from benchmarks.adaptation import drives
 from benchmarks.adaptation import page as adaptation_page
-from benchmarks.adaptation.lines import Spread, by_setting, miou, paired, spread
+from benchmarks.adaptation.lines import Spread, by_setting, miou, paired, spread, text_of
 from benchmarks.family import page as family_page
 from benchmarks.tables import markdown, read
 from benchmarks.traffic.rungs import gpu_table
@@ -78,21 +78,25 @@ def memory_table() -> str:
 
 
 def adaptation_table() -> str:
+    """Of one pair the spread is over its seeds, of several over the pairs, each the mean of its seeds."""
     found, rows = {}, []
     for title, (files, setting) in PAIRS.items():
-        found[title] = {}
+        found[title] = []
         for file in files:
             settings = by_setting(LINES / f"{file}.jsonl")
-            lines = settings.get(setting) or next(iter(settings.values()), {})
-            found[title] |= {(file, seed): line for seed, line in lines.items()}
-    nets = [net for net in NETS if any(net in line["nets"] for lines in found.values() for line in lines.values())]
-    for title, lines in found.items():
-        scores = [spread(miou(line, net) for line in lines.values()) for net in nets]
-        gain = paired(lines, "distilled", lines, "control")
-        cells = ["" if score is None else score.text() for score in scores]
-        rows.append([title, str(len(lines)), *cells, "" if gain is None else gain.text("+.1f")])
+            found[title].append(settings.get(setting) or next(iter(settings.values()), {}))
+    every = [line for pairs in found.values() for lines in pairs for line in lines.values()]
+    nets = [net for net in NETS if any(net in line["nets"] for line in every)]
+    for title, pairs in found.items():
+        scores = [over([spread(miou(line, net) for line in lines.values()) for lines in pairs]) for net in nets]
+        gain = over([paired(lines, "distilled", lines, "control") for lines in pairs])
+        rows.append([title, str(sum(map(len, pairs))), *map(text_of, scores), text_of(gain, "+.1f")])
     header = ["mIoU in percent", "runs", *(NETS[net].title for net in nets), "distilled − control"]
     return markdown(header, rows)
+
+
+def over(pairs: Sequence[Spread | None]) -> Spread | None:
+    return pairs[0] if len(pairs) == 1 else spread(None if found is None else found.mean for found in pairs)
 
 
 def demo_table() -> str:
