@@ -1,5 +1,5 @@
 """python -m benchmarks.adaptation run PLAN.yaml [--jobs 2 --threads 1] · table · plot · day-to-dusk CAMVID FOLDER
-· left-out-drives CAMVID FOLDER · labels-alone ROOT ... · frozen PLAN.yaml
+· left-out-drives CAMVID FOLDER · labels-alone ROOT ... · frozen PLAN.yaml · frozen-labels PLAN.yaml
 
 run: every setting x seed x pair of a plan that has no result line yet. Seeds go side by side, the settings of a seed one after another,
 so that they share stages. Stopped at any time, the same command goes on. table, plot: from results/*.jsonl alone.
@@ -77,9 +77,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--weights", type=Path, default=Path("../shared/weights/efficientnet_lite0_encoder_fp16.npz"))
     sub.add_argument("--seeds", type=int, default=3)
     sub.add_argument("--runs", type=Path, default=RUNS / "labels_alone")
-    sub = command("frozen", _frozen, "variants of the contrastive term on the maps of a frozen encoder")
-    sub.add_argument("plan", type=Path)
-    sub.add_argument("--runs", type=Path, default=RUNS / "frozen")
+    for name, act, summary in (
+        ("frozen", _frozen, "variants of the contrastive term on the maps of a frozen encoder"),
+        ("frozen-labels", _frozen_labels, "the recipe with a few labelled images of the target, on such maps"),
+    ):
+        sub = command(name, act, summary)
+        sub.add_argument("plan", type=Path)
+        sub.add_argument("--runs", type=Path, default=RUNS / "frozen")
     return parser
 
 
@@ -187,6 +191,13 @@ def _frozen(args: argparse.Namespace) -> None:
     for said in measure(read_plan(args.plan), args.runs):
         print(said, flush=True)
     print(table())
+
+
+def _frozen_labels(args: argparse.Namespace) -> None:
+    from benchmarks.adaptation.frozen.measure import measure_labels
+
+    for said in measure_labels(read_plan(args.plan), args.runs):
+        print(said, flush=True)
 
 
 if __name__ == "__main__":

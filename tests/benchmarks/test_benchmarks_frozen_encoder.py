@@ -58,6 +58,27 @@ def test_every_variant_gives_a_line_and_none_is_repeated(plan, study, tmp_path, 
     assert not list(measure.measure(plan, tmp_path, tmp_path / "lines.jsonl"))
 
 
+def test_every_number_of_labels_gives_a_line_and_labels_are_learned_from(plan, study, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "COUNTS", (2,))
+    monkeypatch.setattr(views, "SOURCE_VIEWS", 16)
+    monkeypatch.setattr(views, "TARGET_VIEWS", 8)
+    monkeypatch.setattr(views, "LABELLED_VIEWS", 8)
+    settings = {"without": plan.settings["frozen"], "labelled": {**plan.settings["frozen"], "target.labelled": "1"}}
+    few, file = Plan((0,), plan.pairs, settings), tmp_path / "lines.jsonl"
+    list(measure.measure_labels(few, tmp_path, file))
+    lines = measure.read(file)
+    assert [(line["labels"], line["of"]) for line in lines] == [(0, 8), (2, 8), (8, 8)]
+    assert len({line["miou"]["source_only"] for line in lines}) == 1
+    assert not list(measure.measure_labels(few, tmp_path, file))
+    with_two = Study(measure._with_labels(few.config("generated", "labelled", 0), 2), tmp_path)
+    learned = set(with_two.domains.labelled.names)
+    assert learned == set(with_two.context.domains.labelled_target.names) and len(learned) == 2
+    found = with_two.pseudo_labels(with_two.nets.new().eval()).labels
+    own = [name in learned for name in with_two.domains.target.names]
+    truth = with_two.domains.target.labels_of(torch.arange(8))
+    assert torch.equal(found[own], truth[own]) and not torch.equal(found, truth)
+
+
 @pytest.mark.parametrize("name", list(VARIANTS))
 def test_a_variant_moves_the_head_alone_and_each_in_its_own_way(study, name):
     start = study.nets.new().eval()

@@ -5,16 +5,20 @@ A row of the views stands in a batch for its image, so that steps, losses and op
 
 from __future__ import annotations
 
+import bisect
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from benchmarks.adaptation.frozen.views import Domains, Views, views_of
+from spcl_fast import catalog
 from spcl_fast.config import Config, TrainConfig
 from spcl_fast.data import Batch
 from spcl_fast.data.classes import IGNORE
@@ -28,7 +32,7 @@ from spcl_fast.method.distill import STAGE as DISTILL
 from spcl_fast.method.domains import class_weight
 from spcl_fast.method.nets import Nets
 from spcl_fast.method.parts import Beside, Step, segmentation_pass
-from spcl_fast.method.supervised import CONTROL, SOURCE_ONLY, Supervised, supervised_step
+from spcl_fast.method.supervised import CONTROL, FEW_LABELS, SOURCE_ONLY, Supervised, supervised_step
 from spcl_fast.models import SegmentationModel
 from spcl_fast.models.lite import LiteFeatures
 from spcl_fast.ops import agreement_labels, upsampled_confusion, upsampled_prediction
@@ -88,12 +92,13 @@ class Study:
     # ---- nets ------------------------------------------------------------------------------------------------------------------------
 
     def source_only(self) -> SegmentationModel:
-        model = self.nets.new().eval()  # of the encoder nothing runs; the head has no mode
-        cast(LiteFeatures, model.feature_extractor).encoder.requires_grad_(False)
-        return self._supervised(SOURCE_ONLY, model)
+        return self._supervised(SOURCE_ONLY, self.nets.new().freeze_body().eval())  # the head has no mode
 
     def control(self, model: SegmentationModel) -> SegmentationModel:
         return self._supervised(CONTROL, copy.deepcopy(model))
+
+    def few_labels(self, model: SegmentationModel) -> SegmentationModel:
+        return self._supervised(FEW_LABELS, copy.deepcopy(model))
 
     def adapted(
         self, start: SegmentationModel, make: Make, labels: Tensor, *, weight: float
@@ -103,7 +108,13 @@ class Study:
         adapting = make(self, start)
         net = self._lean(model, _joined(self.domains))
         step = AdaptStep(net, adapting.objective, train, self.class_weight)
-        self._fit(model, train, step, self._pairs(ADAPT.name, train, labels), adapting)
+        self._fit(
+            model,
+            train,
+            self._with_labelled(ADAPT.name, net, train, step),
+            self._pairs(ADAPT.name, train, labels),
+            adapting,
+        )
         return model, adapting.objective
 
     def distilled(
@@ -129,14 +140,42 @@ class Study:
             for part, weights in zip(batch, (self.class_weight, None), strict=True):
                 segmentation_pass(net, part, 1, temperature=train.temperature, class_weight=weights, beside=beside)
 
-        self._fit(model, train, step, self._pairs(DISTILL.name, train, labels))
+        self._fit(
+            model, train, self._with_labelled(DISTILL.name, net, train, step), self._pairs(DISTILL.name, train, labels)
+        )
         return model
 
     def _supervised(self, stage: Supervised, model: SegmentationModel) -> SegmentationModel:
         train: TrainConfig = getattr(self.config, stage.name)
-        net = self._lean(model, self.domains.source.maps)
-        self._fit(model, train, supervised_step(net, train, self.class_weight), self._source(stage.name, train))
+        net = self._lean(model, _joined(self.domains))
+        step = supervised_step(net, train, self.class_weight)
+        if catalog.find(catalog.STAGES, stage.name).few_labels:
+            step = self._with_labelled(stage.name, net, train, step)
+        self._fit(model, train, step, self._source(stage.name, train))
         return model
+
+    def _with_labelled(self, stage: str, net: LeanModel, train: TrainConfig, step: Step) -> Step:
+        """The step, and cross-entropy on a batch of the labelled images, as `method/few_labels.py` has it."""
+        labelled = self.domains.labelled
+        if labelled is None:
+            return step
+        rows = self._rows(f"{stage}/labelled", len(labelled.labels), train.batch_size)
+        shift = len(self.domains.source.labels) + len(self.domains.target.labels)
+
+        def both(batch: Any, it: int) -> Any:
+            step(batch, it)
+            chosen = next(rows)
+            part = Batch(chosen + shift, labelled.labels_of(chosen), [])
+            segmentation_pass(
+                net,
+                part,
+                1,
+                temperature=train.temperature,
+                class_weight=self.class_weight,
+                weight=train.labelled_weight,
+            )
+
+        return both
 
     def _lean(self, model: SegmentationModel, maps: Maps) -> LeanModel:
         return LeanModel(cast(SegmentationModel, OnViews(model, maps)), self.nets.precision)
@@ -230,9 +269,12 @@ class Study:
         labels = torch.cat([upsampled_prediction(found, size, thresholds=applied).labels for found in logits])
         labels = labels.to(torch.uint8)
         truth = views.labels_of(torch.arange(len(labels)))
+        if self.domains.labelled is not None:
+            known = torch.from_numpy(np.isin(views.names[:], np.unique(self.domains.labelled.names)))
+            labels[known] = truth[known]
         kept = labels != IGNORE
-        known = kept & (truth != IGNORE)
-        return PseudoLabels(labels, float(kept.float().mean()), float((labels == truth)[known].float().mean()))
+        judged = kept & (truth != IGNORE)
+        return PseudoLabels(labels, float(kept.float().mean()), float((labels == truth)[judged].float().mean()))
 
     def _forwards(
         self, model: SegmentationModel, views: Views, count: int | None = None
@@ -243,10 +285,12 @@ class Study:
 
 
 def _joined(domains: Domains) -> Maps:
-    """Rows of the source, and behind them those of the target; a batch is of one domain."""
-    shift = len(domains.source.labels)
+    """Rows of the source, behind them those of the target, behind them those of the labelled images; a batch is of one of them."""
+    parts = [part for part in (domains.source, domains.target, domains.labelled) if part is not None]
+    starts = list(itertools.accumulate((len(part.labels) for part in parts), initial=0))
 
     def maps(rows: Tensor) -> tuple[Tensor, Tensor]:
-        return domains.source.maps(rows) if int(rows.min()) < shift else domains.target.maps(rows - shift)
+        at = bisect.bisect_right(starts, int(rows.min())) - 1
+        return parts[at].maps(rows - starts[at])
 
     return maps

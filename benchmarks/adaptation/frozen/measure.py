@@ -1,7 +1,8 @@
-"""A line for every variant, pair and seed of plans/frozen.yaml, and the table of them."""
+"""Lines for the variants of plans/frozen.yaml and for the numbers of labels of plans/frozen_labels.yaml, and their tables."""
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 from collections.abc import Iterator, Mapping
@@ -11,13 +12,16 @@ from typing import Any
 from benchmarks import RESULTS
 from benchmarks.adaptation.frozen.chain import Study
 from benchmarks.adaptation.frozen.variants import VARIANTS
+from benchmarks.adaptation.labels_alone import COUNTS
 from benchmarks.adaptation.lines import add_line, spread, text_of
 from benchmarks.adaptation.plan import Plan, recipe_sha256
 from benchmarks.adaptation.seed import commit
 from benchmarks.tables import markdown
 from spcl_fast import catalog
+from spcl_fast.config import Config
 
 FILE = RESULTS / "frozen_encoder.jsonl"
+LABELS_FILE = RESULTS / "frozen_labels.jsonl"
 _SETTING = "frozen"
 _BASE, _MATCHED = (row.net for row in catalog.with_role("baseline", "matched"))
 _ADAPTED, _FINAL = (row.net for row in catalog.with_role("result")[-2:])
@@ -46,15 +50,52 @@ def measure(plan: Plan, folder: Path, file: Path = FILE) -> Iterator[str]:
                 adapted, objective = study.adapted(start, variant.make, labels, weight=weight)
                 second = study.pseudo_labels(adapted, rectified=variant.rectified)
                 distilled = study.distilled(adapted, second.labels, objective if variant.in_distillation else None)
-                line = {
-                    "pair": pair, "variant": name, "seed": seed,
-                    "settings_sha256": recipe_sha256(config), "commit": commit(),
-                    "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-                    "miou": {**yardsticks, _ADAPTED: study.miou(adapted), _FINAL: study.miou(distilled)},
-                    "distilled_from": {"kept_share": second.kept, "precision": second.precision},
-                }  # fmt: skip
+                scores = {_ADAPTED: study.miou(adapted), _FINAL: study.miou(distilled)}
+                line = _line(study, pair, {**yardsticks, **scores})
+                line |= {"variant": name, "distilled_from": {"kept_share": second.kept, "precision": second.precision}}
                 add_line(file, line)
                 yield f"{pair}, {name}, seed {seed}: {line['miou'][_FINAL]:.1f} mIoU"
+
+
+def measure_labels(plan: Plan, folder: Path, file: Path = LABELS_FILE) -> Iterator[str]:
+    """A line for every number of labelled images, pair and seed that has none: the recipe with them, and its control."""
+    known = {(line["pair"], line["labels"], line["seed"]) for line in read(file)}
+    for seed in plan.seeds:
+        for pair in plan.pairs:
+            without = Study(plan.config(pair, "without", seed), folder)
+            every = len(without.context.domains.dataset("target", "train", labels=False))
+            missing = [count for count in _counts(every) if (pair, count, seed) not in known]
+            start = without.source_only() if missing else None
+            for count in missing:
+                assert start is not None
+                study = (
+                    without if count == 0 else Study(_with_labels(plan.config(pair, "labelled", seed), count), folder)
+                )
+                begun = start if count == 0 else study.few_labels(start)
+                weight = study.config.adapt.contrast_weight
+                labels = study.pseudo_labels(begun).labels
+                adapted, _ = study.adapted(begun, VARIANTS["spcl"].make, labels, weight=weight)
+                distilled = study.distilled(adapted, study.pseudo_labels(adapted).labels)
+                scores = {_BASE: start, _MATCHED: study.control(start), _ADAPTED: adapted, _FINAL: distilled}
+                line = _line(study, pair, {net: study.miou(model) for net, model in scores.items()})
+                line |= {"labels": count, "of": every}
+                add_line(file, line)
+                yield f"{pair}, {count} labels, seed {seed}: {line['miou'][_FINAL]:.1f} mIoU"
+
+
+def _counts(every: int) -> list[int]:
+    return [count for count in (0, *COUNTS) if count < every] + [every]
+
+
+def _with_labels(config: Config, count: int) -> Config:
+    return dataclasses.replace(config, target=dataclasses.replace(config.target, labelled=str(count)))
+
+
+def _line(study: Study, pair: str, miou: dict[str, float]) -> dict[str, Any]:
+    return {
+        "pair": pair, "seed": study.config.seed, "settings_sha256": recipe_sha256(study.config), "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "miou": miou,
+    }  # fmt: skip
 
 
 Lines = dict[str, dict[int, dict[str, float]]]  # variant -> seed -> net -> mIoU
@@ -92,3 +133,27 @@ def _gain(of_pair: Lines, name: str, base: str) -> str:
     mine, other = of_pair.get(name, {}), of_pair.get(base, {})
     both = sorted(mine.keys() & other.keys())
     return text_of(spread(mine[seed][_FINAL] - other[seed][_FINAL] for seed in both), "+.1f")
+
+
+def labels_table(titles: Mapping[str, str]) -> str:
+    """A row for each number of labelled images, two columns for each pair: its control, and the final net with adaptation.
+
+    titles: pair -> for the reader; several pairs of one title are a mean over them.
+    """
+    found: dict[str, dict[int, dict[str, dict[str, float]]]] = {}
+    for line in read(LABELS_FILE):
+        count = -1 if line["labels"] == line["of"] else line["labels"]
+        found.setdefault(titles[line["pair"]], {}).setdefault(count, {})[line["pair"]] = line["miou"]
+    counts = sorted(
+        {count for of_title in found.values() for count in of_title}, key=lambda n: n if n >= 0 else 1 << 30
+    )
+    rows = []
+    for count in counts:
+        row = ["all" if count < 0 else str(count)]
+        for of_title in found.values():
+            nets = list(of_title.get(count, {}).values())
+            row += [text_of(spread(net[key] for net in nets)) for key in (_MATCHED, _FINAL)]
+            row.append(text_of(spread(net[_FINAL] - net[_MATCHED] for net in nets), "+.1f"))
+        rows.append(row)
+    parts = ("source and labels", "adapted", "difference")
+    return markdown(["labelled images", *(f"{title}: {part}" for title in found for part in parts)], rows)

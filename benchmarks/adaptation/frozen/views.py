@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,18 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.adaptation.plan import recipe_sha256
+from benchmarks.adaptation.plan import recipe
 from spcl_fast.config import AugmentConfig, Config
-from spcl_fast.data import eval_batches, train_batches
+from spcl_fast.data import Dataset, eval_batches, train_batches
 from spcl_fast.method.context import Context
 from spcl_fast.method.nets import Nets
 from spcl_fast.models import SegmentationModel
 from spcl_fast.models.lite import LiteFeatures
-from spcl_fast.runs.identity import step_seed
+from spcl_fast.runs.identity import settings_sha256, step_seed
 
 SOURCE_VIEWS = 3200
 TARGET_VIEWS = 656
+LABELLED_VIEWS = 240  # of the images of target.labelled
 _BATCH = 8
+Images = Iterator[tuple[Tensor, np.ndarray, list[str]]]  # images [B, 3, H, W], labels [B, H, W], names
 
 
 class Views(NamedTuple):
@@ -30,6 +32,7 @@ class Views(NamedTuple):
     skip: np.ndarray
     deep: np.ndarray
     labels: np.ndarray
+    names: np.ndarray  # of the images
 
     def maps(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         chosen = rows.numpy()
@@ -43,38 +46,64 @@ class Domains(NamedTuple):
     source: Views
     target: Views
     evaluated: Views
+    labelled: Views | None  # of the images of target.labelled, if any
 
 
 def views_of(config: Config, folder: Path) -> Domains:
-    """Those of a pair of domains, whatever the seed. config: one of a plan; its net must be an EfficientNet-Lite, its target's validation
-    labels of one size."""
-    name = recipe_sha256(config)[:12]
-    context, train = Context(config), config.adapt
+    """Those of a pair of domains; but for the choice of labelled images whatever the seed. Parts that recipes have in common are shared.
+
+    config: one of a plan; its net must be an EfficientNet-Lite, its target's validation labels of one size.
+    """
+    context, train, few = Context(config), config.adapt, config.target.labelled
     model = Nets(config, len(context.classes), context.device, context.precision).new().eval()
-    wanted = {
-        "source": lambda: _training(context, "source", train.augment, SOURCE_VIEWS),
-        "target": lambda: _training(context, "target", train.target_augment, TARGET_VIEWS),
-        "evaluated": lambda: _evaluated(context),
-    }
-    return Domains(*(_kept(folder / f"{name}-{what}", model, make) for what, make in wanted.items()))
+    domains = context.domains
+
+    def part(what: str, images: Callable[[], Images], *keys: str, more: object = None) -> Views:
+        known = {key: value for key, value in recipe(config).items() if key.startswith(("model.", *keys))}
+        known.pop("target.labelled", None)
+        name = settings_sha256({**known, "what": what, "more": more})[:12]
+        return _kept(folder / f"{what}-{name}", model, images)
+
+    def trained_on(side: str, augment: AugmentConfig, count: int, dataset: Dataset | None = None) -> Images:
+        chosen = domains.dataset(side, "train") if dataset is None else dataset
+        return _training(chosen, augment, getattr(config, side).size, count)
+
+    return Domains(
+        part("source", lambda: trained_on("source", train.augment, SOURCE_VIEWS), "source.", "adapt.augment."),
+        part(
+            "target",
+            lambda: trained_on("target", train.target_augment, TARGET_VIEWS),
+            "target.",
+            "adapt.target_augment.",
+        ),
+        part("evaluated", lambda: _evaluated(context), "target."),
+        None
+        if few is None
+        else part(
+            "labelled",
+            lambda: trained_on("target", train.augment, LABELLED_VIEWS, domains.labelled_target),
+            "target.",
+            "adapt.augment.",
+            more=[few, config.seed],
+        ),
+    )
 
 
-def _training(context: Context, side: str, augment: AugmentConfig, count: int) -> Iterator[tuple[Tensor, np.ndarray]]:
-    dataset, size = context.domains.dataset(side, "train"), getattr(context.config, side).size
-    batches = train_batches(dataset, augment, size=size, batch_size=_BATCH, seed=step_seed(0, f"views/{side}", 0))
+def _training(dataset: Dataset, augment: AugmentConfig, size: tuple[int, int], count: int) -> Images:
+    batches = train_batches(dataset, augment, size=size, batch_size=_BATCH, seed=step_seed(0, "study/views", 0))
     for _ in range(count // _BATCH):
         batch = next(batches)
-        yield batch.images, batch.labels.numpy()
+        yield batch.images, batch.labels.numpy(), batch.names
 
 
-def _evaluated(context: Context) -> Iterator[tuple[Tensor, np.ndarray]]:
+def _evaluated(context: Context) -> Images:
     assert context.evaluation_data is not None
-    for image, label, _ in eval_batches(context.evaluation_data, context.config.target.eval_size):
-        yield image, np.asarray(label)[None]
+    for image, label, name in eval_batches(context.evaluation_data, context.config.target.eval_size):
+        yield image, np.asarray(label)[None], [name]
 
 
 @torch.no_grad()
-def _kept(stem: Path, model: SegmentationModel, make: Callable[[], Iterator[tuple[Tensor, np.ndarray]]]) -> Views:
+def _kept(stem: Path, model: SegmentationModel, make: Callable[[], Images]) -> Views:
     paths = [stem.with_name(f"{stem.name}-{part}.npy") for part in Views._fields]
     if not all(path.is_file() for path in paths):
         encoder = model.feature_extractor
@@ -87,12 +116,10 @@ def _kept(stem: Path, model: SegmentationModel, make: Callable[[], Iterator[tupl
     return Views(*(np.load(path, mmap_mode="r") for path in paths))
 
 
-def _computed(
-    model: SegmentationModel, body: LiteFeatures, images: Iterable[tuple[Tensor, np.ndarray]]
-) -> list[np.ndarray]:
+def _computed(model: SegmentationModel, body: LiteFeatures, images: Images) -> list[np.ndarray]:
     rows: list[tuple[np.ndarray, ...]] = []
-    for batch, labels in images:
+    for batch, labels, names in images:
         normal = (batch - model.mean) / model.std
         skip, deep = body.encoder(normal.contiguous(memory_format=torch.channels_last))
-        rows.append((skip.half().numpy(), deep.half().numpy(), labels))
+        rows.append((skip.half().numpy(), deep.half().numpy(), labels, np.array(names)))
     return [np.concatenate(parts) for parts in zip(*rows, strict=True)]
