@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import ROOT, speed_page
-from benchmarks.adaptation import drives
+from benchmarks.adaptation import curves, drives
 from benchmarks.adaptation import page as adaptation_page
 from benchmarks.adaptation.lines import Spread, by_setting, miou, paired, spread, text_of
 from benchmarks.family import page as family_page
@@ -343,7 +343,7 @@ def main(argv: list[str] | None = None) -> int:
     draw_speed(PICTURES / "speed.png")
     draw_memory(PICTURES / "memory.png")
     speed_page.draw_growth()
-    drives.draw_labels(PICTURES / "labels.png")
+    curves.draw_labels(PICTURES / "labels.png")
     if options.overlays:
         draw_overlays(options.overlays, PICTURES / "overlays.png")
     print(

@@ -75,7 +75,7 @@ def _labels_of(setting: str) -> int | None:
     return int(wanted) if re.fullmatch(r"\d+", wanted) else None
 
 
-def _few() -> dict[int, dict[str, dict[str, float | None]]]:
+def few_labels() -> dict[int, dict[str, dict[str, float | None]]]:
     """Number of labels (-1: all) -> drive -> what is reached there: `alone`, `control`, `adapted`, `baseline`, `bound`."""
     found: dict[int, dict[str, dict[str, float | None]]] = {}
     alone = labels_alone.read()
@@ -97,7 +97,7 @@ def _few() -> dict[int, dict[str, dict[str, float | None]]]:
 
 def few_labels_table() -> str:
     """A row for each number of labels: means over the drives, and the share of the way from source-only to the oracle."""
-    few, rows = _few(), []
+    few, rows = few_labels(), []
     for count, drives in few.items():
         columns = [spread(cell.get(key) for cell in drives.values()) for key in _COLOURS]
         gains = spread(_minus(cell.get("adapted"), cell.get("control")) for cell in drives.values())
@@ -122,37 +122,3 @@ def _share(drives: dict[str, dict[str, float | None]], unlabelled: dict[str, dic
             gains.append(here - start)
             gaps.append(end - start)
     return 100 * sum(gains) / sum(gaps) if sum(gaps) else None
-
-
-def draw_labels(path: Path) -> None:
-    """mIoU against the number of labelled images: labels alone, source and labels, adapted with labels; a thin line for each drive."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    few = _few()
-    figure, axes = plt.subplots(figsize=(7.5, 3.6), layout="constrained")
-    places = {count: at for at, count in enumerate(few)}
-    words = {"alone": "labels alone, frozen encoder", "control": "source and labels", "adapted": "adapted with labels"}
-    for key, colour in _COLOURS.items():
-        for drive in dict.fromkeys(drive for drives in few.values() for drive in drives):
-            known = [
-                (places[n], cell[drive][key]) for n, cell in few.items() if cell.get(drive, {}).get(key) is not None
-            ]
-            if known:
-                axes.plot(*zip(*known, strict=True), color=colour, alpha=0.35, linewidth=0.8)
-        means = {places[n]: spread(one.get(key) for one in drives.values()) for n, drives in few.items()}
-        shown = [(at, found.mean) for at, found in means.items() if found is not None]
-        if shown:
-            axes.plot(*zip(*shown, strict=True), "o-", color=colour, label=words[key])
-    bound = spread(cell.get("bound") for cell in few.get(0, {}).values())
-    if bound is not None:
-        axes.axhline(bound.mean, color="black", linestyle="--", linewidth=0.8)
-        axes.text(len(few) - 1, bound.mean, "oracle: all labels, no source", va="bottom", ha="right", fontsize=8)
-    axes.set_xticks(list(places.values()), ["all" if count < 0 else str(count) for count in places])
-    axes.set_xlabel("labelled images of the other two drives")
-    axes.set_ylabel("mIoU on the drive left out, %")
-    axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)

@@ -57,9 +57,9 @@ class Anchor(NamedTuple):
 
 
 def anchor_of(nets: Nets, model: SegmentationModel, train: OnlineConfig) -> Anchor | None:
-    """None where the weight is 0, or where the encoder began with random numbers: there is nothing to stay near to."""
+    """None where the weight is 0, or where there is nothing to stay near to: an encoder of random numbers, or one that stands still."""
     settings = nets.config.model
-    if not (train.feature_distance and (settings.weights or settings.pretrained)):
+    if settings.freeze_body or not (train.feature_distance and (settings.weights or settings.pretrained)):
         return None
     counted = nets.classes_named(train.feature_distance_classes, default=THINGS)
     encoder = nets.new().requires_grad_(False).eval()

@@ -71,8 +71,9 @@ class SegmentationModel(nn.Module):
         """
         if not any(name.startswith(_EXTRACTOR) and self._in_head(name) for name, _ in self._learning()):
             raise ConfigError(
-                f"model.freeze_body: {self.name} has nothing that learns between its body and the classifier here, so no loss could "
-                "move its features. Leave it out, or train a classifier on fixed features by `spcl-fast head`."
+                f"model.freeze_body: {self.name} names no submodule with weights as its `head`, between body and classifier, so no loss "
+                "could move its features. Name one (docs/settings.md, nets by name), leave the setting out, or train a classifier on fixed "
+                "features by `spcl-fast head`."
             )
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and self._in_head(name))

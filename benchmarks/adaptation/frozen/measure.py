@@ -25,10 +25,7 @@ LABELS_FILE = RESULTS / "frozen_labels.jsonl"
 _SETTING = "frozen"
 _BASE, _MATCHED = (row.net for row in catalog.with_role("baseline", "matched"))
 _ADAPTED, _FINAL = (row.net for row in catalog.with_role("result")[-2:])
-_PLAIN = {
-    False: "plain",
-    True: "plain_rectified",
-}  # what a variant is compared with, by whether its pseudo-labels are rectified
+_PLAIN = "plain"  # what the others are compared with
 
 
 def measure(plan: Plan, folder: Path, file: Path = FILE) -> Iterator[str]:
@@ -106,7 +103,7 @@ def read(file: Path = FILE) -> list[dict[str, Any]]:
 
 
 def table(titles: Mapping[str, str] | None = None) -> str:
-    """A row for each variant: the final net of what it is compared with, and of the others by how much they are above that, seed by seed.
+    """A row for each variant: the final net of `plain`, and by how much those of the others are above it, seed by seed.
 
     titles: of the pairs, for the reader.
     """
@@ -118,42 +115,55 @@ def table(titles: Mapping[str, str] | None = None) -> str:
         ["that, trained on for as long (control)", *(_scores(of_pair, _MATCHED) for of_pair in found.values())],
     ]
     for name, variant in VARIANTS.items():
-        base = _PLAIN[variant.rectified]
-        cells = (_scores(p, _FINAL, name) if name == base else _gain(p, name, base) for p in found.values())
+        cells = (_scores(p, _FINAL, name) if name == _PLAIN else _gain(p, name) for p in found.values())
         rows.append([f"{variant.summary} (`{name}`)", *cells])
     header = ["the contrastive term", *((titles or {}).get(pair, pair) for pair in found)]
     return markdown(header, rows)
 
 
-def _scores(of_pair: Lines, net: str, variant: str = _PLAIN[False]) -> str:
+def _scores(of_pair: Lines, net: str, variant: str = _PLAIN) -> str:
     return text_of(spread(scores[net] for scores in of_pair.get(variant, {}).values()))
 
 
-def _gain(of_pair: Lines, name: str, base: str) -> str:
-    mine, other = of_pair.get(name, {}), of_pair.get(base, {})
+def _gain(of_pair: Lines, name: str) -> str:
+    mine, other = of_pair.get(name, {}), of_pair.get(_PLAIN, {})
     both = sorted(mine.keys() & other.keys())
     return text_of(spread(mine[seed][_FINAL] - other[seed][_FINAL] for seed in both), "+.1f")
 
 
-def labels_table(titles: Mapping[str, str]) -> str:
-    """A row for each number of labelled images, two columns for each pair: its control, and the final net with adaptation.
-
-    titles: pair -> for the reader; several pairs of one title are a mean over them.
-    """
-    found: dict[str, dict[int, dict[str, dict[str, float]]]] = {}
+def by_labels() -> dict[str, dict[int, dict[str, float]]]:
+    """pair -> number of labelled images (-1: all) -> `control` and `adapted`, the final net: means over seeds."""
+    found: dict[str, dict[int, list[dict[str, float]]]] = {}
     for line in read(LABELS_FILE):
         count = -1 if line["labels"] == line["of"] else line["labels"]
-        found.setdefault(titles[line["pair"]], {}).setdefault(count, {})[line["pair"]] = line["miou"]
-    counts = sorted(
-        {count for of_title in found.values() for count in of_title}, key=lambda n: n if n >= 0 else 1 << 30
-    )
+        found.setdefault(line["pair"], {}).setdefault(count, []).append(line["miou"])
+    nets = {"control": _MATCHED, "adapted": _FINAL}
+    return {
+        pair: {
+            count: {key: sum(one[net] for one in scores) / len(scores) for key, net in nets.items()}
+            for count, scores in counts.items()
+        }
+        for pair, counts in found.items()
+    }
+
+
+def labels_table(titles: Mapping[str, str]) -> str:
+    """A row for each number of labelled images: source and labels, the final net with adaptation, and the difference.
+
+    titles: pair -> for the reader; of several pairs of one title it is a mean over them, where all have been measured.
+    """
+    pairs: dict[str, list[dict[int, dict[str, float]]]] = {}
+    for pair, counts in by_labels().items():
+        pairs.setdefault(titles[pair], []).append(counts)
+    every = {count for found in pairs.values() for counts in found for count in counts}
     rows = []
-    for count in counts:
+    for count in sorted(every, key=lambda n: n if n >= 0 else 1 << 30):
         row = ["all" if count < 0 else str(count)]
-        for of_title in found.values():
-            nets = list(of_title.get(count, {}).values())
-            row += [text_of(spread(net[key] for net in nets)) for key in (_MATCHED, _FINAL)]
-            row.append(text_of(spread(net[_FINAL] - net[_MATCHED] for net in nets), "+.1f"))
+        for found in pairs.values():
+            nets = [counts[count] for counts in found if count in counts]
+            nets = nets if len(nets) == len(found) else []
+            row += [text_of(spread(net[key] for net in nets)) for key in ("control", "adapted")]
+            row.append(text_of(spread(net["adapted"] - net["control"] for net in nets), "+.1f"))
         rows.append(row)
     parts = ("source and labels", "adapted", "difference")
-    return markdown(["labelled images", *(f"{title}: {part}" for title in found for part in parts)], rows)
+    return markdown(["labelled images", *(f"{title}: {part}" for title in pairs for part in parts)], rows)

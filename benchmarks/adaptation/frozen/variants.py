@@ -188,7 +188,7 @@ VARIANTS = {
     "spcl": Variant("SPCL's term, as in the recipe", _catalog("spcl")),
     "anchors": Variant("against fixed anchors: class means of the frozen encoder's maps", _anchored),
     "kept_on": Variant("kept on during distillation", _catalog("spcl"), in_distillation=True),
-    "several": Variant("several prototypes per class (`protoseg`)", _catalog("protoseg")),
+    "several": Variant("several prototypes per class, ProtoSeg", _catalog("protoseg")),
     "learnt": Variant("temperature learnt", _learnt_temperature),
     "prior": Variant("logits adjusted by the class prior", _prior),
     "projected": Variant("on a projection head", _projected),

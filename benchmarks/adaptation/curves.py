@@ -1,0 +1,96 @@
+"""mIoU against the number of labelled images: labels alone, next to a source, and with adaptation; fine-tuned nets and frozen encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.adaptation import drives, labels_alone
+from benchmarks.adaptation.frozen import measure
+from benchmarks.adaptation.lines import spread
+
+ALL = -1  # of what there is
+Curve = dict[int, dict[str, float]]  # number of labels -> pair -> mIoU
+_COLOURS = {"alone": "#B0B0B0", "control": "#5A5A5A", "adapted": "#0072B2"}
+_WORDS = {"alone": "labels alone, frozen encoder", "control": "source and labels", "adapted": "adapted with labels"}
+_PANELS = {  # title -> how the names of its pairs end
+    "CamVid, each drive left out in turn": tuple(pair.rpartition("_")[2] for pair in drives.PLAN.pairs),
+    "crop and weed": ("carrot_weed",),
+}
+
+
+def draw_labels(path: Path) -> None:
+    """Full lines: whole nets; dashed: on a frozen encoder. Thin: each pair; with markers: their mean, where every pair was measured."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", width_ratios=(3, 2))
+    for axes, (title, endings) in zip(panels, _PANELS.items(), strict=True):
+        of_panel = {style: _curves(style, endings) for style in ("-", "--")}
+        counts = sorted({n for curves in of_panel.values() for curve in curves.values() for n in curve}, key=_last)
+        places = {count: at for at, count in enumerate(counts)}
+        for style, curves in of_panel.items():
+            for key, curve in curves.items():
+                _draw(axes, curve, places, style, key, len(endings))
+        bound = spread(cell.get("bound") for cell in drives.few_labels().get(0, {}).values())
+        if bound is not None and len(endings) > 1:
+            axes.axhline(bound.mean, color="black", linestyle=":", linewidth=0.8)
+            axes.text(len(counts) - 1, bound.mean, "oracle: all labels, no source", va="bottom", ha="right", fontsize=8)
+        axes.set_xticks(list(places.values()), ["all" if count == ALL else str(count) for count in counts])
+        axes.set_xlabel("labelled images of the target")
+        axes.set_title(title, fontsize=10)
+    panels[0].set_ylabel("mIoU on images that no stage saw, %")
+    panels[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _draw(axes: Any, curve: Curve, places: Mapping[int, int], style: str, key: str, pairs: int) -> None:
+    for pair in dict.fromkeys(pair for scores in curve.values() for pair in scores):
+        known = [(places[n], curve[n][pair]) for n in sorted(curve, key=_last) if pair in curve[n]]
+        axes.plot(*zip(*known, strict=True), style, color=_COLOURS[key], alpha=0.3, linewidth=0.8)
+    whole = [(places[n], spread(curve[n].values())) for n in sorted(curve, key=_last) if len(curve[n]) == pairs]
+    means = [(at, found.mean) for at, found in whole if found is not None]
+    if means:
+        words = _WORDS[key] + (", frozen encoder" if style == "--" else "")
+        axes.plot(*zip(*means, strict=True), f"o{style}", color=_COLOURS[key], markersize=4, label=words)
+
+
+def _last(count: int) -> float:
+    return float("inf") if count == ALL else count
+
+
+def _curves(style: str, endings: tuple[str, ...]) -> dict[str, Curve]:
+    return _frozen(endings) if style == "--" else _whole(endings)
+
+
+def _whole(endings: tuple[str, ...]) -> dict[str, Curve]:
+    """Labels alone, and the lines of plans/drives.yaml."""
+    found: dict[str, Curve] = {key: {} for key in _COLOURS}
+    alone = [line for line in labels_alone.read() if line["root"].endswith(endings)]
+    largest = {line["root"]: max(other["labels"] for other in alone if other["root"] == line["root"]) for line in alone}
+    for root, count in dict.fromkeys((line["root"], line["labels"]) for line in alone):
+        scores = spread(line["miou"] for line in alone if (line["root"], line["labels"]) == (root, count))
+        if scores is not None:
+            found["alone"].setdefault(ALL if count == largest[root] else count, {})[root] = scores.mean
+    if len(endings) > 1:
+        for count, of_drives in drives.few_labels().items():
+            for drive, cell in of_drives.items():
+                for key in ("control", "adapted"):
+                    score = cell.get(key)
+                    if score is not None:
+                        found[key].setdefault(count, {})[drive] = score
+    return found
+
+
+def _frozen(endings: tuple[str, ...]) -> dict[str, Curve]:
+    found: dict[str, Curve] = {"control": {}, "adapted": {}}
+    for pair, counts in measure.by_labels().items():
+        if pair.endswith(endings):
+            for count, nets in counts.items():
+                for key, score in nets.items():
+                    found[key].setdefault(count, {})[pair] = score
+    return found
