@@ -8,9 +8,10 @@ from typing import Any
 
 from benchmarks.adaptation import drives, labels_alone
 from benchmarks.adaptation.frozen import measure
+from benchmarks.adaptation.labels_alone import in_order, words
 from benchmarks.adaptation.lines import spread
 
-ALL = -1  # of what there is
+Few = Mapping[int, Mapping[str, Mapping[str, float | None]]]  # what drives.few_labels gives
 Curve = dict[int, dict[str, float]]  # number of labels -> pair -> mIoU
 _COLOURS = {"alone": "#B0B0B0", "control": "#5A5A5A", "adapted": "#0072B2"}
 _WORDS = {"alone": "labels alone, frozen encoder", "control": "source and labels", "adapted": "adapted with labels"}
@@ -28,20 +29,22 @@ def draw_labels(path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", width_ratios=(3, 2))
+    few = drives.few_labels()
     for axes, (title, endings) in zip(panels, _PANELS.items(), strict=True):
-        of_panel = {style: _curves(style, endings) for style in ("-", "--")}
-        counts = sorted({n for curves in of_panel.values() for curve in curves.values() for n in curve}, key=_last)
+        of_panel = {"-": _whole(endings, few), "--": _frozen(endings)}
+        counts = in_order({n for curves in of_panel.values() for curve in curves.values() for n in curve})
         places = {count: at for at, count in enumerate(counts)}
         for style, curves in of_panel.items():
             for key, curve in curves.items():
                 _draw(axes, curve, places, style, key, len(endings))
-        bound = spread(cell.get("bound") for cell in drives.few_labels().get(0, {}).values())
-        if bound is not None and len(endings) > 1:
-            axes.axhline(bound.mean, color="black", linestyle=":", linewidth=0.8)
-            axes.text(len(counts) - 1, bound.mean, "oracle: all labels, no source", va="bottom", ha="right", fontsize=8)
-        axes.set_xticks(list(places.values()), ["all" if count == ALL else str(count) for count in counts])
+        axes.set_xticks(list(places.values()), [words(count) for count in counts])
         axes.set_xlabel("labelled images of the target")
         axes.set_title(title, fontsize=10)
+    bound = spread(cell.get("bound") for cell in few.get(0, {}).values())
+    if bound is not None:
+        panels[0].axhline(bound.mean, color="black", linestyle=":", linewidth=0.8)
+        last = panels[0].get_xticks()[-1]
+        panels[0].text(last, bound.mean, "oracle: all labels, no source", va="bottom", ha="right", fontsize=8)
     panels[0].set_ylabel("mIoU on images that no stage saw, %")
     panels[0].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
@@ -50,39 +53,25 @@ def draw_labels(path: Path) -> None:
 
 def _draw(axes: Any, curve: Curve, places: Mapping[int, int], style: str, key: str, pairs: int) -> None:
     for pair in dict.fromkeys(pair for scores in curve.values() for pair in scores):
-        known = [(places[n], curve[n][pair]) for n in sorted(curve, key=_last) if pair in curve[n]]
+        known = [(places[n], curve[n][pair]) for n in in_order(curve) if pair in curve[n]]
         axes.plot(*zip(*known, strict=True), style, color=_COLOURS[key], alpha=0.3, linewidth=0.8)
-    whole = [(places[n], spread(curve[n].values())) for n in sorted(curve, key=_last) if len(curve[n]) == pairs]
+    whole = [(places[n], spread(curve[n].values())) for n in in_order(curve) if len(curve[n]) == pairs]
     means = [(at, found.mean) for at, found in whole if found is not None]
     if means:
-        words = _WORDS[key] + (", frozen encoder" if style == "--" else "")
-        axes.plot(*zip(*means, strict=True), f"o{style}", color=_COLOURS[key], markersize=4, label=words)
+        label = _WORDS[key] + (", frozen encoder" if style == "--" else "")
+        axes.plot(*zip(*means, strict=True), f"o{style}", color=_COLOURS[key], markersize=4, label=label)
 
 
-def _last(count: int) -> float:
-    return float("inf") if count == ALL else count
-
-
-def _curves(style: str, endings: tuple[str, ...]) -> dict[str, Curve]:
-    return _frozen(endings) if style == "--" else _whole(endings)
-
-
-def _whole(endings: tuple[str, ...]) -> dict[str, Curve]:
-    """Labels alone, and the lines of plans/drives.yaml."""
-    found: dict[str, Curve] = {key: {} for key in _COLOURS}
-    alone = [line for line in labels_alone.read() if line["root"].endswith(endings)]
-    largest = {line["root"]: max(other["labels"] for other in alone if other["root"] == line["root"]) for line in alone}
-    for root, count in dict.fromkeys((line["root"], line["labels"]) for line in alone):
-        scores = spread(line["miou"] for line in alone if (line["root"], line["labels"]) == (root, count))
-        if scores is not None:
-            found["alone"].setdefault(ALL if count == largest[root] else count, {})[root] = scores.mean
-    if len(endings) > 1:
-        for count, of_drives in drives.few_labels().items():
-            for drive, cell in of_drives.items():
-                for key in ("control", "adapted"):
-                    score = cell.get(key)
-                    if score is not None:
-                        found[key].setdefault(count, {})[drive] = score
+def _whole(endings: tuple[str, ...], few: Few) -> dict[str, Curve]:
+    """Labels alone, and the lines of plans/drives.yaml, which are those of one panel."""
+    alone = labels_alone.by_count(line for line in labels_alone.read() if line["root"].endswith(endings))
+    found: dict[str, Curve] = {"alone": alone, "control": {}, "adapted": {}}
+    for count, of_drives in few.items():
+        for drive, cell in of_drives.items():
+            for key in ("control", "adapted"):
+                score = cell.get(key)
+                if score is not None and drive in endings:
+                    found[key].setdefault(count, {})[drive] = score
     return found
 
 

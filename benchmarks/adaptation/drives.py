@@ -18,7 +18,6 @@ from spcl_fast import catalog
 HERE = Path(__file__).parent
 PLAN = read_plan(HERE / "plans" / "drives.yaml")
 _BASE, _MATCHED, _BOUND = (catalog.with_role(role)[-1] for role in ("baseline", "matched", "bound"))
-_COLOURS = {"alone": "#B0B0B0", "control": "#5A5A5A", "adapted": "#0072B2"}
 
 
 def _folds() -> dict[str, dict[str, dict[int, dict[str, Any]]]]:
@@ -76,34 +75,36 @@ def _labels_of(setting: str) -> int | None:
 
 
 def few_labels() -> dict[int, dict[str, dict[str, float | None]]]:
-    """Number of labels (-1: all) -> drive -> what is reached there: `alone`, `control`, `adapted`, `baseline`, `bound`."""
+    """Number of labels (or ALL) -> drive -> what is reached there: `alone`, `control`, `adapted`, `baseline`, `bound`."""
     found: dict[int, dict[str, dict[str, float | None]]] = {}
     alone = labels_alone.read()
     for drive, settings in _folds().items():
-        of_drive = [line for line in alone if line["root"].endswith(drive)]
-        counts = {line["labels"] for line in of_drive}
-        every = max(counts, default=0)
-        for count in counts:
-            scores = spread(line["miou"] for line in of_drive if line["labels"] == count)
-            found.setdefault(-1 if count == every else count, {}).setdefault(drive, {})["alone"] = _mean(scores)
+        for count, scores in labels_alone.by_count(line for line in alone if line["root"].endswith(drive)).items():
+            found.setdefault(count, {}).setdefault(drive, {})["alone"] = _mean(spread(scores.values()))
         for name in PLAN.settings:
             lines, count = settings.get(name), _labels_of(name)
             if lines and count is not None and _final(lines) is not None:
                 cell = found.setdefault(count, {}).setdefault(drive, {})
                 cell |= {"control": _score(lines, _MATCHED), "adapted": _score(lines, _final(lines))}
                 cell |= {"baseline": _score(lines, _BASE), "bound": _score(lines, _BOUND)}
-    return {count: found[count] for count in sorted(found, key=lambda n: n if n >= 0 else 1 << 30)}
+    return {count: found[count] for count in labels_alone.in_order(found)}
 
 
 def few_labels_table() -> str:
     """A row for each number of labels: means over the drives, and the share of the way from source-only to the oracle."""
     few, rows = few_labels(), []
     for count, drives in few.items():
-        columns = [spread(cell.get(key) for cell in drives.values()) for key in _COLOURS]
+        columns = [spread(cell.get(key) for cell in drives.values()) for key in ("alone", "control", "adapted")]
         gains = spread(_minus(cell.get("adapted"), cell.get("control")) for cell in drives.values())
         share = _share(drives, few.get(0, {}))
-        label = "all" if count < 0 else str(count)
-        rows.append([label, *map(text_of, columns), text_of(gains, "+.1f"), "" if share is None else f"{share:.0f}"])
+        rows.append(
+            [
+                labels_alone.words(count),
+                *map(text_of, columns),
+                text_of(gains, "+.1f"),
+                "" if share is None else f"{share:.0f}",
+            ]
+        )
     header = ["labelled images", "labels alone", "source and labels (control)", "adapted with labels"]
     return markdown([*header, "adapted − control", "gap closed, %"], rows)
 

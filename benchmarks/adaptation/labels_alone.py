@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks import RESULTS
-from benchmarks.adaptation.lines import spread, text_of
+from benchmarks.adaptation.lines import Spread, add_line, spread, text_of
+from benchmarks.adaptation.lines import read as read_lines
 from benchmarks.tables import markdown
 from spcl_fast.config import Config
 from spcl_fast.config.load import load_config
@@ -21,6 +23,7 @@ from spcl_fast.method.head import train_head
 from spcl_fast.runs import layout
 
 COUNTS = (1, 5, 10, 23, 46)  # and all of them
+ALL = -1  # which stands for as many as there are
 ITERATIONS = 300
 FILE = RESULTS / "labels_alone.jsonl"
 
@@ -44,8 +47,7 @@ def measure(
                 "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
                 "miou": summary["head"]["miou"], "iou": summary["head"]["iou"], "machine": summary["machine"],
             }  # fmt: skip
-            with file.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(line) + "\n")
+            add_line(file, line)
             yield f"{root.name}: {count} labels, seed {seed}: {line['miou']:.1f} mIoU"
 
 
@@ -59,7 +61,28 @@ def _config(root: Path, weights: Path | None, seed: int, count: int, runs: Path,
 
 
 def read(file: Path = FILE) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    return read_lines(file)
+
+
+def in_order(counts: Iterable[int]) -> list[int]:
+    """Numbers of labels, all of them last."""
+    return sorted(counts, key=lambda count: math.inf if count == ALL else count)
+
+
+def words(count: int) -> str:
+    return "all" if count == ALL else str(count)
+
+
+def by_count(of_roots: Iterable[dict[str, Any]]) -> dict[int, dict[str, float]]:
+    """Number of labels (ALL: as many as there are) -> root -> mIoU, the mean over the seeds."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for line in of_roots:
+        found.setdefault(line["root"], {}).setdefault(line["labels"], []).append(line["miou"])
+    scores: dict[int, dict[str, float]] = {}
+    for root, counts in found.items():
+        for count, values in counts.items():
+            scores.setdefault(ALL if count == max(counts) else count, {})[root] = Spread(tuple(values)).mean
+    return scores
 
 
 def table(lines: Iterable[dict[str, Any]]) -> str:

@@ -28,6 +28,11 @@ def add_line(path: Path, line: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    """Every line; none without a file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
 def latest(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
     """(setting, seed) -> its last line; empty without a file. Raises DataError for a line that is none."""
     found = {}

@@ -9,7 +9,7 @@ import bisect
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -41,7 +41,7 @@ from spcl_fast.train.evaluate import Scores
 from spcl_fast.train.lean import LeanModel
 from spcl_fast.train.schedule import poly_schedule
 
-_AT_ONCE = 8  # views in a forward without gradients
+AT_ONCE = 8  # views in a forward without gradients
 Maps = Callable[[Tensor], tuple[Tensor, Tensor]]  # rows -> the encoder's two maps
 Make = Callable[["Study", SegmentationModel], "Adapting"]
 
@@ -106,7 +106,7 @@ class Study:
         model, train = copy.deepcopy(start), dataclasses.replace(self.config.adapt, contrast_weight=weight)
         torch.manual_seed(step_seed(self.config.seed, f"study/{ADAPT.name}", 0))
         adapting = make(self, start)
-        net = self._lean(model, _joined(self.domains))
+        net = self._lean(model)
         step = AdaptStep(net, adapting.objective, train, self.class_weight)
         self._fit(
             model,
@@ -122,7 +122,7 @@ class Study:
     ) -> SegmentationModel:
         """contrast: a loss that goes on pulling both domains, with the weight that it has in adaptation."""
         model, train = copy.deepcopy(start), self.config.distill
-        net = self._lean(model, _joined(self.domains))
+        net = self._lean(model)
         shift, weight = len(self.domains.source.labels), self.config.adapt.contrast_weight
 
         def pull(batch: Batch) -> Tensor:
@@ -147,7 +147,7 @@ class Study:
 
     def _supervised(self, stage: Supervised, model: SegmentationModel) -> SegmentationModel:
         train: TrainConfig = getattr(self.config, stage.name)
-        net = self._lean(model, _joined(self.domains))
+        net = self._lean(model)
         step = supervised_step(net, train, self.class_weight)
         if catalog.find(catalog.STAGES, stage.name).few_labels:
             step = self._with_labelled(stage.name, net, train, step)
@@ -177,8 +177,8 @@ class Study:
 
         return both
 
-    def _lean(self, model: SegmentationModel, maps: Maps) -> LeanModel:
-        return LeanModel(cast(SegmentationModel, OnViews(model, maps)), self.nets.precision)
+    def _lean(self, model: SegmentationModel) -> LeanModel:
+        return LeanModel(cast(SegmentationModel, OnViews(model, _joined(self.domains))), self.nets.precision)
 
     def _fit(
         self,
@@ -240,12 +240,8 @@ class Study:
         seen: Callable[[Tensor], Tensor] = lambda features: features,
     ) -> Tensor:
         """[K, D]: the mean feature of each class over the first views, as many as there are labels."""
-        parts = [
-            bank.moments(seen(features), labels[rows])
-            for rows, features, _ in self._forwards(model, views, len(labels))
-        ]
-        sums, counts = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
-        return sums / counts.clamp_min(1)[:, None]
+        forwards = self._forwards(model, views, len(labels))
+        return class_means(bank.moments(seen(features), labels[rows]) for rows, features, _ in forwards)
 
     @torch.no_grad()
     def pseudo_labels(self, model: SegmentationModel, *, rectified: bool = False) -> PseudoLabels:
@@ -280,8 +276,14 @@ class Study:
         self, model: SegmentationModel, views: Views, count: int | None = None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         net = OnViews(model, views.maps)
-        for rows in torch.arange(len(views.labels) if count is None else count).split(_AT_ONCE):
+        for rows in torch.arange(len(views.labels) if count is None else count).split(AT_ONCE):
             yield rows, *net(rows)
+
+
+def class_means(moments: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """[K, D] of the sums [K, D] and counts [K] of parts; 0 for a class that none has."""
+    sums, counts = (torch.stack(part).sum(0) for part in zip(*moments, strict=True))
+    return sums / counts.clamp_min(1)[:, None]
 
 
 def _joined(domains: Domains) -> Maps:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ from typing import Any
 from benchmarks import RESULTS
 from benchmarks.adaptation.frozen.chain import Study
 from benchmarks.adaptation.frozen.variants import VARIANTS
-from benchmarks.adaptation.labels_alone import COUNTS
-from benchmarks.adaptation.lines import add_line, spread, text_of
+from benchmarks.adaptation.labels_alone import ALL, COUNTS, in_order, words
+from benchmarks.adaptation.lines import add_line, read, spread, text_of
 from benchmarks.adaptation.plan import Plan, recipe_sha256
 from benchmarks.adaptation.seed import commit
 from benchmarks.tables import markdown
@@ -98,17 +97,13 @@ def _line(study: Study, pair: str, miou: dict[str, float]) -> dict[str, Any]:
 Lines = dict[str, dict[int, dict[str, float]]]  # variant -> seed -> net -> mIoU
 
 
-def read(file: Path = FILE) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
-
-
 def table(titles: Mapping[str, str] | None = None) -> str:
     """A row for each variant: the final net of `plain`, and by how much those of the others are above it, seed by seed.
 
     titles: of the pairs, for the reader.
     """
     found: dict[str, Lines] = {}
-    for line in read():
+    for line in read(FILE):
         found.setdefault(line["pair"], {}).setdefault(line["variant"], {})[line["seed"]] = line["miou"]
     rows = [
         ["the net that it starts from", *(_scores(of_pair, _BASE) for of_pair in found.values())],
@@ -132,10 +127,10 @@ def _gain(of_pair: Lines, name: str) -> str:
 
 
 def by_labels() -> dict[str, dict[int, dict[str, float]]]:
-    """pair -> number of labelled images (-1: all) -> `control` and `adapted`, the final net: means over seeds."""
+    """pair -> number of labelled images (ALL: as many as there are) -> `control` and `adapted`, the final net: means over seeds."""
     found: dict[str, dict[int, list[dict[str, float]]]] = {}
     for line in read(LABELS_FILE):
-        count = -1 if line["labels"] == line["of"] else line["labels"]
+        count = ALL if line["labels"] == line["of"] else line["labels"]
         found.setdefault(line["pair"], {}).setdefault(count, []).append(line["miou"])
     nets = {"control": _MATCHED, "adapted": _FINAL}
     return {
@@ -157,8 +152,8 @@ def labels_table(titles: Mapping[str, str]) -> str:
         pairs.setdefault(titles[pair], []).append(counts)
     every = {count for found in pairs.values() for counts in found for count in counts}
     rows = []
-    for count in sorted(every, key=lambda n: n if n >= 0 else 1 << 30):
-        row = ["all" if count < 0 else str(count)]
+    for count in in_order(every):
+        row = [words(count)]
         for found in pairs.values():
             nets = [counts[count] for counts in found if count in counts]
             nets = nets if len(nets) == len(found) else []

@@ -7,14 +7,14 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.adaptation.frozen.chain import Adapting, Make, Study
+from benchmarks.adaptation.frozen.chain import AT_ONCE, Adapting, Make, Study, class_means
 from spcl_fast import catalog
 from spcl_fast.estimators import PrototypeBank
 from spcl_fast.losses.spcl import SPCLObjective
 from spcl_fast.models import SegmentationModel
+from spcl_fast.models.head import JoinedMaps
 from spcl_fast.ops import prototype_contrastive_loss
 
 _SEEN = 656  # source views that first prototypes are means of
@@ -149,15 +149,10 @@ def _prior(study: Study, model: SegmentationModel) -> Adapting:
 def _anchored(study: Study, model: SegmentationModel) -> Adapting:
     """Anchors: the source's class means in the encoder's two maps, next to each other."""
     source, labels = study.domains.source, _source_labels(study)
-    sums: list[Tensor] = []
-    counts: list[Tensor] = []
-    for rows in torch.arange(len(labels)).split(8):
-        skip, deep = source.maps(rows)
-        joined = torch.cat([skip, F.interpolate(deep, size=skip.shape[2:], mode="bilinear")], 1)
-        moments = PrototypeBank(len(study.classes), joined.shape[1]).moments(joined, labels[rows])
-        sums.append(moments[0])
-        counts.append(moments[1])
-    anchors = torch.stack(sums).sum(0) / torch.stack(counts).sum(0).clamp_min(1)[:, None]
+    joined = JoinedMaps()
+    bank = PrototypeBank(len(study.classes), sum(maps.shape[1] for maps in (source.skip, source.deep)))
+    rows = torch.arange(len(labels)).split(AT_ONCE)
+    anchors = class_means(bank.moments(joined(*source.maps(some)), labels[some]) for some in rows)
     changed = _Anchored(_started(study, model, "spcl"), anchors)
     return Adapting(changed, tuple(changed.map.parameters()))
 
