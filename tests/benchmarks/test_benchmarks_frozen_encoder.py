@@ -19,9 +19,10 @@ PAIR = {
     "source.train_images": 8, "target.train_images": 8, "evaluate.images": 4,
 }  # fmt: skip
 CROP = {f"{stage}.{which}.crop": [64, 48] for stage, which in (
-    ("source_only", "augment"), ("control", "augment"), ("adapt", "augment"), ("adapt", "target_augment"), ("distill", "augment"),
+    ("source_only", "augment"), ("control", "augment"), ("few_labels", "augment"), ("adapt", "augment"), ("adapt", "target_augment"),
+    ("distill", "augment"),
 )}  # fmt: skip
-SHORT = {f"{stage}.iterations": 2 for stage in ("source_only", "control", "adapt", "distill")}
+SHORT = {f"{stage}.iterations": 2 for stage in ("source_only", "control", "few_labels", "adapt", "distill")}
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +50,18 @@ def test_a_head_on_the_kept_maps_gives_what_the_whole_net_gives(study):
 
 
 def test_every_variant_gives_a_line_and_none_is_repeated(plan, study, tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, "Study", lambda config, folder: study)
+    made = []
+
+    def of(config, folder):
+        made.append(config.target.labelled)
+        return study
+
+    monkeypatch.setattr(measure, "Study", of)
     said = list(measure.measure(plan, tmp_path, tmp_path / "lines.jsonl"))
     lines = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
     assert [line["variant"] for line in lines] == list(VARIANTS)
     assert len(said) == len(VARIANTS)
+    assert made == [None, "10"]  # one study with labels for all variants that have some
     assert all(0 < score <= 100 for line in lines for score in line["miou"].values())
     assert not list(measure.measure(plan, tmp_path, tmp_path / "lines.jsonl"))
 

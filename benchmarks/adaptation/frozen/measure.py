@@ -24,7 +24,7 @@ LABELS_FILE = RESULTS / "frozen_labels.jsonl"
 _SETTING = "frozen"
 _BASE, _MATCHED = (row.net for row in catalog.with_role("baseline", "matched"))
 _ADAPTED, _FINAL = (row.net for row in catalog.with_role("result")[-2:])
-_PLAIN = "plain"  # what the others are compared with
+_PLAIN = "plain"
 
 
 def measure(plan: Plan, folder: Path, file: Path = FILE) -> Iterator[str]:
@@ -38,12 +38,17 @@ def measure(plan: Plan, folder: Path, file: Path = FILE) -> Iterator[str]:
             config = plan.config(pair, _SETTING, seed)
             study = Study(config, folder)
             start = study.source_only()
-            labels = study.pseudo_labels(start).labels
             yardsticks = {_BASE: study.miou(start), _MATCHED: study.miou(study.control(start))}
+            begun = {0: (study, start, study.pseudo_labels(start).labels)}
             for name in missing:
                 variant = VARIANTS[name]
+                if variant.labels not in begun:
+                    with_labels = Study(_with_labels(config, variant.labels), folder)
+                    first = with_labels.few_labels(start)
+                    begun[variant.labels] = with_labels, first, with_labels.pseudo_labels(first).labels
+                study, begins, labels = begun[variant.labels]
                 weight = config.adapt.contrast_weight if variant.weight is None else variant.weight
-                adapted, objective = study.adapted(start, variant.make, labels, weight=weight)
+                adapted, objective = study.adapted(begins, variant.make, labels, weight=weight)
                 second = study.pseudo_labels(adapted, rectified=variant.rectified)
                 distilled = study.distilled(adapted, second.labels, objective if variant.in_distillation else None)
                 scores = {_ADAPTED: study.miou(adapted), _FINAL: study.miou(distilled)}
@@ -98,7 +103,7 @@ Lines = dict[str, dict[int, dict[str, float]]]  # variant -> seed -> net -> mIoU
 
 
 def table(titles: Mapping[str, str] | None = None) -> str:
-    """A row for each variant: the final net of `plain`, and by how much those of the others are above it, seed by seed.
+    """A row for each variant: the final net of `plain`, and by how much those of the others are above it or what they stand next to.
 
     titles: of the pairs, for the reader.
     """
@@ -110,7 +115,9 @@ def table(titles: Mapping[str, str] | None = None) -> str:
         ["that, trained on for as long (control)", *(_scores(of_pair, _MATCHED) for of_pair in found.values())],
     ]
     for name, variant in VARIANTS.items():
-        cells = (_scores(p, _FINAL, name) if name == _PLAIN else _gain(p, name) for p in found.values())
+        cells = (
+            _scores(p, _FINAL, name) if name == _PLAIN else _gain(p, name, variant.next_to) for p in found.values()
+        )
         rows.append([f"{variant.summary} (`{name}`)", *cells])
     header = ["the contrastive term", *((titles or {}).get(pair, pair) for pair in found)]
     return markdown(header, rows)
@@ -120,8 +127,9 @@ def _scores(of_pair: Lines, net: str, variant: str = _PLAIN) -> str:
     return text_of(spread(scores[net] for scores in of_pair.get(variant, {}).values()))
 
 
-def _gain(of_pair: Lines, name: str) -> str:
-    mine, other = of_pair.get(name, {}), of_pair.get(_PLAIN, {})
+def _gain(of_pair: Lines, name: str, next_to: str) -> str:
+    """Seed by seed."""
+    mine, other = of_pair.get(name, {}), of_pair.get(next_to, {})
     both = sorted(mine.keys() & other.keys())
     return text_of(spread(mine[seed][_FINAL] - other[seed][_FINAL] for seed in both), "+.1f")
 

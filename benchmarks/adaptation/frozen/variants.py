@@ -176,6 +176,8 @@ class Variant(NamedTuple):
     weight: float | None = None  # of the contrastive term; None: adapt.contrast_weight
     in_distillation: bool = False  # the contrast goes on pulling there
     rectified: bool = False  # pseudo-labels for distillation are ProDA's
+    labels: int = 0  # labelled images of the target, in every stage from the one that puts them on top of source-only
+    next_to: str = "plain"  # what its row is compared with
 
 
 VARIANTS = {
@@ -190,4 +192,6 @@ VARIANTS = {
     "both": Variant("prototypes from both domains", _both),
     "plain_rectified": Variant("no contrastive term, pseudo-labels rectified (ProDA)", _catalog("spcl"), weight=0, rectified=True),
     "rectified": Variant("SPCL's term, pseudo-labels rectified (ProDA)", _catalog("spcl"), rectified=True),
+    "plain_10": Variant("no contrastive term, 10 labelled images", _catalog("spcl"), weight=0, labels=10),
+    "spcl_10": Variant("SPCL's term, 10 labelled images, less the row above", _catalog("spcl"), labels=10, next_to="plain_10"),
 }  # fmt: skip
