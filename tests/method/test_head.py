@@ -14,9 +14,11 @@ from tiny_run import save_scenes
 from spcl_fast.cli import main
 from spcl_fast.config.load import load_config
 from spcl_fast.data import build_dataset
+from spcl_fast.data.dataset import FileDataset
 from spcl_fast.errors import ConfigError
 from spcl_fast.losses import CosineHead, LinearHead
 from spcl_fast.method import feature_cache
+from spcl_fast.method import head as head_module
 from spcl_fast.method.feature_cache import cached_features
 from spcl_fast.method.head import into_classifier, train_head
 from spcl_fast.method.trained import load_trained
@@ -146,6 +148,35 @@ def test_it_learns_from_the_named_images_alone_and_needs_no_other_label(tmp_path
     assert (tmp_path / "run" / "labelled.txt").read_text() == "1\n4\n"
     assert main(["head", *words(scenes, tmp_path, **{"target.labelled": "1,"})]) == 5
     assert "target.labelled" in capsys.readouterr().err
+
+
+def test_of_a_fold_it_learns_from_the_rest_and_is_scored_on_what_is_left_out(tmp_path, monkeypatch):
+    scenes = save_scenes(tmp_path / "scenes", "generated_target", count=5)
+    given = {"target.labelled": "0,1,3,4", "target.fold": "1/2"}
+    opened, at_work = {True: set(), False: set()}, []
+    evaluate, read = head_module.evaluate_stage, FileDataset.label
+
+    def evaluating(*given, **more):
+        at_work.append(True)
+        try:
+            return evaluate(*given, **more)
+        finally:
+            at_work.pop()
+
+    def reading(self, index):
+        opened[bool(at_work)].add(self.names[index])
+        return read(self, index)
+
+    monkeypatch.setattr(head_module, "evaluate_stage", evaluating)
+    for shown in ("keep_pictures", "_write_picture"):  # true labels for the eye
+        monkeypatch.setattr(head_module, shown, lambda *given: None)
+    monkeypatch.setattr(FileDataset, "label", reading)
+    assert main(["head", *words(scenes, tmp_path, **given)]) == 0
+    learned, left_out = ((tmp_path / "run" / name).read_text().split() for name in ("labelled.txt", "held_out.txt"))
+    assert sorted(learned + left_out) == ["0", "1", "3", "4"] and len(learned) == len(left_out) == 2
+    assert opened[False] and not opened[False] & set(left_out)
+    assert opened[True] == set(left_out)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["features"]["images"] == 2
 
 
 def test_the_folder_has_a_report_with_scores_pictures_and_curves_and_no_word_of_adaptation(finished, capsys):
