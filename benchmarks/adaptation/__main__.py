@@ -1,5 +1,5 @@
 """python -m benchmarks.adaptation run PLAN.yaml [--jobs 2 --threads 1] · table · plot · day-to-dusk CAMVID FOLDER
-· left-out-drives CAMVID FOLDER · labels-alone ROOT ... · frozen PLAN.yaml · frozen-labels PLAN.yaml
+· left-out-drives CAMVID FOLDER · nuclei CLONE FOLDER · labels-alone ROOT ... · frozen PLAN.yaml · frozen-labels PLAN.yaml
 
 run: every setting x seed x pair of a plan that has no result line yet. Seeds go side by side, the settings of a seed one after another,
 so that they share stages. Stopped at any time, the same command goes on. table, plot: from results/*.jsonl alone.
@@ -69,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("folder", type=Path)
     sub = command("left-out-drives", _left_out_drives, "a root for each drive of CamVid that is left out of training")
     sub.add_argument("camvid", type=Path)
+    sub.add_argument("folder", type=Path)
+    sub = command("nuclei", _nuclei, "nuclei by three ways of making them visible, a root each")
+    sub.add_argument("clone", type=Path, help="of the repository that nuclei.py names")
     sub.add_argument("folder", type=Path)
     sub = command("labels-alone", _labels_alone, "heads on frozen features of N labelled images, for each root")
     sub.add_argument("roots", type=Path, nargs="*", help="none: the table of what is there")
@@ -172,6 +175,13 @@ def _left_out_drives(args: argparse.Namespace) -> None:
     from benchmarks.adaptation.left_out_drives import make_folds
 
     for root, images in make_folds(args.camvid, args.folder).items():
+        print(f"{root}: {images} images")
+
+
+def _nuclei(args: argparse.Namespace) -> None:
+    from benchmarks.adaptation.nuclei import make_roots
+
+    for root, images in make_roots(args.clone, args.folder).items():
         print(f"{root}: {images} images")
 
 
