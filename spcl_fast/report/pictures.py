@@ -74,18 +74,23 @@ def samples(run: RunFolder) -> list[Sample]:
             continue
         labels = [(catalog.title(stage), run.folder / stage / layout.PREDICTIONS / f"{name}.png") for stage in nets]
         labels += [("truth", folder / f"{name}{layout.TRUTH_SUFFIX}")] * with_truth
-        row = [Picture("target image", jpeg(image))]
-        row += [Picture(caption, _overlaid(run, image, file)) for caption, file in labels]
-        rows.append(Sample(name, row, _changed([file for _, file in labels[: len(nets)]])))
+        row, predicted = [Picture("target image", jpeg(image))], []
+        for index, (caption, file) in enumerate(labels):
+            label, uri = _overlaid(run, image, file)
+            row.append(Picture(caption, uri))
+            predicted += [label] if index < len(nets) else []
+        rows.append(Sample(name, row, _changed(predicted)))
     return sorted(rows, key=lambda sample: -1.0 if sample.changed is None else sample.changed, reverse=True)
 
 
-def _changed(predictions: Sequence[Path]) -> float | None:
-    try:
-        before, after = (read_label_png(path) for path in predictions)
-        return float((before != after).mean())
-    except Exception:  # one net alone, no picture or a damaged one: each is told where it is drawn
+def _changed(predictions: Sequence[np.ndarray | None]) -> float | None:
+    """None for one net alone, and where a prediction is not there or is of another size."""
+    if len(predictions) != 2:
         return None
+    before, after = predictions
+    if before is None or after is None or before.shape != after.shape:
+        return None
+    return float((before != after).mean())
 
 
 def _unscored(run: RunFolder) -> list[str]:
@@ -95,14 +100,16 @@ def _unscored(run: RunFolder) -> list[str]:
     return list(dict.fromkeys([*there[:1], *there[-1:]]))
 
 
-def _overlaid(run: RunFolder, image: np.ndarray, path: Path) -> str | None:
+def _overlaid(run: RunFolder, image: np.ndarray, path: Path) -> tuple[np.ndarray | None, str | None]:
+    """A label file as it is, and laid over its image; read once. None, None where it is not there or damaged."""
     if not path.is_file():
-        return None
+        return None, None
     try:
-        return jpeg(label_overlay(image, read_label_png(path), run.palette))
+        label = read_label_png(path)
+        return label, jpeg(label_overlay(image, label, run.palette))
     except Exception as error:  # a damaged file must not cost the report
         run.missing.append(f"{path.relative_to(run.folder)} cannot be read ({error}); this picture was left out")
-        return None
+        return None, None
 
 
 def shrunk(image: Image.Image) -> Image.Image:

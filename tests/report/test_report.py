@@ -12,8 +12,9 @@ import pytest
 from made_run import CLASSES, PALETTE, make_run
 
 from spcl_fast.data import write_label_png
+from spcl_fast.data.palette import read_label_png
 from spcl_fast.errors import CheckpointError
-from spcl_fast.report import lettering, write_report
+from spcl_fast.report import lettering, pictures, write_report
 from spcl_fast.report.findings import findings_of
 from spcl_fast.report.pictures import label_overlay, samples
 from spcl_fast.report.tables import iou_table
@@ -82,6 +83,14 @@ def test_the_pictures_that_changed_most_come_first_and_say_how_much(tmp_path):
     (after / "0001.png").unlink()
     assert [sample.name for sample in samples(read_run(folder))] == ["drive/0000", "drive/0002", "drive/0001"]
     assert "drive/0001: " not in Page(write_report(folder).read_text(encoding="utf-8")).text
+
+
+def test_a_label_file_is_read_once_for_its_overlay_and_for_what_changed(tmp_path, monkeypatch):
+    folder = make_run(tmp_path / "run")
+    read = []
+    monkeypatch.setattr(pictures, "read_label_png", lambda path: read.append(path) or read_label_png(path))
+    assert all(sample.changed is not None for sample in samples(read_run(folder)))
+    assert len(read) == 3 * 3 and len(set(read)) == len(read)  # three images: baseline, final net, truth
 
 
 def test_report_shows_every_figure_of_the_summary(whole):
