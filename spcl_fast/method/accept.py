@@ -20,7 +20,7 @@ from ..runs import layout
 from ..runs.checkpoint import CheckpointStore
 from ..runs.durable import remove_folder
 from ..runs.folder import Run
-from ..runs.identity import INPUTS, flat_settings, settings_difference
+from ..runs.identity import CONTENT, INPUTS, flat_settings, settings_difference
 from ..train.resume import identity_of
 from . import prototypes
 from .context import Context
@@ -44,7 +44,11 @@ def accept(context: Context, rows: Sequence[catalog.Stage], redo: Sequence[str] 
 
 
 def _accept(context: Context, rows: Sequence[catalog.Stage], redo: Sequence[str]) -> None:
-    run = context.run
+    run, coming = context.run, [row.name for row in rows]
+    for row in rows:
+        for name in _inputs(context, row, coming):
+            if name not in (*coming, *redo):  # what is about to run, or to be removed, is compared whole
+                _check_same_net(context, catalog.find(catalog.STAGES, name))
     removed = [row for row in catalog.STAGES if row.name in redo and _redo(context, row)]
     for row in catalog.STAGES:
         started_from = {key.partition(".")[2] for key in _stored(run, row) or () if key.startswith(f"{INPUTS}.")}
@@ -53,27 +57,45 @@ def _accept(context: Context, rows: Sequence[catalog.Stage], redo: Sequence[str]
             run.say(f"{row.name}: to be done again, as it started from {gone[0]}")
             _remove(run, row)
             removed.append(row)
-    coming = [row.name for row in rows]
     for row in rows:
-        there = {one.name for one in catalog.STAGES if run.done(one.name) is not None} | set(
-            coming[: coming.index(row.name)]
-        )
-        for name in catalog.inputs(row, lambda name, there=there: name in there, context.setting):
-            if name not in there:
+        for name, there in _inputs(context, row, coming).items():
+            if not there:
                 raise CheckpointError(_not_there(name, row, run, alone=len(rows) == 1))
-        difference = difference_of(context, row)
-        if difference:
-            raise CheckpointError(
-                f"Stage {row.name} in {run.folder} was {'finished' if run.done(row.name) else 'begun'} with other settings "
-                f"({difference}). Set them back, do it again with --redo {row.name}, or give this run another name "
-                f"(--fork {run.folder} takes over the stages that stay the same)."
-            )
+        _refuse(run, row, difference_of(context, row), f"with --redo {row.name}")
         _check_class_names(context, row)
     for row in catalog.STAGES:
         stored = _stored(run, row)
         if stored is not None:
             check_one_fold(context, row, stored)
     check_given_files(context, rows)
+
+
+def _inputs(context: Context, row: catalog.Stage, coming: Sequence[str]) -> dict[str, bool]:
+    """The stages that this one starts from, and whether each is there: finished, or among those that come before it."""
+    there = {one.name for one in catalog.STAGES if context.run.done(one.name) is not None}
+    there |= {*coming[: coming.index(row.name)]}
+    return {name: name in there for name in catalog.inputs(row, lambda name: name in there, context.setting)}
+
+
+def _check_same_net(context: Context, row: catalog.Stage) -> None:
+    """Raise CheckpointError where a finished stage that another starts from is of a net with other settings, though its weights may load:
+    the two would train different parts of it, or feed it otherwise.
+    """
+    _refuse(context.run, row, difference_of(context, row, "model"), f"first (`{_command(row)} --redo {row.name}`)")
+
+
+def _refuse(run: Run, row: catalog.Stage, difference: str, again: str) -> None:
+    if difference:
+        raise CheckpointError(
+            f"Stage {row.name} in {run.folder} was {'finished' if run.done(row.name) else 'begun'} with other settings "
+            f"({difference}). Set them back, do it again {again}, or give this run another name "
+            f"(--fork {run.folder} takes over the stages that stay the same)."
+        )
+
+
+def _command(row: catalog.Stage) -> str:
+    number = catalog.rounds(row.command).index(row) + 1
+    return f"spcl-fast {row.command}{f' --round {number}' if number > 1 else ''}"
 
 
 def _check_class_names(context: Context, row: catalog.Stage) -> None:
@@ -86,14 +108,22 @@ def _check_class_names(context: Context, row: catalog.Stage) -> None:
 
 
 def _not_there(name: str, row: catalog.Stage, run: Run, *, alone: bool) -> str:
-    how = f"`spcl-fast {catalog.find(catalog.STAGES, name).command}`" if alone else f"add {name} to the stages"
+    how = f"`{_command(catalog.find(catalog.STAGES, name))}`" if alone else f"add {name} to the stages"
     return f"stage {name!r} is not finished in {run.folder}, and {row.name} starts from it: do it first ({how})."
 
 
-def difference_of(context: Context, row: catalog.Stage) -> str:
-    """What differs between the settings and those that the stage was begun with; empty where nothing does or nothing is there."""
+def difference_of(context: Context, row: catalog.Stage, section: str = "") -> str:
+    """What differs between the settings (those of one section, if it is named) and those that the stage was begun with; empty where
+    nothing does or nothing is there.
+    """
     stored = _stored(context.run, row)
-    return "" if stored is None else settings_difference(stored, whole_identity(context, row))
+    if stored is None:
+        return ""
+    now = whole_identity(context, row)
+    if section:
+        begins = (f"{section}.", f"{CONTENT}.{section}.")
+        stored, now = ({key: value for key, value in all_.items() if key.startswith(begins)} for all_ in (stored, now))
+    return settings_difference(stored, now)
 
 
 def whole_identity(context: Context, row: catalog.Stage) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_run import save_scenes, tiny_config
 
+from spcl_fast import catalog
 from spcl_fast.cli import main
 from spcl_fast.config.load import load_config
 from spcl_fast.errors import CheckpointError, ConfigError, DataError
@@ -159,3 +160,58 @@ def test_fork_takes_over_the_stages_that_stay_the_same(finished, tmp_path, capsy
 def test_redo_of_an_unknown_stage_gets_a_suggestion(capsys):
     assert main(["run", "--preset", "demo", "--redo", "adpt"]) == 2
     assert "--redo adpt: there is no such stage; did you mean adapt?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "stage", "again"),
+    [
+        ("adapt", "warmup", "`spcl-fast warmup --redo warmup`"),
+        ("distill", "adapt", "`spcl-fast adapt --redo adapt`"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("setting", "value", "shown"),
+    [
+        ("freeze_body", "true", "False -> True"),
+        ("layer_decay", "0.5", "1.0 -> 0.5"),
+        ("name", "lite0", "'tiny' -> 'lite0'"),
+    ],
+)
+def test_a_stage_by_itself_is_refused_where_the_net_that_it_starts_from_has_other_settings(
+    finished, tmp_path, capsys, command, stage, again, setting, value, shown
+):
+    shutil.copytree(finished.run.folder, tmp_path / "run")
+    later = [row.name for row in catalog.STAGES if row.name == command or command in row.after]
+    for name in later:
+        shutil.rmtree(tmp_path / "run" / name)
+    kept = (tmp_path / "run" / "config.yaml").read_text()
+    words = [command, "--run-folder", str(tmp_path / "run"), f"--model.{setting}", value]
+    assert main([*words, "--redo", "oracle"]) == CheckpointError.exit_code
+    assert (tmp_path / "run" / "oracle").is_dir(), "what is refused removes nothing"
+    said = capsys.readouterr().err
+    assert f"Stage {stage} in {tmp_path / 'run'} was finished with other settings (model.{setting}: {shown}). " in said
+    assert f"Set them back, do it again first ({again}), or give this run another name" in said
+    assert not (tmp_path / "run" / command).exists() and (tmp_path / "run" / "config.yaml").read_text() == kept
+
+
+def test_the_command_that_does_a_missing_input_names_its_round(finished, tmp_path):
+    shutil.copytree(finished.run.folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "pseudo_labels_2")
+    with pytest.raises(CheckpointError, match=r"do it first \(`spcl-fast pseudo-label --round 2`\)"):
+        run_stages(tiny_config(tmp_path), ("distill",))
+
+
+def test_a_stage_by_itself_may_find_the_weights_file_of_the_net_in_another_folder(tmp_path):
+    run_stages(tiny_config(tmp_path, "first"), ("source_only",))
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        shutil.copy2(
+            Context(tiny_config(tmp_path, "first")).checkpoint("source_only").path / "model.safetensors",
+            tmp_path / place,
+        )
+    weights = {place: {"model.weights": str(tmp_path / place / "model.safetensors")} for place in ("a", "b")}
+    run_stages(tiny_config(tmp_path, **weights["a"]), ("source_only",))
+    run_stages(tiny_config(tmp_path, **weights["b"]), ("control",))
+    (tmp_path / "b" / "model.safetensors").write_bytes(b"other")
+    with pytest.raises(CheckpointError, match="what model.weights holds: "):
+        run_stages(tiny_config(tmp_path, **weights["b"]), ("control",))
