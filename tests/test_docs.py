@@ -50,7 +50,8 @@ def named_in_docs(words: list[str]) -> str:
 def place(tmp_path_factory):
     """A working directory with what the pages name: runs that were there before, a file of settings, data of two classes."""
     root = tmp_path_factory.mktemp("docs")
-    for run in ("first", "demo", "airsim_camvid_0", "NAME", "mine", "first_head"):
+    labels = ("labels_0", "labels_5", "labels_10", "labels_10_seed_1")
+    for run in ("first", "demo", "airsim_camvid_0", "NAME", "mine", "first_head", *labels):
         (root / "runs" / run / "adapt" / "checkpoints" / "step_00000130").mkdir(parents=True)
         (root / "runs" / run / "config.yaml").write_text("seed: 0\n")
     (root / "mine.yaml").write_text("seed: 0\n")
@@ -75,6 +76,9 @@ def test_a_command_of_the_pages_is_accepted(page, words, place, monkeypatch, cap
     monkeypatch.chdir(place)
     assert words[0] in COMMANDS, f"{page}: there is no such command"
     takes_settings = COMMANDS[words[0]].sections is not None
+    if words[0] == "report":
+        assert main(words) == 0, f"{page}: {capsys.readouterr().err}"
+        return
     if not takes_settings:
         assert words == ["doctor"], f"{page}: what it does is not looked at here"
         return

@@ -70,7 +70,7 @@ def on_stages(args: argparse.Namespace) -> int:
         if not rounds:
             show_end(run)
         elif (run / layout.REPORT).is_file():  # of the run without this stage
-            on_report(argparse.Namespace(folder=run))
+            on_report(argparse.Namespace(folder=run, compare=()))
     return 0
 
 
@@ -139,6 +139,9 @@ def on_doctor(args: argparse.Namespace) -> int:
 def on_report(args: argparse.Namespace) -> None:
     if not args.folder.is_dir():
         raise ConfigError(f"{args.folder}: there is no such run folder. Expected one such as runs/demo.")
+    for other in args.compare:  # what is there and is no run is left out of the curve, as runs/* may have such
+        if not other.exists():
+            raise ConfigError(f"--compare {other}: there is no such run folder.")
     if not any((args.folder / name).is_file() for name in (layout.CONFIG, layout.SUMMARY, layout.METRICS)):
         raise ConfigError(f"{args.folder} is no run folder: it has neither {layout.CONFIG} nor {layout.METRICS}.")
     begun = (layout.SUMMARY, layout.METRICS, *catalog.names(catalog.STAGES), catalog.HEAD.name)
@@ -149,7 +152,8 @@ def on_report(args: argparse.Namespace) -> None:
         )
     from ..report import write_report
 
-    print(f"report: {write_report(args.folder)}")
+    lines: list[str] = []
+    print(f"report: {write_report(args.folder, args.compare, lines.append)}", *lines, sep="\n")
 
 
 def on_plan(args: argparse.Namespace) -> None:

@@ -128,8 +128,18 @@ def _begin(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _run_folder(parser: argparse.ArgumentParser) -> None:
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="RUN", type=Path, help="a run folder, such as runs/demo")
+    parser.add_argument(
+        "--compare",
+        metavar="RUN",
+        nargs="+",
+        action="extend",
+        default=[],
+        type=Path,
+        help="runs of the same data: the page gets the curve of mIoU against the number of labelled target images "
+        "(target.labelled); RUN itself may be among them, and what cannot be compared is named with the reason",
+    )
 
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -269,7 +279,11 @@ COMMANDS: dict[str, Command] = {
         _plan_arguments,
     ),
     "report": Command(
-        "write report.html of a run again", "spcl-fast report runs/demo", actions.on_report, None, _run_folder
+        "write report.html of a run again; with others, a curve over the number of labelled target images",
+        "spcl-fast report runs/demo\n  spcl-fast report runs/labels_0 --compare runs/labels_5 runs/labels_10",
+        actions.on_report,
+        None,
+        _report_arguments,
     ),
     "bench": Command("the benchmarks of a checkout", "spcl-fast bench contrast", actions.on_bench, None, _keyword),
     "tune": Command(

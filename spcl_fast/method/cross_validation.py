@@ -25,7 +25,6 @@ from ..runs.folder import Run
 from ..train.evaluate import Scores
 from ..train.signals import stop_requests
 from .domains import Domains
-from .evaluation import EVALUATED, HELD_OUT_NAMES
 from .run import run_stages
 from .summary import figures_of
 from .training import Forecast
@@ -119,7 +118,7 @@ def _evaluation(config: Config, row: catalog.Stage, names: list[str]) -> dict[st
     """evaluation.json of a stage. Raises CheckpointError where it is not of these images."""
     run, file = Run(layout.folder_of(config)), layout.of_stage(row.name, layout.EVALUATION)
     found = run.read_json(file)
-    if not isinstance(found, dict) or found.get(EVALUATED, {}).get(HELD_OUT_NAMES) != names:
+    if not isinstance(found, dict) or found.get(layout.EVALUATED, {}).get(layout.HELD_OUT_NAMES) != names:
         raise CheckpointError(
             f"{run.path(file)} has no figures of the {counted(len(names), 'image')} that fold {config.target.fold} leaves out. "
             f"Remove {run.path(row.name)} to have the stage done again."

@@ -19,9 +19,6 @@ from ..train.evaluate import evaluate_model, label_map, mean_text, predict_logit
 from ..train.windows import windows_of
 from .context import Context
 
-EVALUATED = "evaluated"  # in evaluation.json: what the figures depend on besides the net
-HELD_OUT_NAMES = "held_out"  # in that: the images that target.fold left out of training, by name
-
 
 def needs_evaluation(context: Context, stage: str) -> bool:
     """Whether a finished stage has no figures, or has those of other images or of other settings. The same on every process."""
@@ -30,7 +27,7 @@ def needs_evaluation(context: Context, stage: str) -> bool:
         record = context.run.read_json(layout.of_stage(stage, layout.EVALUATION))
         now = _evaluated(context)
         # runs of before this was kept have figures that nothing says more of
-        known = record.get(EVALUATED, now) if isinstance(record, dict) else None
+        known = record.get(layout.EVALUATED, now) if isinstance(record, dict) else None
         needed = known is None or (now is not None and known != now)
     needed = distributed.broadcast_object(needed)
     if needed and record is not None:
@@ -47,7 +44,7 @@ def _evaluated(context: Context) -> dict[str, Any] | None:
     seen = {name: getattr(evaluate, name) for name in ("tta", "window", "window_stride")}
     seen["images"] = context.domains.evaluated_count
     if context.domains.held_out is not None:  # by name, too: generated scenes have no content to tell folds apart
-        seen[HELD_OUT_NAMES] = sorted(context.domains.held_out.names)
+        seen[layout.HELD_OUT_NAMES] = sorted(context.domains.held_out.names)
     return plain({**seen, "data": content_of(dataset)})
 
 
@@ -82,7 +79,9 @@ def evaluate_stage(context: Context, stage: str, model: SegmentationModel) -> No
             images=context.domains.evaluated_count,
             keep=keep,
         )
-        run.write_json(layout.of_stage(stage, layout.EVALUATION), {**scores.as_json(), EVALUATED: _evaluated(context)})
+        run.write_json(
+            layout.of_stage(stage, layout.EVALUATION), {**scores.as_json(), layout.EVALUATED: _evaluated(context)}
+        )
         count = len(dataset.spread(context.domains.evaluated_count))
         run.say(f"{stage}: {mean_text(scores.miou)} on {context.domains.evaluated_words(count)}")
     distributed.barrier()

@@ -12,7 +12,6 @@ import torch
 from .. import catalog
 from ..runs import layout
 from .context import Context
-from .evaluation import EVALUATED
 from .held_out import fold_record
 
 
@@ -34,7 +33,7 @@ def write_summary(context: Context) -> dict[str, Any]:
     }
     summary["selection"] = context.config.evaluate.selection
     if context.domains.labelled_target is not None:
-        summary["labelled_target_images"] = len(context.domains.labelled_target)
+        summary[layout.LABELLED_COUNT] = len(context.domains.labelled_target)
     left_out = fold_record(context.domains)
     if left_out is not None:
         summary[layout.LEFT_OUT] = left_out
@@ -54,8 +53,8 @@ def _warn_of_other_figures(context: Context) -> None:
     ways: dict[str, list[str]] = {}
     for stage in catalog.trained():
         evaluation = context.run.read_json(layout.of_stage(stage.name, layout.EVALUATION)) or {}
-        if EVALUATED in evaluation:
-            ways.setdefault(json.dumps(evaluation[EVALUATED], sort_keys=True), []).append(stage.name)
+        if layout.EVALUATED in evaluation:
+            ways.setdefault(json.dumps(evaluation[layout.EVALUATED], sort_keys=True), []).append(stage.name)
     if len(ways) > 1:
         groups = " and ".join(", ".join(stages) for stages in ways.values())
         context.run.say(

@@ -10,6 +10,7 @@ import numpy as np
 
 from .. import catalog
 from ..config.load import all_settings
+from ..runs import layout
 from ..runs.reading import Evaluation, RunFolder, number
 from ..runs.signs import COLLAPSED, nearly_all_kept, signs
 
@@ -29,7 +30,7 @@ class Finding:
 
 def labelled_count(run: RunFolder) -> int:
     """How many target images' labels the run learned from (target.labelled)."""
-    count = run.summary.get("labelled_target_images")
+    count = run.summary.get(layout.LABELLED_COUNT)
     return count if isinstance(count, int) else 0
 
 

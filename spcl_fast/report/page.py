@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from ..runs import layout
 from ..runs.reading import RunFolder, number, read_run
 from . import memory_rows as memory
 from . import pictures, plots
+from .comparison import Comparison, compare
 from .findings import findings_of, labelled_count
+from .label_curve import section
 from .lettering import undrawn
 from .tables import left_out_of
 
@@ -35,16 +38,23 @@ class Headline:
     tone: str = ""
 
 
-def write_report(run_folder: Path | str) -> Path:
+def write_report(
+    run_folder: Path | str, others: Sequence[Path | str] = (), say: Callable[[str], None] = lambda line: None
+) -> Path:
     """Write <run_folder>/report.html and return its path.
 
     Reads only that folder. Parts that are missing or damaged are named in the page; a run that stopped half-way has a report too. The
     page makes no request: pictures are inside it. Raises CheckpointError if the folder is not there or cannot be written.
+
+    others: folders of runs of the same data, for a curve of mIoU against the number of labelled target images. What was compared and
+    what was left out, with the reason, stands in the page and goes to `say`, a line each.
     """
     folder = Path(run_folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a run folder: there is no such folder. Expected one such as runs/demo.")
-    page = render(read_run(folder))
+    run = read_run(folder)
+    found = compare(run, [Path(other) for other in others]) if others else None
+    page = render(run, found)
     path = folder / layout.REPORT
     part = path.with_name(f".{layout.REPORT}.{os.getpid()}.part")
     try:
@@ -55,6 +65,8 @@ def write_report(run_folder: Path | str) -> Path:
         raise CheckpointError(
             f"cannot write {path}: {error.strerror}. Make room or change its permissions, then `spcl-fast report {folder}`."
         ) from error
+    for line in found.lines() if found else ():
+        say(line)
     return path
 
 
@@ -72,7 +84,7 @@ def environment() -> jinja2.Environment:
     return found
 
 
-def render(run: RunFolder) -> str:
+def render(run: RunFolder, compared: Comparison | None = None) -> str:
     figures = {
         name: _drawn(run, draw)
         for name, draw in {
@@ -96,6 +108,7 @@ def render(run: RunFolder) -> str:
             table=_table(run),
             legend=list(zip(run.classes, (f"rgb{colour}" for colour in run.palette), strict=True)),
             undrawn=undrawn(run.classes),
+            labels=section(compared) if compared else None,
             samples=samples,
             figures=figures,
             pseudo_labels=_pseudo_labels(run),

@@ -86,6 +86,11 @@ def evaluated(run: RunFolder) -> list[str]:
     return [stage for stage in catalog.names(catalog.with_nets()) if stage in run.evaluations]
 
 
+def images_of(run: RunFolder) -> str:
+    """What a score is measured on, for an axis."""
+    return f"the target's {'validation' if run.setting('target', 'fold') is None else 'left-out'} images"
+
+
 def class_scores(run: RunFolder) -> bytes | None:
     """IoU of every class, a mark a net; a line from the baseline to the final net."""
     stages = evaluated(run)
@@ -126,8 +131,7 @@ def class_scores(run: RunFolder) -> bytes | None:
         axes.set_xlim(-2, 102)
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
-        which = "validation" if run.setting("target", "fold") is None else "left-out"
-        axes.set_xlabel(f"IoU on the target's {which} images, %")
+        axes.set_xlabel(f"IoU on {images_of(run)}, %")
         figure.legend(loc="outside upper left", ncols=len(stages), handletextpad=0.2, columnspacing=1.4)
         return as_png(figure)
 

@@ -25,6 +25,9 @@ TENSORBOARD = "tensorboard"
 LOCK = ".lock"
 PROTOTYPES = "prototypes.safetensors"  # tensors "prototypes" [K, D] and "images" [K]
 LEFT_OUT = "left_out"  # in summary.json: which labelled images the figures are of, where target.fold says so
+LABELLED_COUNT = (
+    "labelled_target_images"  # in summary.json: of how many the labels were used, where target.labelled is set
+)
 FEATURES = "features.npz"
 LABELLED = "labelled.txt"  # names of the target's images whose labels were used
 HELD_OUT = "held_out.txt"  # names of those that target.fold left out
@@ -36,6 +39,8 @@ IMAGE_SUFFIX, TRUTH_SUFFIX = "_image.png", "_truth.png"
 DONE = "done.json"
 CHECKPOINTS = "checkpoints"
 EVALUATION = "evaluation.json"
+EVALUATED = "evaluated"  # in that: what the figures depend on besides the net
+HELD_OUT_NAMES = "held_out"  # in that: the images that target.fold left out of training, by name
 PREDICTIONS = "predictions"
 PLAN = "plan.json"
 SELECTED = "selected.json"

@@ -28,6 +28,7 @@ class Evaluation:
     confusion: np.ndarray | None = None  # int [K, K], true class in rows
     predicted_share: dict[str, float] = field(default_factory=dict)
     true_share: dict[str, float] = field(default_factory=dict)
+    evaluated: dict[str, Any] | None = None  # what the figures depend on besides the net; None: not known
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class RunFolder:
     features: Features | None = None
     settings: str = ""
     missing: list[str] = field(default_factory=list)
+    damaged: dict[str, str] = field(default_factory=dict)  # file -> what is wrong with it
 
     @property
     def final(self) -> str | None:
@@ -135,12 +137,15 @@ def _json(run: RunFolder, name: str) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        run.missing.append(f"{name} is damaged ({error}); it was left out")
-        return None
+        return _damaged(run, name, str(error))
     if not isinstance(value, dict):
-        run.missing.append(f"{name} is damaged (a {type(value).__name__}, expected an object); it was left out")
-        return None
+        return _damaged(run, name, f"a {type(value).__name__}, expected an object")
     return value
+
+
+def _damaged(run: RunFolder, name: str, what: str) -> None:
+    run.damaged[name] = f"{name} is damaged ({what})"
+    run.missing.append(f"{run.damaged[name]}; it was left out")
 
 
 def _numbers(value: Any) -> dict[str, float]:
@@ -165,7 +170,9 @@ def _evaluation(value: Any, run: RunFolder, name: str) -> Evaluation | None:
     except (KeyError, TypeError, ValueError, OverflowError):
         pass
     iou = {str(key): number(item) for key, item in value["iou"].items()}
-    return Evaluation(miou, iou, confusion, _numbers(value.get("predicted_share")), _numbers(value.get("true_share")))
+    shares = (_numbers(value.get(name)) for name in ("predicted_share", "true_share"))
+    evaluated = value.get(layout.EVALUATED)
+    return Evaluation(miou, iou, confusion, *shares, evaluated=evaluated if isinstance(evaluated, dict) else None)
 
 
 def _read_settings(run: RunFolder) -> None:
