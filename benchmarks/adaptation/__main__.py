@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--classes-key", default="camvid", help="the table of that file")
     sub.add_argument("--weights", type=Path, default=Path("../shared/weights/efficientnet_lite0_encoder_fp16.npz"))
     sub.add_argument("--seeds", type=int, default=3)
+    sub.add_argument("--picked", type=Path, help="names of `spcl-fast pick-images`: their first N, not N at random")
     sub.add_argument("--runs", type=Path, default=RUNS / "labels_alone")
     for name, act, summary in (
         ("frozen", _frozen, "variants of the contrastive term on the maps of a frozen encoder"),
@@ -190,9 +191,9 @@ def _labels_alone(args: argparse.Namespace) -> None:
 
     for root in args.roots:
         classes = {"target.classes": str(args.classes), "target.classes_key": args.classes_key}
-        for said in measure(root, args.weights, range(args.seeds), args.runs, **classes):
+        for said in measure(root, args.weights, range(args.seeds), args.runs, picked=args.picked, **classes):
             print(said, flush=True)
-    print(table(read()))
+    print(table(read(picked=args.picked is not None)))
 
 
 def _frozen(args: argparse.Namespace) -> None:

@@ -13,8 +13,13 @@ from benchmarks.adaptation.lines import spread
 
 Few = Mapping[int, Mapping[str, Mapping[str, float | None]]]  # what drives.few_labels gives
 Curve = dict[int, dict[str, float]]  # number of labels -> pair -> mIoU
-_COLOURS = {"alone": "#B0B0B0", "control": "#5A5A5A", "adapted": "#0072B2"}
-_WORDS = {"alone": "labels alone, frozen encoder", "control": "source and labels", "adapted": "adapted with labels"}
+_COLOURS = {"alone": "#B0B0B0", "picked": "#E69F00", "control": "#5A5A5A", "adapted": "#0072B2"}
+_WORDS = {
+    "alone": "labels alone, frozen encoder",
+    "picked": "the same, images picked by a net",
+    "control": "source and labels",
+    "adapted": "adapted with labels",
+}
 _PANELS = {  # title -> how the names of its pairs end
     "CamVid, each drive left out in turn": tuple(pair.rpartition("_")[2] for pair in drives.PLAN.pairs),
     "crop and weed": ("carrot_weed",),
@@ -64,8 +69,12 @@ def _draw(axes: Any, curve: Curve, places: Mapping[int, int], style: str, key: s
 
 def _whole(endings: tuple[str, ...], few: Few) -> dict[str, Curve]:
     """Labels alone, and the lines of plans/drives.yaml, which are those of one panel."""
-    alone = labels_alone.by_count(line for line in labels_alone.read() if line["root"].endswith(endings))
-    found: dict[str, Curve] = {"alone": alone, "control": {}, "adapted": {}}
+    heads = {"alone": labels_alone.read(), "picked": labels_alone.read(picked=True)}
+    found: dict[str, Curve] = {
+        key: labels_alone.by_count(line for line in lines if line["root"].endswith(endings))
+        for key, lines in heads.items()
+    }
+    found |= {"control": {}, "adapted": {}}
     for count, of_drives in few.items():
         for drive, cell in of_drives.items():
             for key in ("control", "adapted"):

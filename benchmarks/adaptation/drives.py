@@ -17,6 +17,7 @@ from spcl_fast import catalog
 
 HERE = Path(__file__).parent
 PLAN = read_plan(HERE / "plans" / "drives.yaml")
+_RECIPE = "near"  # without a label; labels_N: the same with N of them
 _BASE, _MATCHED, _BOUND = (catalog.with_role(role)[-1] for role in ("baseline", "matched", "bound"))
 
 
@@ -55,7 +56,7 @@ def drives_table() -> str:
             nets.append([_score(lines, row) for row in shown])
             gains.append(_mean(gain))
             rows.append([f"`{setting}`, {drive}", str(len(lines)), *map(_number, nets[-1]), text_of(gain, "+.1f")])
-        if nets:
+        if len(nets) == len(folds):
             means = [spread(column) for column in zip(*nets, strict=True)]
             rows.append([f"`{setting}`, mean of the drives", "", *map(text_of, means), text_of(spread(gains), "+.1f")])
     titles = [row.title for row in (*catalog.with_role("baseline", "matched", "result"), _BOUND)]
@@ -75,13 +76,14 @@ def _labels_of(setting: str) -> int | None:
 
 
 def few_labels() -> dict[int, dict[str, dict[str, float | None]]]:
-    """Number of labels (or ALL) -> drive -> what is reached there: `alone`, `control`, `adapted`, `baseline`, `bound`."""
+    """Number of labels (or ALL) -> drive -> what is reached there: `alone`, `picked`, `control`, `adapted`, `baseline`, `bound`."""
     found: dict[int, dict[str, dict[str, float | None]]] = {}
-    alone = labels_alone.read()
+    heads = {"alone": labels_alone.read(), "picked": labels_alone.read(picked=True)}
     for drive, settings in _folds().items():
-        for count, scores in labels_alone.by_count(line for line in alone if line["root"].endswith(drive)).items():
-            found.setdefault(count, {}).setdefault(drive, {})["alone"] = _mean(spread(scores.values()))
-        for name in PLAN.settings:
+        for key, lines in heads.items():
+            for count, scores in labels_alone.by_count(line for line in lines if line["root"].endswith(drive)).items():
+                found.setdefault(count, {}).setdefault(drive, {})[key] = _mean(spread(scores.values()))
+        for name in (_RECIPE, *(name for name in PLAN.settings if name.startswith("labels_"))):
             lines, count = settings.get(name), _labels_of(name)
             if lines and count is not None and _final(lines) is not None:
                 cell = found.setdefault(count, {}).setdefault(drive, {})
@@ -94,7 +96,8 @@ def few_labels_table() -> str:
     """A row for each number of labels: means over the drives, and the share of the way from source-only to the oracle."""
     few, rows = few_labels(), []
     for count, drives in few.items():
-        columns = [spread(cell.get(key) for cell in drives.values()) for key in ("alone", "control", "adapted")]
+        keys = ("alone", "picked", "control", "adapted")
+        columns = [spread(cell.get(key) for cell in drives.values()) for key in keys]
         gains = spread(_minus(cell.get("adapted"), cell.get("control")) for cell in drives.values())
         share = _share(drives, few.get(0, {}))
         rows.append(
@@ -105,7 +108,13 @@ def few_labels_table() -> str:
                 "" if share is None else f"{share:.0f}",
             ]
         )
-    header = ["labelled images", "labels alone", "source and labels (control)", "adapted with labels"]
+    header = [
+        "labelled images",
+        "labels alone",
+        "the same, picked",
+        "source and labels (control)",
+        "adapted with labels",
+    ]
     return markdown([*header, "adapted − control", "gap closed, %"], rows)
 
 

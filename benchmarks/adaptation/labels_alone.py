@@ -29,39 +29,61 @@ FILE = RESULTS / "labels_alone.jsonl"
 
 
 def measure(
-    root: Path, weights: Path | None, seeds: Iterable[int], runs: Path, file: Path = FILE, **changes: str
+    root: Path,
+    weights: Path | None,
+    seeds: Iterable[int],
+    runs: Path,
+    file: Path = FILE,
+    picked: Path | None = None,
+    **changes: str,
 ) -> Iterator[str]:
-    """A line for every number of labels and seed that has none yet. root: images/ and labels/, train and val."""
+    """A line for every number of labels and seed that has none yet. root: images/ and labels/, train and val.
+
+    picked: names, the most useful one first, as `spcl-fast pick-images` writes them; the first N are learned from instead of N at random.
+    """
     images = len(build_dataset("folders", root, "train", labels=False).names)
-    counts = [count for count in COUNTS if count < images] + [images]
-    known = {(line["root"], line["labels"], line["seed"]) for line in read(file)}
+    counts = [count for count in COUNTS if count < images]
+    names = None if picked is None else picked.read_text(encoding="utf-8").split()
+    counts = [*counts, images] if names is None else [count for count in counts if count <= len(names)]
+    known = {(line["root"], line["labels"], line["seed"]) for line in read(file, picked=names is not None)}
     for seed in seeds:
         for count in counts:
             if (root.name, count, seed) in known:
                 continue
-            config = _config(root, weights, seed, count, runs, changes)
+            labelled, name = str(count), f"{root.name}-{count}-{seed}"
+            if names is not None:
+                name = f"{root.name}-picked-{count}-{seed}"
+                chosen = runs / f"{name}.txt"  # a name of digits alone would be a count
+                chosen.parent.mkdir(parents=True, exist_ok=True)
+                chosen.write_text("\n".join(names[:count]), encoding="utf-8")
+                labelled = str(chosen)
+            config = _config(name, root, weights, seed, labelled, runs, changes)
             train_head(config)
             summary = json.loads((runs / config.name / layout.SUMMARY).read_text(encoding="utf-8"))
             line = {
                 "root": root.name, "labels": count, "seed": seed, "iterations": config.head.iterations, "weights": weights and weights.name,
                 "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
                 "miou": summary["head"]["miou"], "iou": summary["head"]["iou"], "machine": summary["machine"],
+                **({} if names is None else {"picked": True}),
             }  # fmt: skip
             add_line(file, line)
-            yield f"{root.name}: {count} labels, seed {seed}: {line['miou']:.1f} mIoU"
+            yield f"{root.name}: {count} {'labels' if names is None else 'picked labels'}, seed {seed}: {line['miou']:.1f} mIoU"
 
 
-def _config(root: Path, weights: Path | None, seed: int, count: int, runs: Path, changes: Mapping[str, str]) -> Config:
+def _config(
+    name: str, root: Path, weights: Path | None, seed: int, labelled: str, runs: Path, changes: Mapping[str, str]
+) -> Config:
     values = {
-        "name": f"{root.name}-{count}-{seed}", "runs_dir": str(runs), "seed": str(seed), "target.root": str(root),
-        "target.labelled": str(count), "model.name": "lite0", "model.weights": weights and str(weights),
+        "name": name, "runs_dir": str(runs), "seed": str(seed), "target.root": str(root),
+        "target.labelled": labelled, "model.name": "lite0", "model.weights": weights and str(weights),
         "head.iterations": str(ITERATIONS), "head.class_weight_power": "0.5", "loop.workers": "0", **changes,
     }  # fmt: skip
     return load_config("folders", sets=("head",), overrides=list(values.items()))
 
 
-def read(file: Path = FILE) -> list[dict[str, Any]]:
-    return read_lines(file)
+def read(file: Path = FILE, *, picked: bool = False) -> list[dict[str, Any]]:
+    """The lines of images that were drawn at random, or of those that a net picked."""
+    return [line for line in read_lines(file) if line.get("picked", False) == picked]
 
 
 def in_order(counts: Iterable[int]) -> list[int]:
@@ -74,14 +96,14 @@ def words(count: int) -> str:
 
 
 def by_count(of_roots: Iterable[dict[str, Any]]) -> dict[int, dict[str, float]]:
-    """Number of labels (ALL: as many as there are) -> root -> mIoU, the mean over the seeds."""
+    """Number of labels (ALL: one that is not of COUNTS, as many as there are) -> root -> mIoU, the mean over the seeds."""
     found: dict[str, dict[int, list[float]]] = {}
     for line in of_roots:
         found.setdefault(line["root"], {}).setdefault(line["labels"], []).append(line["miou"])
     scores: dict[int, dict[str, float]] = {}
     for root, counts in found.items():
         for count, values in counts.items():
-            scores.setdefault(ALL if count == max(counts) else count, {})[root] = Spread(tuple(values)).mean
+            scores.setdefault(count if count in COUNTS else ALL, {})[root] = Spread(tuple(values)).mean
     return scores
 
 

@@ -11,6 +11,7 @@ from benchmarks.adaptation.frozen import measure, views
 from benchmarks.adaptation.frozen.chain import OnViews, Study
 from benchmarks.adaptation.frozen.variants import VARIANTS
 from benchmarks.adaptation.plan import Plan
+from spcl_fast import catalog
 from spcl_fast.data.classes import IGNORE
 from spcl_fast.estimators import PrototypeBank
 from spcl_fast.losses.proda import distance_weights
@@ -131,3 +132,23 @@ def test_rectified_pseudo_labels_go_to_the_nearer_prototype(study):
             for labels in (plain, rectified)
         )
         assert (new > old)[changed[rows]].all()
+
+
+def test_the_table_of_labels_spreads_over_pairs_or_over_the_seeds_of_one(tmp_path, monkeypatch):
+    nets = [row.net for row in (*catalog.with_role("matched"), *catalog.with_role("result")[-1:])]
+    scores = {("a", 0): (40, 41), ("a", 1): (44, 43), ("b", 0): (50, 54), ("c", 0): (60, 61), ("c", 1): (62, 66)}
+    with open(tmp_path / "lines.jsonl", "w") as file:
+        for (pair, seed), found in scores.items():
+            miou = dict(zip(nets, found, strict=True))
+            for labels in [5] if pair == "b" else [0, 5]:
+                file.write(
+                    json.dumps(
+                        {"pair": pair, "seed": seed, "labels": labels, "of": 9, "miou": miou, "settings_sha256": ""}
+                    )
+                    + "\n"
+                )
+    monkeypatch.setattr(measure, "LABELS_FILE", tmp_path / "lines.jsonl")
+    none, five = measure.labels_table({"a": "drives", "b": "drives", "c": "weeds"}).splitlines()[2:]
+    # 42 and 50, 42 and 54; 60 and 62, 61 and 66. Without a label b has not been measured
+    assert five == "| 5 | 46.0 ± 4.0 | 48.0 ± 6.0 | +2.0 ± 2.0 | 61.0 ± 1.0 | 63.5 ± 2.5 | +2.5 ± 1.5 |"
+    assert none == "| 0 |  |  |  | 61.0 ± 1.0 | 63.5 ± 2.5 | +2.5 ± 1.5 |"

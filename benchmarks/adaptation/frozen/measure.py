@@ -134,37 +134,45 @@ def _gain(of_pair: Lines, name: str, next_to: str) -> str:
     return text_of(spread(mine[seed][_FINAL] - other[seed][_FINAL] for seed in both), "+.1f")
 
 
-def by_labels() -> dict[str, dict[int, dict[str, float]]]:
-    """pair -> number of labelled images (ALL: as many as there are) -> `control` and `adapted`, the final net: means over seeds."""
-    found: dict[str, dict[int, list[dict[str, float]]]] = {}
+Nets = dict[str, float]  # `control`, and `adapted`, the final net: mIoU
+
+
+def _by_labels() -> dict[str, dict[int, list[Nets]]]:
+    """pair -> number of labelled images (ALL: as many as there are) -> the nets of each seed."""
+    found: dict[str, dict[int, list[Nets]]] = {}
     for line in read(LABELS_FILE):
         count = ALL if line["labels"] == line["of"] else line["labels"]
-        found.setdefault(line["pair"], {}).setdefault(count, []).append(line["miou"])
-    nets = {"control": _MATCHED, "adapted": _FINAL}
-    return {
-        pair: {
-            count: {key: sum(one[net] for one in scores) / len(scores) for key, net in nets.items()}
-            for count, scores in counts.items()
-        }
-        for pair, counts in found.items()
-    }
+        nets = {"control": line["miou"][_MATCHED], "adapted": line["miou"][_FINAL]}
+        found.setdefault(line["pair"], {}).setdefault(count, []).append(nets)
+    return found
+
+
+def by_labels() -> dict[str, dict[int, Nets]]:
+    """The same, means over the seeds."""
+    return {pair: {count: _mean(nets) for count, nets in counts.items()} for pair, counts in _by_labels().items()}
+
+
+def _mean(nets: list[Nets]) -> Nets:
+    return {key: sum(net[key] for net in nets) / len(nets) for key in nets[0]}
 
 
 def labels_table(titles: Mapping[str, str]) -> str:
     """A row for each number of labelled images: source and labels, the final net with adaptation, and the difference.
 
-    titles: pair -> for the reader; of several pairs of one title it is a mean over them, where all have been measured.
+    titles: pair -> for the reader. Of several pairs of one title: means over the pairs, where all have been measured, of their means over
+    seeds; of one pair: over its seeds.
     """
-    pairs: dict[str, list[dict[int, dict[str, float]]]] = {}
-    for pair, counts in by_labels().items():
+    pairs: dict[str, list[dict[int, list[Nets]]]] = {}
+    for pair, counts in _by_labels().items():
         pairs.setdefault(titles[pair], []).append(counts)
     every = {count for found in pairs.values() for counts in found for count in counts}
     rows = []
     for count in in_order(every):
         row = [words(count)]
         for found in pairs.values():
-            nets = [counts[count] for counts in found if count in counts]
-            nets = nets if len(nets) == len(found) else []
+            of_pairs = [counts[count] for counts in found if count in counts]
+            nets = [_mean(nets) for nets in of_pairs] if len(of_pairs) == len(found) else []
+            nets = of_pairs[0] if len(found) == 1 and of_pairs else nets
             row += [text_of(spread(net[key] for net in nets)) for key in ("control", "adapted")]
             row.append(text_of(spread(net["adapted"] - net["control"] for net in nets), "+.1f"))
         rows.append(row)
