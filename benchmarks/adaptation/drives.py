@@ -93,11 +93,13 @@ def few_labels() -> dict[int, dict[str, dict[str, float | None]]]:
 
 
 def few_labels_table() -> str:
-    """A row for each number of labels: means over the drives, and the share of the way from source-only to the oracle."""
+    """A row for each number of labels: means over the drives, where each has one, and the share of the gap to the oracle."""
     few, rows = few_labels(), []
     for count, drives in few.items():
         keys = ("alone", "picked", "control", "adapted")
-        columns = [spread(cell.get(key) for cell in drives.values()) for key in keys]
+        every = [[cell.get(key) for cell in drives.values()] for key in keys]
+        # a mean over some of the drives would be another one
+        columns = [None if None in values else spread(values) for values in every]
         gains = spread(_minus(cell.get("adapted"), cell.get("control")) for cell in drives.values())
         share = _share(drives, few.get(0, {}))
         rows.append(
