@@ -18,6 +18,7 @@ from spcl_fast.errors import DataError
 # Nets that do not depend on how a run adapts: trained once, they serve every setting. An oracle never sees the source, so that pairs with
 # the same target share it, too; but its signals on source are its pair's alone.
 _YARDSTICKS = {row.net: row for row in catalog.with_role("matched", "bound")}
+ROUNDING = 0.05  # mIoU: one and the same stage trained on two kinds of CPU differed by up to 0.03, which says nothing of the settings
 
 
 def add_line(path: Path, line: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.adaptation.lines import by_setting, miou, paired, spread, text_of
+from benchmarks.adaptation.lines import ROUNDING, by_setting, miou, paired, spread, text_of
 from spcl_fast import catalog
 from spcl_fast.method.summary import gap_closed
 
@@ -14,7 +14,6 @@ NET_NAMES = tuple(row.net for row in catalog.trained())
 SIGNALS = ("source_miou", "entropy", "agreement_flip", "agreement_scale", "share_distance", "margin")
 FINAL = tuple(row.net for row in reversed(catalog.with_role("result")))
 BASES = tuple(row.net for row in catalog.trained() if row.role != "bound" and row.net != FINAL[0])
-_ROUNDING = 0.05  # mIoU: one and the same stage trained on two kinds of CPU differed by up to 0.03, which says nothing of the settings
 Lines = dict[str, dict[int, dict[str, Any]]]
 
 
@@ -76,7 +75,7 @@ def differences(settings: Lines) -> Iterator[tuple[str, Any]]:
     for other in others:
         for net in NET_NAMES:
             found = paired(settings[first], net, settings[other], net)
-            if found is not None and max(map(abs, found.values)) > _ROUNDING:
+            if found is not None and max(map(abs, found.values)) > ROUNDING:
                 yield f"{first} - {other}: {net}", found
 
 

@@ -152,3 +152,21 @@ def test_the_table_of_labels_spreads_over_pairs_or_over_the_seeds_of_one(tmp_pat
     # 42 and 50, 42 and 54; 60 and 62, 61 and 66. Without a label b has not been measured
     assert five == "| 5 | 46.0 ± 4.0 | 48.0 ± 6.0 | +2.0 ± 2.0 | 61.0 ± 1.0 | 63.5 ± 2.5 | +2.5 ± 1.5 |"
     assert none == "| 0 |  |  |  | 61.0 ± 1.0 | 63.5 ± 2.5 | +2.5 ± 1.5 |"
+
+
+def test_a_variant_is_compared_with_lines_that_start_from_the_same_net(tmp_path, monkeypatch):
+    base, matched, adapted, final = measure._BASE, measure._MATCHED, measure._ADAPTED, measure._FINAL
+
+    def line(variant, seed, start, score):
+        miou = {base: start, matched: start + 1, adapted: 0, final: score}
+        return json.dumps({"pair": "a", "variant": variant, "seed": seed, "miou": miou}) + "\n"
+
+    found = [line("plain", 0, 30, 40), line("spcl", 0, 30.01, 41), line("spcl", 1, 31, 50), line("plain", 1, 32, 42)]
+    found += [line("plain", 2, 33, 45), line("plain", 2, 35, 46), line("spcl", 2, 33, 48)]  # measured again, otherwise
+    (tmp_path / "lines.jsonl").write_text("".join(found))
+    monkeypatch.setattr(measure, "FILE", tmp_path / "lines.jsonl")
+    rows = measure.table({"a": "A"}).splitlines()
+    assert rows[2].endswith("| 32.3 ± 1.5 |")  # 30, 32, 35
+    assert next(row for row in rows if "(`spcl`)" in row).endswith(
+        "| +2.0 ± 1.0 |"
+    )  # 41 - 40 and 48 - 45; seed 1 has no partner

@@ -12,7 +12,7 @@ from benchmarks import RESULTS
 from benchmarks.adaptation.frozen.chain import Study
 from benchmarks.adaptation.frozen.variants import VARIANTS
 from benchmarks.adaptation.labels_alone import ALL, COUNTS, in_order, words
-from benchmarks.adaptation.lines import add_line, read, spread, text_of
+from benchmarks.adaptation.lines import ROUNDING, add_line, read, spread, text_of
 from benchmarks.adaptation.plan import Plan, recipe_sha256
 from benchmarks.adaptation.seed import commit
 from benchmarks.tables import markdown
@@ -99,7 +99,7 @@ def _line(study: Study, pair: str, miou: dict[str, float]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-Lines = dict[str, dict[int, dict[str, float]]]  # variant -> seed -> net -> mIoU
+Lines = dict[str, list[dict[str, Any]]]  # by variant
 
 
 def table(titles: Mapping[str, str] | None = None) -> str:
@@ -109,7 +109,7 @@ def table(titles: Mapping[str, str] | None = None) -> str:
     """
     found: dict[str, Lines] = {}
     for line in read(FILE):
-        found.setdefault(line["pair"], {}).setdefault(line["variant"], {})[line["seed"]] = line["miou"]
+        found.setdefault(line["pair"], {}).setdefault(line["variant"], []).append(line)
     rows = [
         ["the net that it starts from", *(_scores(of_pair, _BASE) for of_pair in found.values())],
         ["that, trained on for as long (control)", *(_scores(of_pair, _MATCHED) for of_pair in found.values())],
@@ -124,14 +124,19 @@ def table(titles: Mapping[str, str] | None = None) -> str:
 
 
 def _scores(of_pair: Lines, net: str, variant: str = _PLAIN) -> str:
-    return text_of(spread(scores[net] for scores in of_pair.get(variant, {}).values()))
+    """Of a seed that was measured again the last line counts."""
+    return text_of(spread({line["seed"]: line["miou"][net] for line in of_pair.get(variant, [])}.values()))
 
 
 def _gain(of_pair: Lines, name: str, next_to: str) -> str:
-    """Seed by seed."""
-    mine, other = of_pair.get(name, {}), of_pair.get(next_to, {})
-    both = sorted(mine.keys() & other.keys())
-    return text_of(spread(mine[seed][_FINAL] - other[seed][_FINAL] for seed in both), "+.1f")
+    """Seed by seed, between lines whose nets started from the same one: of other revisions of the code it may be another."""
+    gains = {
+        mine["seed"]: mine["miou"][_FINAL] - other["miou"][_FINAL]
+        for mine in of_pair.get(name, [])
+        for other in of_pair.get(next_to, [])
+        if mine["seed"] == other["seed"] and abs(mine["miou"][_BASE] - other["miou"][_BASE]) < ROUNDING
+    }
+    return text_of(spread(gains.values()), "+.1f")
 
 
 Nets = dict[str, float]  # `control`, and `adapted`, the final net: mIoU
