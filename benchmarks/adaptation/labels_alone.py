@@ -43,7 +43,7 @@ def measure(
     """
     images = len(build_dataset("folders", root, "train", labels=False).names)
     counts = [count for count in COUNTS if count < images]
-    names = None if picked is None else picked.read_text(encoding="utf-8").split()
+    names = None if picked is None else picked.read_text(encoding="utf-8").splitlines()
     counts = [*counts, images] if names is None else [count for count in counts if count <= len(names)]
     known = {(line["root"], line["labels"], line["seed"]) for line in read(file, picked=names is not None)}
     for seed in seeds:
